@@ -1,0 +1,1 @@
+"""lit_jax: linear diffusion transformers (LiT, arXiv 2501.12976) in JAX."""
