@@ -1,0 +1,73 @@
+"""The two attentions of the one model: DiT's softmax and LiT's linear attention with a depth-wise convolution."""
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lit_jax.kernels.linear_attention import linear_attention
+
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention on (B, T, D); the fused `qkv` projection of DiT, columns q | k | v, head-major."""
+
+    num_heads: int
+    qkv_bias: bool = True
+    implementation: str | None = None  # of jax.nn.dot_product_attention: None, "xla" or "cudnn"
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        del grid  # softmax attention does not know where a token lies
+        B, T, D = x.shape
+        qkv = nn.Dense(3 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads), 2, 0)
+        x = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # (B, T, N, H)
+        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x.reshape(B, T, D))
+
+
+class DepthwiseConv(nn.Module):
+    """Holds the filters and bias that LiT's attention convolves v with: one filter a head channel, shared by the heads.
+
+    Initialised as PyTorch's Conv2d: uniform in +-1 / sqrt(K * K), bias too (paper section 3.2's plain random start).
+    """
+
+    size: int      # K
+    channels: int  # H
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -1.0 / self.size, 1.0 / self.size)
+
+        kernel = self.param("kernel", uniform, (self.size, self.size, 1, self.channels))
+        bias = self.param("bias", uniform, (self.channels,))
+        return kernel[:, :, 0, :], bias
+
+
+class LinearAttention(nn.Module):
+    """LiT's attention on (B, T, D): normalised linear attention of relu(q), relu(k), plus a depth-wise convolution of v.
+
+    The convolution is added to the attention output before `proj`; see kernels/linear_attention.py for the formula.
+    """
+
+    num_heads: int
+    qkv_bias: bool = True
+    kernel_function: str = "relu"
+    conv_size: int = 5                 # 0: no convolution
+    implementation: str | None = None  # of kernels.linear_attention
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        B, T, D = x.shape
+        q = nn.Dense(D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="q")(x)
+        kv = nn.Dense(2 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="kv")(x)
+        conv_kernel = conv_bias = None
+        if self.conv_size:
+            conv_kernel, conv_bias = DepthwiseConv(self.conv_size, D // self.num_heads, name="dwc")()
+        x = linear_attention(q, kv, conv_kernel, conv_bias, num_heads=self.num_heads, grid=grid,
+                             kernel_function=self.kernel_function, implementation=self.implementation)
+        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x)
