@@ -1,0 +1,58 @@
+"""The mesh ("data", "fsdp"), the FSDP rule that reads shardings off shapes, and the batch's sharding."""
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; one of the two sizes may be -1 and takes what is left.
+
+    Raises: ValueError when the sizes do not multiply to the number of devices.
+    """
+    count = len(devices or jax.devices())
+    shape = [data, fsdp]
+    if shape.count(-1) == 1:
+        known = -int(np.prod(shape))
+        shape[shape.index(-1)] = count // known if known else 0
+    if min(shape) < 1 or int(np.prod(shape)) != count:
+        raise ValueError(f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices")
+    return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over both mesh axes."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
+    """Shards each leaf's largest dividable axis over `fsdp`; leaves under `min_size` elements are replicated.
+
+    Works on parameters, EMA and optimizer state alike: it sees shapes only. The first axis of a leaf with more than two
+    axes is left whole: for the scanned blocks it is the layer axis, which the scan slices one by one.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def spec(leaf):
+        axes = range(1 if leaf.ndim > 2 else 0, leaf.ndim)
+        dividable = [axis for axis in axes if leaf.shape[axis] % fsdp == 0]
+        if fsdp == 1 or leaf.size < min_size or not dividable:
+            return NamedSharding(mesh, PartitionSpec())
+        axis = max(dividable, key=lambda a: leaf.shape[a])
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+    return jax.tree.map(spec, shapes)
+
+
+def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
+    """Raises ValueError unless the devices of the mesh divide the batch."""
+    if batch_size % mesh.size:
+        raise ValueError(f"{field} = {batch_size} is not a multiple of the {mesh.size} devices of the mesh "
+                         f"{dict(mesh.shape)}")
