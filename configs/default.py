@@ -1,0 +1,113 @@
+"""Every field of lit_jax, once, with its meaning and unit; experiments import this and change a few lines.
+
+The defaults are the paper's class-conditional recipe at ImageNet 256 (LiT-XL/2 from DiT-XL/2). `teacher.checkpoint` and
+the data are the user's to name:
+
+    python -m lit_jax.main --config=configs/default.py --workdir=runs/xl2 \
+        --config.teacher.checkpoint=DiT-XL-2-256x256.pt --config.data.name=... --config.data.dir=...
+"""
+import ml_collections
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0                             # root of every random draw: init, data order, noise, samples
+
+    config.model = ConfigDict(dict(
+        size="XL",                              # Ti, S, B, L, XL: depth, width and heads (models/dit.py)
+        depth=0,                                # blocks; 0: the size's
+        width=0,                                # D; 0: the size's
+        num_heads=0,                            # 0: the size's own for the attention; LiT S/B/L/XL have 2/3/4/4
+        patch_size=2,                           # pixels (or latent cells) a token spans, each way
+        attention="linear",                     # linear (LiT) or softmax (DiT)
+        num_classes=1000,                       # the null class of guidance comes on top
+        input_size=32,                          # height = width of the images or latents
+        in_channels=4,                          # 4 for SD latents, 3 for RGB pixels, 1 for grey
+        learn_sigma=True,                       # predict the variance too: twice the output channels
+        qkv_bias=True,                          # bias of qkv, or of q and kv
+        kernel_function="relu",                 # linear: relu, gelu, focused, focused_gelu (paper's ablation)
+        conv_size=5,                            # linear: depth-wise convolution K x K of v; 0: none
+        implementation=ml_collections.config_dict.placeholder(str),  # None: by platform; see README, Kernels
+        timestep_freq_shift=0,                  # 0: official DiT, 1: diffusers
+        mlp_norm_epsilon=1e-6,                  # 1e-6: official DiT, 1e-5: diffusers
+        dtype="bfloat16",                       # of activations and matmuls: bfloat16 or float32
+    ))
+
+    # The frozen model that is inherited from and distilled. No checkpoint: plain diffusion training.
+    config.teacher = ConfigDict(dict(
+        checkpoint="",                          # official DiT .pt or .safetensors, diffusers folder, Orbax folder, workdir
+        num_heads=0,                            # softmax heads; 0: the size's, or what the checkpoint says
+        dtype="bfloat16",                       # it is kept and run in this
+    ))
+
+    config.student = ConfigDict(dict(
+        init="teacher",                         # teacher, random, or a checkpoint path: what the student inherits from
+    ))
+    config.inherit = ConfigDict(dict(
+        load=(),                                # attention parts that are loaded too: any of q, k, v, o, conv
+        keep_init=(),                           # parameter paths that stay at init though the source has them, e.g. final_layer
+    ))
+
+    # Loss = mse + vb + noise_weight * kd_noise + variance_weight * kd_variance (paper, hybrid distillation).
+    config.distill = ConfigDict(dict(
+        noise_weight=0.5,                       # lambda_1
+        variance_weight=0.05,                   # lambda_2
+        variance_target="raw",                  # raw: the variance head's values; log_variance: what they stand for
+        teacher_sees_dropped_labels=False,      # False: as the paper's code, the teacher always sees the label
+    ))
+
+    config.data = ConfigDict(dict(
+        name="imagenet2012",                    # a prepared TFDS data set; mnist_digits is written on first use
+        dir="data",                             # TFDS directory
+        split="train",
+        flip=True,                              # random horizontal flip
+        num_threads=8,                          # reader threads a process
+        prefetch=64,                            # batches read ahead
+    ))
+
+    config.train = ConfigDict(dict(
+        batch_size=256,                         # global
+        steps=400_000,                          # total, resumed runs included
+        label_dropout=0.1,                      # share of labels replaced by the null class
+        accumulation=1,                         # microbatches a step
+        remat="dots",                           # none, dots, full: what the backward pass recomputes
+        log_every=100,                          # steps between log lines
+        preview_every=10_000,                   # steps between preview grids; 0: none
+        stop_after_bad_steps=10,                # steps in a row with a non-finite loss or gradient before the run stops
+    ))
+    config.optimizer = ConfigDict(dict(
+        learning_rate=1e-4,                     # AdamW
+        b1=0.9,
+        b2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.0,
+        clip_norm=0.0,                          # global gradient norm; 0: no clipping
+        schedule="constant",                    # constant, or cosine to zero at train.steps
+        warmup=0,                               # steps of linear warm-up
+    ))
+    config.ema = ConfigDict(dict(
+        decay=0.9999,
+        warmup=False,                           # decay min(decay, (1 + step) / (10 + step)): for short runs
+    ))
+    config.mesh = ConfigDict(dict(
+        data=-1,                                # replicas of the parameters; -1: all devices that are left
+        fsdp=1,                                 # devices that share one copy of parameters and optimizer state
+    ))
+    config.checkpoint = ConfigDict(dict(
+        every=5_000,                            # steps
+        keep=3,                                 # the newest
+        keep_every=100_000,                     # and every so many steps for good; 0: none
+    ))
+
+    config.sample = ConfigDict(dict(
+        checkpoint="",                          # what --mode=sample reads; empty: the workdir
+        sampler="ddpm",
+        steps=250,                              # respaced timesteps
+        num_images=64,
+        batch_size=64,                          # global
+        cfg_scale=1.5,                          # 1: no guidance
+        cfg_channels="3",                       # leading channels that are guided: 3 (DiT's), or all
+        cfg_interval=(0, 1000),                 # timesteps t with low <= t < high are guided
+    ))
+    return config

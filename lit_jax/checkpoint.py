@@ -1,0 +1,162 @@
+"""Orbax checkpoints: the train state of a run, and parameters alone.
+
+A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, opt_state, train (step and counters), data
+(the iterator's state, JSON) and metadata (JSON). A parameter checkpoint is a folder of the same form with params and
+metadata only, so everything that reads parameters reads both.
+"""
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+ARRAY_ITEMS = ("params", "ema_params", "opt_state", "train")
+JSON_ITEMS = ("data", "metadata")
+
+
+class Checkpointer:
+    """Saves and restores the train state of one run, asynchronously, keeping the newest and every so many steps."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int, keep_every: int):
+        self.directory = pathlib.Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None,
+                                               step_name_format=ocp.path.step.standard_name_format())
+        self._manager = ocp.CheckpointManager(self.directory, options=options,
+                                              item_names=ARRAY_ITEMS + JSON_ITEMS)
+
+    def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
+        """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host."""
+        args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
+        args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
+        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, items_shape: dict[str, Any]) -> tuple[int, dict[str, Any], dict, dict] | None:
+        """Restores the newest readable checkpoint onto the shardings of `items_shape`; None if there is none.
+
+        A damaged checkpoint is named in the log, set aside as `STEP.damaged` and skipped.
+
+        Returns: step, the item trees, the data iterator's state, the metadata.
+        Raises: ValueError when checkpoints are there but none can be read, or one holds other parameters than asked for.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                self._check_shapes(step, items_shape["params"])
+                args = {name: ocp.args.StandardRestore(items_shape[name]) for name in ARRAY_ITEMS}
+                args |= {name: ocp.args.JsonRestore() for name in JSON_ITEMS}
+                restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+                return step, {name: restored[name] for name in ARRAY_ITEMS}, restored["data"], restored["metadata"]
+            except MismatchError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds; each of them means: not readable
+                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step),
+                                str(error).splitlines()[0] if str(error) else type(error).__name__)
+                if jax.process_index() == 0:
+                    (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+                self._manager.reload()
+        if steps:
+            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read")
+        return None
+
+    def _check_shapes(self, step: int, params_shape: Any) -> None:
+        saved = shapes_of(self.directory / str(step) / "params")
+        wanted = {name: tuple(leaf.shape) for name, leaf in flatten(params_shape).items()}
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the model: {name} is "
+                                    f"{saved.get(name, 'not there')} in the checkpoint, {wanted.get(name, 'not there')} in the "
+                                    f"model; use another --workdir or the config of that run")
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class MismatchError(ValueError):
+    """A readable checkpoint of another model."""
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{"blocks/attn/q/kernel": leaf, ...} of a nested dict."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf for path, leaf in leaves}
+
+
+def shapes_of(item: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays of one saved item, without reading them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {name: tuple(leaf.shape) for name, leaf in flatten(checkpointer.metadata(item).item_metadata.tree).items()}
+
+
+def save_params(path: str | pathlib.Path, params: Any, metadata: dict) -> None:
+    """Writes a parameter checkpoint: params and a JSON-able metadata dict (model fields, origin). `path` must be new."""
+    path = pathlib.Path(path).absolute()
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} already holds files; a checkpoint needs a new or empty folder")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, ocp.args.Composite(params=ocp.args.StandardSave(params),
+                                                   metadata=ocp.args.JsonSave(metadata)), force=True)
+
+
+def is_checkpoint(path: str | pathlib.Path) -> bool:
+    """Whether `path` is a parameter checkpoint, a training checkpoint, or a workdir that holds some."""
+    return _find(pathlib.Path(path)) is not None
+
+
+def _find(path: pathlib.Path) -> pathlib.Path | None:
+    for folder in (path / "checkpoints", path):
+        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    return path if (path / "params").is_dir() else None
+
+
+def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool = True) -> tuple[Any, dict]:
+    """Reads the parameters of a parameter checkpoint, a training checkpoint or a workdir (its newest), nothing else.
+
+    Args:
+      shardings: tree of shardings like the parameters, or None for host memory (NumPy).
+      ema: the EMA parameters where a training checkpoint has both.
+    Returns: params and the metadata dict (with "weights": "ema_params" or "params", what was read).
+    Raises: FileNotFoundError when there is no checkpoint at `path`, ValueError when it cannot be read.
+    """
+    folder = _find(pathlib.Path(path).absolute())
+    if folder is None:
+        raise FileNotFoundError(f"{path} holds no Orbax checkpoint (a folder with `params`)")
+    item = "ema_params" if ema and (folder / "ema_params").is_dir() else "params"
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder / item).item_metadata.tree
+        if shardings is None:
+            target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+        else:
+            target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                                  tree, shardings)
+        args = {item: ocp.args.StandardRestore(target)}
+        if (folder / "metadata").is_dir():
+            args["metadata"] = ocp.args.JsonRestore()
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(folder, ocp.args.Composite(**args))
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    return restored[item], (restored.get("metadata") or {}) | {"weights": item, "path": str(folder)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """Where each parameter of a student came from: names of leaves."""
+
+    inherited: tuple[str, ...]
+    at_init: tuple[str, ...]
+
+
+def parameter_count(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,46 @@
+"""Command line: flags, start-up, pick the job.
+
+    python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
+"""
+import importlib
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, a Python file with get_config().", lock_config=True)
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "port"], "The job.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}; a field is set with --config.field=value")
+    if CONFIG.value is None:
+        raise ValueError("--config=configs/NAME.py is missing")
+    logging.set_verbosity(logging.INFO)
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
+    job = importlib.import_module(f"lit_jax.{MODE.value}")  # here: JAX takes seconds to load, a wrong flag has failed by now
+    job.run(CONFIG.value, workdir)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Absl's parser, but every way in which a config or an override can be wrong becomes one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def run() -> None:
+    """The program: bad input ends in one line on stderr and exit status 1, never in a traceback."""
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,123 @@
+"""What a run leaves for people: a progress line, metrics as JSON lines and TensorBoard events, image grids, MFU."""
+import json
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import logging
+from PIL import Image, ImageDraw, ImageFont
+
+# Peak dense bf16 FLOP/s of one chip, by jax's device_kind; vendors' figures.
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+}
+
+
+class Records:
+    """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 writes."""
+
+    def __init__(self, workdir: pathlib.Path, *, total_steps: int, images_per_step: int, flops_per_step: float):
+        self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
+        self._active = jax.process_index() == 0
+        self._terminal = self._active and sys.stderr.isatty()
+        self._clock = None
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+        if self._active:
+            self._file = open(workdir / "metrics.jsonl", "a")
+            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+
+    def start(self, step: int) -> None:
+        """Starts the clock at `step`, after compilation, so that the first rate is a rate."""
+        self._clock = (step, time.monotonic())
+
+    def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Records training metrics of `step` together with the speed since the last call."""
+        if self._clock and step > self._clock[0]:
+            seconds = (time.monotonic() - self._clock[1]) / (step - self._clock[0])
+            metrics = metrics | {"train/images_per_second": self._images / seconds,
+                                 "train/seconds_left": (self._total - step) * seconds}
+            if self._peak:
+                metrics["train/mfu"] = self._flops / seconds / self._peak
+        self.start(step)
+        if self._active:
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+            self._show(step, metrics)
+        return metrics
+
+    def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
+        if self._active:
+            self._events.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        line = f"step {step:,}/{self._total:,}  loss {metrics['train/loss']:.4f}"
+        if "train/images_per_second" in metrics:
+            line += f"  {metrics['train/images_per_second']:.0f} images/s"
+            if "train/mfu" in metrics:
+                line += f"  MFU {metrics['train/mfu']:.1%}"
+            line += f"  {_duration(metrics['train/seconds_left'])} left"
+        if metrics.get("train/skipped"):
+            line += f"  {int(metrics['train/skipped'])} steps skipped"
+        if self._terminal:
+            sys.stderr.write("\r\x1b[2K" + line)
+            sys.stderr.flush()
+        else:
+            logging.info(line)
+
+    def close(self) -> None:
+        if self._terminal:
+            sys.stderr.write("\n")
+        if self._active:
+            self._file.close()
+            self._events.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] to uint8 as DiT's sampling does: 127.5 x + 128, clamped, truncated."""
+    return np.clip(127.5 * np.asarray(x, np.float32) + 128.0, 0, 255).astype(np.uint8)
+
+
+def image_grid(rows: list[np.ndarray], titles: list[str] | None = None, *, scale: int = 0) -> Image.Image:
+    """One picture of rows of uint8 images, each (n, h, w, 1 or 3), a title left of each row.
+
+    Args: scale: pixels an image pixel becomes; 0 enlarges small images to about 56 pixels.
+    """
+    h, w = rows[0].shape[1:3]
+    scale = scale or max(1, round(56 / h))
+    font = ImageFont.load_default(14)
+    margin = max((int(font.getlength(title)) + 12 for title in titles), default=0) if titles else 0
+    gap = 2
+    columns = max(len(row) for row in rows)
+    size = (margin + columns * (w * scale + gap) + gap, len(rows) * (h * scale + gap) + gap)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for r, row in enumerate(rows):
+        top = gap + r * (h * scale + gap)
+        if titles:
+            draw.text((6, top + h * scale // 2 - 8), titles[r], fill="black", font=font)
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+            picture.paste(tile.resize((w * scale, h * scale), Image.Resampling.NEAREST), (margin + gap + c * (w * scale + gap), top))
+    return picture
+
+
+def square_grid(images: np.ndarray) -> Image.Image:
+    """One picture of all images (n, h, w, C), as square as it gets."""
+    columns = math.ceil(math.sqrt(len(images)))
+    return image_grid([images[i:i + columns] for i in range(0, len(images), columns)])
