@@ -1,0 +1,368 @@
+"""Samplers against a float64 transcription of the DDPM chain, diffusers' schedulers, and the properties they must have."""
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lit_jax import diffusion as diffusion_lib
+from lit_jax import samplers
+
+DIFFUSION = diffusion_lib.make_diffusion()
+SHAPE = (4, 4, 4)
+NULL = 10
+
+
+def make_keys(count, seed=0):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
+
+
+def model_fn(x, t, y):
+    """A smooth made-up network: noise and variance values that depend on the image, the time and the label."""
+    t = t.astype(jnp.float32)[:, None, None, None] / 1000.0
+    y = y.astype(jnp.float32)[:, None, None, None]
+    eps = jnp.tanh(x + 0.1 * y) * jnp.cos(t) + 0.2 * jnp.roll(x, 1, axis=-1)
+    return jnp.concatenate([eps, jnp.sin(3.0 * x + t)], axis=-1)
+
+
+def run(grid, count=3, model_fn=model_fn, **kwargs):
+    kwargs = dict(labels=jnp.arange(count) % 10, null_label=NULL) | kwargs
+    keys = kwargs.pop("keys", make_keys(count))
+    return np.asarray(jax.jit(lambda k: samplers.sample(model_fn, k, SHAPE, grid=grid, **kwargs))(keys))
+
+
+def ddpm_oracle(steps, noises, labels, variance="learned_range"):
+    """The respaced chain in float64, one step after another, from its definition and not from our tables.
+
+    noises: (steps + 1, B, h, w, C), the first to start from.
+    """
+    alphas_cumprod = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
+    kept, position = [], 0.0
+    for _ in range(steps):
+        kept.append(round(position))
+        position += 999 / (steps - 1)
+    spaced = alphas_cumprod[kept]
+    x, C = np.float64(noises[0]), noises.shape[-1]
+    for step, i in enumerate(range(steps)[::-1]):
+        t = np.full(len(x), kept[i], np.int32)
+        out = np.float64(model_fn(jnp.float32(x), jnp.asarray(t), labels))
+        eps, v = out[..., :C], out[..., C:]
+        previous = spaced[i - 1] if i else 1.0
+        beta = 1.0 - spaced[i] / previous
+        x_start = (x - np.sqrt(1 - spaced[i]) * eps) / np.sqrt(spaced[i])
+        mean = (np.sqrt(previous) * beta * x_start + np.sqrt(1 - beta) * (1 - previous) * x) / (1 - spaced[i])
+        posterior = beta * (1 - previous) / (1 - spaced[i])
+        if variance == "learned_range":
+            posterior = posterior or 1.0
+            variance_t = np.exp((v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(posterior))
+        else:
+            variance_t = posterior if variance == "fixed_small" else beta
+        x = mean + (np.sqrt(variance_t) * noises[step + 1] if i else 0.0)
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50])
+@pytest.mark.parametrize("variance", samplers.VARIANCES)
+def test_ddpm_is_the_respaced_chain(steps, variance):
+    grid = samplers.make_grid(DIFFUSION, "ddpm", steps, variance=variance)
+    keys, labels = make_keys(3), jnp.arange(3)
+    noises = np.stack([samplers.step_noise(keys, s, SHAPE) for s in range(steps + 1)])
+    expected = ddpm_oracle(steps, noises, labels, variance)
+    actual = run(grid, labels=labels)
+    # float32 against float64 along a chain whose first estimate of x_start is 157 times as large as its image.
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_ddpm_tables_are_those_of_the_training_diffusion():
+    spaced = diffusion_lib.respace(DIFFUSION, 250)
+    grid = samplers.make_grid(DIFFUSION, "ddpm", 250)
+    np.testing.assert_array_equal(grid.timesteps, spaced.timestep_map[::-1])
+    np.testing.assert_allclose(grid.x_start_coefs[:, 0], spaced.posterior_mean_coef1[::-1], rtol=1e-12)
+    np.testing.assert_allclose(grid.x_coef, spaced.posterior_mean_coef2[::-1], rtol=1e-12)
+    np.testing.assert_allclose(grid.log_variance_bounds[:, 0], spaced.posterior_log_variance_clipped[::-1], rtol=1e-12)
+    np.testing.assert_allclose(grid.log_variance_bounds[:, 1], np.log(spaced.betas)[::-1], rtol=1e-12)
+
+
+EXPECTED_TIMESTEPS = {
+    ("ddpm", 4, None): [999, 666, 333, 0],
+    ("ddpm", 5, None): [999, 749, 500, 250, 0],              # 249.75, 499.5 and 749.25 rounded
+    ("ddim", 5, "leading"): [800, 600, 400, 200, 0],
+    ("ddim", 4, "trailing"): [999, 749, 499, 249],
+    ("ddim", 3, "linspace"): [999, 500, 0],
+    ("dpm++", 5, None): [999, 799, 599, 400, 200],           # 199.8, 399.6, 599.4 and 799.2 rounded, without 0
+    ("dpm++", 4, "leading"): [800, 600, 400, 200],
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED_TIMESTEPS, ids=str)
+def test_the_model_sees_exactly_these_timesteps(case):
+    sampler, steps, spacing = case
+    seen = []
+
+    def recording_model_fn(x, t, y):
+        jax.experimental.io_callback(lambda t: seen.append(t.tolist()), None, t, ordered=True)
+        return model_fn(x, t, y)
+
+    run(samplers.make_grid(DIFFUSION, sampler, steps, spacing=spacing), model_fn=recording_model_fn)
+    assert seen == [[t] * 3 for t in EXPECTED_TIMESTEPS[case]]
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50, 100, 250])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers(steps, spacing):
+    ddim = diffusers.DDIMScheduler(beta_schedule="linear", timestep_spacing=spacing)
+    ddim.set_timesteps(steps)
+    np.testing.assert_array_equal(samplers.make_grid(DIFFUSION, "ddim", steps, spacing=spacing).timesteps, ddim.timesteps)
+    dpm = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing=spacing)
+    dpm.set_timesteps(steps)
+    np.testing.assert_array_equal(samplers.make_grid(DIFFUSION, "dpm++", steps, spacing=spacing).timesteps, dpm.timesteps)
+
+
+ALPHAS_CUMPROD = jnp.asarray(DIFFUSION.alphas_cumprod, jnp.float32)
+
+
+def two_clusters_eps(x, t, y):
+    """The exact noise prediction for pixels that are -1 or 1, give or take 0.2: a model with bounded estimates."""
+    a = ALPHAS_CUMPROD[t][:, None, None, None]
+    variance = 0.04 * a + 1.0 - a
+    x_start = (0.04 * jnp.sqrt(a) * x + (1.0 - a) * jnp.tanh(jnp.sqrt(a) * x / variance)) / variance
+    return (x - jnp.sqrt(a) * x_start) / jnp.sqrt(1.0 - a)
+
+
+def run_both(scheduler, grid, exact_tables):
+    """Our sampler and a diffusers scheduler, in float32, from the same noise and with the same model."""
+    noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    actual = run(grid, 2, two_clusters_eps, noise=noise)
+    if exact_tables:
+        scheduler.alphas_cumprod = torch.from_numpy(DIFFUSION.alphas_cumprod)
+    scheduler.set_timesteps(len(grid.timesteps))
+    np.testing.assert_array_equal(scheduler.timesteps, grid.timesteps)
+    model, x = jax.jit(two_clusters_eps), torch.from_numpy(noise)
+    for t in scheduler.timesteps:
+        out = np.array(model(x.float().numpy(), jnp.full((2,), int(t)), None))
+        x = scheduler.step(torch.from_numpy(out), t, x).prev_sample
+    return actual, x.double().numpy()
+
+
+# diffusers computes its betas and their product in float32. Given our float64 table in place of its own, it agrees to
+# 1e-5; with its own, the alphas_cumprod it steps with are themselves up to 2e-5 off, and so are its images.
+TABLES = [(True, 1e-5), (False, 1e-4)]
+
+
+@pytest.mark.parametrize("exact_tables, tolerance", TABLES)
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_agrees_with_diffusers(steps, spacing, exact_tables, tolerance):
+    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing=spacing)
+    grid = samplers.make_grid(DIFFUSION, "ddim", steps, spacing=spacing)
+    actual, expected = run_both(scheduler, grid, exact_tables)
+    np.testing.assert_allclose(actual, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("exact_tables, tolerance", TABLES)
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("steps", [2, 10, 20, 50])
+def test_dpm_solver_agrees_with_diffusers(steps, order, exact_tables, tolerance):
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=order)
+    actual, expected = run_both(scheduler, samplers.make_grid(DIFFUSION, "dpm++", steps, order=order), exact_tables)
+    np.testing.assert_allclose(actual, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("sampler, kwargs, steps", [
+    ("ddim", dict(spacing="leading"), 40), *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
+def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kwargs, steps):
+    """Fed arbitrary outputs nothing corrects a rounding error, and the first is multiplied by 157, the root of
+    1 / alphas_cumprod at t = 999: so both sides run in float64 here,
+    but for the image inside DPMSolverMultistepScheduler.step, which that casts to float32."""
+    grid = samplers.make_grid(DIFFUSION, sampler, steps, **kwargs)
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((steps, 64))
+    x = noise = rng.standard_normal(64)
+    x_starts = np.zeros((grid.x_start_coefs.shape[1], 64))
+    for s in range(steps):
+        a = grid.alphas_cumprod[s]
+        x_starts = np.concatenate([[(x - np.sqrt(1 - a) * outputs[s]) / np.sqrt(a)], x_starts[:-1]])
+        x = grid.x_coef[s] * x + grid.x_start_coefs[s] @ x_starts
+
+    scheduler = (diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False) if sampler == "ddim" else
+                 diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=kwargs["order"]))
+    scheduler.alphas_cumprod = torch.from_numpy(DIFFUSION.alphas_cumprod)
+    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    if sampler == "dpm++":
+        scheduler.sigmas = torch.from_numpy(np.append(np.sqrt(1 / grid.alphas_cumprod - 1), 0.0))
+    expected = torch.from_numpy(noise)
+    for t, output in zip(scheduler.timesteps, outputs):
+        expected = scheduler.step(torch.from_numpy(output), t, expected).prev_sample
+    assert expected.dtype == torch.float64
+    np.testing.assert_allclose(x, expected, atol=(1e-9 if sampler == "ddim" else 1e-6) * np.abs(expected).max())
+
+
+def test_ddim_noise_is_that_of_diffusers():
+    eta, steps = 0.7, 20
+    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    scheduler.alphas_cumprod = torch.from_numpy(DIFFUSION.alphas_cumprod)
+    scheduler.set_timesteps(steps)
+    grid = samplers.make_grid(DIFFUSION, "ddim", steps, spacing="leading", eta=eta)
+    keys = make_keys(2)
+    x = torch.from_numpy(np.array(samplers.step_noise(keys, 0, SHAPE)))
+    for s, t in enumerate(scheduler.timesteps):
+        out = np.array(model_fn(jnp.asarray(x.float().numpy()), jnp.full((2,), int(t)), jnp.arange(2)))[..., :4]
+        fresh = torch.from_numpy(np.array(samplers.step_noise(keys, s + 1, SHAPE)))
+        x = scheduler.step(torch.from_numpy(out), t, x, eta=eta, variance_noise=fresh).prev_sample
+    actual, expected = run(grid, 2), x.numpy()
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_ddim_with_full_noise_is_ddpm_with_the_small_variance():
+    ddim = samplers.make_grid(DIFFUSION, "ddim", 20, eta=1.0)
+    ddpm = samplers.make_grid(DIFFUSION, "ddpm", 20, variance="fixed_small")
+    for name in ("timesteps", "x_coef", "x_start_coefs", "noise_scale"):
+        np.testing.assert_allclose(getattr(ddim, name), getattr(ddpm, name), rtol=1e-9, atol=1e-14)
+
+
+def test_dpm_solver_of_order_one_is_ddim():
+    timesteps = samplers.space_timesteps(1000, 20, "linspace")
+    dpm = samplers.make_grid(DIFFUSION, "dpm++", 20, timesteps=timesteps, order=1)
+    ddim = samplers.make_grid(DIFFUSION, "ddim", 20, timesteps=timesteps)
+    np.testing.assert_allclose(dpm.x_coef, ddim.x_coef, rtol=1e-9)
+    np.testing.assert_allclose(dpm.x_start_coefs, ddim.x_start_coefs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_the_true_noise_recovers_the_image(sampler):
+    x_start = jax.random.normal(jax.random.key(3), (2, *SHAPE))
+    alphas_cumprod = jnp.asarray(DIFFUSION.alphas_cumprod, jnp.float32)
+
+    def oracle_model_fn(x, t, y):
+        signal = jnp.sqrt(alphas_cumprod[t])[:, None, None, None]
+        eps = (x - signal * x_start) / jnp.sqrt(1.0 - signal**2)
+        return jnp.concatenate([eps, jnp.zeros_like(eps)], axis=-1)
+
+    actual = run(samplers.make_grid(DIFFUSION, sampler, 20), 2, oracle_model_fn)
+    np.testing.assert_allclose(actual, x_start, atol=2e-4)
+
+
+def test_higher_orders_come_closer_to_the_exact_flow():
+    """For Gaussian data of variance s2 the flow is known: x scales as sqrt(alphas_cumprod s2 + 1 - alphas_cumprod).
+
+    Between two timesteps, not to the end: the last stride of every order is of the first.
+    """
+    def error(order, steps):
+        timesteps = np.linspace(900, 100, steps + 1).round()
+        grid = samplers.make_grid(DIFFUSION, "dpm++", steps + 1, timesteps=timesteps, order=order)
+        s2 = np.array([0.1, 0.3, 1.0, 3.0])                    # one image for each variance
+        x, past = np.ones(4), np.zeros((order, 4))
+        for s, a in enumerate(grid.alphas_cumprod[:-1]):
+            past = np.concatenate([[x * np.sqrt(a) * s2 / (a * s2 + 1.0 - a)], past[:-1]])
+            x = grid.x_coef[s] * x + grid.x_start_coefs[s] @ past
+        first, last = grid.alphas_cumprod[[0, -1]]
+        return np.abs(x - np.sqrt((last * s2 + 1.0 - last) / (first * s2 + 1.0 - first))).max()
+
+    first, second, third = ([error(order, steps) for steps in (20, 80)] for order in (1, 2, 3))
+    assert first[0] > 3 * second[0] > 6 * third[0] and first[1] > 20 * second[1] > 60 * third[1], (first, second, third)
+    assert first[0] > 3.5 * first[1] and second[0] > 10 * second[1] and third[0] > 20 * third[1], (first, second, third)
+
+
+GRIDS = {"ddpm": dict(steps=6), "ddim": dict(steps=6, eta=0.5), "dpm++": dict(steps=6, order=3)}
+
+
+@pytest.mark.parametrize("sampler", GRIDS)
+def test_an_image_depends_on_its_key_and_label_alone(sampler):
+    grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
+    keys, labels = make_keys(6), jnp.array([1, 2, 3, 4, 5, 6])
+    whole = run(grid, 6, keys=keys, labels=labels, cfg_scale=1.5)
+    split = [run(grid, 2, keys=keys[i:i + 2], labels=labels[i:i + 2], cfg_scale=1.5) for i in (0, 2, 4)]
+    np.testing.assert_allclose(whole, np.concatenate(split), rtol=1e-5, atol=1e-5)
+    shuffled = run(grid, 6, keys=keys[::-1], labels=labels[::-1], cfg_scale=1.5)
+    np.testing.assert_allclose(whole, shuffled[::-1], rtol=1e-5, atol=1e-5)
+
+
+def test_noise_differs_between_steps_and_images():
+    keys = make_keys(4)
+    draws = np.stack([samplers.step_noise(keys, s, (64, 64, 1)) for s in range(5)]).reshape(20, -1)
+    correlation = np.corrcoef(draws) - np.eye(20)
+    assert np.abs(correlation).max() < 0.1 and abs(draws.std() - 1.0) < 0.02
+
+
+@pytest.mark.parametrize("sampler", GRIDS)
+@pytest.mark.parametrize("cfg_channels", ["3", "all"])
+def test_guidance_of_one_is_no_guidance(sampler, cfg_channels):
+    grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
+    guided = run(grid, cfg_scale=1.0 + 1e-12, cfg_channels=cfg_channels)   # takes the guided path, batch of two halves
+    np.testing.assert_allclose(guided, run(grid, cfg_scale=1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg_channels, guided", [("3", 3), ("all", 4)])
+def test_guidance_moves_only_the_guided_channels(cfg_channels, guided):
+    x, y = jax.random.normal(jax.random.key(0), (3, *SHAPE)), jnp.array([1, 2, 3])
+    t = jnp.full((3,), 500)
+    actual = samplers.guide(model_fn, x, t, y, NULL, 4.0, cfg_channels)
+    cond, uncond = np.float64(model_fn(x, t, y)), np.float64(model_fn(x, t, jnp.full((3,), NULL)))
+    expected = cond.copy()
+    expected[..., :guided] = uncond[..., :guided] + 4.0 * (cond - uncond)[..., :guided]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert np.abs(cond - uncond)[..., :4].min() > 1e-4   # else the test could not tell
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_guidance_of_pixel_models_leaves_the_variance_alone(channels):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, channels))
+
+    def label_model_fn(x, t, y):
+        return jnp.broadcast_to(y.astype(jnp.float32)[:, None, None, None], (*x.shape[:-1], 2 * channels))
+
+    out = samplers.guide(label_model_fn, x, jnp.zeros(2, jnp.int32), jnp.array([1, 2]), NULL, 2.0, "3")
+    np.testing.assert_array_equal(out[0, 0, 0], [10.0 + 2.0 * (1.0 - 10.0)] * channels + [1.0] * channels)
+
+
+def test_guidance_interval_guides_inside_and_costs_nothing_outside():
+    batches = []
+
+    def recording_model_fn(x, t, y):
+        jax.experimental.io_callback(lambda t: batches.append((int(t[0]), len(t))), None, t, ordered=True)
+        return model_fn(x, t, y)
+
+    grid = samplers.make_grid(DIFFUSION, "ddim", 5)      # 999, 749, 500, 250, 0
+    run(grid, model_fn=recording_model_fn, cfg_scale=2.0, cfg_interval=(250, 749))
+    assert batches == [(999, 3), (749, 6), (500, 6), (250, 6), (0, 3)]
+    nowhere = run(grid, cfg_scale=2.0, cfg_interval=(600, 601))
+    np.testing.assert_allclose(nowhere, run(grid), rtol=1e-5, atol=1e-5)
+    everywhere = run(grid, cfg_scale=2.0, cfg_interval=(0, 999))
+    np.testing.assert_allclose(everywhere, run(grid, cfg_scale=2.0), rtol=1e-5, atol=1e-5)
+    assert np.abs(everywhere - nowhere).max() > 1e-2
+
+
+def test_clipping_bounds_the_estimate_of_pixels():
+    images = run(samplers.make_grid(DIFFUSION, "ddim", 4), clip_denoised=True)
+    assert np.abs(images).max() <= 1.0 + 1e-6
+
+
+def test_a_model_in_bfloat16_samples_in_float32():
+    images = run(samplers.make_grid(DIFFUSION, "ddpm", 3),
+                 model_fn=lambda x, t, y: model_fn(x, t, y).astype(jnp.bfloat16))
+    assert images.dtype == np.float32 and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(sampler="euler", steps=10), "unknown sampler 'euler'"),
+    (dict(sampler="ddim", steps=10, spacing="karras"), "unknown timestep spacing 'karras'"),
+    (dict(sampler="dpm++", steps=10, order=4), "order 1, 2 or 3, got 4"),
+    (dict(sampler="ddim", steps=10, eta=1.5), "between 0 and 1, got 1.5"),
+    (dict(sampler="ddpm", steps=10, variance="learned"), "unknown variance 'learned'"),
+    (dict(sampler="ddpm", steps=1001), "1001"),
+    (dict(sampler="dpm++", steps=1000), "1000 sampling steps"),
+    (dict(sampler="ddim", steps=2, timesteps=np.array([1000, 0])), r"\[0, 999\], got \[1000, 0\]"),
+    (dict(sampler="ddim", steps=2, timesteps=np.array([0, 500])), "expected 2 decreasing timesteps"),
+])
+def test_impossible_requests_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        samplers.make_grid(DIFFUSION, **kwargs)
+
+
+def test_unknown_guided_channels_and_a_missing_variance_are_named():
+    with pytest.raises(ValueError, match="cfg_channels is '3' or 'all', got '2'"):
+        run(samplers.make_grid(DIFFUSION, "ddim", 2), cfg_channels="2")
+    with pytest.raises(ValueError, match="8 output channels for 4 input channels, the model has 4"):
+        run(samplers.make_grid(DIFFUSION, "ddpm", 2), model_fn=lambda x, t, y: x)
