@@ -1,0 +1,192 @@
+"""Normalised linear attention plus a depth-wise convolution of the values, in three implementations.
+
+With phi(x) = relu(x) + 1e-6, per head (LiT, arXiv 2501.12976, section 3):
+
+    S   = mean_j phi(k_j)^T v_j                          (H, H)
+    o_i = phi(q_i) S / (phi(q_i) . mean_j phi(k_j) + 1e-6) + DWC(v)_i
+
+where DWC is a K x K zero-padded depth-wise convolution over the token grid whose H filters all heads share.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
+FOCUSING_FACTOR = 3  # the power of FLatten-Transformer's focused kernel function
+KERNEL_FUNCTIONS = ("relu", "gelu", "focused", "focused_gelu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+
+
+def linear_attention(
+    q: jax.Array,
+    kv: jax.Array,
+    conv_kernel: jax.Array | None = None,
+    conv_bias: jax.Array | None = None,
+    *,
+    num_heads: int,
+    grid: tuple[int, int],
+    kernel_function: str = "relu",
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Non-causal linear attention plus the depth-wise convolution of v, on raw projections.
+
+    Differentiable in all four arrays. Products take the dtype of q as operands and accumulate in float32;
+    normalisers, the kernel function and the convolution are float32.
+
+    Args:
+        q: (B, T, D) float32 or bfloat16, head-major on the last axis, T in raster order of `grid`.
+        kv: (B, T, 2D) of the same dtype, k then v, each head-major.
+        conv_kernel: (K, K, H) with odd K and H = D / num_heads, or None for no convolution.
+        conv_bias: (H,), given if and only if `conv_kernel` is.
+        num_heads: N, a divisor of D.
+        grid: (h, w) with h * w == T.
+        kernel_function: "relu", "gelu", "focused" or "focused_gelu". "focused" raises phi to the power 3
+            and keeps its norm per head (FLatten, arXiv 2308.00442).
+        implementation: "xla" runs everywhere; "pallas_tpu" and "pallas_gpu" are fused kernels for relu, and
+            raise where they cannot run. None takes the platform's kernel if it offers the case, else "xla",
+            and logs which.
+        interpret: run the Pallas kernel in interpret mode, on any platform.
+
+    Returns:
+        (B, T, D) in the dtype of q.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the named implementation does not offer the case.
+    """
+    _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation)
+    if implementation is None:
+        implementation = _choose(kernel_function)
+    if implementation == "xla":
+        return _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function)
+    return _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)
+
+
+def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation):
+    if q.ndim != 3 or kv.shape != (*q.shape[:2], 2 * q.shape[2]):
+        raise ValueError(f"q must be (B, T, D) and kv (B, T, 2D); got q {q.shape} and kv {kv.shape}")
+    B, T, D = q.shape
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or kv.dtype != q.dtype:
+        raise ValueError(f"q and kv must both be float32 or both bfloat16; got q {q.dtype} and kv {kv.dtype}")
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"the width must divide into heads; got width {D} and num_heads {num_heads}")
+    if len(grid) != 2 or grid[0] * grid[1] != T:
+        raise ValueError(f"the grid must cover the tokens; got grid {grid} and {T} tokens")
+    if (conv_kernel is None) != (conv_bias is None):
+        present = "conv_bias" if conv_kernel is None else "conv_kernel"
+        raise ValueError(f"give conv_kernel and conv_bias together or not at all; got only {present}")
+    if conv_kernel is not None:
+        K, H = conv_kernel.shape[0], D // num_heads
+        if conv_kernel.shape != (K, K, H) or K % 2 == 0 or conv_bias.shape != (H,):
+            raise ValueError(f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
+                             f"got {conv_kernel.shape} and {conv_bias.shape}")
+    if kernel_function not in KERNEL_FUNCTIONS:
+        raise ValueError(f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}; got {implementation!r}")
+    if implementation in ("pallas_tpu", "pallas_gpu") and kernel_function != "relu":
+        raise ValueError(f"{implementation} offers kernel_function 'relu'; got {kernel_function!r}")
+
+
+def _choose(kernel_function):
+    """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
+    device = jax.devices()[0]
+    if kernel_function != "relu":
+        implementation = "xla"
+    elif device.platform == "tpu":
+        implementation = "pallas_tpu"
+    elif device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0":
+        implementation = "pallas_gpu"  # written for Hopper's TMA and wgmma
+    else:
+        implementation = "xla"
+    _log_choice(implementation, kernel_function, device.device_kind)
+    return implementation
+
+
+@functools.cache
+def _log_choice(implementation, kernel_function, device_kind):
+    logging.info("linear_attention: %s for kernel function %s on %s",
+                 implementation, kernel_function, device_kind)
+
+
+def _kernel_module(implementation):
+    if implementation == "pallas_tpu":
+        from lit_jax.kernels import linear_attention_tpu as module
+    else:
+        from lit_jax.kernels import linear_attention_gpu as module
+    return module
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret):
+    return _kernel_module(implementation).forward(
+        q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
+        interpret=interpret)
+
+
+def _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret):
+    out = _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)
+    return out, (q, kv, conv_kernel, conv_bias)
+
+
+def _fused_bwd(num_heads, grid, kernel_function, implementation, interpret, residuals, do):
+    return _kernel_module(implementation).backward(
+        *residuals, do, num_heads=num_heads, grid=grid, kernel_function=kernel_function, interpret=interpret)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function):
+    """The op in plain JAX: runs anywhere, and is what the kernels are tested against."""
+    B, T, D = q.shape
+    k, v = jnp.split(kv, 2, axis=-1)
+    # (B, N, T, H): with heads left inside, XLA copies around each product, and its CPU backend lacks one.
+    q_heads, k_heads, v_heads = (
+        x.reshape(B, T, num_heads, D // num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
+
+    # Float32 operands mean float32 products: a TPU's default precision would round them to bfloat16.
+    einsum = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None)
+    phi_q = _phi(q_heads.astype(jnp.float32), kernel_function)
+    phi_k = _phi(k_heads.astype(jnp.float32), kernel_function)
+    state = einsum("bnth,bntm->bnhm", phi_k.astype(q.dtype), v_heads) / T               # (B, N, H, H)
+    numerator = einsum("bnth,bnhm->bntm", phi_q.astype(q.dtype), state.astype(q.dtype))
+    denominator = jnp.sum(phi_q * jnp.mean(phi_k, axis=2, keepdims=True), axis=-1, keepdims=True)
+    out = numerator / (denominator + EPSILON)                                           # (B, N, T, H)
+    out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
+    if conv_kernel is not None:
+        out = out + _depthwise_conv(v, conv_kernel, conv_bias, num_heads, grid)
+    return out.astype(q.dtype)
+
+
+def _phi(x, kernel_function):
+    """The kernel function of (..., H) float32; "focused" norms are per head."""
+    if kernel_function in ("relu", "focused"):
+        phi = jax.nn.relu(x) + EPSILON
+    else:
+        phi = jax.nn.gelu(x, approximate=False) + EPSILON
+    if kernel_function in ("focused", "focused_gelu"):
+        norm = jnp.linalg.norm(phi, axis=-1, keepdims=True)
+        # The power of the unit vector: that of a raw one can leave the range of float32.
+        power = (phi / norm) ** FOCUSING_FACTOR
+        phi = norm / jnp.linalg.norm(power, axis=-1, keepdims=True) * power
+    return phi
+
+
+def _depthwise_conv(v, conv_kernel, conv_bias, num_heads, grid):
+    """Zero-padded K x K depth-wise convolution of (B, T, D) over the grid, in float32, plus the bias."""
+    B, T, D = v.shape
+    h, w = grid
+    K = conv_kernel.shape[0]
+    pad = K // 2
+    padded = jnp.pad(v.reshape(B, h, w, D), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    conv_kernel = jnp.tile(conv_kernel.astype(jnp.float32), (1, 1, num_heads))[:, :, None, None, None]
+    out = jnp.tile(conv_bias.astype(jnp.float32), num_heads)[None, None, None]
+    for dy in range(K):
+        for dx in range(K):
+            out = out + padded[:, dy:dy + h, dx:dx + w].astype(jnp.float32) * conv_kernel[dy, dx]
+    return out.reshape(B, T, D)
