@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
         remat="dots",                           # none, dots, full: what the backward pass recomputes
         log_every=100,                          # steps between log lines
         preview_every=10_000,                   # steps between preview grids; 0: none
+        preview_images=8,                       # images a row
         stop_after_bad_steps=10,                # steps in a row with a non-finite loss or gradient before the run stops
     ))
     config.optimizer = ConfigDict(dict(
@@ -108,6 +109,8 @@ def get_config() -> ConfigDict:
         batch_size=64,                          # global
         cfg_scale=1.5,                          # 1: no guidance
         cfg_channels="3",                       # leading channels that are guided: 3 (DiT's), or all
-        cfg_interval=(0, 1000),                 # timesteps t with low <= t < high are guided
+        cfg_interval=(0.0, 1000.0),             # guided where low <= t <= high, in training timesteps
+        labels="random",                        # random (DiT's protocol) or balanced over the classes
+        clip_denoised=False,                    # clip the predicted image to [-1, 1]: for pixels
     ))
     return config

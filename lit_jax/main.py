@@ -20,10 +20,16 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise ValueError("--config=configs/NAME.py is missing")
     logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(is_ours)
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
     job = importlib.import_module(f"lit_jax.{MODE.value}")  # here: JAX takes seconds to load, a wrong flag has failed by now
     job.run(CONFIG.value, workdir)
+
+
+def is_ours(record) -> bool:
+    """Keeps warnings of everybody, but of the libraries' running commentary only our own lines."""
+    return record.levelno > 20 or "lit_jax" in pathlib.Path(record.pathname).parts
 
 
 def parse_flags(argv: list[str]) -> list[str]:

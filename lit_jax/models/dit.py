@@ -14,7 +14,7 @@ from lit_jax.models.attention import LinearAttention, SoftmaxAttention, xavier_u
 
 # size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
 SIZES = {
-    "Ti": (8, 128, 4, 2),
+    "Ti": (5, 160, 4, 2),
     "S": (12, 384, 6, 2),
     "B": (12, 768, 12, 3),
     "L": (24, 1024, 16, 4),

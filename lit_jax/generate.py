@@ -1,0 +1,69 @@
+"""Images from a model: one jitted sampler over the mesh, and the label and noise that belong to image number i."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lit_jax import samplers, sharding
+from lit_jax.diffusion import Diffusion
+from lit_jax.models.dit import DiT
+
+LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's key; its label takes one far away
+
+
+class Generator:
+    """Draws images by number. Image i depends on (seed, i) and its label alone, not on the batch or the mesh.
+
+    Args:
+      size: height = width of an image in the model's space. batch_size: global; the mesh must divide it.
+      sampler, steps, cfg_scale, cfg_channels, cfg_interval: see `samplers.make_grid` and `samplers.sample`.
+      clip_denoised: clip the predicted x_start to [-1, 1]: for models of pixels.
+    """
+
+    def __init__(self, model: DiT, diffusion: Diffusion, mesh: jax.sharding.Mesh, *, size: int, seed: int, sampler: str,
+                 steps: int, batch_size: int, cfg_scale: float, cfg_channels: str, cfg_interval: tuple[float, float],
+                 clip_denoised: bool):
+        sharding.check_batch(batch_size, mesh, "sample.batch_size")
+        self.batch_size, self._num_classes, self._seed = batch_size, model.num_classes, seed
+        self._sharding = sharding.batch_sharding(mesh)
+        grid = samplers.make_grid(diffusion, sampler, steps,
+                                  variance="learned_range" if model.learn_sigma else "fixed_large")
+        root = jax.random.key(seed)
+
+        def draw(params, index, labels):
+            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
+            return samplers.sample(lambda x, t, y: model.apply({"params": params}, x, t, y), keys,
+                                   (size, size, model.in_channels), grid=grid, labels=labels, null_label=model.num_classes,
+                                   cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
+                                   clip_denoised=clip_denoised)
+
+        self._draw = jax.jit(draw, out_shardings=self._sharding)
+
+    def labels(self, index: np.ndarray, mode: str) -> np.ndarray:
+        """Labels (n,) int32 of images by number: "random" uniform from (seed, i), or "balanced": i modulo the classes."""
+        if mode == "balanced":
+            return (index % self._num_classes).astype(np.int32)
+        if mode != "random":
+            raise ValueError(f"sample.labels must be random or balanced, got {mode!r}")
+
+        def label(i):
+            rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), i), LABEL_STREAM)
+            return jax.random.randint(rng, (), 0, self._num_classes)
+
+        return np.asarray(jax.vmap(label)(jnp.asarray(index)), np.int32)
+
+    def __call__(self, params: Any, index: np.ndarray, labels: np.ndarray,
+                 on_batch: Callable[[int], None] = lambda done: None) -> np.ndarray:
+        """Images (n, h, w, C) float32 in the model's space, on every process; `on_batch` is told how many are done."""
+        images = []
+        for start in range(0, len(index), self.batch_size):
+            batch = index[start:start + self.batch_size]
+            fill = self.batch_size - len(batch)  # one compiled shape: the last batch repeats an image
+            rows = [np.pad(x[start:start + self.batch_size], (0, fill), mode="edge") for x in (index, labels)]
+            out = self._draw(params, *(jax.device_put(x, self._sharding) for x in rows))
+            images.append(multihost_utils.process_allgather(out, tiled=True)[:len(batch)])
+            on_batch(start + len(batch))
+        return np.concatenate(images)
