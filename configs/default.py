@@ -113,4 +113,10 @@ def get_config() -> ConfigDict:
         labels="random",                        # random (DiT's protocol) or balanced over the classes
         clip_denoised=False,                    # clip the predicted image to [-1, 1]: for pixels
     ))
+
+    # What a training run draws at its end, with student and teacher, for its report and samples.png.
+    config.report = ConfigDict(dict(
+        num_images=0,                           # balanced over the classes, by sample.*; 0: no report
+        read_labels=False,                      # fit a pixel classifier on the real images and let it read them
+    ))
     return config

@@ -82,6 +82,21 @@ class Records:
             self._events.close()
 
 
+def plot_curves(workdir: pathlib.Path) -> None:
+    """Draws workdir/curves.png: each loss term of metrics.jsonl over the steps."""
+    from matplotlib.figure import Figure  # here: it takes a second; no pyplot, which would look for a display
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in lines[-1]]
+    figure = Figure(figsize=(3 * len(terms), 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):
+        points = [(line["step"], line[f"train/{name}"]) for line in lines if f"train/{name}" in line]
+        axes.plot(*zip(*points), color="tab:blue")
+        axes.set(title=name, xlabel="step", yscale="log" if min(y for _, y in points) > 0 else "linear")
+        axes.grid(alpha=0.3)
+    figure.savefig(workdir / "curves.png", dpi=110)
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,5 +1,6 @@
 """The main job: plain diffusion training, or the conversion of a pretrained DiT into a LiT when a teacher is named."""
 import functools
+import json
 import pathlib
 import time
 from typing import Any
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lit_jax import checkpoint, data, generate, inherit, porting, records, sharding, step
-from lit_jax.diffusion import make_diffusion
-from lit_jax.models.dit import DiT, forward_flops, make_dit
+from lit_jax.diffusion import Diffusion, make_diffusion
+from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops, make_dit
+from lit_jax.reader import LabelReader
 
 # What a teacher or a source of weights must share with the student, whatever its size.
 SHARED_FIELDS = ("in_channels", "num_classes", "learn_sigma")
@@ -62,22 +64,27 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                           num_threads=config.data.num_threads, prefetch=config.data.prefetch),
         sharding.batch_sharding(mesh), data_state)
     metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed}
-    previews = Previews(config, model, teacher, diffusion, mesh, workdir)
+    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
+    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
+    previews = Previews(config, make_generators(config, models, diffusion, mesh, preview_batch), workdir)
     size = (config.model.input_size,) * 2
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops)
 
     rng = jax.random.key(config.seed)
+    window = []  # metrics since the last log line, still on the device: reading them would stop the queue of steps
     for now in range(first_step + 1, config.train.steps + 1):
         state, metrics = train_step(state, teacher_params, next(batches), rng)
+        window.append(metrics)
+        last = now == config.train.steps
         if now == first_step + 1:
             jax.block_until_ready(metrics)
             logging.info("first step after %.1f s", time.monotonic() - launched)
             log.start(now)
-        last = now == config.train.steps
         if now % config.train.log_every == 0 or last:
-            written = log.write(now, read_metrics(metrics, state))
+            written = log.write(now, read_metrics(window, state))
+            window = []
             if written["train/skipped_in_a_row"] >= config.train.stop_after_bad_steps:
                 checkpoints.wait()
                 raise ValueError(f"the loss or its gradient was not finite in {int(written['train/skipped_in_a_row'])} steps "
@@ -86,12 +93,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if now % config.checkpoint.every == 0 or last:
             checkpoints.save(now, state.items(), data=batches.state, metadata=metadata)
         if config.train.preview_every and (now % config.train.preview_every == 0 or last):
-            picture = previews.draw(state.ema_params, teacher_params, now)
-            log.add_picture("preview", now, picture)
+            log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
             log.start(now)  # a preview is not training time
     checkpoints.wait()
     checkpoints.close()
     log.close()
+    records.plot_curves(workdir)
+    if config.report.num_images:
+        generators = make_generators(config, models, diffusion, mesh, config.sample.batch_size)
+        params = {"teacher": teacher_params, "student": state.ema_params}
+        report(config, generators, {name: params[name] for name in models}, source, workdir)
 
 
 def check_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -121,9 +132,8 @@ def student_from_config(config: ConfigDict) -> DiT:
 def architecture(model: DiT, config: ConfigDict) -> dict[str, Any]:
     """What a checkpoint says of its model: enough to build it again, in the porter's terms."""
     grid = config.model.input_size // model.patch_size
-    names = ("attention", "depth", "width", "num_heads", "patch_size", "in_channels", "num_classes", "learn_sigma", "qkv_bias",
-             "conv_size", "kernel_function", "timestep_freq_shift", "mlp_norm_epsilon")
-    return {name: getattr(model, name) for name in names} | {"grid": (grid, grid)}
+    fields = {name: getattr(model, name) for name in ARCHITECTURE} | {"grid": (grid, grid)}
+    return fields | ({"conv_size": 0} if model.attention == "softmax" else {})
 
 
 def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, porting.Checkpoint | None]:
@@ -189,38 +199,85 @@ def new_student(config: ConfigDict, model: DiT, optimizer: Any, shardings: Any, 
     return jax.jit(lambda p: step.new_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def read_metrics(metrics: dict[str, jax.Array], state: step.TrainState) -> dict[str, float]:
-    metrics = metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    return {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+def read_metrics(window: list[dict[str, jax.Array]], state: step.TrainState) -> dict[str, float]:
+    """Means of the steps since the last log line; a skipped step counts in `skipped`, not in the means."""
+    window = jax.device_get(window)
+    means = {name: np.mean([metrics[name] for metrics in window]) for name in window[0]}
+    counters = jax.device_get({"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row})
+    return {f"train/{name}": float(value) for name, value in (means | counters).items()}
+
+
+def make_generators(config: ConfigDict, models: dict[str, DiT], diffusion: Diffusion,
+                    mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, generate.Generator]:
+    """A generator for each model, with the config's sampler."""
+    sample = config.sample
+    return {name: generate.Generator(
+        model, diffusion, mesh, size=config.model.input_size, seed=config.seed, batch_size=batch_size, sampler=sample.sampler,
+        steps=sample.steps, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
+        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised) for name, model in models.items()}
 
 
 class Previews:
     """Grids of fixed noise and labels: the teacher's row, drawn once, over the student's."""
 
-    def __init__(self, config: ConfigDict, model: DiT, teacher: DiT | None, diffusion: Any, mesh: jax.sharding.Mesh,
-                 workdir: pathlib.Path):
-        self._folder = workdir / "previews"
-        count = min(config.train.preview_images, 10 * config.model.num_classes)
-        make = functools.partial(
-            generate.Generator, diffusion=diffusion, mesh=mesh, size=config.model.input_size, seed=config.seed,
-            batch_size=-(-count // mesh.size) * mesh.size, sampler=config.sample.sampler, steps=config.sample.steps,
-            cfg_scale=config.sample.cfg_scale, cfg_channels=config.sample.cfg_channels,
-            cfg_interval=tuple(config.sample.cfg_interval), clip_denoised=config.sample.clip_denoised)
-        self._student, self._teacher = make(model), teacher and make(teacher)
-        self._index = np.arange(count)
-        self._labels = self._student.labels(self._index, "balanced")
-        self._teacher_row = None
+    def __init__(self, config: ConfigDict, generators: dict[str, generate.Generator], workdir: pathlib.Path):
+        self._generators, self._folder = generators, workdir / "previews"
+        self._index = np.arange(config.train.preview_images)
+        self._rows = {}
 
-    def draw(self, ema_params: Any, teacher_params: Any, now: int) -> Image.Image:
-        rows, titles = [], []
-        if self._teacher:
-            if self._teacher_row is None:
-                self._teacher_row = records.to_uint8(self._teacher(teacher_params, self._index, self._labels))
-            rows, titles = [self._teacher_row], ["teacher"]
-        rows.append(records.to_uint8(self._student(ema_params, self._index, self._labels)))
-        titles.append("student" if self._teacher else "model")
-        picture = records.image_grid(rows, titles)
+    def draw(self, params: dict[str, Any], now: int) -> Image.Image:
+        """Draws, saves and returns the grid; params holds the parameters of each generator's model."""
+        for name, generator in self._generators.items():
+            if name == "teacher" and name in self._rows:
+                continue
+            labels = generator.labels(self._index, "balanced")
+            self._rows[name] = records.to_uint8(generator(params[name], self._index, labels))
+        picture = records.image_grid(list(self._rows.values()), list(self._rows))
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
             picture.save(self._folder / f"step_{now:07d}.png")
         return picture
+
+
+def report(config: ConfigDict, generators: dict[str, generate.Generator], params: dict[str, Any], source: data.ImageSource,
+           workdir: pathlib.Path) -> None:
+    """The end of a run in a few lines and pictures: report.json, samples.png, and the summary on the log.
+
+    With report.read_labels a classifier fitted on the real images says how often it reads the label that was asked for.
+    """
+    index = np.arange(config.report.num_images)
+    images, result = {}, {"num_images": len(index)}
+    for name, generator in generators.items():
+        labels = generator.labels(index, "balanced")
+        images[name] = records.to_uint8(generator(params[name], index, labels))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], lines[-1]
+    terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in last]
+    result["loss"] = {name: {"start": first[f"train/{name}"], "end": last[f"train/{name}"]} for name in terms}
+    result["parameters"] = {name: checkpoint.parameter_count(tree) for name, tree in params.items()}
+    if (workdir / "inheritance.json").exists():
+        parts = json.loads((workdir / "inheritance.json").read_text())
+        result["inheritance"] = {name: sum(leaves.values()) for name, leaves in parts.items()}
+    if config.report.read_labels:
+        reader = LabelReader(*data.read_all(source))
+        result["labels_read"] = {name: reader.accuracy(picture, labels) for name, picture in images.items()}
+    if jax.process_index() == 0:
+        records.square_grid(list(images.values())[-1]).save(workdir / "samples.png")
+        (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        logging.info("%s", summary(result, first["step"], last["step"], workdir))
+
+
+def summary(result: dict[str, Any], first: int, last: int, workdir: pathlib.Path) -> str:
+    """The report as the few lines that a person reads."""
+    lines = ["", f"parameters     {', '.join(f'{name} {count:,}' for name, count in result['parameters'].items())}"]
+    if "inheritance" in result:
+        parts = result["inheritance"]
+        lines.append(f"inheritance    {parts['inherited']:,} inherited, {parts['at_init']:,} new, "
+                     f"{parts['left_behind']:,} of the source left behind")
+    lines.append(f"loss terms     mean of steps 1 to {first:,} -> of the last ones, up to {last:,}")
+    lines += [f"  {name:<13}{values['start']:.4f} -> {values['end']:.4f}" for name, values in result["loss"].items()]
+    if "labels_read" in result:
+        lines.append(f"labels read    by a classifier of the real images, on {result['num_images']} images each: "
+                     + ", ".join(f"{name} {share:.1%}" for name, share in result["labels_read"].items()))
+    lines.append(f"pictures       {workdir}/previews/step_{last:07d}.png, {workdir}/samples.png, {workdir}/curves.png")
+    return "\n".join(lines)

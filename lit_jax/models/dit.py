@@ -238,6 +238,22 @@ def make_dit(*, size: str, depth: int = 0, width: int = 0, num_heads: int = 0, a
                dtype=jnp.dtype(dtype).type, **kwargs)
 
 
+# What parameters alone do not tell, or a config may get wrong: a checkpoint's architecture names them all.
+ARCHITECTURE = ("attention", "depth", "width", "num_heads", "patch_size", "in_channels", "num_classes", "learn_sigma",
+                "qkv_bias", "conv_size", "kernel_function", "timestep_freq_shift", "mlp_norm_epsilon")
+_LINEAR_ONLY = ("conv_size", "kernel_function")
+
+
+def check_architecture(model: DiT, architecture: dict[str, Any], path: str) -> None:
+    """Raises ValueError naming the first field in which a checkpoint's architecture is not the model's."""
+    for name in ARCHITECTURE:
+        ours, theirs = getattr(model, name), architecture[name]
+        if theirs is None or (model.attention == "softmax" and name in _LINEAR_ONLY):
+            continue
+        if ours != theirs:
+            raise ValueError(f"model.{name} = {ours}, but the checkpoint {path} has {theirs}")
+
+
 def forward_flops(model: DiT, input_size: tuple[int, int]) -> float:
     """Multiply-adds of one image's forward pass, times two; matrix products and the depth-wise convolution only.
 

@@ -1,0 +1,118 @@
+"""Draws images from a checkpoint: PNG files, a grid, and the npz that evaluators read."""
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lit_jax import generate, porting, records, sharding
+from lit_jax.diffusion import make_diffusion
+from lit_jax.models.dit import check_architecture, make_dit
+
+GRID_IMAGES = 100
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Draws images 0 to sample.num_images - 1 into workdir/samples, going on where an interrupted run stopped.
+
+    Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid are made of the PNGs.
+    Raises: ValueError when the checkpoint is of another model than the config says, or the folder holds images that were
+    drawn by another protocol.
+    """
+    sample = config.sample
+    if sample.num_images < 1:
+        raise ValueError(f"sample.num_images must be at least 1, got {sample.num_images}")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    model = make_dit(**{name: value for name, value in config.model.items() if name != "input_size"})
+    source = porting.read_checkpoint(sample.checkpoint or workdir)
+    check_architecture(model, source.architecture, sample.checkpoint or str(workdir))
+    generator = generate.Generator(
+        model, make_diffusion(), mesh, size=config.model.input_size, seed=config.seed, sampler=sample.sampler,
+        steps=sample.steps, batch_size=sample.batch_size, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
+        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised)
+    index = np.arange(sample.num_images)
+    labels = generator.labels(index, sample.labels)
+
+    folder = workdir / "samples"
+    claim(folder, protocol(config, source.report.checksum))
+    todo = np.array([i for i in index if not image_path(folder, i).exists()], int)
+    params = porting.load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=jax.process_index() > 0) as progress:
+        task = progress.add_task("", total=len(index), completed=len(index) - len(todo))
+        for start in range(0, len(todo), sample.batch_size):
+            batch = todo[start:start + sample.batch_size]
+            images = records.to_uint8(generator(params, batch, labels[batch]))
+            for i, image in list(zip(batch, images))[jax.process_index()::jax.process_count()]:
+                save_image(image_path(folder, i), image)
+            progress.advance(task, len(batch))
+    multihost_utils.sync_global_devices("samples written")
+    if jax.process_index() == 0:
+        paths = [image_path(folder, i) for i in index]
+        write_npz(workdir / "samples.npz", paths, labels, json.loads((folder / "protocol.json").read_text()))
+        shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
+        records.square_grid(shown).save(workdir / "samples.png")
+        logging.info("%d images in %s, their grid in samples.png, all of them in samples.npz", len(index), folder)
+
+
+def protocol(config: ConfigDict, weights: str) -> dict[str, Any]:
+    """Everything that the images depend on; it travels in the npz."""
+    sample = config.sample.to_dict()
+    names = ("sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "labels", "clip_denoised")
+    return {"weights": weights, "seed": config.seed, "dtype": config.model.dtype, "autoencoder": "none",
+            "uint8": "clip(127.5 x + 128) truncated"} | {name: sample[name] for name in names}
+
+
+def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Writes the protocol into a new folder, or checks that the folder's images were drawn by the same one."""
+    path = folder / "protocol.json"
+    wanted = json.loads(json.dumps(wanted))
+    if path.exists():
+        there = json.loads(path.read_text())
+        for name in sorted(wanted.keys() | there.keys()):
+            if wanted.get(name) != there.get(name):
+                raise ValueError(f"{folder} holds images drawn with {name} = {there.get(name)}, this run has "
+                                 f"{wanted.get(name)}; use another --workdir or remove the folder")
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=1) + "\n")
+    multihost_utils.sync_global_devices("protocol written")
+
+
+def image_path(folder: pathlib.Path, i: int) -> pathlib.Path:
+    return folder / f"{i:06d}.png"
+
+
+def save_image(path: pathlib.Path, image: np.ndarray) -> None:
+    """Writes a PNG under its final name only when it is whole: (h, w, 1 or 3) uint8."""
+    part = path.with_suffix(".part")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, format="png")
+    os.replace(part, path)
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+    image = np.asarray(Image.open(path))
+    return image[..., None] if image.ndim == 2 else image
+
+
+def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray, protocol: dict[str, Any]) -> None:
+    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label, protocol beside it."""
+    part = path.with_suffix(".part")
+    shape = (len(images), *read_image(images[0]).shape)
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in images:
+                file.write(np.ascontiguousarray(read_image(image)).tobytes())
+        for name, value in (("label", labels), ("protocol", np.array(json.dumps(protocol)))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, value)
+    os.replace(part, path)
