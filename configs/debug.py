@@ -5,6 +5,7 @@ from configs import quickstart
 def get_config():
     config = quickstart.get_config()
     config.model.update(depth=2, width=32, num_heads=2)
+    config.mesh.cpu_devices = 0
     config.teacher.checkpoint = ""           # the tests write one
     config.train.update(batch_size=16, steps=3, log_every=1, preview_every=3, preview_images=8)
     config.optimizer.warmup = 1

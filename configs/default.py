@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(
         data=-1,                                # replicas of the parameters; -1: all devices that are left
         fsdp=1,                                 # devices that share one copy of parameters and optimizer state
+        cpu_devices=0,                          # on a CPU: devices it pretends to be, a core each; 0: as JAX decides
     ))
     config.checkpoint = ConfigDict(dict(
         every=5_000,                            # steps

@@ -23,6 +23,10 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(is_ours)
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
+    if CONFIG.value.mesh.cpu_devices:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", CONFIG.value.mesh.cpu_devices)
     job = importlib.import_module(f"lit_jax.{MODE.value}")  # here: JAX takes seconds to load, a wrong flag has failed by now
     job.run(CONFIG.value, workdir)
 
