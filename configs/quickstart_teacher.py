@@ -11,7 +11,7 @@ def get_config():
                         dtype="float32")
     config.student.init = "random"
     config.data.update(name="mnist_digits", dir="data", flip=False, num_threads=1, prefetch=4)
-    config.train.update(batch_size=64, steps=7000, remat="none", log_every=50, preview_every=500, preview_images=10)
+    config.train.update(batch_size=64, steps=5000, remat="none", log_every=50, preview_every=500, preview_images=10)
     config.optimizer.update(learning_rate=1e-3, b2=0.99, clip_norm=1.0, schedule="cosine", warmup=200)
     config.ema.update(decay=0.999, warmup=True)
     config.mesh.cpu_devices = 2              # one a core: twice as fast as one device with two threads
