@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         qkv_bias=True,                          # bias of qkv, or of q and kv
         kernel_function="relu",                 # linear: relu, gelu, focused, focused_gelu (paper's ablation)
         conv_size=5,                            # linear: depth-wise convolution K x K of v; 0: none
-        implementation=ml_collections.config_dict.placeholder(str),  # None: by platform; see README, Kernels
+        implementation=ml_collections.config_dict.placeholder(str),  # xla, pallas_tpu, pallas_gpu; None: by platform
         timestep_freq_shift=0,                  # 0: official DiT, 1: diffusers
         mlp_norm_epsilon=1e-6,                  # 1e-6: official DiT, 1e-5: diffusers
         dtype="bfloat16",                       # of activations and matmuls: bfloat16 or float32
@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
         checkpoint="",                          # official DiT .pt or .safetensors, diffusers folder, Orbax folder, workdir
         num_heads=0,                            # softmax heads; 0: the size's, or what the checkpoint says
         dtype="bfloat16",                       # it is kept and run in this
+        implementation=ml_collections.config_dict.placeholder(str),  # softmax: xla, cudnn, pallas_tpu; None: by platform
     ))
 
     config.student = ConfigDict(dict(

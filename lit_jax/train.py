@@ -152,7 +152,8 @@ def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, porting.
         if fields[name] != getattr(student, name):
             raise ValueError(f"model.{name} = {getattr(student, name)}, but the teacher {config.teacher.checkpoint} has "
                              f"{fields[name]}")
-    return make_dit(size="XL", dtype=config.teacher.dtype, **fields), source
+    fields |= {"dtype": config.teacher.dtype, "implementation": config.teacher.implementation}
+    return make_dit(size="XL", **fields), source
 
 
 def open_init_source(config: ConfigDict, student: DiT, teacher_source: porting.Checkpoint | None) -> porting.Checkpoint | None:

@@ -8,6 +8,36 @@ import jax.numpy as jnp
 from lit_jax.kernels.linear_attention import linear_attention
 
 xavier_uniform = nn.initializers.xavier_uniform()
+SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
+FLASH_BLOCK = 128  # tokens: what the TPU flash kernel's default blocks divide
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v on (B, T, N, H), by the fastest implementation the platform has.
+
+    Args:
+      implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash kernel, T a multiple of 128). A named one
+        runs or raises. None takes cudnn or pallas_tpu where they can run, else xla.
+    Raises: ValueError for an unknown name or a T that the flash kernel does not take.
+    """
+    B, T, N, H = q.shape
+    if implementation is None:
+        platform = jax.default_backend()
+        if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+            implementation = "cudnn"
+        else:
+            implementation = "pallas_tpu" if platform == "tpu" and T % FLASH_BLOCK == 0 else "xla"
+    if implementation not in SOFTMAX_IMPLEMENTATIONS:
+        raise ValueError(f"softmax attention's implementation must be one of {', '.join(SOFTMAX_IMPLEMENTATIONS)}; "
+                         f"got {implementation!r}")
+    if implementation != "pallas_tpu":
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    if T % FLASH_BLOCK:
+        raise ValueError(f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {T} tokens; use xla")
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # here: it imports only where Pallas has TPUs
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
+    return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
 
 
 class SoftmaxAttention(nn.Module):
@@ -15,7 +45,7 @@ class SoftmaxAttention(nn.Module):
 
     num_heads: int
     qkv_bias: bool = True
-    implementation: str | None = None  # of jax.nn.dot_product_attention: None, "xla" or "cudnn"
+    implementation: str | None = None  # of softmax_attention
     dtype: Any = jnp.bfloat16
 
     @nn.compact
@@ -24,7 +54,7 @@ class SoftmaxAttention(nn.Module):
         B, T, D = x.shape
         qkv = nn.Dense(3 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads), 2, 0)
-        x = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # (B, T, N, H)
+        x = softmax_attention(q, k, v, self.implementation)  # (B, T, N, H)
         return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x.reshape(B, T, D))
 
 
