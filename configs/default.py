@@ -116,6 +116,15 @@ def get_config() -> ConfigDict:
         clip_denoised=False,                    # clip the predicted image to [-1, 1]: for pixels
     ))
 
+    config.benchmark = ConfigDict(dict(
+        what=("attention", "model"),            # any of attention, model, data
+        pixels=(256, 512, 1024),                # image sizes; a token is 16 pixels wide
+        attention_tokens=32_768,                # B * T of the attention's batches
+        model_tokens=16_384,                    # and a device of the models'
+        repeats=10,                             # medians are over these, each of 10 calls
+        topology="v5e:2x2",                     # on a CPU: the TPU whose compiler estimates the kernels
+    ))
+
     # What a training run draws at its end, with student and teacher, for its report and samples.png.
     config.report = ConfigDict(dict(
         num_images=0,                           # balanced over the classes, by sample.*; 0: no report
