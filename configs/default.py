@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     # The frozen model that is inherited from and distilled. No checkpoint: plain diffusion training.
     config.teacher = ConfigDict(dict(
         checkpoint="",                          # official DiT .pt or .safetensors, diffusers folder, Orbax folder, workdir
+        size="",                                # the checkpoint must be of it; a plan without one: empty is model.size
         num_heads=0,                            # softmax heads; 0: the size's, or what the checkpoint says
         dtype="bfloat16",                       # it is kept and run in this
         implementation=ml_collections.config_dict.placeholder(str),  # softmax: xla, cudnn, pallas_tpu; None: by platform

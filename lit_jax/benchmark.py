@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lit_jax import data, sharding, step
+from lit_jax import data, from_config, sharding, step
 from lit_jax.diffusion import make_diffusion
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models.attention import softmax_attention
@@ -156,7 +156,7 @@ def time_models(config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dict[str, Any]]:
-    optimizer = step.make_optimizer(steps=config.train.steps, **config.optimizer)
+    optimizer = from_config.optimizer(config)
     shapes = step.state_shapes(model, optimizer, size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
     rng = jax.random.key(0)
@@ -181,9 +181,7 @@ def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dic
     else:
         init = jax.jit(lambda rng: jax.tree.map(lambda p: p.astype(teacher.dtype), step.init_params(teacher, rng, size)))
         teacher_params = init(rng)
-    train_step = step.make_train_step(
-        model, optimizer, make_diffusion(), teacher=teacher, mesh=mesh, label_dropout=config.train.label_dropout,
-        accumulation=1, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup, **config.distill)
+    train_step = from_config.train_step(config, model, teacher, optimizer, make_diffusion(), mesh)
     holder = [state]  # the step donates its state: each call hands its result to the next
 
     def one():

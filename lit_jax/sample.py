@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lit_jax import generate, porting, records, sharding
+from lit_jax import from_config, porting, records, sharding
 from lit_jax.diffusion import make_diffusion
-from lit_jax.models.dit import check_architecture, make_dit
+from lit_jax.models.dit import check_architecture
 
 GRID_IMAGES = 100
 
@@ -31,13 +31,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if sample.num_images < 1:
         raise ValueError(f"sample.num_images must be at least 1, got {sample.num_images}")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    model = make_dit(**{name: value for name, value in config.model.items() if name != "input_size"})
+    model = from_config.student(config)
     source = porting.read_checkpoint(sample.checkpoint or workdir)
     check_architecture(model, source.architecture, sample.checkpoint or str(workdir))
-    generator = generate.Generator(
-        model, make_diffusion(), mesh, size=config.model.input_size, seed=config.seed, sampler=sample.sampler,
-        steps=sample.steps, batch_size=sample.batch_size, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
-        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised)
+    generator = from_config.generators(config, {"model": model}, make_diffusion(), mesh, sample.batch_size)["model"]
     index = np.arange(sample.num_images)
     labels = generator.labels(index, sample.labels)
 

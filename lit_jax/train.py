@@ -11,13 +11,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lit_jax import checkpoint, data, generate, inherit, porting, records, sharding, step
-from lit_jax.diffusion import Diffusion, make_diffusion
-from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops, make_dit
+from lit_jax import checkpoint, data, from_config, generate, inherit, porting, records, sharding, step
+from lit_jax.diffusion import make_diffusion
+from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
 from lit_jax.reader import LabelReader
-
-# What a teacher or a source of weights must share with the student, whatever its size.
-SHARED_FIELDS = ("in_channels", "num_classes", "learn_sigma")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -28,14 +25,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     launched = time.monotonic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_fields(config, mesh)
-    model = student_from_config(config)
+    from_config.check_fields(config, mesh)
+    model = from_config.student(config)
     teacher, teacher_source = open_teacher(config, model)
     source = data.open_source(config.data.name, config.data.dir, config.data.split)
     check_data(config, source)
     init_source = open_init_source(config, model, teacher_source)
     diffusion = make_diffusion()
-    optimizer = step.make_optimizer(steps=config.train.steps, **config.optimizer)
+    optimizer = from_config.optimizer(config)
 
     # Shapes, then shardings from shapes, then arrays: no full copy ever sits on one device.
     shapes = step.state_shapes(model, optimizer, config.model.input_size)
@@ -56,9 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         first_step, data_state = 0, None
         state = new_student(config, model, optimizer, shardings, init_source, workdir)
 
-    train_step = step.make_train_step(
-        model, optimizer, diffusion, teacher=teacher, mesh=mesh, label_dropout=config.train.label_dropout,
-        accumulation=config.train.accumulation, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup, **config.distill)
+    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh)
     batches = data.DeviceIterator(
         data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
                           num_threads=config.data.num_threads, prefetch=config.data.prefetch),
@@ -66,7 +61,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed}
     models = ({"teacher": teacher} if teacher else {}) | {"student": model}
     preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
-    previews = Previews(config, make_generators(config, models, diffusion, mesh, preview_batch), workdir)
+    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch), workdir)
     size = (config.model.input_size,) * 2
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
@@ -100,33 +95,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     log.close()
     records.plot_curves(workdir)
     if config.report.num_images:
-        generators = make_generators(config, models, diffusion, mesh, config.sample.batch_size)
+        generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size)
         params = {"teacher": teacher_params, "student": state.ema_params}
         report(config, generators, {name: params[name] for name in models}, source, workdir)
-
-
-def check_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for values that cannot work, naming the field and both values."""
-    train = config.train
-    sharding.check_batch(train.batch_size, mesh)
-    for name in ("steps", "accumulation", "log_every"):
-        if train[name] < 1:
-            raise ValueError(f"train.{name} must be at least 1, got {train[name]}")
-    if train.batch_size % (mesh.size * train.accumulation):
-        raise ValueError(f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = "
-                         f"{train.accumulation} times the {mesh.size} devices of the mesh")
-    if not 0 <= train.label_dropout < 1:
-        raise ValueError(f"train.label_dropout must be in [0, 1), got {train.label_dropout}")
-    if not 0 <= config.ema.decay < 1:
-        raise ValueError(f"ema.decay must be in [0, 1), got {config.ema.decay}")
-
-
-def student_from_config(config: ConfigDict) -> DiT:
-    fields = {name: value for name, value in config.model.items() if name != "input_size"}
-    model = make_dit(remat=config.train.remat, **fields)
-    if config.model.input_size % model.patch_size:
-        raise ValueError(f"model.patch_size = {model.patch_size} does not divide model.input_size = {config.model.input_size}")
-    return model
 
 
 def architecture(model: DiT, config: ConfigDict) -> dict[str, Any]:
@@ -141,19 +112,7 @@ def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, porting.
     if not config.teacher.checkpoint:
         return None, None
     source = porting.read_checkpoint(config.teacher.checkpoint)
-    fields = dict(source.architecture)
-    fields.pop("grid")
-    if config.teacher.num_heads:
-        fields["num_heads"] = config.teacher.num_heads
-    if not fields["num_heads"]:
-        raise ValueError(f"{config.teacher.checkpoint} does not say how many heads its width of {fields['width']} has; "
-                         f"set teacher.num_heads")
-    for name in SHARED_FIELDS:
-        if fields[name] != getattr(student, name):
-            raise ValueError(f"model.{name} = {getattr(student, name)}, but the teacher {config.teacher.checkpoint} has "
-                             f"{fields[name]}")
-    fields |= {"dtype": config.teacher.dtype, "implementation": config.teacher.implementation}
-    return make_dit(size="XL", **fields), source
+    return from_config.teacher(config, student, source.architecture), source
 
 
 def open_init_source(config: ConfigDict, student: DiT, teacher_source: porting.Checkpoint | None) -> porting.Checkpoint | None:
@@ -206,16 +165,6 @@ def read_metrics(window: list[dict[str, jax.Array]], state: step.TrainState) -> 
     means = {name: np.mean([metrics[name] for metrics in window]) for name in window[0]}
     counters = jax.device_get({"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row})
     return {f"train/{name}": float(value) for name, value in (means | counters).items()}
-
-
-def make_generators(config: ConfigDict, models: dict[str, DiT], diffusion: Diffusion,
-                    mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, generate.Generator]:
-    """A generator for each model, with the config's sampler."""
-    sample = config.sample
-    return {name: generate.Generator(
-        model, diffusion, mesh, size=config.model.input_size, seed=config.seed, batch_size=batch_size, sampler=sample.sampler,
-        steps=sample.steps, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
-        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised) for name, model in models.items()}
 
 
 class Previews:
