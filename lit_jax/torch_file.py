@@ -74,7 +74,7 @@ def _failure(path):
     return fail
 
 
-def _unique(pairs):
+def unique_keys(pairs):
     """JSON object hook that refuses a key given twice (the second would silently win)."""
     result = {}
     for key, value in pairs:
@@ -110,7 +110,7 @@ def read_safetensors(path):
         fail(f"the header claims {header_bytes} bytes; the file has {len(buffer) - 8}, "
              f"the limit is {MAX_HEADER_BYTES}")
     try:
-        header = json.loads(buffer[8 : 8 + header_bytes].decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(buffer[8 : 8 + header_bytes].decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         fail(f"the header is not valid JSON: {error}")
     if not isinstance(header, dict):
@@ -509,7 +509,7 @@ def _read_zip(path, buffer, fail):
 
 
 def _read_legacy(buffer, fail):
-    """The pickled object of the format before torch 1.6: five pickles, then length and bytes of each storage."""
+    """The same of the format before torch 1.6: five pickles, then length and bytes of each storage."""
     stream = io.BytesIO(buffer[:MAX_PICKLE_BYTES])
     if _Unpickler(stream, fail).load() != _LEGACY_MAGIC:
         fail("neither a zip archive nor a legacy torch file")
@@ -588,7 +588,7 @@ def _pickled_state_dict(tensors):
 
 
 def write_torch(path, tensors):
-    """Writes (key, shape, read) triples as the flat state dict of a .pt file, one tensor at a time, as float32."""
+    """Writes (key, shape, read) triples as a flat float32 state dict, one tensor in memory at a time."""
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
