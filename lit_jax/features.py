@@ -131,53 +131,65 @@ def make_extractor(name: str, weights: str | Path = "") -> Extractor:
 
 def make_efficientnet_extractor(params: dict) -> Extractor:
     """EfficientNet-Lite0 with given parameters."""
-    size = efficientnet_lite0.INPUT_SIZE
-
-    def network(params, x):
-        return {"pool": efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x)["pool"]}
-
-    def preprocess(images):
-        B, _, _, C = images.shape
-        x = jax.image.resize(images.astype(jnp.float32), (B, size, size, C), "bilinear", antialias=True)
-        return (x - 127.0) / 128.0
-
     protocol = {"features": "efficientnet_lite0", "network": "EfficientNet-Lite0", "weights": hash_params(params),
-                "resize": f"antialiased bilinear to {size}", "scale": "(x - 127) / 128"}
-    return Extractor("efficientnet_lite0", "efficientnet_lite0", {"pool": "fd"}, False, protocol, params, network,
-                     lambda images: images, preprocess)
+                "resize": f"antialiased bilinear to {efficientnet_lite0.INPUT_SIZE}", "scale": "(x - 127) / 128"}
+    return Extractor("efficientnet_lite0", "efficientnet_lite0", {"pool": "fd"}, False, protocol, params,
+                     _efficientnet_network, _as_it_is, _efficientnet_preprocess)
 
 
 def make_inception_extractor(name: str, params: dict) -> Extractor:
     """Inception-v3 of FID with given parameters and the preprocessing of `name`."""
-    size = inception.INPUT_SIZE
-
-    def network(params, x):
-        return inception.InceptionV3().apply({"params": params}, x)
-
-    def as_they_are(images):
-        return images
-
-    def resized(images):
-        return resize_clean(images, size)
-
     # suffix of the scores, the host's part, the device's part, and what the protocol calls the last two
     suffix, prepare, preprocess, resize, scale = {
-        "inception_adm": ("adm", as_they_are, lambda x: (resize_tf1(x, size) - 128.0) / 128.0,
-                          "TensorFlow 1 bilinear", "(x - 128) / 128"),
-        # Divided before the resize, as there: the order shows in the last bits.
-        "inception_pytorch_fid": ("pytorch_fid", as_they_are, lambda x: 2.0 * resize_half_pixel(x / 255.0, size) - 1.0,
-                                  "half-pixel bilinear", "2 x / 255 - 1"),
-        "inception_clean": ("clean", resized, lambda x: (x - 128.0) / 128.0, "PIL bicubic", "(x - 128) / 128"),
+        "inception_adm": ("adm", _as_it_is, _adm_preprocess, "TensorFlow 1 bilinear", "(x - 128) / 128"),
+        "inception_pytorch_fid": ("pytorch_fid", _as_it_is, _pytorch_fid_preprocess, "half-pixel bilinear",
+                                  "2 x / 255 - 1"),
+        "inception_clean": ("clean", _clean_prepare, _clean_preprocess, "PIL bicubic", "(x - 128) / 128"),
     }[name]
     protocol = {"features": name, "network": "Inception-v3 (2015-12-05, FID)", "weights": hash_params(params),
-                "resize": f"{resize} to {size}", "scale": scale}
-    return Extractor(name, suffix, {"pool": "fid", "spatial": "sfid"}, True, protocol, params, network, prepare,
-                     lambda images: preprocess(images.astype(jnp.float32)))
+                "resize": f"{resize} to {inception.INPUT_SIZE}", "scale": scale}
+    return Extractor(name, suffix, {"pool": "fid", "spatial": "sfid"}, True, protocol, params, _inception_network,
+                     prepare, preprocess)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(extractor, params, images):
-    return extractor.network(params, extractor.preprocess(images))
+def _as_it_is(images):
+    return images
+
+
+def _efficientnet_network(params, x):
+    return {"pool": efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x)["pool"]}
+
+
+def _efficientnet_preprocess(images):
+    B, _, _, C = images.shape
+    size = efficientnet_lite0.INPUT_SIZE
+    return (jax.image.resize(images.astype(jnp.float32), (B, size, size, C), "bilinear", antialias=True) - 127.0) / 128.0
+
+
+def _inception_network(params, x):
+    return inception.InceptionV3().apply({"params": params}, x)
+
+
+def _adm_preprocess(images):
+    return (resize_tf1(images.astype(jnp.float32), inception.INPUT_SIZE) - 128.0) / 128.0
+
+
+def _pytorch_fid_preprocess(images):
+    # Divided before the resize, as there: the order shows in the last bits.
+    return 2.0 * resize_half_pixel(images.astype(jnp.float32) / 255.0, inception.INPUT_SIZE) - 1.0
+
+
+def _clean_prepare(images):
+    return resize_clean(images, inception.INPUT_SIZE)
+
+
+def _clean_preprocess(images):
+    return (images - 128.0) / 128.0
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(network, preprocess, params, images):
+    return network(params, preprocess(images))
 
 
 def extract(extractor: Extractor, batches: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -204,7 +216,8 @@ def extract(extractor: Extractor, batches: Iterable[np.ndarray], batch_size: int
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         padded = np.pad(extractor.prepare(images), ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)))
-        return _apply(extractor, params, jax.device_put(padded, sharding.batch_sharding(mesh))), len(images)
+        return _apply(extractor.network, extractor.preprocess, params,
+                      jax.device_put(padded, sharding.batch_sharding(mesh))), len(images)
 
     pending = None       # one batch ahead: the device works while the host reads and accumulates
     for images in batches:

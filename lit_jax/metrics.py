@@ -13,35 +13,53 @@ import numpy as np
 class Moments:
     """Mean and covariance of a stream of feature batches, float64, in one pass.
 
-    Batches are merged by Chan's rule (the sum of squares about the running mean), which does not cancel as
-    E[x^2] - E[x]^2 does.
+    Rows are folded in by Chan's rule (sums of squares about the running mean), which does not cancel as
+    E[x^2] - E[x]^2 does; about a thousand at a time, as folding costs a pass over the whole matrix.
     """
 
     def __init__(self, dim: int):
-        self.count = 0
-        self.mean = np.zeros(dim)
+        self._count = 0
+        self._mean = np.zeros(dim)
         self._squares = np.zeros((dim, dim))       # sum of outer products of deviations from the mean
+        self._pending, self._num_pending = [], 0
 
     def update(self, features: np.ndarray) -> None:
         """Adds features (B, dim); any B, 0 included."""
-        features = np.asarray(features, np.float64)
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"expected features of shape (B, {len(self.mean)}), got {features.shape}")
-        count = len(features)
-        if not count:
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"expected features of shape (B, {len(self._mean)}), got {features.shape}")
+        self._pending.append(np.array(features, np.float64))
+        self._num_pending += len(features)
+        if self._num_pending >= 1024:
+            self._fold()
+
+    def _fold(self):
+        if not self._num_pending:
             return
-        mean = features.mean(axis=0)
-        deviations, step, total = features - mean, mean - self.mean, self.count + count
-        self._squares += deviations.T @ deviations + np.outer(step, step) * (self.count * count / total)
-        self.mean += step * (count / total)
-        self.count = total
+        features, count = np.concatenate(self._pending), self._num_pending
+        mean, total = features.mean(axis=0), self._count + count
+        deviations, step = features - mean, mean - self._mean
+        self._squares += deviations.T @ deviations
+        self._squares += np.outer(step * (self._count * count / total), step)
+        self._mean = self._mean + step * (count / total)
+        self._count, self._pending, self._num_pending = total, [], 0
+
+    @property
+    def count(self) -> int:
+        return self._count + self._num_pending
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(dim,)"""
+        self._fold()
+        return self._mean
 
     @property
     def covariance(self) -> np.ndarray:
         """(dim, dim), divided by count - 1 as np.cov does; raises ValueError with fewer than two features."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-        return self._squares / (self.count - 1)
+        self._fold()
+        if self._count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self._count}")
+        return self._squares / (self._count - 1)
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
