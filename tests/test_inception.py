@@ -216,6 +216,9 @@ def test_extract_gives_the_features_of_the_images(torch_network, params):
     assert {key: value.shape for key, value in actual.items()} == {"pool": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}
 
 
+apply_efficientnet = jax.jit(lambda params, x: efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x))
+
+
 def check_efficientnet(network, path):
     outputs = record_outputs(network)
     params = efficientnet_lite0.load_params(path)
@@ -268,8 +271,7 @@ def test_efficientnet_recognises_a_uniform_and_a_palace(picture, label):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = np.asarray(image.convert("RGB").crop((left, top, left + side, top + side)))
     extractor = features.make_extractor("efficientnet_lite0")
-    logits = efficientnet_lite0.EfficientNetLite0().apply({"params": extractor.params},
-                                                          extractor.preprocess(jnp.asarray(image[None])))["logits"]
+    logits = apply_efficientnet(extractor.params, jax.jit(extractor.preprocess)(image[None]))["logits"]
     assert int(logits[0].argmax()) == label
 
 
