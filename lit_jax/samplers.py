@@ -218,7 +218,7 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         grid: the sampler, from `make_grid`.
         labels: (B,) int32. null_label: the label that stands for none, num_classes for DiT.
         cfg_scale: 1 is no guidance and costs no second half.
-        cfg_interval: guide only where low <= t <= high in training timesteps; None guides at every step.
+        cfg_interval: (low, high): guide only where low <= t < high in training timesteps; None: at every step.
         clip_denoised: clip the estimate of x_start to [-1, 1], for models of pixels.
         noise: (B, h, w, C) to start from, in place of the keys' own.
     Returns: (B, h, w, C) float32.
@@ -229,7 +229,7 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
     B, C = labels.shape[0], shape[-1]
     steps, order = grid.x_start_coefs.shape
     low, high = cfg_interval or (-np.inf, np.inf)
-    is_guided = (grid.timesteps >= low) & (grid.timesteps <= high) & (cfg_scale != 1.0)
+    is_guided = (grid.timesteps >= low) & (grid.timesteps < high) & (cfg_scale != 1.0)
 
     def plain(x, t):
         return model_fn(x, t, labels)

@@ -1,0 +1,69 @@
+"""What the pretrained feature networks share: frozen batch normalisation and strict loading of their weights."""
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation by stored statistics; they are parameters here, as nothing in these networks is trained."""
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        C = x.shape[-1]
+        mean = self.param("mean", nn.initializers.zeros, (C,))
+        var = self.param("var", nn.initializers.ones, (C,))
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + (C,)
+        return (x - mean.reshape(shape)) * multiplier.reshape(shape) + bias.reshape(shape)
+
+
+_BATCH_NORM_NAMES = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+
+
+def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+    """One tensor of a torch network under our name and layout.
+
+    Args:
+        module: path of the module in our tree, "a/b/conv"; one that ends in "bn" is a batch normalisation.
+        name: the tensor's own name, "weight" for instance.
+    Returns: path and value; (out, in, h, w) becomes (h, w, in, out), and (out, in) becomes (in, out).
+    """
+    if module.split("/")[-1] == "bn":
+        return f"{module}/{_BATCH_NORM_NAMES.get(name, name)}", value
+    if name == "weight" and value.ndim == 4:
+        return f"{module}/kernel", value.transpose(2, 3, 1, 0)
+    if name == "weight" and value.ndim == 2:
+        return f"{module}/kernel", value.T
+    return f"{module}/{name}", value
+
+
+def build_params(flat: Mapping[str, np.ndarray], network: nn.Module, input_size: int, source: str | Path) -> dict:
+    """Nests {"a/b/kernel": array} into the parameters of a network, float32.
+
+    Raises: ValueError naming what `source` lacks, what is unknown, and what has the wrong shape.
+    """
+    x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
+    expected = {"/".join(key.key for key in keys): leaf.shape
+                for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    problems = [f"missing {key}" for key in expected if key not in flat]
+    problems += [f"unknown {key}" for key in flat if key not in expected]
+    problems += [f"{key} has shape {flat[key].shape}, expected {shape}"
+                 for key, shape in expected.items() if key in flat and flat[key].shape != shape]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not hold the weights of {type(network).__name__}: {'; '.join(problems[:8])}{more}")
+    params = {}
+    for key, value in flat.items():
+        *parents, last = key.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = np.ascontiguousarray(value, np.float32)
+    return params

@@ -1,0 +1,246 @@
+"""The evaluation job: files of images, references, protocols, and the reports."""
+import json
+import pathlib
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax import evaluate, features
+
+
+def make_extractor(name="tiny", weights="w1"):
+    """A real extractor with a tiny network: means of the four quarters of an image, and their products."""
+    def network(params, x):
+        B, H, W, C = x.shape
+        quarters = x.reshape(B, 2, H // 2, 2, W // 2, C).mean((2, 4)).reshape(B, -1) * params["scale"]    # (B, 4 C)
+        return {"pool": quarters, "spatial": quarters[:, :3] * quarters[:, 3:6], "logits": quarters[:, :5]}
+
+    protocol = {"features": name, "weights": weights}
+    return features.Extractor(name, "tiny", {"pool": "fd", "spatial": "sfd"}, True, protocol, {"scale": jnp.float32(0.01)},
+                              network, lambda x: x, lambda x: x.astype(jnp.float32))
+
+
+def random_images(count, seed=0, size=8):
+    rng = np.random.default_rng(seed)
+    smooth = rng.uniform(0, 255, (count, 2, 2, 3)).repeat(size // 2, 1).repeat(size // 2, 2)
+    return np.clip(smooth + rng.normal(0, 20, (count, size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def features_of(images, extractor):
+    return {k: np.asarray(v, np.float64) for k, v in extractor.network(extractor.params, images.astype(np.float32)).items()}
+
+
+def batches_of(images, batch_size):
+    return (images[i:i + batch_size] for i in range(0, len(images), batch_size))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("num_images, batch_size", [(23, 8), (16, 8), (5, 64)])
+def test_images_stream_from_npz_in_file_order(tmp_path, save, num_images, batch_size):
+    images, path = random_images(23), tmp_path / "images.npz"
+    save(path, arr_0=images, arr_1=np.arange(23), protocol=json.dumps({"steps": 250}))
+    assert evaluate.npz_shape(path) == (23, 8, 8, 3)
+    batches = list(evaluate.npz_batches(path, num_images, batch_size))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    np.testing.assert_array_equal(np.concatenate(batches), images[:num_images])
+    assert evaluate.npz_protocol(path) == {"steps": 250}
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    path = tmp_path / "x.npz"
+    for images, message in [(np.zeros((2, 8, 8, 3), np.float32), "float32"), (np.zeros((2, 8, 8), np.uint8), r"\(2, 8, 8\)"),
+                            (np.zeros((2, 3, 8, 8), np.uint8), r"\(2, 3, 8, 8\)"),
+                            (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran")]:
+        np.savez(path, arr_0=images)
+        with pytest.raises(ValueError, match=message):
+            evaluate.npz_shape(path)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(ValueError, match="not an npz with an array 'arr_0'"):
+        evaluate.npz_shape(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="not an npz"):
+        evaluate.npz_shape(path)
+    with pytest.raises(FileNotFoundError, match="nowhere.npz not found"):
+        evaluate.npz_shape(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize("count, batch_size", [(40, 8), (43, 8), (3, 64), (33, 16)])
+def test_a_ragged_last_batch_is_neither_lost_nor_padded(count, batch_size):
+    extractor, images = make_extractor(), random_images(count)
+    statistics = evaluate.collect(extractor, batches_of(images, batch_size), batch_size)
+    expected = features_of(images, extractor)
+    assert statistics.count == count
+    for key in ("pool", "spatial"):
+        mean, covariance = statistics.moments[key]
+        np.testing.assert_allclose(mean, expected[key].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(covariance, np.cov(expected[key], rowvar=False), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(statistics.features, expected["pool"], rtol=1e-5)
+    np.testing.assert_allclose(statistics.logits, expected["logits"], rtol=1e-5)
+
+
+def test_kept_features_are_those_of_the_chosen_images():
+    extractor, images = make_extractor(), random_images(43)
+    keep = evaluate.spread(43, 10)
+    np.testing.assert_array_equal(keep, [0, 4, 8, 12, 17, 21, 25, 30, 34, 38])
+    statistics = evaluate.collect(extractor, batches_of(images, 8), 8, keep=keep)
+    np.testing.assert_allclose(statistics.features, features_of(images, extractor)["pool"][keep], rtol=1e-5)
+    np.testing.assert_array_equal(evaluate.spread(5, 10), np.arange(5))
+
+
+def test_scores_are_named_for_what_they_measure():
+    extractor = make_extractor()
+    reference = evaluate.collect(extractor, batches_of(random_images(50, 1), 16), 16)
+    scores = evaluate.score_images(extractor, random_images(43), reference, batch_size=16)
+    assert list(scores) == ["fd_tiny_43", "sfd_tiny_43", "is_tiny_43", "precision_tiny_43", "recall_tiny_43"]
+    assert evaluate.count_name(50_000) == "50k" and evaluate.count_name(1234) == "1234"
+    same = evaluate.score_images(extractor, random_images(50, 1), reference)
+    assert abs(same["fd_tiny_50"]) < 1e-5 and same["precision_tiny_50"] == same["recall_tiny_50"] == 1.0
+    assert scores["fd_tiny_43"] > 0.01
+
+
+def save_adm_reference(path, extractor, images, **others):
+    expected = features_of(images, extractor)
+    np.savez(path, mu=expected["pool"].mean(0).astype(np.float32), sigma=np.cov(expected["pool"], rowvar=False),
+             mu_s=expected["spatial"].mean(0).astype(np.float32), sigma_s=np.cov(expected["spatial"], rowvar=False), **others)
+
+
+def load(path, extractor, num_neighbour_images=20):
+    return evaluate.load_reference(path, extractor, batch_size=8, num_neighbour_images=num_neighbour_images)
+
+
+def test_adm_reference_is_read_as_it_is(tmp_path):
+    """Its statistics are of the whole training set, its images are for precision and recall alone."""
+    extractor, whole = make_extractor("inception_adm"), random_images(100)
+    save_adm_reference(tmp_path / "adm.npz", extractor, whole, arr_0=whole[:30])
+    reference = load(tmp_path / "adm.npz", extractor, 25)
+    expected = features_of(whole, extractor)
+    np.testing.assert_allclose(reference.moments["pool"][0], expected["pool"].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(reference.moments["spatial"][1], np.cov(expected["spatial"], rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(reference.features, expected["pool"][:25], rtol=1e-5)
+    assert reference.identity["neighbour_images"] == 25
+
+
+def test_statistics_of_other_features_are_not_used(tmp_path):
+    adm, other, images = make_extractor("inception_adm"), make_extractor("tiny"), random_images(40)
+    save_adm_reference(tmp_path / "adm.npz", adm, images + np.uint8(0), arr_0=images[:30])
+    reference = load(tmp_path / "adm.npz", other)
+    assert reference.count == 30        # from its images
+    np.testing.assert_allclose(reference.moments["pool"][0], features_of(images[:30], other)["pool"].mean(0), rtol=1e-5)
+    assert len(reference.features) == 20
+
+    save_adm_reference(tmp_path / "no_images.npz", adm, images)
+    with pytest.raises(ValueError, match="statistics of inception_adm and no images.*evaluate.features = tiny"):
+        load(tmp_path / "no_images.npz", other)
+    np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(12), sigma=np.eye(12))
+    with pytest.raises(ValueError, match="statistics of inception_pytorch_fid and no images"):
+        load(tmp_path / "pytorch_fid.npz", adm)
+    reference = load(tmp_path / "pytorch_fid.npz", make_extractor("inception_pytorch_fid"))
+    assert reference.features is None and list(reference.moments) == ["pool"]
+    np.savez(tmp_path / "nothing.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match=r"neither statistics nor images, but \['x'\]"):
+        load(tmp_path / "nothing.npz", adm)
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(ValueError, match="not an npz file"):
+        load(tmp_path / "text.npz", adm)
+
+
+def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
+    extractor, cache = make_extractor(), tmp_path / "reference.npz"
+    kwargs = dict(batch_size=100, num_neighbour_images=50, cache=cache)
+    first = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
+    assert first.count == 500 and first.features.shape == (50, 12)
+    written = cache.stat().st_mtime_ns
+    again = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
+    assert cache.stat().st_mtime_ns == written and again.identity == first.identity
+    for key in ("pool", "spatial"):
+        for kept, computed in zip(again.moments[key], first.moments[key]):
+            np.testing.assert_array_equal(kept, computed)
+    np.testing.assert_array_equal(load(cache, extractor).features, first.features)
+    with pytest.raises(ValueError, match="another protocol: weights is 'w1' and 'w2'"):
+        load(cache, make_extractor(weights="w2"))
+    more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs | {"num_neighbour_images": 60})
+    assert len(more.features) == 60
+
+
+def make_config(**evaluate_fields):
+    defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=16,
+                    num_neighbour_images=10_000, neighbours=3, split_size=5000, self_check=False, compare=(),
+                    compare_across=("samples.cfg_scale",))
+    return ml_collections.ConfigDict({"evaluate": defaults | evaluate_fields, "data": {"dir": "data"}})
+
+
+def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
+    """End to end with EfficientNet-Lite0: the noisier the images, the farther they are, and the report says so."""
+    images = random_images(24, size=32)
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(24, seed=1, size=32))
+    rng, files, distances = np.random.default_rng(0), [], []
+    for cfg_scale, noise in [(4.0, 60), (1.0, 0), (1.5, 20)]:
+        workdir = tmp_path / f"cfg_{cfg_scale}"
+        (workdir / "samples").mkdir(parents=True)
+        samples = np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
+        np.savez(workdir / "samples" / "step_7.npz", arr_0=samples,
+                 protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale, "step": 7}))
+        evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), workdir)
+        files.append(str(workdir / "evaluation_7.json"))
+        result = json.loads(pathlib.Path(files[-1]).read_text())
+        assert list(result["scores"]) == ["fd_efficientnet_lite0_24", "precision_efficientnet_lite0_24",
+                                          "recall_efficientnet_lite0_24"]
+        assert result["protocol"]["samples"]["cfg_scale"] == cfg_scale and result["protocol"]["weights"]
+        assert "fd_efficientnet_lite0_24" in (workdir / "evaluation_7.md").read_text()
+        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 3 * 32)
+        distances.append(result["scores"]["fd_efficientnet_lite0_24"])
+    assert distances[1] < distances[2] < distances[0]
+
+    evaluate.run(make_config(compare=tuple(files)), tmp_path / "all")
+    table = (tmp_path / "all" / "comparison.md").read_text()
+    assert [float(row.split("|")[2]) for row in table.splitlines()[4:]] == [1.0, 1.5, 4.0]       # sorted by scale
+    assert Image.open(tmp_path / "all" / "comparison.png").width > 500
+    with pytest.raises(ValueError, match="samples.cfg_scale is 4.0 and 1.0"):
+        evaluate.run(make_config(compare=tuple(files), compare_across=()), tmp_path / "all")
+
+
+def result_of(**protocol):
+    return {"scores": {"fid_adm_50k": 2.0}, "protocol": {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol}
+
+
+def test_unequal_protocols_refuse_to_be_compared():
+    evaluate.check_comparable({"a": result_of(), "b": result_of()})
+    with pytest.raises(ValueError, match="a and b were not made by the same protocol: weights is None and 'x'"):
+        evaluate.check_comparable({"a": result_of(), "b": result_of(weights="x")})
+    scales = {"a": result_of(), "b": result_of(samples={"cfg_scale": 4.0, "sampler": "ddim"})}
+    with pytest.raises(ValueError, match="samples.sampler is None and 'ddim'"):
+        evaluate.check_comparable(scales, ("samples.cfg_scale",))
+    evaluate.check_comparable(scales, ("samples",))
+    with pytest.raises(ValueError, match="different scores"):
+        evaluate.check_comparable({"a": result_of(), "b": result_of() | {"scores": {"fid_adm_10k": 2.0}}})
+
+
+def test_self_check_passes_at_the_published_figures_and_fails_beside_them():
+    published = {name: value for name, (value, _) in evaluate.PUBLISHED.items()}
+    assert all(row["passed"] for row in evaluate.self_check(published))
+    off = published | {"fid_adm_50k": 3.97}       # what a half-pixel resize costs is larger than this
+    assert [row["score"] for row in evaluate.self_check(off) if not row["passed"]] == ["fid_adm_50k"]
+    with pytest.raises(ValueError, match="needs .'sfid_adm_50k'."):
+        evaluate.self_check({name: value for name, value in published.items() if name != "sfid_adm_50k"})
+
+
+@pytest.mark.parametrize("fields, error, message", [
+    (dict(), FileNotFoundError, "evaluate.samples is empty and there is no npz"),
+    (dict(samples="nowhere.npz"), FileNotFoundError, "nowhere.npz not found"),
+    (dict(samples="SAMPLES", num_images=50), ValueError, "num_images = 50, but .* holds 4 images"),
+    (dict(samples="SAMPLES", features="fid"), ValueError, "unknown features 'fid'"),
+    (dict(samples="SAMPLES"), ValueError, "evaluate.reference is empty"),
+    (dict(samples="SAMPLES", reference="cifar10"), ValueError, "'cifar10' is neither an npz file nor DATASET:SPLIT"),
+    (dict(samples="SAMPLES", reference="nowhere.npz"), FileNotFoundError, "evaluate.reference nowhere.npz not found"),
+    (dict(samples="SAMPLES", self_check=True), ValueError, "evaluate.features is efficientnet_lite0, and there are 4 images"),
+    (dict(compare=("a.json",)), FileNotFoundError, "evaluate.compare: a.json not found"),
+])
+def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, message):
+    np.savez(tmp_path / "images.npz", arr_0=random_images(4))
+    fields = {key: str(tmp_path / "images.npz") if value == "SAMPLES" else value for key, value in fields.items()}
+    with pytest.raises(error, match=message):
+        evaluate.run(make_config(**fields), tmp_path / "workdir")
+    assert not (tmp_path / "workdir").exists()
