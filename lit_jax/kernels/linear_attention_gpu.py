@@ -21,7 +21,8 @@ class BlockSizes:
     state_rows: rows of a state per program of the state kernel.
     programs: the state kernel splits T until it has about this many programs.
     """
-    tokens: int = 128
+    tokens: int = 64
+    warps: int = 4
     dq_tokens: int = 64
     state_tokens: int = 64
     state_rows: int = 64
@@ -38,10 +39,11 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
     patch, patches = _patches(grid, block_sizes.tokens)
     has_conv = conv_kernel is not None
     return pl.pallas_call(
-        functools.partial(_forward_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv),
+        functools.partial(_forward_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv,
+                          interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
         interpret=interpret,
         name="linear_attention_forward",
     )(q, kv, state, key_mean, *((conv_kernel, conv_bias) if has_conv else ()))
@@ -74,10 +76,11 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
         taps = conv_kernel.shape[0] ** 2
         out_shape.append(jax.ShapeDtypeStruct((B, num_heads, patches, taps + 1, H), jnp.float32))
     dkv, *partials = pl.pallas_call(
-        functools.partial(_dkv_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv),
+        functools.partial(_dkv_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv,
+                          interpret=interpret),
         out_shape=out_shape,
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
         interpret=interpret,
         name="linear_attention_dkv",
     )(kv, do, dstate, dkey_mean, *((conv_kernel,) if has_conv else ()))
@@ -143,7 +146,7 @@ def _patches(grid, tokens):
     """Returns ((rows, columns) of a patch, number of patches) that pad the grid least, then have least halo."""
     h, w = grid
     tokens = _block(_block(h, tokens) * _block(w, tokens), tokens)
-    shapes = [(tokens // c, c) for c in (2**i for i in range(tokens.bit_length()))]
+    shapes = [(r, tokens // r) for r in (1, 2, 4, 8, 16) if r <= tokens]  # rows are unrolled
     number = {s: pl.cdiv(h, s[0]) * pl.cdiv(w, s[1]) for s in shapes}
     patch = min(shapes, key=lambda s: (number[s], s[0] + s[1]))
     return patch, number[patch]
@@ -180,16 +183,41 @@ def _dot(a, b, contract=(1, 0)):
                            preferred_element_type=jnp.float32)
 
 
+def _fma(a, b, c, interpret):
+    """a * b + c in one instruction: Triton's own multiply and add are rounded apart, and the taps are bound by
+    the number of instructions."""
+    if interpret:
+        return a * b + c
+    [out] = plgpu.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)])
+    return out
+
+
 def _patch_tokens(patch_index, patch, grid):
-    """Returns (tokens, y, x, mask) of a patch, each (rows * columns,)."""
+    """Returns (first y, x of the columns, tokens, mask); tokens and mask (rows * columns,), row by row."""
     h, w = grid
     rows, columns = patch
     across = pl.cdiv(w, columns)
+    y, x = patch_index // across * rows, patch_index % across * columns
     i = jnp.arange(rows * columns)
-    y = patch_index // across * rows + i // columns
-    x = patch_index % across * columns + i % columns
-    mask = (y < h) & (x < w)
-    return jnp.where(mask, y * w + x, h * w), y, x, mask
+    token_y, token_x = y + i // columns, x + i % columns
+    mask = (token_y < h) & (token_x < w)
+    # Past the last token rather than on another's: interpret mode writes back what it finds under a mask.
+    return y, x + jnp.arange(columns), jnp.where(mask, token_y * w + token_x, h * w), mask
+
+
+def _load_row(ref, b, y, x, grid, columns, column_mask):
+    """Loads one row of a patch in float32, (columns of the patch, columns of the tile); zeros off the grid."""
+    h, w = grid
+    mask = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    return _load(ref, (b,), y * w + x, columns, mask, column_mask).astype(jnp.float32)
+
+
+def _load_taps(kernel_ref, dx, columns, column_mask, shape):
+    """Loads the K weights of one column of the filter, each broadcast over a row of a patch."""
+    taps = [_load_vector(kernel_ref, (dy, dx), columns, column_mask) for dy in range(kernel_ref.shape[0])]
+    return [jnp.broadcast_to(tap.astype(jnp.float32)[None, :], shape) for tap in taps]
 
 
 def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, interpret):
@@ -261,20 +289,12 @@ def _state_kernel(left_ref, right_ref, *refs, T, H, rows, block, steps, right_of
     plgpu.store(mean_ref.at[split, b, n, row], jnp.sum(mean, axis=0) * (1 / T), mask=every_row)
 
 
-def _shifted(ref, b, tap, K, sign, y, x, mask, grid, columns, column_mask):
-    """Loads ref at the tokens moved by a tap's offset times `sign`, float32; zeros beyond the grid."""
-    h, w = grid
-    dy, dx = sign * (tap // K - K // 2), sign * (tap % K - K // 2)
-    inside = mask & (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
-    return _load(ref, (b,), (y * w + x) + (dy * w + dx), columns, inside, column_mask).astype(jnp.float32)
-
-
-def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, H, tile, has_conv):
+def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
     """phi(q) S / (phi(q) . mean phi(k) + epsilon) + DWC(v): one patch of tokens, one tile of a head's columns."""
     *conv_refs, out_ref = refs
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
     D = q_ref.shape[2]
-    tokens, y, x, mask = _patch_tokens(patch_index, patch, grid)
+    y, x, tokens, mask = _patch_tokens(patch_index, patch, grid)
     chunks = _chunks(tile, 64)
     columns = [column_tile * tile + offset + jnp.arange(size) for offset, size in chunks]
     column_masks = [None if H % tile == 0 else c < H for c in columns]
@@ -300,17 +320,34 @@ def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, 
     inverse = 1 / (jnp.sum(denominator, axis=1) + EPSILON)
     for c, column_mask, numerator in zip(columns, column_masks, numerators):
         out = numerator * inverse[:, None]
-        if has_conv:
-            kernel_ref, bias_ref = conv_refs
-            K = kernel_ref.shape[0]
-            local = jnp.broadcast_to(
-                _load_vector(bias_ref, (), c, column_mask).astype(jnp.float32)[None, :], out.shape)
-            for tap in range(K * K):
-                v = _shifted(kv_ref, b, tap, K, 1, y, x, mask, grid, D + n * H + c, column_mask)
-                weight = _load_vector(kernel_ref, (tap // K, tap % K), c, column_mask).astype(jnp.float32)
-                local += v * weight[None, :]
-            out += local
-        _store(out_ref, (b,), tokens, n * H + c, out, mask, column_mask)
+        if not has_conv:
+            _store(out_ref, (b,), tokens, n * H + c, out, mask, column_mask)
+            continue
+        kernel_ref, bias_ref = conv_refs
+        K, shape = kernel_ref.shape[0], (x.size, c.size)
+        bias = _load_vector(bias_ref, (), c, column_mask).astype(jnp.float32)
+
+        def add_column(dx, local, c=c, column_mask=column_mask, shape=shape):
+            local = list(local)
+            taps = _load_taps(kernel_ref, dx, c, column_mask, shape)
+            # A row of v is loaded and widened once, then feeds up to K rows of the output.
+            for row in range(patch[0] + K - 1):
+                v = _load_row(kv_ref, b, y + row - K // 2, x + dx - K // 2, grid, D + n * H + c, column_mask)
+                for dy in range(max(0, row - patch[0] + 1), min(K, row + 1)):
+                    local[row - dy] = _fma(v, taps[dy], local[row - dy], interpret)
+            return tuple(local)
+
+        local = lax.fori_loop(0, K, add_column, (jnp.broadcast_to(bias[None, :], shape),) * patch[0])
+        _store_rows(out_ref, b, y, x, grid, n * H + c, out, local, column_mask)
+
+
+def _store_rows(ref, b, y, x, grid, columns, product, local, column_mask):
+    """Stores product (rows * columns of the patch, C) + local, a list of the patch's rows, at the patch."""
+    h, w = grid
+    for row, part in enumerate(lax.split(product, [x.size] * len(local), axis=0)):
+        mask = (x < w) & (y + row < h)
+        tokens = jnp.where(mask, (y + row) * w + x, h * w)
+        _store(ref, (b,), tokens, columns, part + local[row], mask, column_mask)
 
 
 def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenominator_ref, *, block, H):
@@ -357,12 +394,12 @@ def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenom
     plgpu.store(ddenominator_ref.at[b, n, tokens], ddenominator, mask=mask)
 
 
-def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H, tile, has_conv):
+def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
     """dk and dv of one patch and one tile of a head's columns, with the patch's part of the filter gradient."""
     kernel_ref, dkv_ref, partial_ref = refs if has_conv else (None, refs[0], None)
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
     D = do_ref.shape[2]
-    tokens, y, x, mask = _patch_tokens(patch_index, patch, grid)
+    y, x, tokens, mask = _patch_tokens(patch_index, patch, grid)
     chunks = _chunks(tile, 64)
     columns = [column_tile * tile + offset + jnp.arange(size) for offset, size in chunks]
     column_masks = [None if H % tile == 0 else c < H for c in columns]
@@ -389,20 +426,29 @@ def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H
         k = _load(kv_ref, (b,), tokens, n * H + c, mask, column_mask)
         dk += _load_vector(dkey_mean_ref, (b, n), c, column_mask)[None, :]
         _store(dkv_ref, (b,), tokens, n * H + c, jnp.where(k > 0, dk, 0), mask, column_mask)
-        if has_conv:
-            # One load of the cotangent, moved by a tap, serves the transposed convolution and that tap's gradient.
-            K = kernel_ref.shape[0]
-            every_column = jnp.ones(c.shape, jnp.bool_) if column_mask is None else column_mask
-            v = _load(kv_ref, (b,), tokens, D + n * H + c, mask, column_mask).astype(jnp.float32)
-            local = jnp.zeros(dv.shape, jnp.float32)
-            for tap in range(K * K):
-                do = _shifted(do_ref, b, tap, K, -1, y, x, mask, grid, n * H + c, column_mask)
-                weight = _load_vector(kernel_ref, (tap // K, tap % K), c, column_mask).astype(jnp.float32)
-                local += do * weight[None, :]
-                plgpu.store(partial_ref.at[b, n, patch_index, tap, c], jnp.sum(do * v, axis=0),
+        if not has_conv:
+            _store(dkv_ref, (b,), tokens, D + n * H + c, dv, mask, column_mask)
+            continue
+        K, rows, shape = kernel_ref.shape[0], patch[0], (x.size, c.size)
+        every_column = jnp.ones(c.shape, jnp.bool_) if column_mask is None else column_mask
+        v = [_load_row(kv_ref, b, y + row, x, grid, D + n * H + c, column_mask) for row in range(rows)]
+
+        def add_column(dx, local, c=c, column_mask=column_mask, shape=shape, v=v, every_column=every_column):
+            local, dtaps = list(local), [jnp.zeros(shape, jnp.float32)] * K
+            taps = _load_taps(kernel_ref, dx, c, column_mask, shape)
+            # A row of the cotangent feeds up to K rows of dv and, with those rows of v, as many taps' gradients.
+            for row in range(rows + K - 1):
+                do = _load_row(do_ref, b, y + row - K // 2, x + K // 2 - dx, grid, n * H + c, column_mask)
+                for back in range(max(0, row - rows + 1), min(K, row + 1)):
+                    dy = K - 1 - back
+                    local[row - back] = _fma(do, taps[dy], local[row - back], interpret)
+                    dtaps[dy] = _fma(do, v[row - back], dtaps[dy], interpret)
+            for dy in range(K):
+                plgpu.store(partial_ref.at[b, n, patch_index, dy * K + dx, c], jnp.sum(dtaps[dy], axis=0),
                             mask=every_column)
-                if tap == K * K // 2:
-                    plgpu.store(partial_ref.at[b, n, patch_index, K * K, c], jnp.sum(do, axis=0),
-                                mask=every_column)
-            dv += local
-        _store(dkv_ref, (b,), tokens, D + n * H + c, dv, mask, column_mask)
+            return tuple(local)
+
+        local = lax.fori_loop(0, K, add_column, (jnp.zeros(shape, jnp.float32),) * rows)
+        dbias = sum(_load_row(do_ref, b, y + row, x, grid, n * H + c, column_mask) for row in range(rows))
+        plgpu.store(partial_ref.at[b, n, patch_index, K * K, c], jnp.sum(dbias, axis=0), mask=every_column)
+        _store_rows(dkv_ref, b, y, x, grid, D + n * H + c, dv, local, column_mask)
