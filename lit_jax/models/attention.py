@@ -34,7 +34,9 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: 
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     if T % FLASH_BLOCK:
         raise ValueError(f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {T} tokens; use xla")
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # here: it imports only where Pallas has TPUs
+    from jax.experimental.pallas.ops.tpu.flash_attention import (
+        flash_attention,  # here: it imports only where Pallas has TPUs
+    )
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
     return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
