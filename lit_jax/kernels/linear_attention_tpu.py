@@ -1,0 +1,819 @@
+"""The Mosaic TPU kernels behind `linear_attention`: forward and backward, fused with the convolution.
+
+Two forms of the same sums, both on whole images in VMEM, where HBM sees each input and output once:
+
+- *direct*, for a few wide heads and at most 256 tokens: the T x T matrix of a head, phi(q) phi(k)^T, is then no larger
+  than the state, and everything is one straight line of code that keeps the matrix and vector units busy together;
+- *by state*, for all else, in three passes over chunks of rows. The state pass sums S = phi(k)^T v and phi(k); the
+  query pass turns q into outputs (forward) or, with the cotangent, into dq, dS and d(mean phi(k)) (backward); the key
+  pass of the backward turns those into dk and dv, and holds the convolution's gradients. An image too large for VMEM
+  takes one `pallas_call` per pass, walking bands of rows whose neighbours come as halo blocks.
+
+Heads of 72, 192 or 288 lanes do not start on multiples of 128 lanes, and moving them there costs more than it saves.
+So a head is never sliced out: everything works on aligned tiles of 128 lanes, S is the list of the tile pairs (i, j)
+that share a head, and what belongs to another head is zeroed where tiles straddle two.
+"""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+EPSILON = 1e-6      # as in linear_attention.py: added to phi(q), phi(k) and the denominator
+LANES = 128
+MARGIN = 8          # zero columns beside each row of the convolution's scratch: a sublane tile keeps stores aligned
+CHUNK_TOKENS = 256  # tokens in one straight line of code; more tokens are a loop of such chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static shape of one call: lane tiles, chunks of rows, bands of chunks."""
+    num_heads: int
+    head_width: int
+    tokens: int        # T before padding, the divisor of the means
+    w: int             # padded grid width, a multiple of the sublane tile
+    chunk_rows: int
+    chunks: int        # chunks in a band
+    bands: int         # 1: the image fits VMEM
+    direct: bool       # by the T x T matrix rather than the state
+    K: int             # 0: no convolution
+    dtype: jnp.dtype
+
+    @property
+    def width(self):
+        return self.num_heads * self.head_width
+
+    @property
+    def pad(self):
+        return self.K // 2
+
+    @property
+    def halo_rows(self):
+        """Rows in a halo block: at least `pad`, and a divisor of the band's rows."""
+        return 0 if self.bands == 1 else pl.next_power_of_2(self.pad) if self.pad else 0
+
+    @property
+    def band_rows(self):
+        return self.chunk_rows * self.chunks
+
+    @property
+    def chunk_tokens(self):
+        return self.chunk_rows * self.w
+
+    @property
+    def band_tokens(self):
+        return self.band_rows * self.w
+
+    @property
+    def segment(self):
+        """Columns the convolution treats at once: two vector registers of float32 where the row allows it."""
+        return 16 if self.w % 16 == 0 else 8
+
+    @property
+    def precision(self):
+        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+
+    @functools.cached_property
+    def tiles(self):
+        """[(first lane, lanes)]."""
+        return [(start, min(LANES, self.width - start)) for start in range(0, self.width, LANES)]
+
+    @functools.cached_property
+    def pairs(self):
+        """The tile pairs that share a head, in the order S is stored."""
+        count = range(len(self.tiles))
+        return [(i, j) for i in count for j in count if set(self.heads_of(i)) & set(self.heads_of(j))]
+
+    def heads_of(self, i):
+        start, size = self.tiles[i]
+        return range(start // self.head_width, (start + size - 1) // self.head_width + 1)
+
+    def lanes_of_head(self, i, n):
+        """The lanes [lo, hi) of tile i that belong to head n."""
+        start, size = self.tiles[i]
+        return max(n * self.head_width - start, 0), min((n + 1) * self.head_width - start, size)
+
+    def tiles_of(self, n):
+        return [i for i in range(len(self.tiles)) if n in self.heads_of(i)]
+
+
+# ---------------------------------------------------------------- pieces that work on values
+
+def _dot(plan, x, y, contract):
+    return jax.lax.dot_general(x, y, ((contract[:1], contract[1:]), ((), ())), precision=plan.precision,
+                               preferred_element_type=jnp.float32)
+
+
+def _phi(x):
+    return jnp.maximum(x.astype(jnp.float32), 0.0) + EPSILON
+
+
+def _only_head(plan, i, n, x, other=0.0):
+    """x (rows, lanes of tile i) where the lane belongs to head n, else `other`."""
+    lo, hi = plan.lanes_of_head(i, n)
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    if lo > 0:
+        x = jnp.where(lane >= lo, x, other)
+    if hi < plan.tiles[i][1]:
+        x = jnp.where(lane < hi, x, other)
+    return x
+
+
+def _per_lane(plan, i, per_head):
+    """A column (rows, 1) for each head -> (rows, lanes of tile i), each lane with its head's."""
+    heads = plan.heads_of(i)
+    out = per_head[heads[-1]]
+    for n in reversed(heads[:-1]):
+        shape = (out.shape[0], plan.tiles[i][1])
+        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        out = jnp.where(lane < plan.lanes_of_head(i, n)[1], per_head[n], out)
+    return out
+
+
+def _head_sums(plan, products):
+    """Tiles (rows, lanes) -> for each head the sum over its lanes, (rows, 1)."""
+    sums = []
+    for n in range(plan.num_heads):
+        parts = [_only_head(plan, i, n, products[i]) for i in plan.tiles_of(n)]
+        parts = [jnp.sum(p, axis=1, keepdims=True) for p in _add_alike(parts)]
+        sums.append(functools.reduce(jnp.add, parts))
+    return sums
+
+
+def _add_alike(parts):
+    """Adds up the parts of equal shape, so that one lane reduction serves them all."""
+    by_width = {}
+    for part in parts:
+        width = part.shape[1]
+        by_width[width] = by_width[width] + part if width in by_width else part
+    return list(by_width.values())
+
+
+def _zero_other_heads(plan, i, j, x):
+    """Keeps the entries of x (lanes of tile i, lanes of tile j) whose row and column belong to one head."""
+    if len(plan.heads_of(i)) == 1 and len(plan.heads_of(j)) == 1:
+        return x
+    blocks = []
+    for n in plan.heads_of(i):
+        lo, hi = plan.lanes_of_head(i, n)
+        blocks.append(_only_head(plan, j, n, x[lo:hi]) if n in plan.heads_of(j) else jnp.zeros_like(x[lo:hi]))
+    return jnp.concatenate(blocks, axis=0)
+
+
+def _reciprocal(plan, x):
+    """1 / x for positive normal x: the hardware's estimate and Newton's steps, without the compiler's special cases."""
+    y = pl.reciprocal(x, approx=True)
+    for _ in range(2 if plan.dtype == jnp.float32 else 1):
+        y = y * (2.0 - x * y)
+    return y
+
+
+def _loop(count, body):
+    """Runs body(0..count-1); a single turn is inlined, so that the scheduler sees one straight line."""
+    if count == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda c, carry: (body(c), carry)[1], 0)
+
+
+# ---------------------------------------------------------------- the convolution
+
+@dataclasses.dataclass(frozen=True)
+class _Conv:
+    """What the convolution needs in VMEM: the image being convolved, in float32 with its margins, and the taps."""
+    padded_ref: jax.Array   # (tiles, band rows + 2 pad, w + 2 MARGIN, 128)
+    taps_ref: jax.Array     # (K * K, D)
+    bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
+
+
+def _fill(plan, padded_ref, x_ref, halos, offset):
+    """Fills padded_ref with the band x_ref (1, tokens, width from `offset` on) between its halos, or zeros for none."""
+    rows, pad, w = plan.band_rows, plan.pad, plan.w
+
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():  # nothing writes the margins later
+        for j in range(len(plan.tiles)):
+            padded_ref[j, :, :MARGIN] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
+            padded_ref[j, :, MARGIN + w:] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
+            if not halos:
+                padded_ref[j, :pad, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+                padded_ref[j, rows + pad:, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+
+    if halos:
+        band = pl.program_id(2)
+        for (start, size), j in zip(plan.tiles, range(len(plan.tiles))):
+            for ref, first, target, inside in (
+                    (halos[0], plan.halo_rows - pad, 0, band > 0), (halos[1], 0, rows + pad, band < plan.bands - 1)):
+                tokens = slice(first * w, (first + pad) * w)
+                value = ref[0, tokens, offset + start:offset + start + size].astype(jnp.float32)
+                value = jnp.where(inside, value, 0.0).reshape(pad, w, size)
+                padded_ref[j, target:target + pad, MARGIN:MARGIN + w, :size] = value
+
+    def fill_chunk(chunk):
+        middle = pl.ds(chunk * plan.chunk_rows + pad, plan.chunk_rows)
+        for j, (_, size) in enumerate(plan.tiles):
+            value = _tile(plan, x_ref, chunk, j, offset).astype(jnp.float32)
+            padded_ref[j, middle, MARGIN:MARGIN + w, :size] = value.reshape(plan.chunk_rows, w, size)
+
+    _loop(plan.chunks, fill_chunk)
+
+
+def _shifted_rows(plan, padded_ref, chunk, j, column, r):
+    """The K column-shifted versions (segment, lanes) of row r of the chunk's window, from `column` on."""
+    size, first = plan.tiles[j][1], MARGIN - plan.pad + column
+    return [padded_ref[j, chunk * plan.chunk_rows + r, first + dx:first + dx + plan.segment, :size]
+            for dx in range(plan.K)]
+
+
+def _convolve(plan, padded_ref, taps_ref, chunk, j, flip, emit):
+    """Correlates one chunk of tile j with the taps and calls emit(row, column, (segment, lanes)) for each segment.
+
+    Walks the rows once: a row is loaded at its K shifts and added to the K output rows it touches.
+    """
+    K, rows = plan.K, plan.chunk_rows
+    start, size = plan.tiles[j]
+    taps = [taps_ref[(K * K - 1 - t if flip else t):(K * K - t if flip else t + 1), start:start + size]
+            for t in range(K * K)]
+    for column in range(0, plan.w, plan.segment):
+        sums = {}
+        for r in range(rows + K - 1):
+            shifted = _shifted_rows(plan, padded_ref, chunk, j, column, r)
+            for dy in range(K):
+                y = r - dy
+                if 0 <= y < rows:
+                    for dx in range(K):
+                        term = shifted[dx] * taps[dy * K + dx]
+                        sums[y] = sums[y] + term if y in sums else term
+            if r >= K - 1:
+                emit(r - K + 1, column, sums.pop(r - K + 1))
+
+
+def _filter_gradient(plan, padded_ref, v_ref, chunk, j, offset):
+    """For each tap the sum over one chunk of tile j of v times the shifted cotangent, as (8, lanes) partial sums."""
+    K, rows = plan.K, plan.chunk_rows
+    start, size = plan.tiles[j]
+    sums = [None] * (K * K)
+    for column in range(0, plan.w, plan.segment):
+        v = {}
+        for r in range(rows + K - 1):
+            shifted = _shifted_rows(plan, padded_ref, chunk, j, column, r)
+            if r < rows:
+                tokens = pl.ds(chunk * plan.chunk_tokens + r * plan.w + column, plan.segment)
+                v[r] = v_ref[0, tokens, offset + start:offset + start + size].astype(jnp.float32)
+            for dy in range(K):
+                if 0 <= r - dy < rows:
+                    for dx in range(K):
+                        # The shift of the cotangent is the opposite of the tap's shift of v.
+                        tap = K * K - 1 - (dy * K + dx)
+                        term = v[r - dy] * shifted[dx]
+                        term = functools.reduce(jnp.add, [term[s:s + 8] for s in range(0, plan.segment, 8)])
+                        sums[tap] = term if sums[tap] is None else sums[tap] + term
+            v.pop(r - K + 1, None)
+    return sums
+
+
+def _write_convolved(plan, conv, chunk, j, value, out_ref, offset=0, flip=False):
+    """Writes tile j of a chunk of out_ref: value (tokens, lanes), plus the convolution if there is one."""
+    start, size = plan.tiles[j]
+    lanes = slice(offset + start, offset + start + size)
+    if conv is None:
+        out_ref[0, _tokens(plan, chunk), lanes] = value.astype(out_ref.dtype)
+        return
+    if conv.bias_ref is not None:
+        value = value + conv.bias_ref[:, start:start + size]
+
+    def emit(row, column, convolved):
+        token = row * plan.w + column
+        total = value[token:token + plan.segment] + convolved
+        token = pl.ds(chunk * plan.chunk_tokens + token, plan.segment)
+        out_ref[0, token, lanes] = total.astype(out_ref.dtype)
+
+    _convolve(plan, conv.padded_ref, conv.taps_ref, chunk, j, flip, emit)
+
+
+def _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
+    """Adds a chunk of tile j to dtaps_ref (1, K * K + 1, 8, D): the gradients of the taps, and of the bias last."""
+    start, size = plan.tiles[j]
+    gradients = _filter_gradient(plan, conv.padded_ref, kv_ref, chunk, j, plan.width)
+    do = _tile(plan, do_ref, chunk, j).astype(jnp.float32).reshape(-1, 8, size)
+    for tap, gradient in enumerate([*gradients, jnp.sum(do, 0)]):
+        dtaps_ref[0, tap, :, start:start + size] += gradient
+
+
+# ---------------------------------------------------------------- by state: the passes over a chunk
+
+def _tokens(plan, chunk):
+    start = chunk * plan.chunk_tokens
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, plan.chunk_tokens), plan.chunk_tokens)
+
+
+def _tile(plan, ref, chunk, i, offset=0):
+    start, size = plan.tiles[i]
+    return ref[0, _tokens(plan, chunk), offset + start:offset + start + size]
+
+
+def _accumulate(ref, index, value, first):
+    """ref[index] = value on the first visit, else += value; `first` may be traced."""
+    if isinstance(first, bool):
+        ref[index] = value if first else ref[index] + value
+    else:
+        ref[index] = jnp.where(first, 0.0, ref[index]) + value
+
+
+def _state_pass(plan, kv_ref, chunk, acc_ref, sum_ref, first):
+    """Adds one chunk to acc_ref (pairs, 128, 128), the sums of phi(k)^T v, and to sum_ref (1, D), of relu(k)."""
+    for i, (start, size) in enumerate(plan.tiles):
+        positive = jnp.maximum(_tile(plan, kv_ref, chunk, i).astype(jnp.float32), 0.0)
+        lanes = (slice(None), slice(start, start + size))
+        _accumulate(sum_ref, lanes, jnp.sum(positive, 0, keepdims=True), first)
+        phi_k = (positive + EPSILON).astype(plan.dtype)
+        for p, (row, j) in enumerate(plan.pairs):
+            if row == i:
+                product = _dot(plan, phi_k, _tile(plan, kv_ref, chunk, j, plan.width), (0, 0))
+                _accumulate(acc_ref, (p, slice(size), slice(plan.tiles[j][1])), product, first)
+
+
+def _finish_state(plan, acc_ref, out_ref):
+    """Zeroes what mixes heads and casts: acc_ref (pairs, 128, 128) float32 -> out_ref."""
+    for p, (i, j) in enumerate(plan.pairs):
+        rows, columns = plan.tiles[i][1], plan.tiles[j][1]
+        value = acc_ref[p, :rows, :columns]
+        out_ref[p, :rows, :columns] = _zero_other_heads(plan, i, j, value).astype(out_ref.dtype)
+
+
+def _mean_phi_k(plan, sum_ref):
+    """(1, D) sums of relu(k) -> means of phi(k). Padded tokens add nothing to the sum: the epsilon is added here."""
+    return sum_ref[...] * (1 / plan.tokens) + EPSILON
+
+
+def _product(plan, xs, state_ref, i, transpose):
+    """Tile i of x S (or x S^T): the sum over the tiles j of xs[j] S[j, i] (or xs[j] S[i, j]^T)."""
+    total = None
+    for p, pair in enumerate(plan.pairs):
+        row, column = pair if transpose else pair[::-1]
+        if row == i:
+            state = state_ref[p, :plan.tiles[pair[0]][1], :plan.tiles[pair[1]][1]]
+            term = _dot(plan, xs[column], state, (1, 1) if transpose else (1, 0))
+            total = term if total is None else total + term
+    return total
+
+
+def _reciprocals(plan, phi_q, mean):
+    """z (tokens, 1) of each head: 1 / (phi(q) . mean phi(k) + epsilon)."""
+    products = [phi_q[i] * mean[:, start:start + size] for i, (start, size) in enumerate(plan.tiles)]
+    return [_reciprocal(plan, total + EPSILON) for total in _head_sums(plan, products)]
+
+
+def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
+    """Writes one chunk of out_ref: phi(q) S z, plus the convolution of the padded v."""
+    phi_q = [_phi(_tile(plan, q_ref, chunk, i)) for i in range(len(plan.tiles))]
+    z = [z * (1 / plan.tokens) for z in _reciprocals(plan, phi_q, mean)]    # S is a sum, not yet a mean
+    phi_q = [x.astype(plan.dtype) for x in phi_q]
+    for j in range(len(plan.tiles)):
+        attention = _product(plan, phi_q, state_ref, j, transpose=False) * _per_lane(plan, j, z)
+        _write_convolved(plan, conv, chunk, j, attention, out_ref)
+
+
+def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, chunk, first):
+    """Writes one chunk of dq; adds it to acc_ref, the sums of phi(q)^T (z do / T), and dmean_ref (1, D)."""
+    tiles = range(len(plan.tiles))
+    q = [_tile(plan, q_ref, chunk, i).astype(jnp.float32) for i in tiles]
+    do = [_tile(plan, do_ref, chunk, j) for j in tiles]
+    phi_q = [_phi(x) for x in q]
+    z = _reciprocals(plan, phi_q, mean)
+    z_mean = [x * (1 / plan.tokens) for x in z]
+    u = [_product(plan, do, state_ref, i, transpose=True) for i in tiles]               # T do S^T
+    weight = _head_sums(plan, [phi_q[i] * u[i] for i in tiles])
+    dden = [-(z[n] * z_mean[n]) * weight[n] for n in range(plan.num_heads)]             # (tokens, 1)
+    for i, (start, size) in enumerate(plan.tiles):
+        lanes = (slice(None), slice(start, start + size))
+        dden_i = _per_lane(plan, i, dden)
+        dphi_q = u[i] * _per_lane(plan, i, z_mean) + dden_i * mean[lanes]
+        dq_ref[0, _tokens(plan, chunk), lanes[1]] = jnp.where(q[i] > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+        _accumulate(dmean_ref, lanes, jnp.sum(dden_i * phi_q[i], 0, keepdims=True), first)
+    phi_q = [x.astype(plan.dtype) for x in phi_q]
+    zdo = [(do[j].astype(jnp.float32) * _per_lane(plan, j, z_mean)).astype(plan.dtype) for j in tiles]
+    for p, (i, j) in enumerate(plan.pairs):
+        product = _dot(plan, phi_q[i], zdo[j], (0, 0))
+        _accumulate(acc_ref, (p, slice(plan.tiles[i][1]), slice(plan.tiles[j][1])), product, first)
+
+
+def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, chunk):
+    """Writes one chunk of dk and dv and adds to the filter's gradients."""
+    tiles = range(len(plan.tiles))
+    k = [_tile(plan, kv_ref, chunk, i).astype(jnp.float32) for i in tiles]
+    v = [_tile(plan, kv_ref, chunk, j, plan.width) for j in tiles]
+    for i, (start, size) in enumerate(plan.tiles):
+        dphi_k = _product(plan, v, dstate_ref, i, transpose=True)
+        dphi_k = dphi_k + dmean[:, start:start + size] * (1 / plan.tokens)
+        dk = jnp.where(k[i] > 0, dphi_k, 0.0)
+        dkv_ref[0, _tokens(plan, chunk), start:start + size] = dk.astype(dkv_ref.dtype)
+    phi_k = [_phi(x).astype(plan.dtype) for x in k]
+    for j in tiles:
+        dv = _product(plan, phi_k, dstate_ref, j, transpose=False)
+        _write_convolved(plan, conv, chunk, j, dv, dkv_ref, plan.width, flip=True)
+        if conv is not None:
+            _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j)
+
+
+# ---------------------------------------------------------------- direct: by the T x T matrix of each head
+
+def _whole_tile(plan, ref, i, offset=0):
+    start, size = plan.tiles[i]
+    return ref[0, :, offset + start:offset + start + size]
+
+
+def _weights(plan, q_ref, kv_ref, n):
+    """The normalised attention matrix (T, T) of head n and its normaliser z / T (T, 1), float32."""
+    scores = 0.0
+    for i in plan.tiles_of(n):
+        phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, q_ref, i))).astype(plan.dtype)
+        scores = scores + _dot(plan, phi_q, _phi(_whole_tile(plan, kv_ref, i)).astype(plan.dtype), (1, 1))
+    mean = jnp.sum(scores, axis=1, keepdims=True) * (1 / plan.tokens)
+    z_mean = _reciprocal(plan, mean + EPSILON) * (1 / plan.tokens)
+    return scores * z_mean, z_mean
+
+
+def _join_heads(plan, i, products):
+    """Tile i (T, lanes) out of {head: product (T, lanes)}, each lane from its own head."""
+    heads = plan.heads_of(i)
+    out = products[heads[-1]]
+    for n in reversed(heads[:-1]):
+        out = _only_head(plan, i, n, products[n], out)
+    return out
+
+
+def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
+    """Writes out_ref (1, T, D)."""
+    weights = {}
+    for j in range(len(plan.tiles)):
+        for n in plan.heads_of(j):
+            if n not in weights:
+                weights[n] = _weights(plan, q_ref, kv_ref, n)[0].astype(plan.dtype)
+        v = _whole_tile(plan, kv_ref, j, plan.width)
+        products = {n: _dot(plan, weights[n], v, (1, 0)) for n in plan.heads_of(j)}
+        _write_convolved(plan, conv, 0, j, _join_heads(plan, j, products), out_ref)
+
+
+def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref):
+    """Writes dq_ref and dkv_ref (1, T, D or 2 D) and adds to dtaps_ref."""
+    weights, dscores = {}, {}
+    for i, (start, size) in enumerate(plan.tiles):
+        for n in plan.heads_of(i):
+            if n not in weights:
+                weights_n, z_mean = _weights(plan, q_ref, kv_ref, n)
+                dweights = 0.0
+                for j in plan.tiles_of(n):
+                    do = _only_head(plan, j, n, _whole_tile(plan, do_ref, j).astype(jnp.float32))
+                    dweights = dweights + _dot(
+                        plan, do.astype(plan.dtype), _whole_tile(plan, kv_ref, j, plan.width), (1, 1))
+                mean = jnp.sum(weights_n * dweights, axis=1, keepdims=True)
+                dscores[n] = ((dweights - mean) * z_mean).astype(plan.dtype)
+                weights[n] = weights_n.astype(plan.dtype)
+        lanes = slice(start, start + size)
+        q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
+        phi_q, phi_k = _phi(q).astype(plan.dtype), _phi(k).astype(plan.dtype)
+        dphi_q = _join_heads(plan, i, {n: _dot(plan, dscores[n], phi_k, (1, 0)) for n in plan.heads_of(i)})
+        dq_ref[0, :, lanes] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+        dphi_k = _join_heads(plan, i, {n: _dot(plan, dscores[n], phi_q, (0, 0)) for n in plan.heads_of(i)})
+        dkv_ref[0, :, lanes] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
+        do = _whole_tile(plan, do_ref, i)
+        dv = _join_heads(plan, i, {n: _dot(plan, weights[n], do, (0, 0)) for n in plan.heads_of(i)})
+        _write_convolved(plan, conv, 0, i, dv, dkv_ref, plan.width, flip=True)
+        if conv is not None:
+            _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, 0, i)
+
+
+# ---------------------------------------------------------------- the kernels; grid (core, image of the core, band)
+
+def _take(refs, *counts):
+    """Splits refs into groups of the given sizes."""
+    refs = iter(refs)
+    return [[next(refs) for _ in range(count)] for count in counts]
+
+
+def _forward_kernel(plan, *refs):
+    """Whole images: q, kv[, taps, bias] -> out; scratch [padded][, state, acc, sum]."""
+    k = bool(plan.K)
+    (q_ref, kv_ref), taps, (out_ref,), padded, scratch = _take(refs, 2, 2 * k, 1, k, 0 if plan.direct else 3)
+    conv = _Conv(*padded, *taps) if k else None
+    if k:
+        _fill(plan, conv.padded_ref, kv_ref, (), plan.width)
+    if plan.direct:
+        return _direct_forward(plan, q_ref, kv_ref, conv, out_ref)
+    state_ref, acc_ref, sum_ref = scratch
+    _loop(plan.chunks, lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, c == 0))
+    _finish_state(plan, acc_ref, state_ref)
+    mean = _mean_phi_k(plan, sum_ref)
+    _loop(plan.chunks, lambda c: _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, c))
+
+
+def _backward_kernel(plan, *refs):
+    """Whole images: q, kv, do[, taps] -> dq, dkv[, dtaps]; scratch [padded][, state, dstate, acc, sum, dmean]."""
+    k = bool(plan.K)
+    (q_ref, kv_ref, do_ref), taps, (dq_ref, dkv_ref), dtaps, padded, scratch = _take(
+        refs, 3, k, 2, k, k, 0 if plan.direct else 5)
+    conv = _Conv(*padded, *taps) if k else None
+    dtaps_ref = dtaps[0] if k else None
+    if k:
+        _zero_first(dtaps_ref)
+        _fill(plan, conv.padded_ref, do_ref, (), 0)
+    if plan.direct:
+        return _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref)
+    state_ref, dstate_ref, acc_ref, sum_ref, dmean_ref = scratch
+    _loop(plan.chunks, lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, c == 0))
+    _finish_state(plan, acc_ref, state_ref)
+    mean = _mean_phi_k(plan, sum_ref)
+    _loop(plan.chunks, lambda c: _query_pass(
+        plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, c, c == 0))
+    _finish_state(plan, acc_ref, dstate_ref)
+    dmean = dmean_ref[...]
+    _loop(plan.chunks, lambda c: _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, c))
+
+
+def _zero_first(dtaps_ref):
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+        dtaps_ref[...] = jnp.zeros_like(dtaps_ref)
+
+
+def _state_kernel(plan, kv_ref, state_ref, mean_ref, acc_ref, sum_ref):
+    """A band: adds to the state; the last band writes it."""
+    band = pl.program_id(2)
+    _loop(plan.chunks, lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, (band == 0) & (c == 0)))
+
+    @pl.when(band == plan.bands - 1)
+    def _():
+        _finish_state(plan, acc_ref, state_ref.at[0])
+        mean_ref[0] = _mean_phi_k(plan, sum_ref)
+
+
+def _output_kernel(plan, q_ref, state_ref, mean_ref, *refs, offset):
+    """A band: q, state, mean[, v, v above, v below, taps, bias] -> out; scratch [padded]."""
+    k = bool(plan.K)
+    values, taps, (out_ref,), padded = _take(refs, 3 * k, 2 * k, 1, k)
+    conv = _Conv(*padded, *taps) if k else None
+    if k:
+        _fill(plan, conv.padded_ref, values[0], values[1:], offset)
+    mean = mean_ref[0]
+    _loop(plan.chunks, lambda c: _output_pass(plan, q_ref, state_ref.at[0], mean, conv, out_ref, c))
+
+
+def _query_kernel(plan, q_ref, do_ref, state_ref, mean_ref, dq_ref, dstate_ref, dmean_ref, acc_ref):
+    """A band: writes dq and adds to the gradient of the state; the last band writes that."""
+    band = pl.program_id(2)
+    mean = mean_ref[0]
+    _loop(plan.chunks, lambda c: _query_pass(
+        plan, q_ref, do_ref, state_ref.at[0], mean, dq_ref, acc_ref, dmean_ref.at[0], c, (band == 0) & (c == 0)))
+
+    @pl.when(band == plan.bands - 1)
+    def _():
+        _finish_state(plan, acc_ref, dstate_ref.at[0])
+
+
+def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
+    """A band: kv, do, dstate, dmean[, do above, do below, taps] -> dkv[, dtaps]; scratch [padded]."""
+    k = bool(plan.K)
+    halos, taps, (dkv_ref,), dtaps, padded = _take(refs, 2 * k, k, 1, k, k)
+    conv = _Conv(*padded, *taps) if k else None
+    dtaps_ref = dtaps[0] if k else None
+    if k:
+        _zero_first(dtaps_ref)
+        _fill(plan, conv.padded_ref, do_ref, halos, 0)
+    dmean = dmean_ref[0]
+    _loop(plan.chunks, lambda c: _key_pass(
+        plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c))
+
+
+# ---------------------------------------------------------------- the calls
+
+def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="relu", interpret=False):
+    """The output (B, T, D) of `linear_attention.linear_attention`, whose arguments these are."""
+    plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=4)
+    call = _Call(plan, q.shape[0], grid, interpret)
+    q, kv = call.pad(q), call.pad(kv)
+    taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
+    if plan.bands == 1:
+        scratch = call.padded() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
+        out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch, products=2)
+        return call.unpad(out)
+    state, mean = call.state_of(kv)
+    values = []
+    if plan.K:
+        aligned = plan.width % LANES == 0  # then v can be a block of its own
+        values = [call.band(kv, half=aligned), *call.halos(kv, half=aligned)]
+    out, = call(functools.partial(_output_kernel, offset=0 if plan.K and aligned else plan.width),
+                [call.band(q), call.image(state), call.image(mean), *values, *taps],
+                [call.band_like(q)], call.padded(), products=1)
+    return call.unpad(out)
+
+
+def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function="relu", interpret=False):
+    """The gradients (dq, dkv, dconv_kernel, dconv_bias) for the cotangent `do` (B, T, D); recomputes the state."""
+    plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=7)
+    call = _Call(plan, q.shape[0], grid, interpret)
+    q, kv, do = call.pad(q), call.pad(kv), call.pad(do)
+    taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, None)]
+    dtaps = [call.core_like((plan.K**2 + 1, 8, plan.width))] if plan.K else []
+    if plan.bands == 1:
+        scratch = call.padded()
+        if not plan.direct:
+            scratch += [call.state(), call.state(), call.acc(), call.row(), call.row()]
+        dq, dkv, *dtaps = call(
+            _backward_kernel, [call.band(q), call.band(kv), call.band(do), *taps],
+            [call.band_like(q), call.band_like(kv), *dtaps], scratch, products=5, convolutions=2)
+    else:
+        state, mean = call.state_of(kv)
+        dq, dstate, dmean = call(
+            _query_kernel, [call.band(q), call.band(do), call.image(state), call.image(mean)],
+            [call.band_like(q), call.image_like(state), call.image_like(mean)], [call.acc()], products=2)
+        dkv, *dtaps = call(
+            _key_kernel, [call.band(kv), call.band(do), call.image(dstate), call.image(dmean),
+                          *(call.halos(do) if plan.K else []), *taps],
+            [call.band_like(kv), *dtaps], call.padded(), products=2, convolutions=2)
+    dq, dkv = call.unpad(dq), call.unpad(dkv)
+    if not plan.K:
+        return dq, dkv, None, None
+    # (cores, K * K + 1, 8 partial sums, D) -> (K * K + 1, H): all heads share the filters
+    dtaps = jnp.sum(dtaps[0], axis=(0, 2)).reshape(plan.K**2 + 1, num_heads, plan.head_width).sum(1)
+    return dq, dkv, dtaps[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype), dtaps[-1].astype(conv_bias.dtype)
+
+
+def _per_channel(plan, conv_kernel, conv_bias):
+    """The taps (K * K, D) and the bias (1, D), repeated for each head, float32; what is None is left out."""
+    return [jnp.tile(x.astype(jnp.float32).reshape(-1, plan.head_width), (1, plan.num_heads))
+            for x in (conv_kernel, conv_bias) if x is not None]
+
+
+def _vmem_bytes():
+    """VMEM of a core of the TPU in use, or of the one the mesh in context names; else the smallest of any TPU."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 16 * 2**20
+
+
+def _make_plan(q, conv_kernel, num_heads, grid, arrays):
+    """Chooses the form, the chunks and the bands; `arrays` (T, D) arrays pass through HBM."""
+    T, D = q.shape[1:]
+    h, w = grid
+    sublanes = 8 if q.dtype == jnp.float32 else 16
+    w = pl.cdiv(w, sublanes) * sublanes
+    chunk_rows = pl.cdiv(h, pl.cdiv(h * w, CHUNK_TOKENS))
+    chunks = pl.cdiv(h, chunk_rows)
+    K = 0 if conv_kernel is None else conv_kernel.shape[0]
+    direct = chunks == 1 and h * w == T and D // num_heads >= LANES
+    plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows, chunks=chunks,
+                 bands=1, direct=direct, K=K, dtype=q.dtype)
+    limit = _vmem_bytes()
+    if _vmem_needed(plan, arrays) <= limit:
+        return plan
+    # Bands: whole chunks, and whole halo blocks of the band's neighbours.
+    halo_rows = max(1, pl.next_power_of_2(K // 2))
+    chunk_rows = max(1, min(h, CHUNK_TOKENS // w))
+    step = math.lcm(chunk_rows, halo_rows)
+    for band_rows in range(pl.cdiv(h, step) * step, 0, -step):
+        bands = pl.cdiv(h, band_rows)
+        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step  # the least padding for this number of bands
+        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows,
+                                   bands=max(2, bands), direct=False)
+        if _vmem_needed(plan, arrays) <= limit:
+            break
+    return plan
+
+
+def _vmem_needed(plan, arrays):
+    """Bytes of VMEM: double-buffered blocks, scratch, and what the compiler spills of a chunk."""
+    itemsize, tiles = jnp.dtype(plan.dtype).itemsize, len(plan.tiles)
+    lanes = tiles * LANES
+    blocks = 2 * arrays * plan.band_tokens * lanes * itemsize
+    state = 0 if plan.direct else len(plan.pairs) * LANES * LANES * (4 + itemsize * (2 if plan.bands == 1 else 4))
+    padded = tiles * (plan.band_rows + 2 * plan.pad) * (plan.w + 2 * MARGIN) * LANES * 4 if plan.K else 0
+    taps = 2 * (plan.K**2 + 8) * lanes * 4 * (9 if arrays == 7 else 1)
+    values = 3 * plan.chunk_tokens * lanes * 4
+    return blocks + state + padded + taps + values + 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Builds the blocks of the calls; the grid is (core, image of the core, band).
+
+    The axis of cores is for chips whose two cores share a kernel: each sums the filters' gradients for itself.
+    """
+    plan: _Plan
+    batch: int
+    grid: tuple[int, int]
+    interpret: bool
+
+    @property
+    def cores(self):
+        return 2 if self.batch % 2 == 0 else 1
+
+    def _image_index(self, core, image):
+        return core * (self.batch // self.cores) + image
+
+    # Inputs are (array, BlockSpec), outputs (ShapeDtypeStruct, BlockSpec).
+    def band(self, x, half=False):
+        """A band of (B, T, C); `half` takes the second half of C."""
+        block = (1, self.plan.band_tokens, x.shape[2] // (2 if half else 1))
+        return x, pl.BlockSpec(block, lambda c, b, i: (self._image_index(c, b), i, int(half)))
+
+    def halos(self, x, half=False):
+        """The rows above and below a band, clamped to the image; the kernel zeroes what lies outside."""
+        plan = self.plan
+        block = (1, plan.halo_rows * plan.w, x.shape[2] // (2 if half else 1))
+        step = plan.band_rows // plan.halo_rows
+        last = plan.bands * step - 1
+        return [(x, pl.BlockSpec(block, lambda c, b, i: (
+                    self._image_index(c, b), jnp.maximum(i * step - 1, 0), int(half)))),
+                (x, pl.BlockSpec(block, lambda c, b, i: (
+                    self._image_index(c, b), jnp.minimum((i + 1) * step, last), int(half))))]
+
+    def image(self, x):
+        """All of one image's (B, ...)."""
+        tail = (0,) * (x.ndim - 1)
+        return x, pl.BlockSpec((1, *x.shape[1:]), lambda c, b, i: (self._image_index(c, b), *tail))
+
+    def constant(self, x):
+        return x, pl.BlockSpec(x.shape, lambda c, b, i: (0,) * x.ndim)
+
+    def band_like(self, x):
+        return self._output(x.shape, x.dtype, self.band(x)[1])
+
+    def image_like(self, x):
+        return self._output(x.shape, x.dtype, self.image(x)[1])
+
+    def core_like(self, shape):
+        """A float32 sum of each core: (cores, ...)."""
+        spec = pl.BlockSpec((1, *shape), lambda c, b, i: (c, *(0,) * len(shape)))
+        return self._output((self.cores, *shape), jnp.float32, spec)
+
+    def _output(self, shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype), spec
+
+    # Scratch.
+    def padded(self):
+        """The convolution's scratch, if there is a convolution."""
+        plan = self.plan
+        shape = (len(plan.tiles), plan.band_rows + 2 * plan.pad, plan.w + 2 * MARGIN, LANES)
+        return [pltpu.VMEM(shape, jnp.float32)] if plan.K else []
+
+    def state(self):
+        return pltpu.VMEM((len(self.plan.pairs), LANES, LANES), self.plan.dtype)
+
+    def acc(self):
+        return pltpu.VMEM((len(self.plan.pairs), LANES, LANES), jnp.float32)
+
+    def row(self):
+        return pltpu.VMEM((1, self.plan.width), jnp.float32)
+
+    def state_of(self, kv):
+        """The state (B, pairs, 128, 128) and the mean of phi(k) (B, 1, D) by a call of their own."""
+        plan, B = self.plan, self.batch
+        state = jax.ShapeDtypeStruct((B, len(plan.pairs), LANES, LANES), plan.dtype)
+        mean = jax.ShapeDtypeStruct((B, 1, plan.width), jnp.float32)
+        return self(_state_kernel, [self.band(kv)], [self.image_like(state), self.image_like(mean)],
+                    [self.acc(), self.row()], products=1, convolutions=0)
+
+    def pad(self, x):
+        """(B, h * w, C) -> zeros added up to whole sublane tiles and bands; no copy where they fit."""
+        plan, (h, w) = self.plan, self.grid
+        rows = plan.band_rows * plan.bands
+        if (h, w) == (rows, plan.w):
+            return x
+        B, _, C = x.shape
+        x = jnp.pad(x.reshape(B, h, w, C), ((0, 0), (0, rows - h), (0, plan.w - w), (0, 0)))
+        return x.reshape(B, rows * plan.w, C)
+
+    def unpad(self, x):
+        plan, (h, w) = self.plan, self.grid
+        rows = plan.band_rows * plan.bands
+        if (h, w) == (rows, plan.w):
+            return x
+        B, _, C = x.shape
+        return x.reshape(B, rows, plan.w, C)[:, :h, :w].reshape(B, h * w, C)
+
+    def __call__(self, kernel, inputs, outputs, scratch, *, products, convolutions=1):
+        """Runs kernel(plan, *refs). `products` and `convolutions` count its work over all tokens."""
+        plan = self.plan
+        flops = 2 * self.batch * plan.tokens * plan.width * (products * plan.head_width + convolutions * plan.K**2)
+        moved = sum(_bytes_moved(x, spec, self) for x, spec in [*inputs, *outputs])
+        return pl.pallas_call(
+            functools.partial(kernel, plan),
+            grid=(self.cores, self.batch // self.cores, plan.bands),
+            in_specs=[spec for _, spec in inputs], out_specs=[spec for _, spec in outputs],
+            out_shape=[x for x, _ in outputs], scratch_shapes=scratch, interpret=self.interpret,
+            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved,
+                                          transcendentals=self.batch * plan.tokens * plan.num_heads),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=_vmem_bytes()),
+            name=kernel.__name__.strip("_") if hasattr(kernel, "__name__") else "output_kernel",
+        )(*(x for x, _ in inputs))
+
+
+def _bytes_moved(x, spec, call):
+    """Bytes of x that cross HBM: its block once for every image and band it depends on."""
+    if x.ndim != 3 or x.shape[1] == 1:      # constants, states and sums: each once
+        return math.prod(x.shape) * x.dtype.itemsize
+    return math.prod(spec.block_shape) * x.dtype.itemsize * call.batch * call.plan.bands
