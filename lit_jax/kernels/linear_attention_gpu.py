@@ -70,7 +70,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
                           interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
+        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
         interpret=interpret,
         name="linear_attention_forward",
     )(q, kv, state, key_mean, *((conv_kernel, conv_bias) if has_conv else ()))
@@ -90,7 +90,7 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
         functools.partial(_dq_kernel, block=block, H=H),
         out_shape=(jax.ShapeDtypeStruct((B, T, D), q.dtype), row, row),
         grid=(pl.cdiv(T, block), num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=_compiler_params(8, q.dtype),
         interpret=interpret,
         name="linear_attention_dq",
     )(q, do, state, key_mean)
@@ -107,7 +107,7 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
                           interpret=interpret),
         out_shape=out_shape,
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
+        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
         interpret=interpret,
         name="linear_attention_dkv",
     )(kv, do, dstate, dkey_mean, *((conv_kernel,) if has_conv else ()))
@@ -132,6 +132,11 @@ def _validate(q, kv, conv_kernel, num_heads, grid, kernel_function):
     if conv_kernel is not None and conv_kernel.shape[0] not in (3, 5, 7):
         raise ValueError(f"pallas_gpu offers convolutions of 3, 5 or 7; got {conv_kernel.shape[0]}")
     return H
+
+
+def _compiler_params(warps, dtype):
+    # Three stages of float32 tiles do not fit an A100's shared memory.
+    return plgpu.CompilerParams(num_warps=warps, num_stages=2 if dtype == jnp.float32 else 3)
 
 
 def _block(length, largest):
@@ -256,7 +261,7 @@ def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, int
     B, T, _ = right.shape
     D = left.shape[2] if right_offset == 0 else right_offset
     H = D // num_heads
-    block = _block(T, block_sizes.state_tokens)
+    block = _block(T, block_sizes.state_tokens * 2 // right.dtype.itemsize)
     rows = _block(H, 128 if H % 128 == 0 and right.dtype == jnp.bfloat16 else block_sizes.state_rows)
     row_tiles, steps = pl.cdiv(H, rows), pl.cdiv(T, block)
     splits = max(1, min(block_sizes.programs // (row_tiles * num_heads * B), steps // 4))
@@ -269,7 +274,7 @@ def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, int
             jax.ShapeDtypeStruct((splits, B, num_heads, H, H), right.dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((splits, B, num_heads, H), jnp.float32)),
         grid=(row_tiles, splits, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=_compiler_params(8, right.dtype),
         interpret=interpret,
         name="linear_attention_state",
     )(left, right, *((scale, weight) if weighted else ()))
