@@ -152,15 +152,18 @@ def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
     """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
     inputs = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
     kwargs = dict(num_heads=N, grid=(side, side), kernel_function="relu")
+    targets = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")    # JAX up to 0.10.2, and after
+    unstable = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
     try:
         forward, backward = (
-            export.export(jax.jit(functools.partial(f, **kwargs)), platforms=["cuda"])(*args)
+            export.export(jax.jit(functools.partial(f, **kwargs)), platforms=["cuda"],
+                          disabled_checks=unstable)(*args)
             for f, args in ((gpu.forward, inputs[:4]), (gpu.backward, inputs)))
     except Exception as e:
         # From 0.11 on JAX compiles Triton IR while it lowers, with a compiler that its CUDA plugin brings.
         if "triton" in str(e).lower() and "compil" in str(e).lower():
             pytest.skip(f"this JAX lowers Triton kernels only with its CUDA plugin: {e}")
         raise
-    assert forward.mlir_module().count("triton") >= 2       # state, output
-    assert backward.mlir_module().count("triton") >= 4      # state, dq, state of dS, dk and dv
+    for exported, kernels in ((forward, 2), (backward, 4)):
+        assert sum(exported.mlir_module().count(f"@{target}") for target in targets) == kernels
     assert [x.shape for x in backward.out_avals[:2]] == [inputs[0].shape, inputs[1].shape]
