@@ -261,7 +261,7 @@ def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, int
     B, T, _ = right.shape
     D = left.shape[2] if right_offset == 0 else right_offset
     H = D // num_heads
-    block = _block(T, block_sizes.state_tokens * 2 // right.dtype.itemsize)
+    block = _block(T, max(16, block_sizes.state_tokens * 2 // right.dtype.itemsize))
     rows = _block(H, 128 if H % 128 == 0 and right.dtype == jnp.bfloat16 else block_sizes.state_rows)
     row_tiles, steps = pl.cdiv(H, rows), pl.cdiv(T, block)
     splits = max(1, min(block_sizes.programs // (row_tiles * num_heads * B), steps // 4))
