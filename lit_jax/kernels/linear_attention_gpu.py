@@ -1,4 +1,30 @@
-"""Linear attention plus depth-wise convolution in Pallas-Triton kernels, for NVIDIA Ampere and Hopper."""
+"""Linear attention plus depth-wise convolution in Pallas-Triton kernels, for NVIDIA Hopper (and Ampere).
+
+Per image and head, with P = phi(q), K = phi(k) and E = do S^T, as four kernels; (B, T, D) arrays are read and
+written in place by strided loads, nothing is transposed, and only the inputs are kept for the backward pass:
+
+    state      S = K^T v / T, s = mean K                                        reads k, v; writes S
+    forward    P S / (P . s + epsilon) + DWC(v) + bias                          reads q, v, S; writes out
+    dq         den = P . s + epsilon, r = -(P . E) / den^2, dP = E / den + r s  reads q, do, S; writes dq
+    state      dS = P^T (do / den) / T, ds = mean r P                           reads q, do; writes dS
+    dk, dv     dK = v dS^T + ds, dv = K dS + DWC^T(do), filter gradient         reads k, v, do, dS; dk, dv
+
+The filter gradient is summed per patch of tokens and then by one XLA reduction: no atomics, so every run
+gives the same bits. Sums are float32; S and dS travel in the dtype of q, because they are operands of
+products.
+
+Bytes, in units of one (B, T, D) array (25 us at 3 TB/s for D = 1152, B T = 32768 in bfloat16), with S of H
+/ T such units: forward 5 + 2 H / T against a floor of 4, backward 12 + 4 H / T against 7. For XL that is
+forward 181 / 139 / 129 / 126 us and backward 414 / 328 / 307 / 302 us at T = 256 / 1024 / 4096 / 16384. The
+convolution is bound by instruction issue instead: 25 multiply-adds an element are 33 us, and one whose
+operand is loaded and widened anew for each tap costs three to four times that. Here a row of v is loaded K
+times, once per column of the filter, and feeds up to K rows of the output from registers.
+
+No timing exists yet. What is known without a GPU is in docs/kernels_gpu.md: the numbers in interpret mode,
+and what XLA's compiler makes of it for sm_90a and sm_80 (registers, spills, shared memory). It is shaped
+for Hopper: for Ampere the same code compiles, but the state and dq kernels spill there, so let XLA run the
+op.
+"""
 import dataclasses
 import functools
 
@@ -16,6 +42,7 @@ class BlockSizes:
     """Tile sizes, all powers of two of at least 16. They change speed and rounding, not the maths.
 
     tokens: output tokens of a program of the forward and of the dk, dv kernel, a patch of the grid.
+    warps: warps of such a program.
     dq_tokens: tokens of a program of the dq kernel, which holds whole rows of a head in registers.
     state_tokens: tokens per step of the state kernel.
     state_rows: rows of a state per program of the state kernel.
@@ -43,7 +70,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
                           interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
+        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
         interpret=interpret,
         name="linear_attention_forward",
     )(q, kv, state, key_mean, *((conv_kernel, conv_bias) if has_conv else ()))
@@ -51,7 +78,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
 
 def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function, interpret=False,
              block_sizes=BlockSizes()):
-    """Returns (dq, dkv, dconv_kernel, dconv_bias), each in its primal's shape and dtype, from inputs alone."""
+    """Returns (dq, dkv, dconv_kernel, dconv_bias), each in its primal's shape and dtype."""
     H = _validate(q, kv, conv_kernel, num_heads, grid, kernel_function)
     B, T, D = q.shape
     has_conv = conv_kernel is not None
@@ -63,7 +90,7 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
         functools.partial(_dq_kernel, block=block, H=H),
         out_shape=(jax.ShapeDtypeStruct((B, T, D), q.dtype), row, row),
         grid=(pl.cdiv(T, block), num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=_compiler_params(8, q.dtype),
         interpret=interpret,
         name="linear_attention_dq",
     )(q, do, state, key_mean)
@@ -80,7 +107,7 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
                           interpret=interpret),
         out_shape=out_shape,
         grid=(tiles, patches, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=block_sizes.warps, num_stages=3),
+        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
         interpret=interpret,
         name="linear_attention_dkv",
     )(kv, do, dstate, dkey_mean, *((conv_kernel,) if has_conv else ()))
@@ -107,8 +134,13 @@ def _validate(q, kv, conv_kernel, num_heads, grid, kernel_function):
     return H
 
 
+def _compiler_params(warps, dtype):
+    # Three stages of float32 tiles do not fit an A100's shared memory.
+    return plgpu.CompilerParams(num_warps=warps, num_stages=2 if dtype == jnp.float32 else 3)
+
+
 def _block(length, largest):
-    """The power of two that covers `length`, at least 16 (the least a tensor core takes), at most `largest`."""
+    """The power of two that covers `length`: at least 16, a tensor core's least, and at most `largest`."""
     return min(largest, max(16, pl.next_power_of_2(length)))
 
 
@@ -143,7 +175,7 @@ def _step(H):
 
 
 def _patches(grid, tokens):
-    """Returns ((rows, columns) of a patch, number of patches) that pad the grid least, then have least halo."""
+    """Returns ((rows, columns), number) of the patches that pad the grid least, then have the least halo."""
     h, w = grid
     tokens = _block(_block(h, tokens) * _block(w, tokens), tokens)
     shapes = [(r, tokens // r) for r in (1, 2, 4, 8, 16) if r <= tokens]  # rows are unrolled
@@ -153,7 +185,7 @@ def _patches(grid, tokens):
 
 
 def _load(ref, batch, rows, columns, row_mask, column_mask):
-    """Loads ref[*batch, rows, columns], (rows, columns), with zeros where a mask is False; None masks nothing."""
+    """Loads ref[*batch, rows, columns] with zeros where a mask is False; None masks nothing."""
     mask = jnp.broadcast_to(row_mask[:, None], (rows.size, columns.size))
     if column_mask is not None:
         mask &= column_mask[None, :]
@@ -184,8 +216,7 @@ def _dot(a, b, contract=(1, 0)):
 
 
 def _fma(a, b, c, interpret):
-    """a * b + c in one instruction: Triton's own multiply and add are rounded apart, and the taps are bound by
-    the number of instructions."""
+    """a * b + c in one instruction: XLA has Triton round products and sums apart, which costs two."""
     if interpret:
         return a * b + c
     [out] = plgpu.elementwise_inline_asm(
@@ -208,7 +239,7 @@ def _patch_tokens(patch_index, patch, grid):
 
 
 def _load_row(ref, b, y, x, grid, columns, column_mask):
-    """Loads one row of a patch in float32, (columns of the patch, columns of the tile); zeros off the grid."""
+    """Loads one row of a patch, (columns of the patch, columns of the tile) float32; zeros off the grid."""
     h, w = grid
     mask = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     return _load(ref, (b,), y * w + x, columns, mask, column_mask).astype(jnp.float32)
@@ -221,15 +252,16 @@ def _load_taps(kernel_ref, dx, columns, column_mask, shape):
 
 
 def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, interpret):
-    """Returns mean_t phi(left_t)^T (scale_t right_t), (B, N, H, H), and mean_t weight_t phi(left_t), (B, N, H).
+    """Returns mean_t phi(left_t)^T (scale_t right_t) and mean_t weight_t phi(left_t).
 
-    `left` is the first D columns of its array, `right` D columns from `right_offset`; scale and weight are
-    (B, N, T) float32 or None for ones. The state takes the dtype of `right`, the mean is float32.
+    Shapes (B, N, H, H) and (B, N, H). `left` is the first D columns of its array, `right` D columns from
+    `right_offset`; scale and weight are (B, N, T) float32 or None for ones. The state takes the dtype of
+    `right`, the mean is float32.
     """
     B, T, _ = right.shape
     D = left.shape[2] if right_offset == 0 else right_offset
     H = D // num_heads
-    block = _block(T, block_sizes.state_tokens)
+    block = _block(T, max(16, block_sizes.state_tokens * 2 // right.dtype.itemsize))
     rows = _block(H, 128 if H % 128 == 0 and right.dtype == jnp.bfloat16 else block_sizes.state_rows)
     row_tiles, steps = pl.cdiv(H, rows), pl.cdiv(T, block)
     splits = max(1, min(block_sizes.programs // (row_tiles * num_heads * B), steps // 4))
@@ -242,7 +274,7 @@ def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, int
             jax.ShapeDtypeStruct((splits, B, num_heads, H, H), right.dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((splits, B, num_heads, H), jnp.float32)),
         grid=(row_tiles, splits, num_heads, B),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=_compiler_params(8, right.dtype),
         interpret=interpret,
         name="linear_attention_state",
     )(left, right, *((scale, weight) if weighted else ()))
@@ -290,7 +322,7 @@ def _state_kernel(left_ref, right_ref, *refs, T, H, rows, block, steps, right_of
 
 
 def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
-    """phi(q) S / (phi(q) . mean phi(k) + epsilon) + DWC(v): one patch of tokens, one tile of a head's columns."""
+    """The output at one patch of tokens and one tile of a head's columns."""
     *conv_refs, out_ref = refs
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
     D = q_ref.shape[2]
@@ -323,22 +355,56 @@ def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, 
         if not has_conv:
             _store(out_ref, (b,), tokens, n * H + c, out, mask, column_mask)
             continue
-        kernel_ref, bias_ref = conv_refs
-        K, shape = kernel_ref.shape[0], (x.size, c.size)
-        bias = _load_vector(bias_ref, (), c, column_mask).astype(jnp.float32)
-
-        def add_column(dx, local, c=c, column_mask=column_mask, shape=shape):
-            local = list(local)
-            taps = _load_taps(kernel_ref, dx, c, column_mask, shape)
-            # A row of v is loaded and widened once, then feeds up to K rows of the output.
-            for row in range(patch[0] + K - 1):
-                v = _load_row(kv_ref, b, y + row - K // 2, x + dx - K // 2, grid, D + n * H + c, column_mask)
-                for dy in range(max(0, row - patch[0] + 1), min(K, row + 1)):
-                    local[row - dy] = _fma(v, taps[dy], local[row - dy], interpret)
-            return tuple(local)
-
-        local = lax.fori_loop(0, K, add_column, (jnp.broadcast_to(bias[None, :], shape),) * patch[0])
+        local = _convolve(kv_ref, *conv_refs, b, y, x, grid, patch[0], c, D + n * H, column_mask, interpret)
         _store_rows(out_ref, b, y, x, grid, n * H + c, out, local, column_mask)
+
+
+def _convolve(ref, kernel_ref, bias_ref, b, y, x, grid, rows, columns, offset, column_mask, interpret):
+    """Returns the rows of a patch of DWC(ref[..., offset:]), each (columns of the patch, C) float32."""
+    K, shape = kernel_ref.shape[0], (x.size, columns.size)
+
+    def add_column(dx, local):
+        local = list(local)
+        taps = _load_taps(kernel_ref, dx, columns, column_mask, shape)
+        # A row is loaded and widened once, then feeds up to K rows of the output.
+        for row in range(rows + K - 1):
+            v = _load_row(ref, b, y + row - K // 2, x + dx - K // 2, grid, offset + columns, column_mask)
+            for dy in range(max(0, row - rows + 1), min(K, row + 1)):
+                local[row - dy] = _fma(v, taps[dy], local[row - dy], interpret)
+        return tuple(local)
+
+    bias = _load_vector(bias_ref, (), columns, column_mask).astype(jnp.float32)
+    return lax.fori_loop(0, K, add_column, (jnp.broadcast_to(bias[None, :], shape),) * rows)
+
+
+def _convolve_transposed(do_ref, kernel_ref, partial_ref, index, v, y, x, grid, columns, offset,
+                         column_mask, interpret):
+    """Returns the rows of a patch of DWC^T(do), and stores the patch's sums for each tap, then for the bias.
+
+    `v` lists the patch's rows of v. A row of do feeds up to K rows of dv and, with the rows of v, K taps.
+    """
+    K, rows, shape = kernel_ref.shape[0], len(v), (x.size, columns.size)
+    mask = jnp.ones(columns.shape, jnp.bool_) if column_mask is None else column_mask
+
+    def add_column(dx, local):
+        local, dtaps = list(local), [jnp.zeros(shape, jnp.float32)] * K
+        taps = _load_taps(kernel_ref, dx, columns, column_mask, shape)
+        for row in range(rows + K - 1):
+            do = _load_row(
+                do_ref, index[0], y + row - K // 2, x + K // 2 - dx, grid, offset + columns, column_mask)
+            for back in range(max(0, row - rows + 1), min(K, row + 1)):
+                dy = K - 1 - back
+                local[row - back] = _fma(do, taps[dy], local[row - back], interpret)
+                dtaps[dy] = _fma(do, v[row - back], dtaps[dy], interpret)
+        for dy in range(K):
+            plgpu.store(partial_ref.at[(*index, dy * K + dx, columns)], jnp.sum(dtaps[dy], axis=0), mask=mask)
+        return tuple(local)
+
+    local = lax.fori_loop(0, K, add_column, (jnp.zeros(shape, jnp.float32),) * rows)
+    dbias = sum(_load_row(do_ref, index[0], y + row, x, grid, offset + columns, column_mask)
+                for row in range(rows))
+    plgpu.store(partial_ref.at[(*index, K * K, columns)], jnp.sum(dbias, axis=0), mask=mask)
+    return local
 
 
 def _store_rows(ref, b, y, x, grid, columns, product, local, column_mask):
@@ -395,7 +461,7 @@ def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenom
 
 
 def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
-    """dk and dv of one patch and one tile of a head's columns, with the patch's part of the filter gradient."""
+    """dk and dv at one patch and one tile of a head's columns, and the patch's filter gradient."""
     kernel_ref, dkv_ref, partial_ref = refs if has_conv else (None, refs[0], None)
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
     D = do_ref.shape[2]
@@ -429,26 +495,7 @@ def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H
         if not has_conv:
             _store(dkv_ref, (b,), tokens, D + n * H + c, dv, mask, column_mask)
             continue
-        K, rows, shape = kernel_ref.shape[0], patch[0], (x.size, c.size)
-        every_column = jnp.ones(c.shape, jnp.bool_) if column_mask is None else column_mask
-        v = [_load_row(kv_ref, b, y + row, x, grid, D + n * H + c, column_mask) for row in range(rows)]
-
-        def add_column(dx, local, c=c, column_mask=column_mask, shape=shape, v=v, every_column=every_column):
-            local, dtaps = list(local), [jnp.zeros(shape, jnp.float32)] * K
-            taps = _load_taps(kernel_ref, dx, c, column_mask, shape)
-            # A row of the cotangent feeds up to K rows of dv and, with those rows of v, as many taps' gradients.
-            for row in range(rows + K - 1):
-                do = _load_row(do_ref, b, y + row - K // 2, x + K // 2 - dx, grid, n * H + c, column_mask)
-                for back in range(max(0, row - rows + 1), min(K, row + 1)):
-                    dy = K - 1 - back
-                    local[row - back] = _fma(do, taps[dy], local[row - back], interpret)
-                    dtaps[dy] = _fma(do, v[row - back], dtaps[dy], interpret)
-            for dy in range(K):
-                plgpu.store(partial_ref.at[b, n, patch_index, dy * K + dx, c], jnp.sum(dtaps[dy], axis=0),
-                            mask=every_column)
-            return tuple(local)
-
-        local = lax.fori_loop(0, K, add_column, (jnp.zeros(shape, jnp.float32),) * rows)
-        dbias = sum(_load_row(do_ref, b, y + row, x, grid, n * H + c, column_mask) for row in range(rows))
-        plgpu.store(partial_ref.at[b, n, patch_index, K * K, c], jnp.sum(dbias, axis=0), mask=every_column)
+        v = [_load_row(kv_ref, b, y + row, x, grid, D + n * H + c, column_mask) for row in range(patch[0])]
+        local = _convolve_transposed(do_ref, kernel_ref, partial_ref, (b, n, patch_index), v, y, x, grid, c,
+                                     n * H, column_mask, interpret)
         _store_rows(dkv_ref, b, y, x, grid, D + n * H + c, dv, local, column_mask)
