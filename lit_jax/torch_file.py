@@ -125,8 +125,8 @@ def read_safetensors(path):
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             fail(f"{key}: the entry is not {{dtype, shape, data_offsets}}")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            fail(f"{key}: dtype {entry['dtype']!r} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _SAFETENSORS_DTYPES:
+            fail(f"{key}: dtype {_describe(entry['dtype'])} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
             fail(f"{key}: {json.dumps(shape)[:80]} is not a shape")
@@ -176,6 +176,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 # What a tensor file may name: storages by dtype, and the few constructors that `_Unpickler._reduce` knows.
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -613,7 +614,7 @@ def write_torch(path, tensors):
 
 def contiguous(array, shape, key):
     """The bytes of `array` as little-endian float32, C order; the shape must be the announced one."""
-    array = np.ascontiguousarray(array, np.dtype("<f4"))
+    array = np.asarray(array, np.dtype("<f4"), order="C")
     if array.shape != tuple(shape):
         raise ValueError(f"{key}: shape {array.shape}, announced {tuple(shape)}")
     return array.reshape(-1).view(np.uint8).data

@@ -1,0 +1,97 @@
+"""The porting job: a checkpoint of any layout in, another layout out, with a report that accounts for every key.
+
+    python -m lit_jax.main --config=configs/default.py --mode=port \
+        --config.port.source=DiT-XL-2-256x256.pt --config.port.target=teacher
+
+Nothing is written unless the whole source is read, explained, finite and what the config describes.
+"""
+import pathlib
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from lit_jax import porting, sharding
+from lit_jax.models import dit
+
+LAYOUTS = ("orbax", "dit", "diffusers")
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
+    """Ports `port.source` to `port.target`; leaves port_report.json in the workdir and logs its summary."""
+    port = config.port
+    source, target = _path(port.source, "port.source"), _path(port.target, "port.target")
+    layout = port.layout or ("dit" if target.suffix in (".safetensors", ".pt") else "orbax")
+    if layout not in LAYOUTS:
+        raise ValueError(f"port.layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise ValueError(f"port.target = {target} exists; a port never overwrites")
+    if not source.exists():
+        raise FileNotFoundError(f"port.source = {source}: no such file or folder")
+
+    if porting.is_autoencoder(source):
+        if layout != "orbax":
+            raise ValueError(f"port.layout = {layout}, but {source} is an autoencoder, which is ported to orbax only")
+        checkpoint = porting.read_autoencoder(source, weights=port.weights, scaling_factor=port.scaling_factor)
+    else:
+        checkpoint = _read_dit(config, source)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if layout == "orbax":
+        shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
+        porting.export_orbax(checkpoint, target, shardings=shardings)
+    elif layout == "diffusers":
+        porting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
+    else:
+        written = porting.export_official(checkpoint.params, target, checkpoint.architecture)
+        checkpoint.report.notes.append(f"wrote {', '.join(path.name for path in written)}")
+
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
+    logging.info("ported to %s (%s)\n%s", target, layout, checkpoint.report.summary())
+    return checkpoint.report
+
+
+def _path(value, field):
+    if not value:
+        raise ValueError(f"{field} is empty; name a file or folder")
+    return pathlib.Path(value)
+
+
+def _read_dit(config, source):
+    """Reads a DiT or LiT with what the config asks for, and checks it against `model`."""
+    port, model = config.port, config.model
+    grid = None
+    if port.input_size:
+        if port.input_size % model.patch_size:
+            raise ValueError(f"port.input_size = {port.input_size} is not a multiple of model.patch_size = "
+                             f"{model.patch_size}")
+        grid = (port.input_size // model.patch_size,) * 2
+    checkpoint = porting.read_checkpoint(
+        source, weights=port.weights, num_heads=port.num_heads, num_classes=port.num_classes, grid=grid,
+        timestep_freq_shift=port.timestep_freq_shift, mlp_norm_epsilon=port.mlp_norm_epsilon, seed=config.seed)
+    if port.check_model:
+        porting.require_architecture(checkpoint, _expected(config, checkpoint.architecture))
+    return checkpoint
+
+
+def _expected(config, found):
+    """What `model` says of a checkpoint; of attention only if it is the same kind, else the source is the teacher."""
+    model = config.model
+    if model.size not in dit.SIZES:
+        raise ValueError(f"model.size must be one of {', '.join(dit.SIZES)}; got {model.size!r}")
+    depth, width, softmax_heads, linear_heads = dit.SIZES[model.size]
+    expected = {"depth": model.depth or depth, "width": model.width or width}
+    expected |= {name: model[name] for name in ("patch_size", "in_channels", "num_classes", "learn_sigma")}
+    if config.port.num_classes:
+        expected["num_classes"] = config.port.num_classes
+    if found["grid"]:
+        size = config.port.input_size or model.input_size
+        expected["grid"] = (size // model.patch_size,) * 2
+    if found["attention"] == model.attention:
+        expected["qkv_bias"] = model.qkv_bias
+        if model.attention == "linear":
+            expected |= {"conv_size": model.conv_size, "kernel_function": model.kernel_function}
+        if found["num_heads"]:
+            heads = softmax_heads if model.attention == "softmax" else linear_heads
+            expected["num_heads"] = model.num_heads or heads
+    return expected
