@@ -166,7 +166,7 @@ def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
 
 
 def make_config(**evaluate_fields):
-    defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=16,
+    defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=8,
                     num_neighbour_images=10_000, neighbours=3, split_size=5000, self_check=False, compare=(),
                     compare_across=("samples.cfg_scale",))
     return ml_collections.ConfigDict({"evaluate": defaults | evaluate_fields, "data": {"dir": "data"}})
@@ -174,24 +174,24 @@ def make_config(**evaluate_fields):
 
 def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
     """End to end with EfficientNet-Lite0: the noisier the images, the farther they are, and the report says so."""
-    images = random_images(24, size=32)
-    np.savez(tmp_path / "reference.npz", arr_0=random_images(24, seed=1, size=32))
+    images = random_images(8, size=32)
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8, seed=1, size=32))
     rng, files, distances = np.random.default_rng(0), [], []
     for cfg_scale, noise in [(4.0, 60), (1.0, 0), (1.5, 20)]:
         workdir = tmp_path / f"cfg_{cfg_scale}"
-        (workdir / "samples").mkdir(parents=True)
+        workdir.mkdir()
         samples = np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
-        np.savez(workdir / "samples" / "step_7.npz", arr_0=samples,
+        np.savez(workdir / "samples.npz", arr_0=samples,
                  protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale, "step": 7}))
         evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), workdir)
         files.append(str(workdir / "evaluation_7.json"))
         result = json.loads(pathlib.Path(files[-1]).read_text())
-        assert list(result["scores"]) == ["fd_efficientnet_lite0_24", "precision_efficientnet_lite0_24",
-                                          "recall_efficientnet_lite0_24"]
+        assert list(result["scores"]) == ["fd_efficientnet_lite0_8", "precision_efficientnet_lite0_8",
+                                          "recall_efficientnet_lite0_8"]
         assert result["protocol"]["samples"]["cfg_scale"] == cfg_scale and result["protocol"]["weights"]
-        assert "fd_efficientnet_lite0_24" in (workdir / "evaluation_7.md").read_text()
-        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 3 * 32)
-        distances.append(result["scores"]["fd_efficientnet_lite0_24"])
+        assert "fd_efficientnet_lite0_8" in (workdir / "evaluation_7.md").read_text()
+        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 32)
+        distances.append(result["scores"]["fd_efficientnet_lite0_8"])
     assert distances[1] < distances[2] < distances[0]
 
     evaluate.run(make_config(compare=tuple(files)), tmp_path / "all")
@@ -228,7 +228,7 @@ def test_self_check_passes_at_the_published_figures_and_fails_beside_them():
 
 
 @pytest.mark.parametrize("fields, error, message", [
-    (dict(), FileNotFoundError, "evaluate.samples is empty and there is no npz"),
+    (dict(), FileNotFoundError, "workdir/samples.npz not found"),
     (dict(samples="nowhere.npz"), FileNotFoundError, "nowhere.npz not found"),
     (dict(samples="SAMPLES", num_images=50), ValueError, "num_images = 50, but .* holds 4 images"),
     (dict(samples="SAMPLES", features="fid"), ValueError, "unknown features 'fid'"),
