@@ -447,5 +447,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         logging.info("eval/%s = %.4f", name, value)
     failed = [row for row in result.get("self_check", []) if not row["passed"]]
     if failed:
-        raise ValueError("the self-check failed: " + "; ".join(
-            f"{row['score']} is {row['here']:.4f}, published {row['published']:.4f} +- {row['tolerance']}" for row in failed))
+        rows = (f"{row['score']} is {row['here']:.4f}, published {row['published']:.4f} +- {row['tolerance']}"
+                for row in failed)
+        raise ValueError(f"the self-check failed: {'; '.join(rows)}")

@@ -104,7 +104,8 @@ def test_scores_are_named_for_what_they_measure():
 def save_adm_reference(path, extractor, images, **others):
     expected = features_of(images, extractor)
     np.savez(path, mu=expected["pool"].mean(0).astype(np.float32), sigma=np.cov(expected["pool"], rowvar=False),
-             mu_s=expected["spatial"].mean(0).astype(np.float32), sigma_s=np.cov(expected["spatial"], rowvar=False), **others)
+             mu_s=expected["spatial"].mean(0).astype(np.float32), sigma_s=np.cov(expected["spatial"], rowvar=False),
+             **others)
 
 
 def load(path, extractor, num_neighbour_images=20):
@@ -161,7 +162,8 @@ def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
     np.testing.assert_array_equal(load(cache, extractor).features, first.features)
     with pytest.raises(ValueError, match="another protocol: weights is 'w1' and 'w2'"):
         load(cache, make_extractor(weights="w2"))
-    more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs | {"num_neighbour_images": 60})
+    kwargs["num_neighbour_images"] = 60
+    more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
     assert len(more.features) == 60
 
 
@@ -203,7 +205,8 @@ def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
 
 
 def result_of(**protocol):
-    return {"scores": {"fid_adm_50k": 2.0}, "protocol": {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol}
+    protocol = {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol
+    return {"scores": {"fid_adm_50k": 2.0}, "protocol": protocol}
 
 
 def test_unequal_protocols_refuse_to_be_compared():
@@ -235,7 +238,7 @@ def test_self_check_passes_at_the_published_figures_and_fails_beside_them():
     (dict(samples="SAMPLES"), ValueError, "evaluate.reference is empty"),
     (dict(samples="SAMPLES", reference="cifar10"), ValueError, "'cifar10' is neither an npz file nor DATASET:SPLIT"),
     (dict(samples="SAMPLES", reference="nowhere.npz"), FileNotFoundError, "evaluate.reference nowhere.npz not found"),
-    (dict(samples="SAMPLES", self_check=True), ValueError, "evaluate.features is efficientnet_lite0, and there are 4 images"),
+    (dict(samples="SAMPLES", self_check=True), ValueError, "features is efficientnet_lite0, and there are 4 images"),
     (dict(compare=("a.json",)), FileNotFoundError, "evaluate.compare: a.json not found"),
 ])
 def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, message):

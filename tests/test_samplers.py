@@ -62,7 +62,8 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range"):
     return x
 
 
-@pytest.mark.parametrize("steps, variance", [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"), (7, "fixed_large")])
+@pytest.mark.parametrize("steps, variance", [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"),
+                                             (7, "fixed_large")])
 def test_ddpm_is_the_respaced_chain(steps, variance):
     grid = samplers.make_grid(DIFFUSION, "ddpm", steps, variance=variance)
     keys, labels = make_keys(3), jnp.arange(3)
@@ -167,7 +168,8 @@ def test_dpm_solver_agrees_with_diffusers(steps, order, exact_tables, tolerance)
 
 
 @pytest.mark.parametrize("sampler, kwargs, steps", [
-    ("ddim", dict(spacing="leading"), 40), *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
+    ("ddim", dict(spacing="leading"), 40),
+    *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
 def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kwargs, steps):
     """Fed arbitrary outputs nothing corrects a rounding error, and the first is multiplied by 157, the root of
     1 / alphas_cumprod at t = 999: so both sides run in float64 here,
