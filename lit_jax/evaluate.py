@@ -373,17 +373,6 @@ def self_check(scores: dict[str, float]) -> list[dict[str, Any]]:
 # The job.
 
 
-def find_samples(samples: str, workdir: pathlib.Path) -> pathlib.Path:
-    """The file named by evaluate.samples, or else the newest npz in the samples folder of the workdir."""
-    if samples:
-        return pathlib.Path(samples)
-    found = sorted((workdir / "samples").glob("*.npz"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"evaluate.samples is empty and there is no npz in {workdir / 'samples'}: sample first, or "
-                                "name a file")
-    return found[-1]
-
-
 def make_reference(reference: str, data_dir: str, workdir: pathlib.Path, extractor: features.Extractor, *, batch_size: int,
                    num_neighbour_images: int) -> Statistics:
     """The reference that evaluate.reference names: an npz file, or "DATASET:SPLIT" of the data sets in data.dir."""
@@ -423,7 +412,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if settings.compare:
         compare(settings.compare, tuple(settings.compare_across), workdir)
         return
-    samples_file = find_samples(settings.samples, workdir)
+    samples_file = pathlib.Path(settings.samples or workdir / "samples.npz")
     available, *shape = npz_shape(samples_file)
     num_images = settings.num_images or available
     if num_images > available:
@@ -458,5 +447,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         logging.info("eval/%s = %.4f", name, value)
     failed = [row for row in result.get("self_check", []) if not row["passed"]]
     if failed:
-        raise ValueError("the self-check failed: " + "; ".join(
-            f"{row['score']} is {row['here']:.4f}, published {row['published']:.4f} +- {row['tolerance']}" for row in failed))
+        rows = (f"{row['score']} is {row['here']:.4f}, published {row['published']:.4f} +- {row['tolerance']}"
+                for row in failed)
+        raise ValueError(f"the self-check failed: {'; '.join(rows)}")

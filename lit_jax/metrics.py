@@ -170,7 +170,7 @@ def manifold_coverage(features: np.ndarray, others: np.ndarray, radii: np.ndarra
     inside_count = 0
     for where, rows, _ in _blocks(features, block_size):
         inside = jnp.zeros(block_size, bool)
-        for columns_at, columns, is_column in _blocks(others, block_size):
+        for columns_at, columns, _ in _blocks(others, block_size):
             block_radii = np.full(block_size, -1.0, np.float32)         # nothing is within a negative radius
             block_radii[:columns_at.stop - columns_at.start] = radii[columns_at]
             inside = _is_inside(inside, rows, columns, jnp.asarray(block_radii))

@@ -174,10 +174,10 @@ def make_grid(diffusion: diffusion_lib.Diffusion, sampler: str, steps: int, *, s
 
 def guide(model_fn: Callable, x: jax.Array, t: jax.Array, y: jax.Array, null_label: int, cfg_scale: float,
           cfg_channels: str) -> jax.Array:
-    """Classifier-free guidance with the conditional and the unconditional half in one batch; arXiv 2207.12598.
+    """Classifier-free guidance, conditional and unconditional in one batch; arXiv 2207.12598.
 
     eps = eps_uncond + cfg_scale (eps_cond - eps_uncond) on the guided channels; every other channel, the predicted
-    variance among them, is the conditional half's.
+    variance among them, is the conditional one's.
 
     Args:
         model_fn: (x, t, y) -> (2B, h, w, C or 2C).
@@ -187,10 +187,12 @@ def guide(model_fn: Callable, x: jax.Array, t: jax.Array, y: jax.Array, null_lab
     Returns: (B, h, w, C or 2C)
     """
     B, C = x.shape[0], x.shape[-1]
-    out = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([y, jnp.full_like(y, null_label)]))
+    # Pairs side by side, not one half after the other: so both of an image stay on the device that holds it.
+    labels = jnp.stack([y, jnp.full_like(y, null_label)], axis=1).reshape(2 * B)
+    out = model_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), labels)
+    cond, uncond = jnp.moveaxis(out.reshape(B, 2, *out.shape[1:]), 1, 0)
     guided = C if cfg_channels == "all" else min(3, C)
-    cond, uncond = out[:B], out[B:, ..., :guided]
-    eps = uncond + cfg_scale * (cond[..., :guided] - uncond)
+    eps = uncond[..., :guided] + cfg_scale * (cond - uncond)[..., :guided]
     return jnp.concatenate([eps, cond[..., guided:]], axis=-1)
 
 
@@ -217,8 +219,8 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         shape: (h, w, C) of one image.
         grid: the sampler, from `make_grid`.
         labels: (B,) int32. null_label: the label that stands for none, num_classes for DiT.
-        cfg_scale: 1 is no guidance and costs no second half.
-        cfg_interval: (low, high): guide only where low <= t < high in training timesteps; None: at every step.
+        cfg_scale: 1 is no guidance, and the model then sees each image once.
+        cfg_interval: guide only where low <= t <= high in training timesteps; None guides at every step.
         clip_denoised: clip the estimate of x_start to [-1, 1], for models of pixels.
         noise: (B, h, w, C) to start from, in place of the keys' own.
     Returns: (B, h, w, C) float32.
@@ -229,7 +231,8 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
     B, C = labels.shape[0], shape[-1]
     steps, order = grid.x_start_coefs.shape
     low, high = cfg_interval or (-np.inf, np.inf)
-    is_guided = (grid.timesteps >= low) & (grid.timesteps < high) & (cfg_scale != 1.0)
+    needs_noise = grid.log_variance_bounds is not None or grid.noise_scale.any()
+    is_guided = (grid.timesteps >= low) & (grid.timesteps <= high) & (cfg_scale != 1.0)
 
     def plain(x, t):
         return model_fn(x, t, labels)
@@ -263,7 +266,6 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
             x = x + noise_scale * step_noise(rng_keys, table["step"] + 1, shape)
         return (x, x_starts[:-1]), None
 
-    needs_noise = grid.log_variance_bounds is not None or grid.noise_scale.any()
     table = {
         "step": np.arange(steps, dtype=np.int32), "timestep": grid.timesteps, "is_guided": is_guided,
         "x_start_from_x": np.sqrt(1.0 / grid.alphas_cumprod),

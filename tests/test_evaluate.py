@@ -104,7 +104,8 @@ def test_scores_are_named_for_what_they_measure():
 def save_adm_reference(path, extractor, images, **others):
     expected = features_of(images, extractor)
     np.savez(path, mu=expected["pool"].mean(0).astype(np.float32), sigma=np.cov(expected["pool"], rowvar=False),
-             mu_s=expected["spatial"].mean(0).astype(np.float32), sigma_s=np.cov(expected["spatial"], rowvar=False), **others)
+             mu_s=expected["spatial"].mean(0).astype(np.float32), sigma_s=np.cov(expected["spatial"], rowvar=False),
+             **others)
 
 
 def load(path, extractor, num_neighbour_images=20):
@@ -161,12 +162,13 @@ def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
     np.testing.assert_array_equal(load(cache, extractor).features, first.features)
     with pytest.raises(ValueError, match="another protocol: weights is 'w1' and 'w2'"):
         load(cache, make_extractor(weights="w2"))
-    more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs | {"num_neighbour_images": 60})
+    kwargs["num_neighbour_images"] = 60
+    more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
     assert len(more.features) == 60
 
 
 def make_config(**evaluate_fields):
-    defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=16,
+    defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=8,
                     num_neighbour_images=10_000, neighbours=3, split_size=5000, self_check=False, compare=(),
                     compare_across=("samples.cfg_scale",))
     return ml_collections.ConfigDict({"evaluate": defaults | evaluate_fields, "data": {"dir": "data"}})
@@ -174,24 +176,24 @@ def make_config(**evaluate_fields):
 
 def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
     """End to end with EfficientNet-Lite0: the noisier the images, the farther they are, and the report says so."""
-    images = random_images(24, size=32)
-    np.savez(tmp_path / "reference.npz", arr_0=random_images(24, seed=1, size=32))
+    images = random_images(8, size=32)
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8, seed=1, size=32))
     rng, files, distances = np.random.default_rng(0), [], []
     for cfg_scale, noise in [(4.0, 60), (1.0, 0), (1.5, 20)]:
         workdir = tmp_path / f"cfg_{cfg_scale}"
-        (workdir / "samples").mkdir(parents=True)
+        workdir.mkdir()
         samples = np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
-        np.savez(workdir / "samples" / "step_7.npz", arr_0=samples,
+        np.savez(workdir / "samples.npz", arr_0=samples,
                  protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale, "step": 7}))
         evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), workdir)
         files.append(str(workdir / "evaluation_7.json"))
         result = json.loads(pathlib.Path(files[-1]).read_text())
-        assert list(result["scores"]) == ["fd_efficientnet_lite0_24", "precision_efficientnet_lite0_24",
-                                          "recall_efficientnet_lite0_24"]
+        assert list(result["scores"]) == ["fd_efficientnet_lite0_8", "precision_efficientnet_lite0_8",
+                                          "recall_efficientnet_lite0_8"]
         assert result["protocol"]["samples"]["cfg_scale"] == cfg_scale and result["protocol"]["weights"]
-        assert "fd_efficientnet_lite0_24" in (workdir / "evaluation_7.md").read_text()
-        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 3 * 32)
-        distances.append(result["scores"]["fd_efficientnet_lite0_24"])
+        assert "fd_efficientnet_lite0_8" in (workdir / "evaluation_7.md").read_text()
+        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 32)
+        distances.append(result["scores"]["fd_efficientnet_lite0_8"])
     assert distances[1] < distances[2] < distances[0]
 
     evaluate.run(make_config(compare=tuple(files)), tmp_path / "all")
@@ -203,7 +205,8 @@ def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
 
 
 def result_of(**protocol):
-    return {"scores": {"fid_adm_50k": 2.0}, "protocol": {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol}
+    protocol = {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol
+    return {"scores": {"fid_adm_50k": 2.0}, "protocol": protocol}
 
 
 def test_unequal_protocols_refuse_to_be_compared():
@@ -228,14 +231,14 @@ def test_self_check_passes_at_the_published_figures_and_fails_beside_them():
 
 
 @pytest.mark.parametrize("fields, error, message", [
-    (dict(), FileNotFoundError, "evaluate.samples is empty and there is no npz"),
+    (dict(), FileNotFoundError, "workdir/samples.npz not found"),
     (dict(samples="nowhere.npz"), FileNotFoundError, "nowhere.npz not found"),
     (dict(samples="SAMPLES", num_images=50), ValueError, "num_images = 50, but .* holds 4 images"),
     (dict(samples="SAMPLES", features="fid"), ValueError, "unknown features 'fid'"),
     (dict(samples="SAMPLES"), ValueError, "evaluate.reference is empty"),
     (dict(samples="SAMPLES", reference="cifar10"), ValueError, "'cifar10' is neither an npz file nor DATASET:SPLIT"),
     (dict(samples="SAMPLES", reference="nowhere.npz"), FileNotFoundError, "evaluate.reference nowhere.npz not found"),
-    (dict(samples="SAMPLES", self_check=True), ValueError, "evaluate.features is efficientnet_lite0, and there are 4 images"),
+    (dict(samples="SAMPLES", self_check=True), ValueError, "features is efficientnet_lite0, and there are 4 images"),
     (dict(compare=("a.json",)), FileNotFoundError, "evaluate.compare: a.json not found"),
 ])
 def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, message):

@@ -150,11 +150,12 @@ def resize_tf1_oracle(image, size):
     return out
 
 
-@pytest.mark.parametrize("shape, size", [((32, 32), 299), ((64, 48), 299), ((512, 512), 299), ((299, 299), 299), ((7, 5), 11)])
-def test_resize_is_tensorflow_1s(shape, size):
+@pytest.mark.parametrize("shape", [(32, 32), (64, 48), (512, 512), (299, 299), (7, 5)])
+def test_resize_is_tensorflow_1s(shape, size=299):
     images = np.random.default_rng(0).integers(0, 256, (1, *shape, 3)).astype(np.float32)
     actual = jax.jit(features.resize_tf1, static_argnums=1)(images, size)
-    oracles.assert_close(actual[0], resize_tf1_oracle(images[0].astype(np.float64), size), factor=3.0, what=f"{shape} -> {size}")
+    expected = resize_tf1_oracle(images[0].astype(np.float64), size)
+    oracles.assert_close(actual[0], expected, factor=3.0, what=f"{shape} -> {size}")
 
 
 def test_resize_has_the_known_pixels_of_tensorflow_1():
@@ -213,7 +214,7 @@ def test_extract_gives_the_features_of_the_images(torch_network, params):
     actual = next(features.extract(extractor, [images], 8))
     x = torch.from_numpy(expected_input("inception_adm", images).astype(np.float32)).movedim(-1, 1)
     oracles.assert_close(actual["pool"], torch_network(x)[0], reduction=2048, what="pool")
-    assert {key: value.shape for key, value in actual.items()} == {"pool": (3, 2048), "spatial": (3, 2023), "logits": (3, 1008)}
+    assert actual["pool"].shape == (3, 2048) and actual["spatial"].shape == (3, 2023) and actual["logits"].shape == (3, 1008)
 
 
 apply_efficientnet = jax.jit(lambda params, x: efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x))

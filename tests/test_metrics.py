@@ -58,7 +58,8 @@ def test_frechet_distance_of_singular_covariances_is_finite():
     basis = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     covariance1, covariance2 = basis[:, :5] @ basis[:, :5].T, 4.0 * basis[:, 3:9] @ basis[:, 3:9].T
     # Two shared directions, of variance 1 and 4: traces 5 + 24 - 2 * 2 * sqrt(1 * 4).
-    np.testing.assert_allclose(metrics.frechet_distance(np.zeros(30), covariance1, np.zeros(30), covariance2), 21.0, rtol=1e-6)
+    distance = metrics.frechet_distance(np.zeros(30), covariance1, np.zeros(30), covariance2)
+    np.testing.assert_allclose(distance, 21.0, rtol=1e-6)
     same = metrics.frechet_distance(np.ones(30), covariance1, np.ones(30), covariance1)
     assert abs(same) < 1e-6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_jax import diffusion as diffusion_lib
-from lit_jax import samplers
+from lit_jax import samplers, sharding
 
 DIFFUSION = diffusion_lib.make_diffusion()
 SHAPE = (4, 4, 4)
@@ -62,7 +62,8 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range"):
     return x
 
 
-@pytest.mark.parametrize("steps, variance", [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"), (7, "fixed_large")])
+@pytest.mark.parametrize("steps, variance", [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"),
+                                             (7, "fixed_large")])
 def test_ddpm_is_the_respaced_chain(steps, variance):
     grid = samplers.make_grid(DIFFUSION, "ddpm", steps, variance=variance)
     keys, labels = make_keys(3), jnp.arange(3)
@@ -167,7 +168,8 @@ def test_dpm_solver_agrees_with_diffusers(steps, order, exact_tables, tolerance)
 
 
 @pytest.mark.parametrize("sampler, kwargs, steps", [
-    ("ddim", dict(spacing="leading"), 40), *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
+    ("ddim", dict(spacing="leading"), 40),
+    *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
 def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kwargs, steps):
     """Fed arbitrary outputs nothing corrects a rounding error, and the first is multiplied by 157, the root of
     1 / alphas_cumprod at t = 999: so both sides run in float64 here,
@@ -268,12 +270,23 @@ GRIDS = {"ddpm": dict(steps=6), "ddim": dict(steps=6, eta=0.5), "dpm++": dict(st
 @pytest.mark.parametrize("sampler", GRIDS)
 def test_an_image_depends_on_its_key_and_label_alone(sampler):
     grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
+    draw = jax.jit(lambda keys, labels: samplers.sample(model_fn, keys, SHAPE, grid=grid, labels=labels, null_label=NULL,
+                                                        cfg_scale=1.5))
     keys, labels = make_keys(6), jnp.array([1, 2, 3, 4, 5, 6])
-    whole = run(grid, 6, keys=keys, labels=labels, cfg_scale=1.5)
-    split = [run(grid, 2, keys=keys[i:i + 2], labels=labels[i:i + 2], cfg_scale=1.5) for i in (0, 2, 4)]
+    whole = draw(keys, labels)
+    split = [draw(keys[i:i + 2], labels[i:i + 2]) for i in (0, 2, 4)]
     np.testing.assert_allclose(whole, np.concatenate(split), rtol=1e-5, atol=1e-5)
-    shuffled = run(grid, 6, keys=keys[::-1], labels=labels[::-1], cfg_scale=1.5)
-    np.testing.assert_allclose(whole, shuffled[::-1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole, draw(keys[::-1], labels[::-1])[::-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+def test_eight_devices_draw_what_one_draws(sampler):
+    grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
+    keys, labels = make_keys(16), jnp.arange(16) % 10
+    one = run(grid, 16, keys=keys, labels=labels, cfg_scale=1.5)
+    spread = sharding.batch_sharding(sharding.make_mesh())
+    eight = run(grid, 16, keys=jax.device_put(keys, spread), labels=jax.device_put(labels, spread), cfg_scale=1.5)
+    np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_differs_between_steps_and_images():
@@ -323,10 +336,13 @@ def test_guidance_interval_guides_inside_and_costs_nothing_outside():
 
     grid = samplers.make_grid(DIFFUSION, "ddim", 5)      # 999, 749, 500, 250, 0
     run(grid, model_fn=recording_model_fn, cfg_scale=2.0, cfg_interval=(250, 749))
-    assert batches == [(999, 3), (749, 3), (500, 6), (250, 6), (0, 3)]
-    nowhere = run(grid, cfg_scale=2.0, cfg_interval=(600, 601))
+    assert batches == [(999, 3), (749, 6), (500, 6), (250, 6), (0, 3)]
+
+
+def test_a_guidance_interval_at_its_limits_is_all_or_nothing():
+    grid = samplers.make_grid(DIFFUSION, "ddim", 5)
+    nowhere, everywhere = (run(grid, cfg_scale=2.0, cfg_interval=interval) for interval in [(600, 601), (0, 999)])
     np.testing.assert_allclose(nowhere, run(grid), rtol=1e-5, atol=1e-5)
-    everywhere = run(grid, cfg_scale=2.0, cfg_interval=(0, 1000))
     np.testing.assert_allclose(everywhere, run(grid, cfg_scale=2.0), rtol=1e-5, atol=1e-5)
     assert np.abs(everywhere - nowhere).max() > 1e-2
 
