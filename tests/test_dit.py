@@ -1,0 +1,405 @@
+"""DiT and LiT against an independent torch model at random weights everywhere; parameter counts, FLOPs, shapes, start.
+
+A fresh adaLN-Zero model outputs zero and every block is the identity, so parity says nothing there: no parameter of the
+models compared here is zero.
+"""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_dit
+from flax.traverse_util import flatten_dict, unflatten_dict
+from oracles import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_jax.models import attention, dit
+
+DEPTH, WIDTH, HEADS = 3, 48, {"softmax": 4, "linear": 3}
+CLASSES = 7
+# assert_close allows 8 * 2^-23 * sqrt(reduction) of the largest output: with this, 1e-5.
+PARITY = dict(reduction=100)
+
+
+def to_ours(path, value):
+    """A torch parameter's name and array in the official layout, to our name and array."""
+    value = value.detach().numpy().copy()
+    path = path.replace("mlp.0.", "mlp_0.").replace("mlp.2.", "mlp_2.").replace("adaLN_modulation.1.", "adaLN_modulation.")
+    *module, leaf = path.split(".")
+    if leaf == "weight" and module[-1] == "embedding_table":
+        leaf = "embedding"
+    elif leaf == "weight":
+        leaf = "kernel"
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return "/".join([*module, leaf]), value
+
+
+def params_from(module):
+    """The parameter tree of a whole torch model, blocks stacked; of a part, as it is."""
+    flat = dict(to_ours(*item) for item in module.named_parameters() if item[0] != "pos_embed")
+    stacked, layers = {}, sorted({int(path.split("/")[1]) for path in flat if path.startswith("blocks/")})
+    for path, value in flat.items():
+        if path.startswith("blocks/0/"):
+            inner = path.removeprefix("blocks/0/")
+            stacked[f"blocks/{inner}"] = np.stack([flat[f"blocks/{i}/{inner}"] for i in layers])
+        elif not path.startswith("blocks/"):
+            stacked[path] = value
+    return unflatten_dict(stacked, sep="/")
+
+
+def make_pair(kind, *, grid=(4, 4), patch_size=2, in_channels=4, learn_sigma=True, seed=0, dtype=jnp.float32, **options):
+    """The torch model with random weights everywhere, our model, and our parameters."""
+    num_heads = HEADS[kind]
+    fields = dict(patch_size=patch_size, in_channels=in_channels, num_classes=CLASSES, learn_sigma=learn_sigma, attention=kind,
+                  **options)
+    theirs = torch_dit.DiT(DEPTH, WIDTH, num_heads, grid=grid, **fields)
+    torch_dit.randomise_(theirs, seed)
+    ours = dit.DiT(depth=DEPTH, width=WIDTH, num_heads=num_heads, dtype=dtype, **fields)
+    return theirs, ours, params_from(theirs)
+
+
+def make_inputs(grid=(4, 4), patch_size=2, in_channels=4, batch=3, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (batch, grid[0] * patch_size, grid[1] * patch_size, in_channels)
+    return (rng.standard_normal(shape).astype(np.float32), np.array([0, 17, 63])[:batch], np.array([0, 3, CLASSES])[:batch])
+
+
+def run_theirs(model, x, t, y):
+    with torch.no_grad():
+        out = model(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(y))
+    return out.numpy().transpose(0, 2, 3, 1)
+
+
+def tokens(*shape, seed=5, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+# Module by module. ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("patch_size, grid, in_channels", [(2, (4, 4), 4), (4, (3, 5), 3), (8, (2, 1), 1)])
+def test_patch_embedding(patch_size, grid, in_channels):
+    theirs, _, params = make_pair("softmax", grid=grid, patch_size=patch_size, in_channels=in_channels)
+    x, _, _ = make_inputs(grid, patch_size, in_channels)
+    out = dit.PatchEmbedder(WIDTH, patch_size, jnp.float32).apply({"params": params["x_embedder"]}, x)
+    expected = theirs.x_embedder(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy()
+    assert_close(out.reshape(expected.shape), expected, **PARITY)
+
+
+@pytest.mark.parametrize("freq_shift", [0, 1])
+def test_timestep_embedding_matches_the_formula(freq_shift):
+    t = np.array([0.0, 1.0, 13.5, 500.0, 999.0], np.float32)
+    angles = [[float(ti) * 10000.0 ** (-i / (128 - freq_shift)) for i in range(128)] for ti in t]
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    # An angle up to t carries the rounding of its float32 frequency: t * 2^-24, and the product's again.
+    assert_close(dit.timestep_embedding(jnp.asarray(t), freq_shift), expected, factor=1200)
+    assert_close(dit.timestep_embedding(jnp.asarray(t[:3]), freq_shift), expected[:3], factor=20)
+
+
+@pytest.mark.parametrize("freq_shift", [0, 1])
+def test_timestep_and_label_embedders(freq_shift):
+    theirs, _, params = make_pair("softmax", timestep_freq_shift=freq_shift)
+    t, y = np.array([0, 3, 99]), np.array([0, 6, CLASSES])
+    out = dit.TimestepEmbedder(WIDTH, freq_shift).apply({"params": params["t_embedder"]}, jnp.asarray(t))
+    assert_close(out, theirs.t_embedder(torch.tensor(t)).detach(), **PARITY)
+    np.testing.assert_array_equal(
+        dit.LabelEmbedder(CLASSES, WIDTH).apply({"params": params["y_embedder"]}, jnp.asarray(y)),
+        theirs.y_embedder(torch.tensor(y)).detach())
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
+def test_position_table_is_that_of_its_grid(grid):
+    width = 24
+    table = dit.position_embedding(grid, width)
+    assert table.dtype == np.float64 and table.shape == (grid[0] * grid[1], width)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            expected = [f(position / 10000 ** (i / 6)) for position in (column, row) for f in (np.sin, np.cos) for i in range(6)]
+            np.testing.assert_allclose(table[row * grid[1] + column], expected, atol=1e-14)
+    with pytest.raises(ValueError, match="30"):
+        dit.position_embedding(grid, 30)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_softmax_attention(grid, num_heads):
+    theirs = torch_dit.randomise_(torch_dit.SoftmaxAttention(WIDTH, num_heads), 1)
+    x = tokens(2, grid[0] * grid[1], WIDTH)
+    out = attention.SoftmaxAttention(num_heads, dtype=jnp.float32).apply({"params": params_from(theirs)}, x, grid)
+    assert_close(out, theirs(torch.tensor(x), grid).detach(), **PARITY)
+
+
+@pytest.mark.parametrize("num_heads, qkv_bias, conv_size, grid", [
+    (1, True, 5, (4, 4)), (3, True, 5, (3, 5)), (3, False, 5, (4, 4)), (3, True, 3, (5, 2)), (3, True, 0, (4, 4))])
+def test_linear_attention(num_heads, qkv_bias, conv_size, grid):
+    theirs = torch_dit.randomise_(torch_dit.LinearAttention(WIDTH, num_heads, qkv_bias, conv_size), 1)
+    params = params_from(theirs)
+    x = tokens(2, grid[0] * grid[1], WIDTH)
+    ours = attention.LinearAttention(num_heads, qkv_bias, conv_size=conv_size, dtype=jnp.float32)
+    fresh = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, grid)["params"])
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
+    assert_close(ours.apply({"params": params}, x, grid), theirs(torch.tensor(x), grid).detach(), **PARITY)
+
+
+def test_mlp():
+    theirs = torch_dit.randomise_(torch_dit.Mlp(WIDTH), 2)
+    x = tokens(2, 5, WIDTH)
+    assert_close(dit.Mlp(jnp.float32).apply({"params": params_from(theirs)}, x), theirs(torch.tensor(x)).detach(), **PARITY)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_final_layer(scale):
+    """At a scale of 1e-3 the variance equals the norm's epsilon, so the wrong epsilon would show."""
+    theirs = torch_dit.randomise_(torch_dit.FinalLayer(WIDTH, 2, 8), 3)
+    x, c = tokens(2, 5, WIDTH, scale=scale), tokens(2, WIDTH, seed=6)
+    ours = dit.FinalLayer(2 * 2 * 8, jnp.float32)
+    out = ours.apply({"params": params_from(theirs)}, x, nn.silu(jnp.asarray(c)))
+    assert_close(out, theirs(torch.tensor(x), torch.tensor(c)).detach(), **PARITY)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
+def test_block(kind):
+    theirs, _, _ = make_pair(kind)
+    block, grid = theirs.blocks[1], (4, 4)
+    x, c = tokens(2, 16, WIDTH, scale=1e-3), tokens(2, WIDTH, seed=6)
+    assert_close(apply_block(kind, block, x, c, 1e-6), block(torch.tensor(x), torch.tensor(c), grid).detach(), **PARITY)
+
+
+def test_block_uses_the_second_norms_own_epsilon():
+    block = torch_dit.Block(WIDTH, torch_dit.SoftmaxAttention(WIDTH, 4), mlp_norm_epsilon=1e-5)
+    torch_dit.randomise_(block, 4)
+    with torch.no_grad():  # without the attention branch the tiny x reaches the second norm as it is
+        block.adaLN_modulation[1].weight[2 * WIDTH:3 * WIDTH] = 0
+        block.adaLN_modulation[1].bias[2 * WIDTH:3 * WIDTH] = 0
+    x, c = tokens(2, 16, WIDTH, scale=1e-3), tokens(2, WIDTH, seed=6)
+    expected = block(torch.tensor(x), torch.tensor(c), (4, 4)).detach()
+    assert_close(apply_block("softmax", block, x, c, 1e-5), expected, **PARITY)
+    other = apply_block("softmax", block, x, c, 1e-6)
+    assert np.abs(other - expected.numpy()).max() > 0.1 * np.abs(expected.numpy()).max()
+
+
+def apply_block(kind, block, x, c, mlp_norm_epsilon):
+    """Our Block, float32, on the (4, 4) grid with the torch block's weights; c is the condition before its SiLU."""
+    classes = {"softmax": attention.SoftmaxAttention, "linear": attention.LinearAttention}
+    ours = dit.Block(classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32)
+    return ours.apply({"params": params_from(block)}, x, nn.silu(jnp.asarray(c)))[0]
+
+
+# Whole. ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, options", [
+    ("softmax", dict()),
+    ("softmax", dict(patch_size=4, grid=(2, 3), in_channels=3)),
+    ("softmax", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
+    ("softmax", dict(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)),
+    ("linear", dict()),
+    ("linear", dict(patch_size=4, grid=(2, 3), in_channels=3)),
+    ("linear", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
+    ("linear", dict(qkv_bias=False, conv_size=3)),
+    ("linear", dict(conv_size=0)),
+])
+def test_whole_model(kind, options):
+    theirs, ours, params = make_pair(kind, **options)
+    shape = {name: options[name] for name in ("grid", "patch_size", "in_channels") if name in options}
+    x, t, y = make_inputs(**shape)
+    out = jax.jit(ours.apply)({"params": params}, x, t, y)
+    expected = run_theirs(theirs, x, t, y)
+    assert out.dtype == jnp.float32
+    assert np.abs(expected).mean() > 0.3        # random everywhere: nothing is hidden behind a zero
+    assert_close(out, expected, **PARITY)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
+def test_gradients_of_the_whole_model(kind):
+    theirs, ours, params = make_pair(kind)
+    x, t, y = make_inputs()
+    weights = tokens(3, 8, 8, 8, seed=8)
+    out = theirs(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(y))
+    (out * torch.tensor(weights.transpose(0, 3, 1, 2))).sum().backward()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad if parameter.requires_grad else 0)
+    expected = flatten_dict(params_from(theirs), sep="/")
+    grads = jax.jit(jax.grad(lambda params: (ours.apply({"params": params}, x, t, y) * weights).sum()))(params)
+    for path, grad in flatten_dict(grads, sep="/").items():
+        # Sums over batch, tokens and width, through three blocks: 4e-5 of the largest.
+        assert_close(grad, expected[path], reduction=1600, what=path)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
+def test_bfloat16_model_stays_near_float32_and_outputs_float32(kind):
+    _, ours, params = make_pair(kind)
+    x, t, y = make_inputs()
+    exact = ours.apply({"params": params}, x, t, y)
+    rounded = ours.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
+    assert rounded.dtype == jnp.float32
+    error = np.sqrt(np.mean(np.square(rounded - exact)) / np.mean(np.square(exact)))
+    assert 1e-4 < error < 0.05  # of a few roundings of 2^-9 a block; below it would not be bfloat16 at all
+
+
+@pytest.fixture(scope="module")
+def grads():
+    """A function from a rematerialisation policy to the gradients of one small model."""
+    _, model, params = make_pair("softmax")
+    x, t, y = make_inputs()
+
+    def of(policy):
+        output = model.clone(remat=policy).apply
+        tree = jax.jit(jax.grad(lambda params: jnp.square(output({"params": params}, x, t, y)).mean()))(params)
+        return flatten_dict(tree, sep="/")
+
+    return functools.cache(of)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(grads, policy):
+    for path, grad in grads(policy).items():
+        # XLA may fuse, and so round, the same sums another way.
+        assert_close(grad, grads("none")[path], reduction=100, what=path)
+
+
+# Sizes. ---------------------------------------------------------------------------------------------------------------
+
+# DiT with its position table at 32 x 32 x 4 and 1,000 classes, as the official checkpoints hold it.
+DIT_COUNTS = {
+    ("S", 2): 32_963_360, ("S", 4): 32_945_024, ("S", 8): 33_148_160,
+    ("B", 2): 130_512_416, ("B", 4): 130_475_648, ("B", 8): 130_881_536,
+    ("L", 2): 458_102_816, ("L", 4): 458_053_760, ("L", 8): 458_594_816,
+    ("XL", 2): 675_129_632, ("XL", 4): 675_074_432, ("XL", 8): 675_683_072,
+}
+LIT_ADDS = {"S": 59_904, "B": 79_872, "L": 159_744, "XL": 209_664}
+
+
+def parameter_count(model, input_size=32):
+    x = jax.ShapeDtypeStruct((1, input_size, input_size, model.in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), x, t, t)))
+
+
+@pytest.mark.parametrize("size, patch_size", DIT_COUNTS)
+def test_parameter_counts_of_every_size(size, patch_size):
+    fields = dict(size=size, patch_size=patch_size, in_channels=4, num_classes=1000)
+    tokens_times_width = (32 // patch_size) ** 2 * dit.SIZES[size][1]
+    softmax = parameter_count(dit.make_dit(**fields))
+    assert softmax + tokens_times_width == DIT_COUNTS[size, patch_size]
+    assert parameter_count(dit.make_dit(attention="linear", **fields)) == softmax + LIT_ADDS[size]
+
+
+def torch_model(size, *, kind="softmax", input_size=32):
+    depth, width, softmax_heads, linear_heads = dit.SIZES[size]
+    heads = softmax_heads if kind == "softmax" else linear_heads
+    return torch_dit.DiT(depth, width, heads, 2, 4, 1000, (input_size // 2,) * 2, attention=kind)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
+@pytest.mark.parametrize("size", ["S", "XL"])
+def test_flops_are_those_counted_in_the_torch_model(size, kind):
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:  # shapes only
+        t = torch.zeros(1, dtype=torch.long)
+        torch_model(size, kind=kind)(torch.zeros(1, 4, 32, 32), t, t)
+    ours = dit.make_dit(size=size, patch_size=2, in_channels=4, num_classes=1000, attention=kind)
+    # The torch model forms the denominator q . mean(k) as a product too: 2 T D a layer, which ours leaves out.
+    denominators = 2 * ours.depth * 256 * ours.width if kind == "linear" else 0
+    assert dit.forward_flops(ours, (32, 32)) == counter.get_total_flops() - denominators
+
+
+def test_published_gmacs_of_dit_xl_2():
+    model = dit.make_dit(size="XL", patch_size=2, in_channels=4, num_classes=1000)
+    # The DiT paper's counter also takes some elementwise work: 2e-4 more.
+    assert dit.forward_flops(model, (32, 32)) / 2e9 == pytest.approx(118.64, rel=2.5e-4)
+    assert dit.forward_flops(model, (64, 64)) / 2e9 == pytest.approx(524.60, rel=2.5e-4)
+
+
+# Table 1.3 of the LiT fact sheet: GMACs of the attention core over all layers, softmax and linear.
+@pytest.mark.parametrize("size, input_size, softmax, linear", [
+    ("S", 32, 0.60, 0.48), ("B", 32, 1.21, 1.27), ("L", 32, 3.22, 3.38), ("XL", 32, 4.23, 4.96),
+    ("S", 64, 9.66, 1.93), ("XL", 64, 67.7, 19.9), ("XL", 256, 17317, 318)])
+def test_gmacs_that_linear_attention_saves(size, input_size, softmax, linear):
+    fields = dict(size=size, patch_size=2, in_channels=4, num_classes=1000)
+    saved = [dit.forward_flops(dit.make_dit(attention=kind, **fields), (input_size,) * 2) for kind in ("softmax", "linear")]
+    # The table has three digits.
+    assert (saved[0] - saved[1]) / 2e9 == pytest.approx(softmax - linear, abs=6e-3 * max(softmax, 1))
+
+
+def test_linear_attention_macs_follow_the_formula():
+    """L (2 N D^2 / h + 25 N D) for the core, paper section 2.3."""
+    model = dit.DiT(depth=5, width=96, num_heads=3, patch_size=2, in_channels=4, num_classes=10, attention="linear")
+    without = dit.forward_flops(model.clone(attention="softmax"), (8, 12)) - 2 * 5 * 2 * 24**2 * 96
+    assert dit.forward_flops(model, (8, 12)) - without == 2 * 5 * (2 * 24 * 96**2 / 3 + 25 * 24 * 96)
+
+
+# Start and refusals. --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A fresh LiT's parameters, wide enough for its uniform ranges to show."""
+    model = dit.DiT(depth=2, width=96, num_heads=2, patch_size=2, in_channels=4, num_classes=10, attention="linear",
+                    dtype=jnp.float32)
+    x, t, y = make_inputs()
+    return model, jax.jit(model.init)(jax.random.key(0), x, t, y)["params"]
+
+
+def test_a_fresh_model_outputs_zero(fresh):
+    model, params = fresh
+    x, t, y = make_inputs()
+    np.testing.assert_array_equal(model.apply({"params": params}, x, t, y), 0.0)
+
+
+def test_a_fresh_model_is_initialised_as_the_paper_says(fresh):
+    _, params = fresh
+    flat = flatten_dict(params, sep="/")
+    D = 96
+    bounds = {
+        "blocks/attn/q/kernel": (6 / (2 * D)) ** 0.5, "blocks/attn/kv/kernel": (6 / (3 * D)) ** 0.5,
+        "blocks/attn/proj/kernel": (6 / (2 * D)) ** 0.5, "blocks/mlp/fc1/kernel": (6 / (5 * D)) ** 0.5,
+        "blocks/attn/dwc/kernel": 0.2, "blocks/attn/dwc/bias": 0.2,
+        "x_embedder/proj/kernel": (6 / (16 + D)) ** 0.5,      # the convolution seen as a linear map of 2 x 2 x 4 inputs
+    }
+    for path, bound in bounds.items():
+        largest = float(jnp.abs(flat[path]).max())
+        assert 0.95 * bound < largest <= bound, path
+        assert float(flat[path].std()) == pytest.approx(bound / 3**0.5, rel=0.1), path
+        if flat[path].ndim > 1 and path.startswith("blocks/"):
+            assert (flat[path][0] != flat[path][1]).any(), f"{path}: both layers start alike"
+    for path in ("t_embedder/mlp_0/kernel", "t_embedder/mlp_2/kernel", "y_embedder/embedding_table/embedding"):
+        assert float(flat[path].std()) == pytest.approx(0.02, rel=0.1), path
+    zeros = {path for path, leaf in flat.items() if not jnp.any(leaf)}
+    assert zeros == {path for path in flat if path.endswith("/bias") and "dwc" not in path or "adaLN" in path
+                     or path == "final_layer/linear/kernel"}
+
+
+def test_few_heads_are_the_default_of_the_linear_model():
+    heads = {size: dit.make_dit(size=size, attention="linear", patch_size=2, in_channels=4, num_classes=10).num_heads
+             for size in ("S", "B", "L", "XL")}
+    assert heads == {"S": 2, "B": 3, "L": 4, "XL": 4}
+
+
+@pytest.mark.parametrize("override, message", [
+    (dict(size="XXL"), "model.size .*'XXL'"),
+    (dict(attention="sigmoid"), "model.attention .*'sigmoid'"),
+    (dict(remat="some"), "train.remat .*'some'"),
+    (dict(dtype="float16"), "model.dtype .*'float16'"),
+    (dict(num_heads=5), "model.num_heads = 5 .* 384"),
+])
+def test_impossible_models_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        dit.make_dit(**dict(size="S", patch_size=2, in_channels=4, num_classes=10) | override)
+
+
+def test_images_that_do_not_fit_are_named():
+    model = dit.make_dit(size="Ti", patch_size=4, in_channels=3, num_classes=10)
+    t = jnp.zeros((1,), jnp.int32)
+    for shape, message in (((1, 8, 8, 4), "3 channels.* 4"), ((1, 8, 10, 3), "4 does not divide the 8 x 10")):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape), t, t)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused():
+    model = dit.make_dit(size="Ti", patch_size=4, in_channels=3, num_classes=10, attention="linear")
+    same = {name: getattr(model, name) for name in dit.ARCHITECTURE}
+    dit.check_architecture(model, same, "there")
+    with pytest.raises(ValueError, match=r"model.num_heads = 2, but the checkpoint there has 4"):
+        dit.check_architecture(model, same | {"num_heads": 4}, "there")
