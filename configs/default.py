@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0                             # root of every random draw: init, data order, noise, samples
+    config.compilation_cache = ""               # folder of compiled programs; empty: JAX_COMPILATION_CACHE_DIR, or none
 
     config.model = ConfigDict(dict(
         size="XL",                              # Ti, S, B, L, XL: depth, width and heads (models/dit.py)
@@ -77,6 +78,7 @@ def get_config() -> ConfigDict:
         log_every=100,                          # steps between log lines
         preview_every=10_000,                   # steps between preview grids; 0: none
         preview_images=8,                       # images a row
+        watchdog=900.0,                         # seconds without an ended step after which all stacks are printed; 0: never
         stop_after_bad_steps=10,                # steps in a row with a non-finite loss or gradient before the run stops
     ))
     config.optimizer = ConfigDict(dict(
@@ -97,11 +99,14 @@ def get_config() -> ConfigDict:
         data=-1,                                # replicas of the parameters; -1: all devices that are left
         fsdp=1,                                 # devices that share one copy of parameters and optimizer state
         cpu_devices=0,                          # on a CPU: devices it pretends to be, a core each; 0: as JAX decides
+        join_timeout=300,                       # seconds to wait at the start for processes that do not come
+        heartbeat=100,                          # seconds of silence after which a process counts as gone
     ))
     config.checkpoint = ConfigDict(dict(
         every=5_000,                            # steps
         keep=3,                                 # the newest
         keep_every=100_000,                     # and every so many steps for good; 0: none
+        force_config=False,                     # go on from one though fields that decide the result have changed since
     ))
 
     config.sample = ConfigDict(dict(

@@ -196,9 +196,10 @@ def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dic
 def time_data(config: ConfigDict) -> list[dict[str, Any]]:
     """The input pipeline alone: records/s that this process reads, decodes and batches."""
     source = data.open_source(config.data.name, config.data.dir, config.data.split)
-    batches = iter(data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
-                                     num_threads=config.data.num_threads, prefetch=config.data.prefetch))
-    timing = measure(lambda: next(batches)["label"], repeats=config.benchmark.repeats)
     rows = config.train.batch_size // jax.process_count()
+    batches = iter(data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
+                                     rows=np.arange(rows), num_threads=config.data.num_threads,
+                                     prefetch=config.data.prefetch))
+    timing = measure(lambda: next(batches)["label"], repeats=config.benchmark.repeats)
     return [{"what": f"data {source.name}", "batch": rows, "ms": timing.median * 1e3, "least": timing.low * 1e3,
              "most": timing.high * 1e3, "images/s": rows / timing.median}]

@@ -5,13 +5,18 @@ A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, 
 metadata only, so everything that reads parameters reads both.
 """
 import dataclasses
+import itertools
+import json
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from lit_jax.distributed import TryAgainError
 
 ARRAY_ITEMS = ("params", "ema_params", "opt_state", "train")
 JSON_ITEMS = ("data", "metadata")
@@ -30,39 +35,72 @@ class Checkpointer:
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
         """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host."""
         args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
+        metadata = metadata | {"fingerprints": fingerprints(items)}
         args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, items_shape: dict[str, Any]) -> tuple[int, dict[str, Any], dict, dict] | None:
+    def restore(self, items_shape: dict[str, Any], fields: dict[str, Any] | None = None, *,
+                force: bool = False) -> tuple[int, dict[str, Any], dict, dict] | None:
         """Restores the newest readable checkpoint onto the shardings of `items_shape`; None if there is none.
 
-        A damaged checkpoint is named in the log, set aside as `STEP.damaged` and skipped.
+        A damaged checkpoint (unreadable, or not what was saved) is named in the log, set aside as `STEP.damaged` and
+        skipped. Of several processes only one may have seen the damage, so then the run stops after setting it aside.
 
+        Args:
+          fields: config fields that must be as they were, compared with metadata["fields"]; force: only warn of them.
         Returns: step, the item trees, the data iterator's state, the metadata.
-        Raises: ValueError when checkpoints are there but none can be read, or one holds other parameters than asked for.
+        Raises: ValueError when checkpoints are there but none can be read, or the newest is of another run: other fields
+        or other parameters than asked for. TryAgainError when one of several processes meets a damaged checkpoint.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
+                metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+                self._check_fields(step, metadata.get("fields", {}), fields or {}, force)
                 self._check_shapes(step, items_shape["params"])
                 args = {name: ocp.args.StandardRestore(items_shape[name]) for name in ARRAY_ITEMS}
-                args |= {name: ocp.args.JsonRestore() for name in JSON_ITEMS}
+                args["data"] = ocp.args.JsonRestore()
                 restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-                return step, {name: restored[name] for name in ARRAY_ITEMS}, restored["data"], restored["metadata"]
+                items = {name: restored[name] for name in ARRAY_ITEMS}
+                for name, fingerprint in fingerprints(items).items():
+                    if fingerprint != metadata["fingerprints"][name]:
+                        raise OSError(f"{name} is not what was saved")
+                return step, items, restored["data"], metadata
             except MismatchError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds; each of them means: not readable
-                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step),
-                                str(error).splitlines()[0] if str(error) else type(error).__name__)
-                if jax.process_index() == 0:
-                    (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step), reason)
+                self._set_aside(step)
+                if jax.process_count() > 1:
+                    raise TryAgainError(f"checkpoint {self.directory / str(step)} is damaged and set aside; run the same "
+                                        f"command again to go on from the one before") from error
                 self._manager.reload()
         if steps:
             raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read")
         return None
+
+    def _set_aside(self, step: int) -> None:
+        names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(1)))
+        free = next(name for name in names if not (self.directory / name).exists())
+        try:
+            (self.directory / str(step)).rename(self.directory / free)
+        except FileNotFoundError:
+            pass  # another process was faster
+
+    def _check_fields(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], force: bool) -> None:
+        wanted = json.loads(json.dumps(wanted))  # as they come out of a file
+        changed = [f"{name} was {saved[name]} and is now {wanted[name]}" for name in sorted(saved.keys() & wanted.keys())
+                   if saved[name] != wanted[name]]
+        if not changed:
+            return
+        if not force:
+            raise MismatchError(f"checkpoint {self.directory / str(step)} is of another run: {'; '.join(changed)}. Use "
+                                f"another --workdir, or go on all the same with --config.checkpoint.force_config=True")
+        logging.warning("going on from step %d with another config: %s", step, "; ".join(changed))
 
     def _check_shapes(self, step: int, params_shape: Any) -> None:
         saved = shapes_of(self.directory / str(step) / "params")
@@ -70,8 +108,8 @@ class Checkpointer:
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the model: {name} is "
-                                    f"{saved.get(name, 'not there')} in the checkpoint, {wanted.get(name, 'not there')} in the "
-                                    f"model; use another --workdir or the config of that run")
+                                    f"{saved.get(name, 'not there')} in the checkpoint, "
+                                    f"{wanted.get(name, 'not there')} in the model; use another --workdir or the config of that run")
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -82,6 +120,31 @@ class Checkpointer:
 
 class MismatchError(ValueError):
     """A readable checkpoint of another model."""
+
+
+@jax.jit
+def _fingerprints(items: dict[str, Any]) -> dict[str, jax.Array]:
+    def of_leaf(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        # Every element weighs another odd number, so that swapped blocks show; no reshape, which would gather shards.
+        stride = np.cumprod([1, *leaf.shape[:0:-1]])[::-1] if leaf.ndim else []
+        place = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(s % 2**32)
+                 for axis, s in enumerate(stride)]
+        return jnp.sum(bits * (2 * sum(place, jnp.uint32(0)) + 1), dtype=jnp.uint32)
+
+    def of_tree(tree):
+        sums = jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(tree)])
+        return jnp.sum(sums * (2 * jnp.arange(len(sums), dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return {name: of_tree(tree) for name, tree in items.items()}
+
+
+def fingerprints(items: dict[str, Any]) -> dict[str, int]:
+    """A number for each tree that another bit anywhere changes; the same on any mesh, and as quick as one read of it.
+
+    Compressed chunks on a disk carry no checksum of their own: a flipped byte can read as another weight.
+    """
+    return {name: int(value) for name, value in jax.device_get(_fingerprints(items)).items()}
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
 """
 import importlib
+import json
 import pathlib
 import sys
 
@@ -11,6 +12,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, a Python file with get_config().", lock_config=True)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "port", "plan", "benchmark"], "The job.")
+RUN_BY_SEVERAL = ("train", "sample", "evaluate", "benchmark")  # jobs that several processes run together
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given.")
 
 
@@ -23,12 +25,22 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(is_ours)
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
-    if CONFIG.value.mesh.cpu_devices:
-        import jax
+    config = CONFIG.value
+    import jax  # here: it takes seconds to load, a wrong flag has failed by now
 
-        jax.config.update("jax_num_cpu_devices", CONFIG.value.mesh.cpu_devices)
-    job = importlib.import_module(f"lit_jax.{MODE.value}")  # here: JAX takes seconds to load, a wrong flag has failed by now
-    job.run(CONFIG.value, workdir)
+    from lit_jax import distributed
+
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    with distributed.shared_fate():
+        if MODE.value in RUN_BY_SEVERAL:
+            distributed.initialize(timeout=config.mesh.join_timeout, heartbeat=config.mesh.heartbeat)
+            fields = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
+            distributed.check_agreement(fields | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout)
+        job = importlib.import_module(f"lit_jax.{MODE.value}")
+        job.run(config, workdir)
 
 
 def is_ours(record) -> bool:

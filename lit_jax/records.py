@@ -1,6 +1,7 @@
 """What a run leaves for people: a progress line, metrics as JSON lines and TensorBoard events, image grids, MFU."""
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -23,7 +24,8 @@ PEAK_FLOPS = {
 class Records:
     """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, *, total_steps: int, images_per_step: int, flops_per_step: float):
+    def __init__(self, workdir: pathlib.Path, *, total_steps: int, images_per_step: int, flops_per_step: float,
+                 first_step: int = 0):
         self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
         self._active = jax.process_index() == 0
         self._terminal = self._active and sys.stderr.isatty()
@@ -31,18 +33,24 @@ class Records:
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
         if self._active:
+            forget_after(workdir / "metrics.jsonl", first_step)
             self._file = open(workdir / "metrics.jsonl", "a")
-            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def start(self, step: int) -> None:
         """Starts the clock at `step`, after compilation, so that the first rate is a rate."""
         self._clock = (step, time.monotonic())
 
-    def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Records training metrics of `step` together with the speed since the last call."""
+    def write(self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0) -> dict[str, float]:
+        """Records training metrics of `step` together with the speed since the last call.
+
+        Args: seconds_waiting: how long of that time the loop stood still for want of data.
+        """
         if self._clock and step > self._clock[0]:
-            seconds = (time.monotonic() - self._clock[1]) / (step - self._clock[0])
+            elapsed = time.monotonic() - self._clock[1]
+            seconds = elapsed / (step - self._clock[0])
             metrics = metrics | {"train/images_per_second": self._images / seconds,
+                                 "train/data_wait": seconds_waiting / elapsed,
                                  "train/seconds_left": (self._total - step) * seconds}
             if self._peak:
                 metrics["train/mfu"] = self._flops / seconds / self._peak
@@ -65,6 +73,7 @@ class Records:
             line += f"  {metrics['train/images_per_second']:.0f} images/s"
             if "train/mfu" in metrics:
                 line += f"  MFU {metrics['train/mfu']:.1%}"
+            line += f"  {metrics['train/data_wait']:.1%} waiting for data"
             line += f"  {_duration(metrics['train/seconds_left'])} left"
         if metrics.get("train/skipped"):
             line += f"  {int(metrics['train/skipped'])} steps skipped"
@@ -80,6 +89,43 @@ class Records:
         if self._active:
             self._file.close()
             self._events.close()
+
+
+def forget_after(path: pathlib.Path, step: int) -> None:
+    """Drops the lines of a metrics file that a resumed run will write again, and a last one that a kill cut short."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    os.replace(part, path)
+
+
+class StartUp:
+    """Where the time from the launch of the program to its first step goes."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+        self._parts = {"imports": _process_age()}
+
+    def lap(self, name: str) -> None:
+        """Ends a part that began where the last one ended."""
+        now = time.monotonic()
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
+        return f"first step after {sum(self._parts.values()):.1f} s: {parts}"
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, where /proc tells; else 0."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except FileNotFoundError:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def plot_curves(workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -11,21 +12,36 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; one of the two sizes may be -1 and takes what is left.
 
-    Raises: ValueError when the sizes do not multiply to the number of devices.
+    Devices of several TPU slices: `data` is split over them first, so that only the sum of the gradients crosses the
+    network between them, and a copy of the parameters never does.
+    Raises: ValueError when the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
-    count = len(devices or jax.devices())
+    devices = list(devices or jax.devices())
+    count, slices = len(devices), len({getattr(device, "slice_index", 0) for device in devices})
     shape = [data, fsdp]
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = count // known if known else 0
     if min(shape) < 1 or int(np.prod(shape)) != count:
         raise ValueError(f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices")
-    return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), devices=devices, **axes)
+    data, fsdp = shape
+    if data % slices:
+        raise ValueError(f"mesh.data = {data} is not a multiple of the {slices} slices that the {count} devices are in")
+    return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices), **axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over both mesh axes."""
     return NamedSharding(mesh, BATCH_SPEC)
+
+
+def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in ascending order."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,8 +1,8 @@
 """The main job: plain diffusion training, or the conversion of a pretrained DiT into a LiT when a teacher is named."""
+import collections
 import functools
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lit_jax import checkpoint, data, from_config, generate, inherit, porting, records, sharding, step
+from lit_jax import checkpoint, data, distributed, from_config, generate, inherit, porting, records, sharding, step
 from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
 from lit_jax.reader import LabelReader
+
+STEPS_AHEAD = 2  # how many steps the loop dispatches before it waits for one to end
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -23,7 +25,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and report.json in the workdir.
     Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be run.
     """
-    launched = time.monotonic()
+    start_up = records.StartUp()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     from_config.check_fields(config, mesh)
     model = from_config.student(config)
@@ -33,67 +35,100 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     init_source = open_init_source(config, model, teacher_source)
     diffusion = make_diffusion()
     optimizer = from_config.optimizer(config)
+    start_up.lap("devices and data")
 
     # Shapes, then shardings from shapes, then arrays: no full copy ever sits on one device.
     shapes = step.state_shapes(model, optimizer, config.model.input_size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
     teacher_params = load_teacher(teacher, teacher_source, config.teacher.dtype, mesh) if teacher else None
+    start_up.lap("teacher")
 
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
     checkpoints = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep,
                                           keep_every=config.checkpoint.keep_every)
-    restored = checkpoints.restore(step.with_sharding(shapes, shardings).items())
+    fields = decisive_fields(config, source, teacher_source)
+    wanted = step.with_sharding(shapes, shardings)
+    restored = checkpoints.restore(wanted.items(), fields, force=config.checkpoint.force_config)
+    # Metrics since the last log line, still on the device: reading them would stop the queue of steps.
+    window = []
     if restored:
-        first_step, items, data_state, _ = restored
+        first_step, items, data_state, metadata = restored
         state = step.TrainState.from_items(items)
+        window = [{name: np.float32(value) for name, value in metrics.items()} for metrics in metadata["window"]]
         logging.info("resumed from step %d of %s", first_step, workdir)
     else:
         first_step, data_state = 0, None
         state = new_student(config, model, optimizer, shardings, init_source, workdir)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+    jax.block_until_ready(state)
+    start_up.lap("state")
 
     train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh)
+    rows = sharding.batch_sharding(mesh)
     batches = data.DeviceIterator(
         data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
-                          num_threads=config.data.num_threads, prefetch=config.data.prefetch),
-        sharding.batch_sharding(mesh), data_state)
-    metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed}
+                          rows=sharding.process_rows(rows, config.train.batch_size),
+                          num_threads=config.data.num_threads, prefetch=config.data.prefetch), rows, data_state)
+    start_up.lap("first batch")
+    metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed, "fields": fields}
     models = ({"teacher": teacher} if teacher else {}) | {"student": model}
     preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
     previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch), workdir)
     size = (config.model.input_size,) * 2
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
-                          flops_per_step=config.train.batch_size * flops)
+                          flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
     rng = jax.random.key(config.seed)
-    window = []  # metrics since the last log line, still on the device: reading them would stop the queue of steps
+    in_flight = collections.deque()
+    watchdog = distributed.Watchdog(config.train.watchdog)
+    preemption = distributed.Preemption()
     for now in range(first_step + 1, config.train.steps + 1):
         state, metrics = train_step(state, teacher_params, next(batches), rng)
         window.append(metrics)
         last = now == config.train.steps
         if now == first_step + 1:
+            start_up.lap("compilation")
             jax.block_until_ready(metrics)
-            logging.info("first step after %.1f s", time.monotonic() - launched)
+            start_up.lap("first step")
+            logging.info("%s", start_up)
+            batches.take_seconds_waiting()
             log.start(now)
+        # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
+        in_flight.append(metrics)
+        if len(in_flight) > STEPS_AHEAD:
+            jax.block_until_ready(in_flight.popleft())
+        watchdog.step_ended(now - len(in_flight))
         if now % config.train.log_every == 0 or last:
-            written = log.write(now, read_metrics(window, state))
+            written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
             window = []
             if written["train/skipped_in_a_row"] >= config.train.stop_after_bad_steps:
                 checkpoints.wait()
                 raise ValueError(f"the loss or its gradient was not finite in {int(written['train/skipped_in_a_row'])} steps "
                                  f"in a row, up to step {now}; train.stop_after_bad_steps is "
                                  f"{config.train.stop_after_bad_steps}. The last checkpoint is step {checkpoints.latest_step()}")
-        if now % config.checkpoint.every == 0 or last:
-            checkpoints.save(now, state.items(), data=batches.state, metadata=metadata)
+        stop = preemption.reached(now)
+        if now % config.checkpoint.every == 0 or last or stop:
+            window = jax.device_get(window)
+            unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
+            checkpoints.save(now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged})
+        if stop and not last:
+            checkpoints.wait()
+            checkpoints.close()
+            log.close()
+            raise distributed.TryAgainError(f"stopped on request; step {now} is saved in {workdir}, the same command "
+                                            f"goes on from there")
         if config.train.preview_every and (now % config.train.preview_every == 0 or last):
             log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
             log.start(now)  # a preview is not training time
     checkpoints.wait()
     checkpoints.close()
     log.close()
-    records.plot_curves(workdir)
+    watchdog.close()
+    preemption.close()
+    if jax.process_index() == 0:
+        records.plot_curves(workdir)
     if config.report.num_images:
         generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size)
         params = {"teacher": teacher_params, "student": state.ema_params}
@@ -124,6 +159,22 @@ def open_init_source(config: ConfigDict, student: DiT, teacher_source: porting.C
             raise ValueError("student.init = teacher, but teacher.checkpoint is empty; name one, or set student.init=random")
         return teacher_source
     return porting.read_checkpoint(config.student.init)
+
+
+def decisive_fields(config: ConfigDict, source: data.ImageSource,
+                    teacher_source: porting.Checkpoint | None) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that wrote the checkpoint, by the names of the config.
+
+    Left out: what changes speed, files or rounding alone, and what only a start looks at.
+    """
+    fields = {"seed": config.seed, "data.records": repr(source), "data.flip": config.data.flip,
+              "train.batch_size": config.train.batch_size, "train.label_dropout": config.train.label_dropout}
+    for group in ("model", "distill", "optimizer", "ema"):
+        fields |= {f"{group}.{name}": value for name, value in config[group].items() if name != "implementation"}
+    if config.optimizer.schedule != "constant":
+        fields["train.steps"] = config.train.steps
+    fields["teacher.checkpoint"] = teacher_source and f"of checksum {teacher_source.report.checksum}"
+    return fields | {f"teacher.{name}": config.teacher[name] for name in ("num_heads", "dtype")}
 
 
 def check_data(config: ConfigDict, source: data.ImageSource) -> None:
