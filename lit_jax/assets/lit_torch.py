@@ -42,8 +42,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        index = torch.arange(128, dtype=torch.float64, device=t.device)
-        frequencies = torch.exp(-math.log(10000.0) * index / (128 - self.freq_shift)).float()
+        index = torch.arange(128, dtype=torch.float64)     # not every device has float64
+        frequencies = torch.exp(-math.log(10000.0) * index / (128 - self.freq_shift)).float().to(t.device)
         angles = t.float()[:, None] * frequencies
         return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype))
 
