@@ -6,7 +6,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "lit_jax"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))
-           if path.name != "__init__.py"}
+           if path.name != "__init__.py" and "assets" not in path.parts}     # assets are shipped, not imported
 # train may evaluate; nothing else reaches across.
 ALLOWED_BETWEEN_JOBS = {("train", "evaluate")}
 
@@ -79,7 +79,7 @@ def test_arrows_point_down(module):
     if module not in JOBS and module != "main":
         assert not below & JOBS, "library code imports a job"
     if module.startswith("models."):
-        assert all(other.startswith(("models.", "kernels.")) for other in below)
+        assert not below & {"sharding", "checkpoint", "data", "step"}, "model code knows no mesh, no files and no training"
     if module.startswith("kernels."):
         assert all(other.startswith("kernels.") for other in below)
 
@@ -116,5 +116,5 @@ def test_only_main_knows_flags_and_nobody_prints(module):
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_library_code_takes_values_not_the_config(module):
-    if module not in JOBS and module != "main":
+    if module not in JOBS | {"main", "from_config"}:    # from_config builds what a config describes, for all jobs
         assert not {name for name in imports(module) if name.startswith("ml_collections")}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import diffusion, sharding, step, train
-from lit_jax.models.dit import make_dit
+from lit_jax import diffusion, from_config, sharding, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -52,18 +51,15 @@ def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
     config = load(name)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    train.check_fields(config, mesh)
-    model = train.student_from_config(config)
+    from_config.check_fields(config, mesh)
+    model = from_config.student(config)
     size, C = config.model.input_size, config.model.in_channels
     teacher = teacher_shapes = None
     if config.teacher.checkpoint or config.student.init == "teacher":
-        fields = {field: value for field, value in config.model.items() if field != "input_size"}
-        teacher = make_dit(**fields | dict(attention="softmax", num_heads=config.teacher.num_heads))
+        teacher = from_config.teacher(config, model)
         teacher_shapes = jax.eval_shape(lambda: step.init_params(teacher, jax.random.key(0), size))
-    optimizer = step.make_optimizer(steps=config.train.steps, **config.optimizer)
-    train_step = step.make_train_step(
-        model, optimizer, diffusion.make_diffusion(), teacher=teacher, mesh=mesh, label_dropout=config.train.label_dropout,
-        accumulation=config.train.accumulation, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup, **config.distill)
+    optimizer = from_config.optimizer(config)
+    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion.make_diffusion(), mesh)
     state = step.state_shapes(model, optimizer, size)
     B = config.train.batch_size
     batch = {"image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32)}
@@ -99,8 +95,8 @@ def reads_of_fields():
 
 
 def section_of(node, aliases):
-    """"model" for `config.model` or a name that stands for it."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
+    """"model" for `config.model`, main's `CONFIG.value.model`, or a name that stands for it."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "CONFIG.value"):
         return node.attr
     return aliases.get(node.id) if isinstance(node, ast.Name) else None
 

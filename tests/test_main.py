@@ -1,0 +1,174 @@
+"""Every way to get the command line wrong ends in one line that names the thing and both values, status 1, and no files."""
+import subprocess
+import sys
+
+import command
+import pytest
+
+from lit_jax import data
+
+TINY = "--config.train.preview_every=0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a teacher and the digits in data/, nothing else."""
+    folder = tmp_path_factory.mktemp("errors")
+    command.write_teacher(folder / "teacher.safetensors")
+    data.open_source("mnist_digits", str(folder / "data"), "train")
+    return folder
+
+
+def expect_error(monkeypatch, folder, arguments, *parts):
+    """Runs the command; it must fail with one line that holds all the parts, and leave no workdir behind."""
+    before = sorted(folder.rglob("*"))
+    code = command.run(monkeypatch, *arguments)
+    assert isinstance(code, str), f"the command ended with {code!r}"    # a string: Python prints it and exits with 1
+    assert code.startswith("error: ") and "\n" not in code, code
+    for part in parts:
+        assert part in code, f"{part!r} is not in {code!r}"
+    assert sorted(folder.rglob("*")) == before
+
+
+# What the flags catch before JAX is loaded. ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["--config=configs/debug.py", "--config.train.batchsize=8"], ["batchsize"]),
+    (["--config=configs/debug.py", "--config.trian.batch_size=8"], ["trian"]),
+    (["--config=configs/debug.py", "--config.train.batch_size=many"], ["train.batch_size", "many"]),
+    (["--config=configs/debug.py", "--config.train.batch_size=8.5"], ["train.batch_size", "8.5"]),
+    (["--config=configs/debug.py", "--config.data.flip=maybe"], ["data.flip", "maybe"]),
+    (["--config=configs/debug.py", "--config.optimizer.learning_rate=fast"], ["optimizer.learning_rate", "fast"]),
+    (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
+    (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
+    (["--config=configs/no_such.py"], ["configs/no_such.py"]),
+    (["--config=configs/debug.py", "stray"], ["stray"]),
+    ([], ["--config"]),
+], ids=lambda value: value[-1] if value and value[-1].startswith("-") else None)
+def test_wrong_flags(monkeypatch, folder, arguments, parts):
+    expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", *arguments], *parts)
+
+
+# What the training job refuses. ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("overrides, parts", [
+    # what is not there
+    (["teacher.checkpoint=no/such/teacher.pt"], ["no/such/teacher.pt"]),
+    (["student.init=no/such/init.pt"], ["no/such/init.pt"]),
+    (["data.name=cifar10"], ["data.name", "'cifar10'", "mnist_digits"]),
+    (["data.name=no_such_set"], ["data.name", "'no_such_set'", "mnist_digits"]),
+    (["data.split=validation"], ["data.split", "'validation'", "train"]),
+    (["teacher.checkpoint="], ["student.init", "teacher.checkpoint"]),
+    # numbers that do not divide
+    (["model.num_heads=3"], ["model.num_heads", "3", "32"]),
+    (["teacher.num_heads=5"], ["num_heads", "5", "32"]),
+    (["train.batch_size=12"], ["train.batch_size", "12", "8 devices"]),
+    (["train.batch_size=16", "train.accumulation=3"], ["train.batch_size", "16", "train.accumulation", "3"]),
+    (["train.batch_size=4800"], ["train.batch_size", "4800", "4500"]),
+    (["sample.batch_size=12"], ["sample.batch_size", "12", "8 devices"]),
+    (["mesh.data=3"], ["mesh.data", "3", "8 devices"]),
+    (["mesh.data=4", "mesh.fsdp=4"], ["mesh.data", "mesh.fsdp", "4", "8 devices"]),
+    (["model.patch_size=3"], ["model.patch_size", "3", "28"]),
+    (["model.width=30"], ["30"]),
+    # what the models and the data disagree on
+    (["model.input_size=32"], ["model.input_size", "(32, 32, 1)", "(28, 28, 1)"]),
+    (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
+    (["model.in_channels=3"], ["model.in_channels", "3", "1"]),
+    (["model.learn_sigma=False"], ["model.learn_sigma", "False", "True"]),
+    (["model.width=64"], ["(2, 64, 256)", "(2, 32, 128)"]),
+    (["model.depth=3"], ["(3,", "(2,"]),
+    # values out of range
+    (["train.steps=0"], ["train.steps", "0"]),
+    (["train.batch_size=0"], ["train.batch_size", "0"]),
+    (["train.accumulation=0"], ["train.accumulation", "0"]),
+    (["train.log_every=0"], ["train.log_every", "0"]),
+    (["train.preview_images=0"], ["train.preview_images", "0"]),
+    (["train.stop_after_bad_steps=0"], ["train.stop_after_bad_steps", "0"]),
+    (["checkpoint.every=0"], ["checkpoint.every", "0"]),
+    (["checkpoint.keep=0"], ["checkpoint.keep", "0"]),
+    (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
+    (["ema.decay=1.0"], ["ema.decay", "1.0"]),
+    (["optimizer.warmup=9"], ["optimizer.warmup", "9", "3"]),
+    (["sample.steps=2000"], ["2000", "1000"]),
+    (["model.conv_size=4"], ["conv", "4"]),
+    # words that mean nothing
+    (["model.size=XXL"], ["model.size", "'XXL'", "XL"]),
+    (["model.attention=sigmoid"], ["model.attention", "'sigmoid'", "linear"]),
+    (["model.kernel_function=swish"], ["kernel_function", "'swish'", "relu"]),
+    (["model.implementation=fast"], ["implementation", "'fast'", "xla"]),
+    (["model.dtype=float16"], ["model.dtype", "'float16'", "bfloat16"]),
+    (["train.remat=some"], ["train.remat", "'some'", "dots"]),
+    (["optimizer.schedule=linear"], ["optimizer.schedule", "'linear'", "cosine"]),
+    (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
+    (["sample.sampler=euler"], ["'euler'", "ddpm"]),
+    (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
+    (["inherit.load=('z',)"], ["inherit.load", "z", "q, k, v, o"]),
+    (["inherit.keep_init=('final_layr',)"], ["inherit.keep_init", "'final_layr'", "final_layer"]),
+], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
+def test_wrong_training_configs(monkeypatch, folder, overrides, parts):
+    arguments = command.debug_arguments(folder, folder / "teacher.safetensors", *(f"--config.{o}" for o in overrides))
+    expect_error(monkeypatch, folder, arguments, *parts)
+
+
+@pytest.mark.parametrize("content", ["garbage", "truncated", "empty"])
+def test_an_unreadable_teacher(monkeypatch, folder, tmp_path, content):
+    whole, path = (folder / "teacher.safetensors").read_bytes(), tmp_path / "bad.safetensors"
+    path.write_bytes({"garbage": b"\x00\x01garbage" * 99, "truncated": whole[:len(whole) // 2], "empty": b""}[content])
+    expect_error(monkeypatch, folder, command.debug_arguments(folder, path), str(path))
+
+
+@pytest.mark.parametrize("change, parts", [
+    (dict(in_channels=3), ["model.in_channels", "1", "3"]),
+    (dict(num_classes=12), ["model.num_classes", "10", "12"]),
+    (dict(learn_sigma=False), ["model.learn_sigma", "True", "False"]),
+])
+def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts):
+    command.write_teacher(tmp_path / "other.safetensors", **change)
+    expect_error(monkeypatch, folder, command.debug_arguments(folder, tmp_path / "other.safetensors"), *parts)
+
+
+def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
+    """The damage is found when a record is read: the error names the data set, the split and the record."""
+    data.open_source("mnist_digits", str(tmp_path / "data"), "train")
+    path, = (tmp_path / "data").rglob("*train*array_record*")
+    content = bytearray(path.read_bytes())
+    for start in range(0, len(content), 65536):     # in every chunk, beyond its header
+        content[start + 1000:start + 1200] = bytes(200)
+    path.write_bytes(content)
+    code = command.run(monkeypatch, *command.debug_arguments(tmp_path, folder / "teacher.safetensors"))
+    assert code.startswith("error: ") and "\n" not in code
+    assert "mnist_digits" in code and "train" in code and "record" in code
+
+
+# What the sampling job refuses. ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("overrides, parts", [
+    (["sample.checkpoint=no/such"], ["no/such"]),
+    ([], ["run"]),                                                  # a workdir that has no checkpoint
+    (["sample.num_images=0"], ["sample.num_images", "0"]),
+    (["sample.checkpoint=TEACHER", "model.attention=linear"], ["model.attention", "linear", "softmax"]),
+    (["sample.checkpoint=TEACHER", "model.attention=softmax", "model.width=64"], ["model.width", "64", "32"]),
+    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.batch_size=12"], ["sample.batch_size", "12", "8"]),
+    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.labels=sorted"], ["sample.labels", "'sorted'"]),
+    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.sampler=euler"], ["'euler'", "ddpm"]),
+], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
+def test_wrong_sampling_configs(monkeypatch, folder, overrides, parts):
+    overrides = [f"--config.{o}".replace("TEACHER", str(folder / "teacher.safetensors")) for o in overrides]
+    arguments = ["--mode=sample", *command.debug_arguments(folder, folder / "teacher.safetensors", *overrides)]
+    expect_error(monkeypatch, folder, arguments, *parts)
+
+
+# The process itself. --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, part", [
+    (["--config=configs/debug.py", "--config.train.batchsize=8"], "batchsize"),
+    (["--config=configs/debug.py", "--config.train.batch_size=7", "--config.mesh.data=2"], "mesh.data = 2"),
+])
+def test_the_process_prints_one_line_and_exits_with_1(tmp_path, arguments, part):
+    result = subprocess.run([sys.executable, "-m", "lit_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
+                            cwd=command.ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and part in lines[0]
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,249 @@
+"""The whole command, end to end, with configs/debug.py: inherit, distil, resume, report, sample."""
+import json
+import logging
+import shutil
+
+import command
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax import checkpoint, data
+
+# The later runs want neither pictures nor a report.
+QUIET = ["--config.train.preview_every=0", "--config.report.num_images=0", "--config.optimizer.schedule=constant"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The same programs are compiled again and again here; JAX's cache on disk keeps them."""
+    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+             "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a random teacher."""
+    folder = tmp_path_factory.mktemp("debug")
+    command.write_teacher(folder / "teacher.safetensors")
+    return folder
+
+
+def train(folder, *overrides, workdir="run"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        arguments = command.debug_arguments(folder, folder / "teacher.safetensors", *overrides)
+        return command.run(monkeypatch, *arguments, f"--workdir={folder / workdir}")
+
+
+def read_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_params(workdir):
+    return {ema: checkpoint.restore_params(workdir, ema=ema)[0] for ema in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def first_run(folder):
+    """The workdir of three steps, and what was logged."""
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("absl")
+    logger.addHandler(handler)
+    try:
+        assert train(folder) is None
+    finally:
+        logger.removeHandler(handler)
+    return folder / "run", "\n".join(logged)
+
+
+def test_a_run_leaves_everything_a_person_wants(first_run):
+    workdir, _ = first_run
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "previews", "samples.png", "report.json",
+                     "inheritance.json", "curves.png"}
+    assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+    lines = read_lines(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        weighted = (line["train/mse"] + line["train/vb"] + 0.5 * line["train/kd_noise"] + 0.05 * line["train/kd_variance"])
+        assert line["train/loss"] == pytest.approx(weighted, rel=1e-5) and np.isfinite(weighted)
+        assert line["train/skipped"] == 0
+    assert lines[2]["train/images_per_second"] > 0
+
+
+def test_pictures_show_teacher_over_student(first_run):
+    workdir, _ = first_run
+    preview = np.asarray(Image.open(workdir / "previews" / "step_0000003.png").convert("L"))
+    assert preview.shape[0] == 2 * 58 + 2 and preview.shape[1] > 8 * 58
+    left = preview.shape[1] - (8 * 58 + 2)
+    rows = preview[2:58, left:], preview[60:116, left:]
+    assert all(row.std() > 20 for row in rows)              # random weights draw noise, not a blank
+    assert (rows[0] != rows[1]).any()
+    assert Image.open(workdir / "samples.png").size == (3 * 58 + 2, 3 * 58 + 2)
+    assert Image.open(workdir / "curves.png").size[0] > 1000
+
+
+def test_the_report_adds_up(first_run):
+    workdir, logged = first_run
+    report = json.loads((workdir / "report.json").read_text())
+    assert set(report["loss"]) == {"loss", "mse", "vb", "kd_noise", "kd_variance"}
+    student = report["parameters"]["student"]
+    assert student - report["parameters"]["teacher"] == 2 * 26 * 16     # the convolutions: 26 H a layer
+    assert report["inheritance"]["inherited"] + report["inheritance"]["at_init"] == student
+    assert set(report["labels_read"]) == {"teacher", "student"}
+    assert all(0 <= share <= 1 for share in report["labels_read"].values())
+    for text in (f"student {student:,}", "inherited", "kd_noise", "labels read", "samples.png"):
+        assert text in logged
+
+
+def test_everything_but_attention_came_from_the_teacher(first_run):
+    """The ends of the student are the torch teacher's, but for three steps of training at 1e-3."""
+    workdir, _ = first_run
+    inherited = json.loads((workdir / "inheritance.json").read_text())
+    assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
+    teacher = command.write_teacher(workdir.parent / "again.safetensors")
+    params, metadata = checkpoint.restore_params(workdir, ema=False)
+    difference = params["final_layer"]["linear"]["kernel"] - teacher.final_layer.linear.weight.detach().numpy().T
+    assert 0 < np.abs(difference).max() < 4e-3
+    assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
+
+
+def test_the_same_command_again_changes_no_parameter(first_run, folder):
+    workdir, _ = first_run
+    before, lines = final_params(workdir), read_lines(workdir)
+    assert train(folder, "--config.report.num_images=0") is None
+    assert read_lines(workdir) == lines
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), before)
+
+
+def test_resuming_equals_the_run_that_was_not_interrupted(folder):
+    """Two steps, then the same command with five: parameters, EMA and every metric are those of five steps at once."""
+    assert train(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
+    assert train(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
+    assert train(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
+    jax.tree.map(np.testing.assert_array_equal, final_params(folder / "parts"), final_params(folder / "whole"))
+
+    def losses(name):
+        terms = ("loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm")
+        return [[line["step"], *(line[f"train/{term}"] for term in terms)] for line in read_lines(folder / name)]
+
+    assert [line[0] for line in losses("parts")] == [1, 2, 3, 4, 5]
+    assert losses("parts") == losses("whole")
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_its_steps_are_made_again(folder):
+    options = [*QUIET, "--config.train.steps=5", "--config.checkpoint.every=3", "--config.checkpoint.keep=3"]
+    shutil.copytree(folder / "run", folder / "damaged")
+    assert train(folder, *options, workdir="damaged") is None              # steps 4 and 5
+    expected = final_params(folder / "damaged")
+    shutil.rmtree(folder / "damaged" / "checkpoints" / "5" / "opt_state")
+    assert train(folder, *options, workdir="damaged") is None
+    checkpoints = sorted(path.name for path in (folder / "damaged" / "checkpoints").iterdir())
+    assert checkpoints == ["3", "5", "5.damaged"]
+    jax.tree.map(np.testing.assert_array_equal, final_params(folder / "damaged"), expected)
+
+
+def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_run, folder):
+    workdir, _ = first_run
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    error = train(folder, "--config.model.conv_size=3")
+    assert error.startswith("error: ") and "\n" not in error
+    for part in ("blocks/attn/dwc/kernel", "(2, 5, 5, 1, 16)", "(2, 3, 3, 1, 16)", str(workdir / "checkpoints" / "3")):
+        assert part in error
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
+    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it."""
+    error = train(folder, *QUIET, "--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0",
+                  "--config.train.steps=9", "--config.train.stop_after_bad_steps=3", "--config.checkpoint.every=1",
+                  "--config.checkpoint.keep=9", workdir="diverged")
+    assert error.startswith("error: ") and "\n" not in error
+    assert "not finite in 3 steps" in error and "up to step 4" in error and "train.stop_after_bad_steps" in error
+    lines = read_lines(folder / "diverged")
+    assert [line["train/skipped_in_a_row"] for line in lines] == [0, 1, 2, 3]
+    assert np.isfinite(lines[0]["train/loss"])
+    kept = sorted(int(path.name) for path in (folder / "diverged" / "checkpoints").iterdir())
+    assert kept[0] == 1
+    for number in kept:     # what is not finite never reached a parameter
+        params, _ = checkpoint.restore_params(folder / "diverged" / "checkpoints" / str(number), ema=False)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
+    from lit_jax import step, train as job
+    window = [{"loss": np.float32(loss), "grad_norm": np.float32(norm)}
+              for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))]
+    state = step.TrainState(step=4, skipped=np.int32(2), skipped_in_a_row=np.int32(0), params=None, ema_params=None,
+                            opt_state=None)
+    assert job.read_metrics(window, state) == {"train/loss": 2.0, "train/grad_norm": 3.0, "train/skipped": 2.0,
+                                               "train/skipped_in_a_row": 0.0}
+
+
+def test_plain_training_needs_no_teacher(folder):
+    assert train(folder, *QUIET, "--config.teacher.checkpoint=", "--config.student.init=random",
+                 "--config.model.attention=softmax", "--config.train.steps=2", workdir="plain") is None
+    assert not (folder / "plain" / "inheritance.json").exists()
+    assert not any("kd_noise" in name for line in read_lines(folder / "plain") for name in line)
+
+
+def sample(folder, *overrides, workdir="run", into="drawn"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return command.run(monkeypatch, "--mode=sample", "--config=configs/debug.py", f"--workdir={folder / into}",
+                           f"--config.sample.checkpoint={folder / workdir}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def drawn(first_run, folder):
+    """The workdir of ten images from the trained student."""
+    assert sample(folder) is None
+    return folder / "drawn"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_sampling_writes_pngs_a_grid_and_an_npz(drawn):
+    paths = sorted((drawn / "samples").glob("*.png"))
+    assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(10)]
+    with np.load(drawn / "samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["label"]
+        protocol = json.loads(str(archive["protocol"]))
+    assert images.shape == (10, 28, 28, 1) and images.dtype == np.uint8 and labels.shape == (10,)
+    np.testing.assert_array_equal(images[..., 0], [pixels(path) for path in paths])
+    assert protocol["steps"] == 4 and protocol["seed"] == 0 and len(protocol["weights"]) == 64
+    assert Image.open(drawn / "samples.png").size == (4 * 58 + 2, 3 * 58 + 2)
+    assert images.std() > 20 and len(np.unique(images.reshape(10, -1), axis=0)) == 10
+
+
+def test_sampling_goes_on_where_it_stopped(drawn, folder):
+    shutil.copytree(drawn, folder / "resumed")
+    for i in (2, 7, 9):
+        (folder / "resumed" / "samples" / f"{i:06d}.png").unlink()
+    kept = (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns
+    assert sample(folder, into="resumed") is None
+    for i in range(10):
+        np.testing.assert_array_equal(pixels(folder / "resumed" / "samples" / f"{i:06d}.png"),
+                                      pixels(drawn / "samples" / f"{i:06d}.png"))
+    assert (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns == kept
+
+
+def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
+    error = sample(folder, "--config.sample.cfg_scale=3.0")
+    assert error.startswith("error: ") and "cfg_scale" in error and "3.0" in error and "2.0" in error
+    error = sample(folder, workdir="teacher.safetensors")
+    assert "model.attention" in error
+
+
+def test_the_digits_were_written_once(first_run, folder):
+    assert len(data.open_source("mnist_digits", str(folder / "data"), "train")) == 4500
