@@ -131,6 +131,13 @@ def get_config() -> ConfigDict:
         topology="v5e:2x2",                     # on a CPU: the TPU whose compiler estimates the kernels
     ))
 
+    config.plan = ConfigDict(dict(
+        topology="v5e:2x4",                     # TPU slice: v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:4x4, ...
+        slices=1,                               # how many such slices, joined by the data center's network
+        programs=("distill", "plain", "sample"),    # any of distill (the step with a teacher), plain, sample
+        largest_batch=False,                    # look for the largest batch that fits even where the config's does
+    ))
+
     # What a training run draws at its end, with student and teacher, for its report and samples.png.
     config.report = ConfigDict(dict(
         num_images=0,                           # balanced over the classes, by sample.*; 0: no report

@@ -109,7 +109,8 @@ class Checkpointer:
             if saved.get(name) != wanted.get(name):
                 raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the model: {name} is "
                                     f"{saved.get(name, 'not there')} in the checkpoint, "
-                                    f"{wanted.get(name, 'not there')} in the model; use another --workdir or the config of that run")
+                                    f"{wanted.get(name, 'not there')} in the model; use another --workdir or the config "
+                                    f"of that run")
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -40,7 +40,8 @@ class Generator:
                                    cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
                                    clip_denoised=clip_denoised)
 
-        self._draw = jax.jit(draw, out_shardings=self._sharding)
+        # (params, index (B,), labels (B,)) -> (B, h, w, C), B = batch_size.
+        self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
 
     def labels(self, index: np.ndarray, mode: str) -> np.ndarray:
         """Labels (n,) int32 of images by number: "random" uniform from (seed, i), or "balanced": i modulo the classes."""
@@ -63,7 +64,7 @@ class Generator:
             batch = index[start:start + self.batch_size]
             fill = self.batch_size - len(batch)  # one compiled shape: the last batch repeats an image
             rows = [np.pad(x[start:start + self.batch_size], (0, fill), mode="edge") for x in (index, labels)]
-            out = self._draw(params, *(jax.device_put(x, self._sharding) for x in rows))
+            out = self.draw_batch(params, *(jax.device_put(x, self._sharding) for x in rows))
             images.append(multihost_utils.process_allgather(out, tiled=True)[:len(batch)])
             on_batch(start + len(batch))
         return np.concatenate(images)

@@ -1,4 +1,6 @@
 """The mesh ("data", "fsdp"), the FSDP rule that reads shardings off shapes, and the batch's sharding."""
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +67,19 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
 
     return jax.tree.map(spec, shapes)
+
+
+def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
+    """`fn` traced with `mesh` in its context, which a kernel that GSPMD cannot split by itself asks for.
+
+    Model code knows no mesh; kernels.linear_attention is the one place that looks at the context.
+    """
+    @functools.wraps(fn)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return traced
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:

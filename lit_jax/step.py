@@ -160,4 +160,4 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
         )
         return state, terms | {"grad_norm": grad_norm}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)

@@ -12,7 +12,8 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = ("--config=configs/debug.py", "--config.student.init=random", "--config.report.num_images=0",
-        "--config.train.preview_every=0", "--config.train.batch_size=8", "--config.data.prefetch=2", "--config.checkpoint.keep=2")
+        "--config.train.preview_every=0", "--config.train.batch_size=8", "--config.data.prefetch=2",
+        "--config.checkpoint.keep=2")
 
 
 class Server:
@@ -22,8 +23,8 @@ class Server:
         self.folder = folder
         environ = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", OMP_NUM_THREADS="1",
                        JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                         cwd=REPOSITORY, env=environ | {"PYTHONPATH": str(REPOSITORY)})
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, cwd=REPOSITORY, env=environ | {"PYTHONPATH": str(REPOSITORY)})
         self._count = 0
 
     def _ask(self, **request):

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import PartitionSpec
 
 EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
 FOCUSING_FACTOR = 3  # the power of FLatten-Transformer's focused kernel function
@@ -50,6 +51,8 @@ def linear_attention(
             and logs which.
         interpret: run the Pallas kernel in interpret mode, on any platform.
 
+    Traced under jax.sharding.use_abstract_mesh, a fused kernel takes the batch to be split over all axes of the mesh.
+
     Returns:
         (B, T, D) in the dtype of q.
 
@@ -61,7 +64,15 @@ def linear_attention(
         implementation = _choose(kernel_function)
     if implementation == "xla":
         return _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function)
-    return _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)
+
+    def fused(*arrays):
+        return _fused(*arrays, num_heads, grid, kernel_function, implementation, interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:  # the partitioner cannot split a kernel: each device runs it on the rows of the batch that it holds
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        fused = jax.shard_map(fused, in_specs=(rows, rows, whole, whole), out_specs=rows, check_vma=False)
+    return fused(q, kv, conv_kernel, conv_bias)
 
 
 def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation):
