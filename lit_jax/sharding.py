@@ -1,4 +1,5 @@
 """The mesh ("data", "fsdp"), the FSDP rule that reads shardings off shapes, and the batch's sharding."""
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +66,15 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
 
     return jax.tree.map(spec, shapes)
+
+
+def map_rows(function: Callable, mesh: Mesh) -> Callable:
+    """Jits function(params, rows) with the parameters on every device; each device works on its own rows alone.
+
+    So a loop over rows inside, which bounds memory, is a loop of each device.
+    """
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), BATCH_SPEC), out_specs=BATCH_SPEC,
+                                 check_vma=False))
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
