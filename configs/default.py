@@ -61,12 +61,31 @@ def get_config() -> ConfigDict:
     ))
 
     config.data = ConfigDict(dict(
-        name="imagenet2012",                    # a prepared TFDS data set; mnist_digits is written on first use
+        name="imagenet2012",                    # TFDS data set of one image size, or what --mode=prepare wrote; mnist_digits
+                                                #   is written on first use
         dir="data",                             # TFDS directory
         split="train",
         flip=True,                              # random horizontal flip
         num_threads=8,                          # reader threads a process
         prefetch=64,                            # batches read ahead
+    ))
+
+    # What stands between images and the model. No checkpoint: the model works on pixels.
+    config.autoencoder = ConfigDict(dict(
+        checkpoint="",                          # AutoencoderKL: diffusers folder, torch or safetensors file, Orbax folder
+        scaling_factor=0.0,                     # of the latents; 0: as the checkpoint says (SD 0.18215)
+        dtype="float32",                        # it runs in this: float32 or bfloat16
+        slice_size=8,                           # images a device passes through it at once; 0: all of its share
+    ))
+
+    # --mode=prepare: source -> ADM centre crop -> autoencoder -> the data set data.name in data.dir, split data.split.
+    config.prepare = ConfigDict(dict(
+        source="imagenet2012",                  # a TFDS image data set; with a slash: a folder of class folders of images
+        dir="",                                 # TFDS directory of the source; empty: data.dir
+        split="",                               # of the source, slices such as train[:1000] too; empty: data.split
+        image_size=256,                         # pixels, height = width after the crop
+        batch_size=64,                          # images encoded at once, over all devices
+        shard_records=1024,                     # records a file: what an interruption loses, at most, a process
     ))
 
     config.train = ConfigDict(dict(

@@ -173,7 +173,7 @@ def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dic
 
     if teacher is None:
         params = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
-        x, t = step.images_to_model(batch["image"]), jnp.zeros((B,), jnp.int32)
+        x, t = step.images_to_model(batch, rng), jnp.zeros((B,), jnp.int32)
         forward = jax.jit(lambda p, x, t, y: model.apply({"params": p}, x, t, y))
         row("forward", measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats), flops)
         del params

@@ -1,9 +1,10 @@
-"""Images: TFDS data sources (ArrayRecord, no TensorFlow), the grain pipeline, and its split over processes.
+"""Images and latents: TFDS data sources (ArrayRecord, no TensorFlow), the grain pipeline, and its split over processes.
 
 The order of the records is a pure function of (seed, step, row): every process reads the rows of each global batch that
 its devices hold, so neither the number of processes and devices nor a restart changes what the step sees.
 """
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import grain
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+
+PREPARED = "prepared.json"  # beside the shards that --mode=prepare writes: how they were made
 
 
 class MnistDigits(tfds.core.GeneratorBasedBuilder):
@@ -42,63 +45,118 @@ class MnistDigits(tfds.core.GeneratorBasedBuilder):
             yield int(row), {"image": images[row], "label": labels[row]}
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSource:
-    """A split of a prepared data set as a random-access sequence of {"image", "label", "index"} records."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class Source:
+    """A split of a prepared data set as a random-access sequence of records, each a dict of arrays."""
 
     name: str
     split: str
     records: Any  # a TFDS data source
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # (h, w, C) of what the model sees
     num_classes: int
+    scaling_factor: float = 1.0  # the model sees (x - shift_factor) * scaling_factor
+    shift_factor: float = 0.0
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def _read(self, index: int, features: dict[str, tuple[type, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+        """The record's `features`, checked against the dtypes and shapes given, with its label and index."""
         try:
             record = self.records[int(index)]
-            image, label = np.asarray(record["image"]), int(record["label"])
+            arrays, label = {name: np.asarray(record[name]) for name in features}, int(record["label"])
         except Exception as error:
             raise ValueError(f"data.name {self.name}: record {index} of split {self.split} ({len(self)} records) "
                              f"cannot be read: {str(error).splitlines()[0]}") from error
-        if image.shape != self.image_shape or image.dtype != np.uint8:
-            raise ValueError(f"data.name {self.name}: record {index} of split {self.split} is {image.dtype} {image.shape}, "
-                             f"the data set says uint8 {self.image_shape}")
+        for name, (dtype, shape) in features.items():
+            array = arrays[name]
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"data.name {self.name}: record {index} of split {self.split} is {array.dtype} "
+                                 f"{array.shape}, the data set says {np.dtype(dtype)} {shape}")
         if not 0 <= label < self.num_classes:
             raise ValueError(f"data.name {self.name}: record {index} of split {self.split} has label {label}, "
                              f"the data set has {self.num_classes} classes")
-        return {"image": image, "label": np.int32(label), "index": np.int64(index)}
+        return arrays | {"label": np.int32(label), "index": np.int64(index)}
 
     def __repr__(self) -> str:  # grain writes it into the iterator's state and compares on restore
-        return f"ImageSource({self.name}, {self.split}, {len(self)} records of {self.image_shape})"
+        return f"{type(self).__name__}({self.name}, {self.split}, {len(self)} records of {self.image_shape})"
 
 
-def open_source(name: str, directory: str, split: str) -> ImageSource:
-    """Opens a split of the TFDS data set `name` under `directory`; writes `mnist_digits` there if it is not yet.
+class ImageSource(Source):
+    """Records {"image" uint8 (h, w, C), "label", "index"}."""
 
-    Raises: FileNotFoundError when the data set is not prepared there, ValueError when it has no such split or no single
-    uint8 image shape and label.
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._read(index, {"image": (np.uint8, self.image_shape)})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LatentSource(Source):
+    """Records {"mean", "log_variance" float16 (2, h, w, C), "label", "index"}: of an image and of its mirror, unscaled."""
+
+    autoencoder: dict[str, Any] = dataclasses.field(default_factory=dict)  # name, sha256, encoder_sha256
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        both = (np.float16, (2, *self.image_shape))
+        return self._read(index, {"mean": both, "log_variance": both})
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]} by encoder {self.autoencoder['encoder_sha256'][:12]}, times {self.scaling_factor})"
+
+    def deviation(self, limit: int = 1024) -> np.ndarray:
+        """Standard deviation of each channel of the first `limit` scaled latents, (C,): about 1 if the scale is right."""
+        records = [self[i] for i in range(min(limit, len(self)))]
+        mean = np.stack([r["mean"][0] for r in records]).astype(np.float64)             # (n, h, w, C)
+        log_variance = np.stack([r["log_variance"][0] for r in records]).astype(np.float64)
+        variance = mean.var(axis=(0, 1, 2)) + np.exp(log_variance).mean(axis=(0, 1, 2))
+        return np.sqrt(variance) * self.scaling_factor
+
+
+def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.DatasetBuilder:
+    """The prepared TFDS data set `name` under `directory`; writes `mnist_digits` there if it is not yet.
+
+    Raises: FileNotFoundError, in the words of the config's `field`.name and .dir, when it is not prepared there.
     """
     if name == "mnist_digits":
         builder = MnistDigits(data_dir=directory, file_format="array_record")
         builder.download_and_prepare()  # does nothing when the files are there
-    else:
-        try:
-            builder = tfds.builder(name, data_dir=directory)
-            prepared = builder.is_prepared()
-        except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError):
-            prepared = False
-        if not prepared:
-            there = sorted(p.name for p in pathlib.Path(directory).glob("*") if p.is_dir())
-            raise FileNotFoundError(f"data.name: no prepared TFDS data set {name!r} in data.dir {directory!r}, which holds: "
-                                    f"{', '.join(there) or 'nothing'}")
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+        prepared = builder.is_prepared()
+    except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError):
+        prepared = False
+    if not prepared:
+        if any(pathlib.Path(directory).glob(f"{name}/*/{PREPARED}")):
+            raise FileNotFoundError(f"{field}: {name!r} in data.dir {directory!r} is not finished; run the --mode=prepare that "
+                                    f"writes it again, it goes on where it stopped")
+        there = sorted(p.name for p in pathlib.Path(directory).glob("*") if p.is_dir())
+        raise FileNotFoundError(f"{field}: no prepared TFDS data set {name!r} in data.dir {directory!r}, which holds: "
+                                f"{', '.join(there) or 'nothing'}")
+    return builder
+
+
+def open_source(name: str, directory: str, split: str) -> ImageSource | LatentSource:
+    """Opens a split of the TFDS data set `name` under `directory`: images, or the latents that --mode=prepare wrote.
+
+    Raises: FileNotFoundError when the data set is not prepared there, ValueError when it has no such split, was not
+    prepared to its end, or has no single uint8 image shape and label.
+    """
+    builder = find_builder(name, directory, "data.name")
     if split not in builder.info.splits:
         raise ValueError(f"data.split {split!r} is not one of the splits of {name}: {', '.join(builder.info.splits)}")
     features = builder.info.features
-    if not {"image", "label"} <= set(features) or None in features["image"].shape:
-        raise ValueError(f"data.name {name}: needs an image of one shape and a label, it has {dict(features)}")
-    return ImageSource(name, split, builder.as_data_source(split=split), tuple(features["image"].shape), features["label"].num_classes)
+    about = pathlib.Path(builder.data_dir) / PREPARED
+    if not {"mean", "log_variance"} <= set(features):
+        if not {"image", "label"} <= set(features) or None in features["image"].shape:
+            raise ValueError(f"data.name {name}: needs an image of one shape and a label, it has {dict(features)}; "
+                             f"--mode=prepare makes such a data set of it")
+        return ImageSource(name, split, builder.as_data_source(split=split), tuple(features["image"].shape),
+                           features["label"].num_classes)
+    if not about.exists():
+        raise ValueError(f"data.name {name}: its latents say nothing of their autoencoder, for {about} is missing")
+    autoencoder = json.loads(about.read_text())["autoencoder"]
+    return LatentSource(name, split, builder.as_data_source(split=split), tuple(features["mean"].shape[1:]),
+                        features["label"].num_classes, autoencoder["scaling_factor"], autoencoder["shift_factor"], autoencoder)
 
 
 class _ProcessRows(grain.MapDataset):
@@ -119,15 +177,26 @@ class _ProcessRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + int(self._rows[row])]
 
 
+def _choose_side(record: dict[str, np.ndarray], mirror: bool) -> dict[str, np.ndarray]:
+    """The image or its mirror, or the latents of one of the two."""
+    if "image" in record:
+        return record | {"image": record["image"][:, ::-1]} if mirror else record
+    return record | {name: record[name][int(mirror)] for name in ("mean", "log_variance")}
+
+
 def _random_flip(record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    if rng.random() < 0.5:
-        record = record | {"image": record["image"][:, ::-1]}
-    return record
+    return _choose_side(record, rng.random() < 0.5)
 
 
-def make_batches(source: ImageSource, *, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None = None,
+def _no_flip(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return _choose_side(record, False)
+
+
+def make_batches(source: ImageSource | LatentSource, *, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None = None,
                  num_threads: int = 4, prefetch: int = 64) -> grain.IterDataset:
     """Endless shuffled batches of this process's rows: {"image" uint8 (B, h, w, C), "label" int32 (B,), "index" int64 (B,)}.
+
+    Of latents there are "mean" and "log_variance" float16 (B, h, w, C), of the image or its mirror, for "image".
 
     Every epoch is another permutation. `batch_size` is global; the state of the iterator is the number of batches read,
     the same on every process and for any number of them.
@@ -139,8 +208,7 @@ def make_batches(source: ImageSource, *, batch_size: int, seed: int, flip: bool,
     if batch_size > len(source):
         raise ValueError(f"train.batch_size = {batch_size} exceeds the {len(source)} records of {source.name} {source.split}")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if flip:
-        dataset = dataset.random_map(_random_flip)
+    dataset = dataset.random_map(_random_flip) if flip else dataset.map(_no_flip)
     rows = np.arange(batch_size) if rows is None else rows
     dataset = _ProcessRows(dataset, batch_size, rows).batch(len(rows))
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
@@ -183,6 +251,11 @@ class DeviceIterator:
 
 
 def read_all(source: ImageSource, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The first `limit` images (N, h, w, C) uint8 and labels (N,) of a split, in its order."""
+    """The first `limit` images (N, h, w, C) uint8 and labels (N,) of a split, in its order.
+
+    Raises: ValueError for a data set of latents.
+    """
+    if not isinstance(source, ImageSource):
+        raise ValueError(f"data.name {source.name} holds latents, images are needed")
     records = [source[i] for i in range(min(limit or len(source), len(source)))]
     return np.stack([r["image"] for r in records]), np.stack([r["label"] for r in records])

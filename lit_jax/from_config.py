@@ -1,4 +1,5 @@
 """What a config describes, built: the models, the optimizer, the train step, the generators. All jobs build them here."""
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -6,8 +7,9 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from lit_jax import generate, sharding, step
+from lit_jax import data, generate, porting, sharding, step
 from lit_jax.diffusion import Diffusion
+from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.models.dit import SIZES, DiT, make_dit
 
 # What a teacher must share with the student, whatever its size.
@@ -78,18 +80,74 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def train_step(config: ConfigDict, model: DiT, teacher: DiT | None, optimizer: optax.GradientTransformation,
-               diffusion: Diffusion, mesh: jax.sharding.Mesh) -> Callable:
-    """The jitted step; see `step.make_train_step`."""
+               diffusion: Diffusion, mesh: jax.sharding.Mesh, scaling_factor: float = 1.0,
+               shift_factor: float = 0.0) -> Callable:
+    """The jitted step; see `step.make_train_step`. The two factors are those of the data (`data.Source`)."""
     return step.make_train_step(
         model, optimizer, diffusion, teacher=teacher, mesh=mesh, label_dropout=config.train.label_dropout,
-        accumulation=config.train.accumulation, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup, **config.distill)
+        accumulation=config.train.accumulation, ema_decay=config.ema.decay, ema_warmup=config.ema.warmup,
+        scaling_factor=scaling_factor, shift_factor=shift_factor, **config.distill)
 
 
-def generators(config: ConfigDict, models: dict[str, DiT], diffusion: Diffusion,
-               mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, generate.Generator]:
-    """A generator for each model, with the config's sampler."""
+def autoencoder(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+    """The autoencoder, its parameters on every device of the mesh, and what identifies it; (None, None) for pixels.
+
+    Latents depend on the encoder alone, so it has a hash of its own: decoders fine-tuned for one encoder share latents.
+    """
+    wanted = config.autoencoder
+    if not wanted.checkpoint:
+        return None, None
+    source = porting.read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
+    channels = source.architecture["latent_channels"]
+    if channels != config.model.in_channels:
+        raise ValueError(f"model.in_channels = {config.model.in_channels}, but the latents of autoencoder.checkpoint = "
+                         f"{wanted.checkpoint} have {channels} channels")
+    encoder = {name: tree for name, tree in source.params.items() if name in ("encoder", "quant_conv")}
+    params = porting.load_params(source.params, jax.tree.map(lambda _: sharding.replicated(mesh), source.params))
+    built = make_autoencoder(params, source.architecture, dtype=wanted.dtype, slice_size=wanted.slice_size)
+    return built, {"name": pathlib.Path(wanted.checkpoint).name, "sha256": source.report.checksum,
+                   "encoder_sha256": porting.checksum(encoder), "scaling_factor": built.scaling_factor,
+                   "shift_factor": built.shift_factor, "dtype": wanted.dtype}
+
+
+def check_data(config: ConfigDict, source: data.ImageSource | data.LatentSource, identity: dict[str, Any] | None) -> None:
+    """Raises ValueError where the data are not what model and autoencoder (`identity`, see `autoencoder`) work on."""
+    wanted = (config.model.input_size, config.model.input_size, config.model.in_channels)
+    latents = isinstance(source, data.LatentSource)
+    if source.image_shape != wanted:
+        raise ValueError(f"model.input_size and model.in_channels make images of {wanted}, the {'latents' if latents else 'images'} "
+                         f"of data.name = {source.name} are {source.image_shape}")
+    if source.num_classes != config.model.num_classes:
+        raise ValueError(f"model.num_classes = {config.model.num_classes}, but data.name = {source.name} has "
+                         f"{source.num_classes} classes")
+    checkpoint = config.autoencoder.checkpoint
+    if not latents:
+        if identity:
+            raise ValueError(f"autoencoder.checkpoint = {checkpoint}, but data.name = {source.name} holds images, not latents; "
+                             f"--mode=prepare encodes them, or clear autoencoder.checkpoint to train on pixels")
+        return
+    if identity is None:
+        shown = [name for name, count in (("train.preview_every", config.train.preview_every),
+                                          ("report.num_images", config.report.num_images)) if count]
+        if shown:
+            raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']}, but autoencoder.checkpoint "
+                             f"is empty: name it, or set {' and '.join(shown)} to 0, for no image can be shown")
+    for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
+        stored = source.autoencoder[name]
+        asked = identity[name] if identity else config.autoencoder.get(name) or stored
+        if asked != stored:
+            raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']} with {name} {stored}, but "
+                             f"the autoencoder of the config ({checkpoint or 'no checkpoint'}) has {asked}")
+    if config.report.read_labels:
+        raise ValueError(f"report.read_labels needs images, but data.name = {source.name} holds latents")
+
+
+def generators(config: ConfigDict, models: dict[str, DiT], diffusion: Diffusion, mesh: jax.sharding.Mesh, batch_size: int,
+               autoencoder: Autoencoder | None = None) -> dict[str, generate.Generator]:
+    """A generator for each model, with the config's sampler; with an autoencoder it decodes what they draw."""
     sample = config.sample
     return {name: generate.Generator(
         model, diffusion, mesh, size=config.model.input_size, seed=config.seed, batch_size=batch_size,
         sampler=sample.sampler, steps=sample.steps, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
-        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised) for name, model in models.items()}
+        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised,
+        autoencoder=autoencoder) for name, model in models.items()}

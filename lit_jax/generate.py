@@ -1,4 +1,5 @@
 """Images from a model: one jitted sampler over the mesh, and the label and noise that belong to image number i."""
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from lit_jax import samplers, sharding
 from lit_jax.diffusion import Diffusion
+from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.models.dit import DiT
 
 LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's key; its label takes one far away
@@ -16,6 +18,8 @@ LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's ke
 
 class Generator:
     """Draws images by number. Image i depends on (seed, i) and its label alone, not on the batch or the mesh.
+
+    With an autoencoder the model's space is that of its scaled latents, and images are decoded from there.
 
     Args:
       size: height = width of an image in the model's space. batch_size: global; the mesh must divide it.
@@ -25,7 +29,7 @@ class Generator:
 
     def __init__(self, model: DiT, diffusion: Diffusion, mesh: jax.sharding.Mesh, *, size: int, seed: int, sampler: str,
                  steps: int, batch_size: int, cfg_scale: float, cfg_channels: str, cfg_interval: tuple[float, float],
-                 clip_denoised: bool):
+                 clip_denoised: bool, autoencoder: Autoencoder | None = None):
         sharding.check_batch(batch_size, mesh, "sample.batch_size")
         self.batch_size, self._num_classes, self._seed = batch_size, model.num_classes, seed
         self._sharding = sharding.batch_sharding(mesh)
@@ -40,8 +44,12 @@ class Generator:
                                    cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
                                    clip_denoised=clip_denoised)
 
-        # (params, index (B,), labels (B,)) -> (B, h, w, C), B = batch_size.
+        # (params, index (B,), labels (B,)) -> (B, h, w, C) in the model's space, B = batch_size.
         self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        self._autoencoder = autoencoder
+        if autoencoder:
+            self._decode = sharding.map_rows(
+                lambda params, latents: dataclasses.replace(autoencoder, params=params).from_latents(latents), mesh)
 
     def labels(self, index: np.ndarray, mode: str) -> np.ndarray:
         """Labels (n,) int32 of images by number: "random" uniform from (seed, i), or "balanced": i modulo the classes."""
@@ -58,13 +66,18 @@ class Generator:
 
     def __call__(self, params: Any, index: np.ndarray, labels: np.ndarray,
                  on_batch: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Images (n, h, w, C) float32 in the model's space, on every process; `on_batch` is told how many are done."""
+        """Images (n, h, w, C) float32, about [-1, 1], on every process; `on_batch` is told how many are done."""
         images = []
         for start in range(0, len(index), self.batch_size):
-            batch = index[start:start + self.batch_size]
-            fill = self.batch_size - len(batch)  # one compiled shape: the last batch repeats an image
-            rows = [np.pad(x[start:start + self.batch_size], (0, fill), mode="edge") for x in (index, labels)]
-            out = self.draw_batch(params, *(jax.device_put(x, self._sharding) for x in rows))
-            images.append(multihost_utils.process_allgather(out, tiled=True)[:len(batch)])
-            on_batch(start + len(batch))
+            rows = slice(start, start + self.batch_size)
+            out = self.draw(params, index[rows], labels[rows])
+            images.append(multihost_utils.process_allgather(out, tiled=True)[:len(index[rows])])
+            on_batch(min(rows.stop, len(index)))
         return np.concatenate(images)
+
+    def draw(self, params: Any, index: np.ndarray, labels: np.ndarray) -> jax.Array:
+        """One batch over the mesh, (batch_size, h, w, C): at most batch_size images; the rows after them repeat the last."""
+        fill = self.batch_size - len(index)  # one compiled shape
+        rows = [jax.device_put(np.pad(x, (0, fill), mode="edge"), self._sharding) for x in (index, labels)]
+        out = self.draw_batch(params, *rows)
+        return self._decode(self._autoencoder.params, out) if self._autoencoder else out

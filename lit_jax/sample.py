@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,22 +35,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     model = from_config.student(config)
     source = porting.read_checkpoint(sample.checkpoint or workdir)
     check_architecture(model, source.architecture, sample.checkpoint or str(workdir))
-    generator = from_config.generators(config, {"model": model}, make_diffusion(), mesh, sample.batch_size)["model"]
+    autoencoder, identity = from_config.autoencoder(config, mesh)
+    generator = from_config.generators(config, {"model": model}, make_diffusion(), mesh, sample.batch_size,
+                                       autoencoder)["model"]
     index = np.arange(sample.num_images)
     labels = generator.labels(index, sample.labels)
 
     folder = workdir / "samples"
-    claim(folder, protocol(config, source.report.checksum))
-    todo = np.array([i for i in index if not image_path(folder, i).exists()], int)
+    claim(folder, protocol(config, source.report.checksum, identity))
+    missing = np.array([not image_path(folder, i).exists() for i in index], np.int32)
+    todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))  # one list for all: they draw a batch together
     params = porting.load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=jax.process_index() > 0) as progress:
         task = progress.add_task("", total=len(index), completed=len(index) - len(todo))
         for start in range(0, len(todo), sample.batch_size):
             batch = todo[start:start + sample.batch_size]
-            images = records.to_uint8(generator(params, batch, labels[batch]))
-            for i, image in list(zip(batch, images))[jax.process_index()::jax.process_count()]:
-                save_image(image_path(folder, i), image)
+            for row, image in local_rows(generator.draw(params, batch, labels[batch])):
+                if row < len(batch):
+                    save_image(image_path(folder, batch[row]), records.to_uint8(image))
             progress.advance(task, len(batch))
     multihost_utils.sync_global_devices("samples written")
     if jax.process_index() == 0:
@@ -60,11 +64,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         logging.info("%d images in %s, their grid in samples.png, all of them in samples.npz", len(index), folder)
 
 
-def protocol(config: ConfigDict, weights: str) -> dict[str, Any]:
+def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a sharded batch that this process holds, with their numbers; each row belongs to one process."""
+    for shard in batch.addressable_shards:
+        if shard.replica_id == 0:
+            yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
+
+
+def protocol(config: ConfigDict, weights: str, autoencoder: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that the images depend on; it travels in the npz."""
     sample = config.sample.to_dict()
     names = ("sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "labels", "clip_denoised")
-    return {"weights": weights, "seed": config.seed, "dtype": config.model.dtype, "autoencoder": "none",
+    return {"weights": weights, "seed": config.seed, "dtype": config.model.dtype, "autoencoder": autoencoder or "none",
             "uint8": "clip(127.5 x + 128) truncated"} | {name: sample[name] for name in names}
 
 

@@ -82,6 +82,16 @@ def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
     return traced
 
 
+def map_rows(function: Callable, mesh: Mesh) -> Callable:
+    """Jits function(params, rows) with the parameters on every device; each device works on its own rows alone.
+
+    So a loop over rows inside, which bounds memory, is a loop of each device.
+    """
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), BATCH_SPEC), out_specs=BATCH_SPEC,
+                                 check_vma=False))
+>>>>>>> imagenet
+
+
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
     """Raises ValueError unless the devices of the mesh divide the batch."""
     if batch_size % mesh.size:

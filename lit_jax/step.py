@@ -9,6 +9,7 @@ import optax
 
 from lit_jax import losses, sharding
 from lit_jax.diffusion import Diffusion, q_sample
+from lit_jax.models.autoencoder import sample_posterior
 from lit_jax.models.dit import DiT
 
 
@@ -75,18 +76,26 @@ def with_sharding(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
 
 
-def images_to_model(image: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
+def images_to_model(batch: dict[str, jax.Array], rng: jax.Array, scaling_factor: float = 1.0,
+                    shift_factor: float = 0.0) -> jax.Array:
+    """What the model is trained on, (B, h, w, C) float32: pixels in [-1, 1], or scaled draws from the latents' posteriors.
+
+    Args: batch: "image" uint8, or "mean" and "log_variance" of latents, which become (latent - shift) * scale.
+    """
+    if "image" in batch:
+        return batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    mean, log_variance = (batch[name].astype(jnp.float32) for name in ("mean", "log_variance"))
+    return (sample_posterior(mean, log_variance, rng) - shift_factor) * scaling_factor
 
 
 def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusion: Diffusion, *, teacher: DiT | None,
                     noise_weight: float, variance_weight: float, variance_target: str,
                     teacher_sees_dropped_labels: bool, label_dropout: float, accumulation: int, ema_decay: float,
-                    ema_warmup: bool, mesh: jax.sharding.Mesh) -> Callable:
+                    ema_warmup: bool, mesh: jax.sharding.Mesh, scaling_factor: float = 1.0,
+                    shift_factor: float = 0.0) -> Callable:
     """Builds the jitted step (state, teacher_params, batch, rng) -> (state, metrics); the state is donated.
 
-    Every draw (timestep, noise, dropped labels) is made for the whole batch from fold_in(rng, step), so it depends neither
+    Every draw (timestep, noise, dropped labels, latents) is made for the whole batch from fold_in(rng, step), so it depends neither
     on the mesh nor on the number of microbatches. A step whose loss or gradient is not finite leaves parameters, EMA and
     optimizer as they were and is counted.
 
@@ -94,6 +103,7 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
       teacher: the frozen model, or None for plain diffusion training; teacher_params is then None.
       noise_weight, variance_weight: lambda_1 and lambda_2 of the paper's hybrid loss.
       label_dropout: share of labels that become the null class, once, here.
+      scaling_factor, shift_factor: of latents, see `images_to_model`.
     Returns: the step; metrics are float32 scalars: loss, its unweighted terms, grad_norm.
     """
     weights = {"mse": 1.0, "vb": 1.0, "kd_noise": noise_weight, "kd_variance": variance_weight}
@@ -115,8 +125,8 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
     value_and_grad = jax.grad(loss_fn, has_aux=True)
 
     def train_step(state, teacher_params, batch, rng):
-        t_rng, noise_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
-        x_start, label = images_to_model(batch["image"]), batch["label"]
+        t_rng, noise_rng, dropout_rng, latent_rng = jax.random.split(jax.random.fold_in(rng, state.step), 4)
+        x_start, label = images_to_model(batch, latent_rng, scaling_factor, shift_factor), batch["label"]
         B = len(label)
         t = jax.random.randint(t_rng, (B,), 0, diffusion.num_steps)
         noise = jax.random.normal(noise_rng, x_start.shape)

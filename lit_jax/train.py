@@ -31,7 +31,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     model = from_config.student(config)
     teacher, teacher_source = open_teacher(config, model)
     source = data.open_source(config.data.name, config.data.dir, config.data.split)
-    check_data(config, source)
+    autoencoder, identity = from_config.autoencoder(config, mesh)
+    from_config.check_data(config, source, identity)
     init_source = open_init_source(config, model, teacher_source)
     diffusion = make_diffusion()
     optimizer = from_config.optimizer(config)
@@ -64,7 +65,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     jax.block_until_ready(state)
     start_up.lap("state")
 
-    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh)
+    if isinstance(source, data.LatentSource):
+        logging.info("latents of %s times %g: standard deviation %s a channel, about 1 is right", source.autoencoder["name"],
+                     source.scaling_factor, ", ".join(f"{x:.2f}" for x in source.deviation()))
+    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh, source.scaling_factor,
+                                        source.shift_factor)
     rows = sharding.batch_sharding(mesh)
     batches = data.DeviceIterator(
         data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
@@ -74,7 +79,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed, "fields": fields}
     models = ({"teacher": teacher} if teacher else {}) | {"student": model}
     preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
-    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch), workdir)
+    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
+                        workdir)
     size = (config.model.input_size,) * 2
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
@@ -130,7 +136,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         records.plot_curves(workdir)
     if config.report.num_images:
-        generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size)
+        generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size, autoencoder)
         params = {"teacher": teacher_params, "student": state.ema_params}
         report(config, generators, {name: params[name] for name in models}, source, workdir)
 
@@ -175,16 +181,6 @@ def decisive_fields(config: ConfigDict, source: data.ImageSource,
         fields["train.steps"] = config.train.steps
     fields["teacher.checkpoint"] = teacher_source and f"of checksum {teacher_source.report.checksum}"
     return fields | {f"teacher.{name}": config.teacher[name] for name in ("num_heads", "dtype")}
-
-
-def check_data(config: ConfigDict, source: data.ImageSource) -> None:
-    wanted = (config.model.input_size, config.model.input_size, config.model.in_channels)
-    if source.image_shape != wanted:
-        raise ValueError(f"model.input_size and model.in_channels make images of {wanted}, those of data.name = {source.name} "
-                         f"are {source.image_shape}")
-    if source.num_classes != config.model.num_classes:
-        raise ValueError(f"model.num_classes = {config.model.num_classes}, but data.name = {source.name} has "
-                         f"{source.num_classes} classes")
 
 
 def load_teacher(teacher: DiT, source: porting.Checkpoint, dtype: str, mesh: jax.sharding.Mesh) -> Any:
