@@ -89,7 +89,6 @@ def map_rows(function: Callable, mesh: Mesh) -> Callable:
     """
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), BATCH_SPEC), out_specs=BATCH_SPEC,
                                  check_vma=False))
->>>>>>> imagenet
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:

@@ -180,7 +180,8 @@ def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
 
 
 def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
-    from lit_jax import step, train as job
+    from lit_jax import step
+    from lit_jax import train as job
     window = [{"loss": np.float32(loss), "grad_norm": np.float32(norm)}
               for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))]
     state = step.TrainState(step=4, skipped=np.int32(2), skipped_in_a_row=np.int32(0), params=None, ema_params=None,

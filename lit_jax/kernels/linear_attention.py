@@ -12,7 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import PartitionSpec
+
+from lit_jax.kernels.split import split_rows
 
 EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
 FOCUSING_FACTOR = 3  # the power of FLatten-Transformer's focused kernel function
@@ -68,11 +69,7 @@ def linear_attention(
     def fused(*arrays):
         return _fused(*arrays, num_heads, grid, kernel_function, implementation, interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1:  # the partitioner cannot split a kernel: each device runs it on the rows of the batch that it holds
-        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-        fused = jax.shard_map(fused, in_specs=(rows, rows, whole, whole), out_specs=rows, check_vma=False)
-    return fused(q, kv, conv_kernel, conv_bias)
+    return split_rows(fused, (q, kv), (conv_kernel, conv_bias))
 
 
 def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation):

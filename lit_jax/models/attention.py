@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lit_jax.kernels.linear_attention import linear_attention
+from lit_jax.kernels.split import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
@@ -38,8 +39,11 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: 
         flash_attention,  # here: it imports only where Pallas has TPUs
     )
 
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
-    return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
+    def flash(q, k, v):
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
+        return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
+
+    return split_rows(flash, (q, k, v))
 
 
 class SoftmaxAttention(nn.Module):
