@@ -130,8 +130,11 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict(dict(
         checkpoint="",                          # what --mode=sample reads; empty: the workdir
-        sampler="ddpm",
-        steps=250,                              # respaced timesteps
+        sampler="ddpm",                         # ddpm, ddim, dpm++
+        steps=250,                              # model evaluations an image
+        spacing="",                             # timesteps: respaced, leading, trailing, linspace; empty: the sampler's own
+        eta=0.0,                                # ddim's noise: 0 none, 1 as much as ddpm
+        order=2,                                # dpm++'s order, 1 to 3
         num_images=64,
         batch_size=64,                          # global
         cfg_scale=1.5,                          # 1: no guidance
@@ -141,6 +144,23 @@ def get_config() -> ConfigDict:
         clip_denoised=False,                    # clip the predicted image to [-1, 1]: for pixels
     ))
 
+    # --mode=evaluate, and evaluation during training; docs/evaluation.md.
+    config.evaluate = ConfigDict(dict(
+        every=0,                                # training: steps between evaluations of the EMA weights; 0: none
+        every_images=1_000,                     # and how many images they draw, balanced over the classes
+        features="efficientnet_lite0",          # or inception_adm, inception_pytorch_fid, inception_clean
+        weights="",                             # Inception weights, .pth or .pickle; empty: the EfficientNet package's
+        samples="",                             # npz of uint8 images; empty: workdir/samples.npz
+        reference="",                           # npz, or DATASET:SPLIT of data.dir
+        num_images=50_000,                      # images scored, the first of the file; 0: all
+        batch_size=64,                          # images through the network at once
+        num_neighbour_images=10_000,            # reference images that precision and recall look at, at most
+        neighbours=3,                           # k of precision and recall
+        split_size=5_000,                       # images a split of the Inception score
+        self_check=False,                       # hold the scores against ADM's published ones
+        compare=(),                             # evaluation_*.json to set side by side instead
+        compare_across=("samples.cfg_scale",),  # protocol fields that may differ between them
+    ))
     config.benchmark = ConfigDict(dict(
         what=("attention", "model"),            # any of attention, model, data
         pixels=(256, 512, 1024),                # image sizes; a token is 16 pixels wide

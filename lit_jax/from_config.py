@@ -145,9 +145,7 @@ def check_data(config: ConfigDict, source: data.ImageSource | data.LatentSource,
 def generators(config: ConfigDict, models: dict[str, DiT], diffusion: Diffusion, mesh: jax.sharding.Mesh, batch_size: int,
                autoencoder: Autoencoder | None = None) -> dict[str, generate.Generator]:
     """A generator for each model, with the config's sampler; with an autoencoder it decodes what they draw."""
-    sample = config.sample
-    return {name: generate.Generator(
-        model, diffusion, mesh, size=config.model.input_size, seed=config.seed, batch_size=batch_size,
-        sampler=sample.sampler, steps=sample.steps, cfg_scale=sample.cfg_scale, cfg_channels=sample.cfg_channels,
-        cfg_interval=tuple(sample.cfg_interval), clip_denoised=sample.clip_denoised,
-        autoencoder=autoencoder) for name, model in models.items()}
+    settings = {name: config.sample[name] for name in generate.SETTINGS}
+    return {name: generate.Generator(model, diffusion, mesh, size=config.model.input_size, seed=config.seed,
+                                     batch_size=batch_size, autoencoder=autoencoder, **settings)
+            for name, model in models.items()}

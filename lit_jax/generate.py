@@ -13,6 +13,8 @@ from lit_jax.diffusion import Diffusion
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.models.dit import DiT
 
+# The fields of config.sample that an image depends on, besides its number, label and seed.
+SETTINGS = ("sampler", "steps", "spacing", "eta", "order", "cfg_scale", "cfg_channels", "cfg_interval", "clip_denoised")
 LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's key; its label takes one far away
 
 
@@ -23,17 +25,18 @@ class Generator:
 
     Args:
       size: height = width of an image in the model's space. batch_size: global; the mesh must divide it.
-      sampler, steps, cfg_scale, cfg_channels, cfg_interval: see `samplers.make_grid` and `samplers.sample`.
+      sampler, steps, spacing, eta, order: see `samplers.make_grid`; cfg_*: see `samplers.sample`.
       clip_denoised: clip the predicted x_start to [-1, 1]: for models of pixels.
     """
 
     def __init__(self, model: DiT, diffusion: Diffusion, mesh: jax.sharding.Mesh, *, size: int, seed: int, sampler: str,
                  steps: int, batch_size: int, cfg_scale: float, cfg_channels: str, cfg_interval: tuple[float, float],
-                 clip_denoised: bool, autoencoder: Autoencoder | None = None):
+                 clip_denoised: bool, spacing: str = "", eta: float = 0.0, order: int = 2,
+                 autoencoder: Autoencoder | None = None):
         sharding.check_batch(batch_size, mesh, "sample.batch_size")
         self.batch_size, self._num_classes, self._seed = batch_size, model.num_classes, seed
         self._sharding = sharding.batch_sharding(mesh)
-        grid = samplers.make_grid(diffusion, sampler, steps,
+        grid = samplers.make_grid(diffusion, sampler, steps, spacing=spacing or None, eta=eta, order=order,
                                   variance="learned_range" if model.learn_sigma else "fixed_large")
         root = jax.random.key(seed)
 
@@ -41,7 +44,7 @@ class Generator:
             keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
             return samplers.sample(lambda x, t, y: model.apply({"params": params}, x, t, y), keys,
                                    (size, size, model.in_channels), grid=grid, labels=labels, null_label=model.num_classes,
-                                   cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
+                                   cfg_scale=cfg_scale, cfg_channels=cfg_channels, cfg_interval=tuple(cfg_interval),
                                    clip_denoised=clip_denoised)
 
         # (params, index (B,), labels (B,)) -> (B, h, w, C) in the model's space, B = batch_size.

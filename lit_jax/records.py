@@ -55,13 +55,22 @@ class Records:
             if self._peak:
                 metrics["train/mfu"] = self._flops / seconds / self._peak
         self.start(step)
+        self._record(step, metrics)
+        if self._active:
+            self._show(step, metrics)
+        return metrics
+
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Records an evaluation during training, as eval/NAME."""
+        self._record(step, {f"eval/{name}": value for name, value in scores.items()})
+        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._active:
             self._file.write(json.dumps({"step": step} | metrics) + "\n")
             self._file.flush()
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
-            self._show(step, metrics)
-        return metrics
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
         if self._active:
@@ -128,11 +137,17 @@ def _process_age() -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
+def read_training(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The training lines of metrics.jsonl; evaluations are lines of their own and left out."""
+    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "train/loss" in line]
+
+
 def plot_curves(workdir: pathlib.Path) -> None:
     """Draws workdir/curves.png: each loss term of metrics.jsonl over the steps."""
     from matplotlib.figure import Figure  # here: it takes a second; no pyplot, which would look for a display
 
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_training(workdir)
     terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in lines[-1]]
     figure = Figure(figsize=(3 * len(terms), 2.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):

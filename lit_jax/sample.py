@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lit_jax import from_config, porting, records, sharding
+from lit_jax import from_config, generate, porting, records, sharding
 from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import check_architecture
 
@@ -74,9 +74,8 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
 def protocol(config: ConfigDict, weights: str, autoencoder: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that the images depend on; it travels in the npz."""
     sample = config.sample.to_dict()
-    names = ("sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "labels", "clip_denoised")
     return {"weights": weights, "seed": config.seed, "dtype": config.model.dtype, "autoencoder": autoencoder or "none",
-            "uint8": "clip(127.5 x + 128) truncated"} | {name: sample[name] for name in names}
+            "uint8": "clip(127.5 x + 128) truncated"} | {name: sample[name] for name in (*generate.SETTINGS, "labels")}
 
 
 def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:

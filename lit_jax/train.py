@@ -11,7 +11,20 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lit_jax import checkpoint, data, distributed, from_config, generate, inherit, porting, records, sharding, step
+from lit_jax import (
+    checkpoint,
+    data,
+    distributed,
+    evaluate,
+    features,
+    from_config,
+    generate,
+    inherit,
+    porting,
+    records,
+    sharding,
+    step,
+)
 from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
 from lit_jax.reader import LabelReader
@@ -86,6 +99,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
+    evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, workdir) if config.evaluate.every else None
+
     rng = jax.random.key(config.seed)
     in_flight = collections.deque()
     watchdog = distributed.Watchdog(config.train.watchdog)
@@ -128,6 +143,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if config.train.preview_every and (now % config.train.preview_every == 0 or last):
             log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
             log.start(now)  # a preview is not training time
+        if evaluation and (now % config.evaluate.every == 0 or last):
+            log.write_scores(now, evaluation.score(state.ema_params))
+            log.start(now)
     checkpoints.wait()
     checkpoints.close()
     log.close()
@@ -236,6 +254,27 @@ class Previews:
         return picture
 
 
+class Evaluation:
+    """Scores a few images of the EMA weights during training, against evaluate.reference."""
+
+    def __init__(self, config: ConfigDict, model: DiT, diffusion: Any, mesh: jax.sharding.Mesh, autoencoder: Any,
+                 workdir: pathlib.Path):
+        self._settings = config.evaluate
+        self._generator = from_config.generators(config, {"model": model}, diffusion, mesh, config.sample.batch_size,
+                                                 autoencoder)["model"]
+        self._extractor = features.make_extractor(config.evaluate.features, config.evaluate.weights)
+        self._reference = evaluate.make_reference(
+            config.evaluate.reference, config.data.dir, workdir, self._extractor, batch_size=config.evaluate.batch_size,
+            num_neighbour_images=config.evaluate.num_neighbour_images)
+
+    def score(self, ema_params: Any) -> dict[str, float]:
+        """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images."""
+        index = np.arange(self._settings.every_images)
+        images = records.to_uint8(self._generator(ema_params, index, self._generator.labels(index, "balanced")))
+        return evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size,
+                                     neighbours=self._settings.neighbours, split_size=self._settings.split_size)
+
+
 def report(config: ConfigDict, generators: dict[str, generate.Generator], params: dict[str, Any], source: data.ImageSource,
            workdir: pathlib.Path) -> None:
     """The end of a run in a few lines and pictures: report.json, samples.png, and the summary on the log.
@@ -247,7 +286,7 @@ def report(config: ConfigDict, generators: dict[str, generate.Generator], params
     for name, generator in generators.items():
         labels = generator.labels(index, "balanced")
         images[name] = records.to_uint8(generator(params[name], index, labels))
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = records.read_training(workdir)
     first, last = lines[0], lines[-1]
     terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in last]
     result["loss"] = {name: {"start": first[f"train/{name}"], "end": last[f"train/{name}"]} for name in terms}
