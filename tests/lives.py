@@ -55,13 +55,15 @@ class Server:
         assert life.wait() == 0, life.text()
         return life
 
-    def run_together(self, workdir: pathlib.Path, count: int, *overrides: str) -> list["Life"]:
-        """Starts `count` processes of one run."""
+    def run_together(self, workdir: pathlib.Path, count: int, *overrides: str, each: tuple[str, ...] = (),
+                     present: int = 0) -> list["Life"]:
+        """Starts the `count` processes of one run, or only the first `present`; `each`: an override for each process."""
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        return [self.start(workdir, *overrides, environ={"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-                                                         "JAX_PROCESS_ID": str(i)}) for i in range(count)]
+        environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        return [self.start(workdir, *overrides, *each[i:i + 1], environ=environ | {"JAX_PROCESS_ID": str(i)})
+                for i in range(present or count)]
 
     def close(self):
         self._process.stdin.close()
