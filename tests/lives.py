@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
+import time
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
+# Softmax attention and a compiler that does not try hard: these tests are about what surrounds the step.
 TINY = ("--config=configs/debug.py", "--config.student.init=random", "--config.report.num_images=0",
-        "--config.train.preview_every=0", "--config.train.batch_size=8", "--config.data.prefetch=2",
-        "--config.checkpoint.keep=2")
+        "--config.model.attention=softmax", "--config.train.preview_every=0", "--config.train.batch_size=8",
+        "--config.data.prefetch=2", "--config.checkpoint.keep=2")
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Server:
@@ -21,7 +25,7 @@ class Server:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        environ = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", OMP_NUM_THREADS="1",
+        environ = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=XLA_FLAGS, OMP_NUM_THREADS="1",
                        JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          text=True, cwd=REPOSITORY, env=environ | {"PYTHONPATH": str(REPOSITORY)})
@@ -32,12 +36,14 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, workdir: pathlib.Path, *overrides: str, environ: dict[str, str] | None = None) -> "Life":
+    def start(self, workdir: pathlib.Path, *overrides: str, batches: int = -1,
+              environ: dict[str, str] | None = None) -> "Life":
+        """Starts a life; it stands still once it has taken `batches`, so that a kill finds it there or earlier."""
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"life_{self._count}.log"
         argv = ["main", *TINY, f"--workdir={workdir}", f"--config.data.dir={self.folder / 'data'}", *overrides]
-        pid = self._ask(argv=argv, log=str(log), ids=str(self.folder / f"life_{self._count}.ids"), environ=environ or {})
+        pid = self._ask(argv=argv, log=str(log), ids=str(log.with_suffix(".ids")), batches=batches, environ=environ or {})
         return Life(self, pid, log)
 
     def wait(self, pid: int) -> int:
@@ -49,13 +55,15 @@ class Server:
         assert life.wait() == 0, life.text()
         return life
 
-    def run_together(self, workdir: pathlib.Path, count: int, *overrides: str) -> list["Life"]:
-        """Starts `count` processes of one run."""
+    def run_together(self, workdir: pathlib.Path, count: int, *overrides: str, each: tuple[str, ...] = (),
+                     present: int = 0) -> list["Life"]:
+        """Starts the `count` processes of one run, or only the first `present`; `each`: an override for each process."""
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        return [self.start(workdir, *overrides, environ={"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-                                                         "JAX_PROCESS_ID": str(i)}) for i in range(count)]
+        environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        return [self.start(workdir, *overrides, *each[i:i + 1], environ=environ | {"JAX_PROCESS_ID": str(i)})
+                for i in range(present or count)]
 
     def close(self):
         self._process.stdin.close()
@@ -72,6 +80,12 @@ class Life:
     def kill(self, signal: int) -> None:
         os.kill(self.pid, signal)
 
+    def wait_for_batches(self, count: int, seconds: float = 600.0) -> None:
+        deadline = time.monotonic() + seconds
+        while len(self.ids()) < count:
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
     def text(self) -> str:
         return self._log.read_text()
 
@@ -80,14 +94,35 @@ class Life:
         path = self._log.with_suffix(".ids")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def first_step(self) -> int:
+        """The step that it went on from."""
+        found = re.search(r"resumed from step (\d+)", self.text())
+        return int(found.group(1)) if found else 0
 
-def record_ids(path: str) -> None:
-    """Makes the data iterator write down the ids of each batch it hands out."""
+
+def losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """The training metrics of each logged step, without those that tell the time."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("train/images_per_second", "train/data_wait", "train/seconds_left", "train/mfu")
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line.pop("step"): {name: value for name, value in line.items() if name not in timed} for line in lines}
+
+
+def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
+    return json.loads((workdir / "checkpoints" / str(step) / "metadata" / "metadata").read_text())["fingerprints"]
+
+
+def record_ids(path: str, batches: int) -> None:
+    """Makes the data iterator write down the ids of each batch it hands out, and hand out `batches` at most."""
     from lit_jax import data
 
     hand_out = data.DeviceIterator.__next__
+    left = [batches]
 
     def hand_out_and_write(self):
+        while not left[0]:
+            time.sleep(0.05)
+        left[0] -= 1
         batch = hand_out(self)
         rows = {shard.index[0].start or 0: shard.data.tolist() for shard in batch["index"].addressable_shards}
         with open(path, "a") as file:
@@ -113,7 +148,7 @@ def serve() -> None:
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 os.environ.update(request["environ"])
-                record_ids(request["ids"])
+                record_ids(request["ids"], request["batches"])
                 sys.argv = request["argv"]
                 main.run()
                 os._exit(0)

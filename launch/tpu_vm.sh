@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Runs a job on a Cloud TPU VM, on one host or on all hosts of a slice, and again after an interruption.
+#
+#   on the (only) host:   launch/tpu_vm.sh --config=configs/default.py --workdir=/runs/xl2
+#   from anywhere, all:   TPU_NAME=my-v5e-64 ZONE=us-west4-a launch/tpu_vm.sh --config=... --workdir=/shared/xl2
+#
+# With several hosts the workdir must be a folder that all of them see (Filestore, or a bucket mounted with gcsfuse).
+# The repository is expected in ~/lit_jax on every host.
+set -euo pipefail
+
+if [[ -n "${TPU_NAME:-}" ]]; then
+  exec gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all \
+    --command="cd lit_jax && launch/tpu_vm.sh $(printf '%q ' "$@")"
+fi
+
+trap 'stop=1; kill -TERM "$child"; wait "$child" || exit $?' TERM
+while true; do
+  status=0
+  python -m lit_jax.main "$@" &
+  child=$!
+  wait "$child" || status=$?
+  # 0: done. 1: bad input, trying again would not help. Others (75: stopped from outside) go on from the last checkpoint.
+  if ((status <= 1)) || [[ -n "${stop:-}" ]]; then exit "$status"; fi
+  sleep 5
+done

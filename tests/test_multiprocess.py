@@ -1,0 +1,130 @@
+"""Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
+import signal
+import time
+
+import lives
+import pytest
+
+from lit_jax import distributed
+
+WIDE = ("--config.model.width=128", "--config.optimizer.schedule=constant", "--config.train.log_every=1",
+        "--config.mesh.join_timeout=120", "--config.mesh.heartbeat=10", "--config.checkpoint.every=3")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = lives.Server(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def one_process(server):
+    life = server.run(server.folder / "one", *WIDE, "--config.train.steps=9")
+    return lives.losses(server.folder / "one"), life.ids()
+
+
+@pytest.fixture(scope="module")
+def two_processes(server):
+    """The workdir of a run of two processes, each with a half of the parameters, and what they saw."""
+    workdir = server.folder / "two"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
+    assert [life.wait() for life in processes] == [0, 0], "".join(life.text() for life in processes)
+    return workdir, processes
+
+
+def assert_same_losses(actual, expected):
+    for now, metrics in actual.items():
+        for name, value in metrics.items():
+            assert value == pytest.approx(expected[now][name], rel=1e-4), (now, name)
+
+
+def test_two_processes_have_the_losses_and_the_data_of_one(one_process, two_processes):
+    expected, ids = one_process
+    workdir, processes = two_processes
+    actual = lives.losses(workdir)
+    assert list(actual) == list(range(1, 7))
+    assert_same_losses(actual, expected)
+    assert [a + b for a, b in zip(*(life.ids() for life in processes))] == ids[:6]
+
+
+def test_four_processes_go_on_from_the_checkpoint_of_two(server, one_process, two_processes):
+    workdir, _ = two_processes
+    processes = server.run_together(workdir, 4, *WIDE, "--config.train.steps=9", "--config.mesh.fsdp=2")
+    assert [life.wait() for life in processes] == [0] * 4, "".join(life.text() for life in processes)
+    assert {life.first_step() for life in processes} == {6}
+    actual = lives.losses(workdir)
+    assert list(actual) == list(range(1, 10))
+    assert_same_losses(actual, one_process[0])
+
+
+def test_when_one_is_killed_the_others_stop_and_say_so_and_a_restart_resumes_exactly(server, two_processes):
+    workdir = server.folder / "killed"
+    run = (*WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
+    first, second = server.run_together(workdir, 2, *run)
+    second.wait_for_batches(5)
+    second.kill(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
+    assert first.wait() not in (0, 1)
+    assert "process 1 is gone" in first.text() or "another task died" in first.text()
+    processes = server.run_together(workdir, 2, *run)
+    assert [life.wait() for life in processes] == [0, 0], "".join(life.text() for life in processes)
+    expected, _ = two_processes
+    assert {now: metrics for now, metrics in lives.losses(expected).items() if now <= 6} == lives.losses(workdir)
+    assert lives.fingerprints(workdir, 6) == lives.fingerprints(expected, 6)
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(server):
+    workdir = server.folder / "terminated"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000", "--config.mesh.fsdp=2",
+                                    "--config.checkpoint.every=1000000")
+    processes[0].wait_for_batches(3)
+    processes[1].kill(signal.SIGTERM)
+    assert [life.wait() for life in processes] == [distributed.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
+    steps = {len(life.ids()) for life in processes}
+    assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [str(steps.pop())]
+
+
+def test_processes_with_different_configs_are_named_on_both_sides(server):
+    first, second = server.run_together(server.folder / "differing", 2, *WIDE, each=("--config.seed=1", "--config.seed=2"))
+    for life in (first, second):
+        assert life.wait() == 1
+        assert "process 1" in life.text() and "has seed = 2, process 0" in life.text() and "has seed = 1" in life.text()
+
+
+def test_a_process_that_does_not_come_is_named(server):
+    processes = server.run_together(server.folder / "missing", 2, *WIDE, "--config.mesh.join_timeout=5", present=1)
+    assert processes[0].wait() == distributed.EXIT_TRY_AGAIN, processes[0].text()
+    assert "process 1 did not join within 5 s" in processes[0].text()
+
+
+# Below: in this process.
+
+def test_the_environment_says_how_to_join(monkeypatch):
+    alone = {}
+    assert distributed.find_cluster(alone | {"JAX_PLATFORMS": "cpu"}) is None
+    explicit = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+    wanted = dict(coordinator_address="host:1234", num_processes=4, process_id=2, cluster_detection_method="deactivate")
+    assert distributed.find_cluster(explicit) == wanted
+    kubernetes = {"JOB_COMPLETION_INDEX" if name == "JAX_PROCESS_ID" else name: value for name, value in explicit.items()}
+    assert distributed.find_cluster(kubernetes) == wanted
+    with pytest.raises(ValueError, match="but not JAX_PROCESS_ID"):
+        distributed.find_cluster({name: value for name, value in explicit.items() if name != "JAX_PROCESS_ID"})
+    slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
+    assert distributed.find_cluster(slurm) == {"cluster_detection_method": "slurm"}
+    assert distributed.find_cluster(slurm | {"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"}) is None
+    monkeypatch.setattr(distributed, "tpu_attached", lambda: True)
+    assert distributed.find_cluster(alone) == {} and distributed.find_cluster({"JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch):
+    reports = []
+    monkeypatch.setattr(distributed.faulthandler, "dump_traceback", reports.append)
+    watchdog = distributed.Watchdog(1.0)
+    for now in range(30):
+        watchdog.step_ended(now)
+        time.sleep(0.05)
+    assert not reports
+    time.sleep(2.5)
+    watchdog.close()
+    assert 1 <= len(reports) <= 3

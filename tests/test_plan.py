@@ -1,0 +1,169 @@
+"""Plans: the numbers read off compiled programs, against hand arithmetic."""
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import debug
+from lit_jax import checkpoint, hlo, plan, sharding, step
+from lit_jax.models.dit import forward_flops, make_dit
+
+# A loop of 28 that slices a stacked weight, multiplies, gathers and updates a stacked result; then a reduction over all.
+MODULE = """
+HloModule step, is_scheduled=true
+
+%body_slice (p0: bf16[28,64,64], p1: s32[]) -> bf16[64,64] {
+  %p0 = bf16[28,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %cast = bf16[64,64]{1,0:T(8,128)(2,1)} bitcast(%slice)
+}
+
+%body_update (q0: f32[28,8,64], q1: f32[8,64], q2: s32[]) -> f32[28,8,64] {
+  %q0 = f32[28,8,64]{2,1,0:T(8,128)} parameter(0)
+  %q1 = f32[8,64]{1,0:T(8,128)} parameter(1)
+  %q2 = s32[]{:T(128)} parameter(2)
+  %nil = s32[]{:T(128)} constant(0)
+  %one = f32[1,8,64]{2,1,0:T(8,128)} bitcast(%q1)
+  ROOT %update = f32[28,8,64]{2,1,0:T(8,128)} dynamic-update-slice(%q0, %one, %q2, %nil, %nil)
+}
+
+%body (state: (s32[], bf16[28,64,64], f32[28,8,64])) -> (s32[], bf16[28,64,64], f32[28,8,64]) {
+  %state = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %w = bf16[28,64,64]{2,1,0} get-tuple-element(%state), index=1
+  %y = f32[28,8,64]{2,1,0} get-tuple-element(%state), index=2
+  %layer = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%w, %i), kind=kLoop, calls=%body_slice
+  %whole = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%layer), channel_id=1, replica_groups=[4,8]<=[32], dimensions={0}
+  %row = f32[8,64]{1,0:T(8,128)} convolution(%whole, %layer), dim_labels=bf_io->bf
+  %out = f32[28,8,64]{2,1,0} fusion(%y, %row, %i), kind=kLoop, calls=%body_update
+  ROOT %next = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) tuple(%i, %w, %out)
+}
+
+%condition (state.1: (s32[], bf16[28,64,64], f32[28,8,64])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) parameter(0)
+  ROOT %more = pred[]{:T(512)} constant(true)
+}
+
+ENTRY %main (x: bf16[28,64,64], z: f32[28,8,64]) -> f32[28,8,64] {
+  %x = bf16[28,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %z = f32[28,8,64]{2,1,0:T(8,128)} parameter(1)
+  %start = s32[]{:T(128)} constant(0)
+  %all = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) tuple(%start, %x, %z)
+  %loop = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) while(%all), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"28"},"known_induction_variable":{"tuple_index":"0"}}
+  %grads = f32[28,8,64]{2,1,0:T(8,128)} get-tuple-element(%loop), index=2
+  ROOT %sum = f32[28,8,64]{2,1,0:T(8,128)} all-reduce(%grads), replica_groups=[8,4]<=[4,8]T(1,0), to_apply=%add
+}
+"""
+
+
+def test_traffic_counts_a_loop_as_often_as_it_runs_and_a_slice_as_a_slice():
+    layer, row, stacked = 64 * 64 * 2, 8 * 64 * 4, 28 * 8 * 64 * 4
+    # The slice is read and written; the gathered layer lies on the chip (S(1)); its neighbours read layer twice.
+    body = (2 * layer + 4) + layer + (layer + row) + (2 * row + 4)
+    assert hlo.Program(MODULE).traffic() == 28 * body + 2 * stacked
+
+
+def test_collectives_are_counted_with_their_groups_and_the_slices_they_cross():
+    gather, reduce = hlo.Program(MODULE).collectives(slices=2)
+    assert dataclasses.astuple(gather)[:5] == ("all-gather", 8 * 64 * 64 * 2, 8, False, 28)
+    assert dataclasses.astuple(reduce)[:5] == ("all-reduce", 28 * 8 * 64 * 4, 4, True, 1)
+    assert gather.wire_bytes == 28 * gather.size * 7 / 8 and reduce.wire_bytes == 2 * reduce.size * 3 / 4
+
+
+def test_flops_of_xl_are_six_times_parameters_times_tokens():
+    model = make_dit(size="XL", patch_size=2, in_channels=4, num_classes=1000)
+    tokens = 256
+    shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), 32))
+    per_token = sum(checkpoint.parameter_count(shapes["blocks"][name]) for name in ("attn", "mlp"))
+    by_hand = 6 * per_token * tokens + 3 * plan.attention_flops(model, (32, 32))
+    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(by_hand, rel=0.01)
+    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(0.711e12, rel=0.01)  # 119 Gflop of the paper, times 2 and 3
+
+
+def tiny_config(**mesh):
+    config = debug.get_config()
+    config.model.update(size="Ti", depth=6, width=256, num_heads=2, input_size=32, dtype="bfloat16")
+    config.train.update(batch_size=64, remat="dots")
+    config.mesh.update(data=-1, **mesh)
+    config.sample.update(batch_size=16)
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The plan of a small model, 4 chips for each of 2 copies of the parameters."""
+    config, workdir = tiny_config(fsdp=4), tmp_path_factory.mktemp("plan")
+    config.plan.programs = ("distill", "sample")
+    plan.run(config, workdir)
+    planner = plan.Planner(config, plan.topology_devices("v5e:2x4", 1))
+    return planner, json.loads((workdir / "plan.json").read_text())["programs"]
+
+
+def test_memory_is_what_the_arrays_take_by_hand(planned):
+    planner, programs = planned
+    shapes = step.state_shapes(planner.model, plan.from_config.optimizer(tiny_config()), 32)
+    held = sum(np.prod(h.shard_shape(s.shape)) * s.dtype.itemsize
+               for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(sharding.fsdp_sharding(shapes, planner.mesh))))
+    parameters = checkpoint.parameter_count(shapes.params)
+    assert held == pytest.approx(4 * 4 * parameters / 4, rel=0.05)  # params, EMA, two moments; float32; four chips
+    teacher = 2 * checkpoint.parameter_count(planner._params(planner.teacher)) / 4
+    assert programs["distill"]["arguments"] == pytest.approx(held + teacher, rel=0.05)
+    assert programs["sample"]["arguments"] == pytest.approx(4 * parameters / 4, rel=0.05)
+
+
+def test_nothing_is_replicated_by_accident(planned):
+    planner, programs = planned
+    layers, parameters = planner.model.depth, checkpoint.parameter_count(planner._params(planner.model))
+    distill = programs["distill"]
+    # Each layer's weights are gathered on the way forward and back, the teacher's once; all in bfloat16 or float32.
+    gathered = distill["collectives"]["all-gather"]["bytes"]
+    assert gathered <= (2 + 1) * 4 * parameters
+    assert distill["collectives"]["all-gather"]["runs"] >= layers
+    assert "all-to-all" not in distill["collectives"]
+    # Gradients are summed once, whether by reduce-scatter or all-reduce: nothing the size of the batch is.
+    reduced = sum(entry["bytes"] for kind, entry in distill["collectives"].items() if "reduce" in kind)
+    assert reduced <= 2.5 * 4 * parameters
+    # No array on a chip is larger than the activations that remat=dots saves of its own 8 images, all layers stacked.
+    tokens, width = 64, planner.model.width
+    saved = layers * 8 * tokens * 4 * width * 2
+    largest = max(size for size, _, _ in distill["largest"])
+    assert largest <= max(saved, 4 * parameters / 4)
+
+
+def test_a_program_that_does_not_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch, capsys):
+    def estimate(self, program, batch_size=0):
+        batch_size = batch_size or 4096
+        needs = 2 * plan.GiB + batch_size * 2**23
+        return plan.Estimate(program, batch_size, needs <= 16 * plan.GiB, needs, 16 * plan.GiB, seconds={"compute": 1.0})
+
+    monkeypatch.setattr(plan.Planner, "estimate", estimate)
+    config = tiny_config()
+    config.plan.programs = ("plain",)
+    with pytest.raises(ValueError, match="plain at batch 4096 needs 34.00 GiB a chip of v5e:2x4, 18.00 GiB more"):
+        plan.run(config, tmp_path)
+    assert "the largest batch that fits is 1792" in capsys.readouterr().out
+
+
+def test_slices_split_the_data_axis_and_never_a_copy_of_the_parameters():
+    mesh = sharding.make_mesh(-1, 8, plan.topology_devices("v5e:2x4", 2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8}
+    assert [{device.slice_index for device in row} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="mesh.data = 1 is not a multiple of the 2 slices"):
+        sharding.make_mesh(1, 16, plan.topology_devices("v5e:2x4", 2))
+
+
+def test_an_unknown_topology_is_one_clear_line(tmp_path):
+    config = tiny_config()
+    config.plan.topology = "v5e:3x7"
+    with pytest.raises(ValueError, match="plan.topology = 'v5e:3x7'"):
+        plan.run(config, tmp_path)
+
+
+def test_rows_of_a_process_are_those_its_devices_hold():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    np.testing.assert_array_equal(sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16))

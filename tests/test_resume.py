@@ -1,0 +1,191 @@
+"""Exact resume: after any kill the run ends in the same bits as one that nobody disturbed."""
+import random
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import lives
+import numpy as np
+import optax
+import pytest
+
+from lit_jax import checkpoint, distributed, sharding, step
+from lit_jax.models.dit import make_dit
+
+# A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a line that another one began.
+STEPS = 60
+RHYTHM = (f"--config.train.steps={STEPS}", "--config.train.log_every=4", "--config.checkpoint.every=3")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = lives.Server(tmp_path_factory.mktemp("lives"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    life = server.run(server.folder / "undisturbed", *RHYTHM)
+    return server.folder / "undisturbed", life.ids()
+
+
+def check_same_end(workdir, undisturbed):
+    expected, _ = undisturbed
+    assert lives.losses(workdir) == lives.losses(expected)
+    assert lives.fingerprints(workdir, STEPS) == lives.fingerprints(expected, STEPS)
+    for ema in (False, True):
+        trees = [checkpoint.restore_params(path, ema=ema)[0] for path in (workdir, expected)]
+        jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
+    draw, workdir, everything = random.Random(0), server.folder / "killed", []
+    for kill in range(10):
+        wanted = draw.randint(1, 4) if kill else 0  # the first dies before its first step
+        life = server.start(workdir, *RHYTHM, batches=wanted + 1)
+        life.wait_for_batches(wanted)
+        time.sleep(draw.uniform(0.0, 0.5))  # into a save, more often than not
+        life.kill(signal.SIGKILL)
+        assert life.wait() == -signal.SIGKILL
+        everything.append(life)
+    everything.append(server.run(workdir, *RHYTHM))
+    assert any(life.first_step() for life in everything[:-1])
+    for life in everything:
+        taken = life.ids()
+        assert taken == undisturbed[1][life.first_step():][:len(taken)]
+    check_same_end(workdir, undisturbed)
+
+
+def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
+    workdir, never = server.folder / "terminated", (*RHYTHM[:2], "--config.checkpoint.every=1000000")
+    life = server.start(workdir, *never)
+    life.wait_for_batches(2)
+    life.kill(signal.SIGTERM)
+    assert life.wait() == distributed.EXIT_TRY_AGAIN
+    saved = len(life.ids())
+    assert f"step {saved} is saved" in life.text() and saved < STEPS
+    assert server.run(workdir, *RHYTHM).first_step() == saved
+    check_same_end(workdir, undisturbed)
+
+
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(server, undisturbed):
+    workdir = server.folder / "damaged"
+    shutil.copytree(undisturbed[0], workdir)
+    damage_by_flip(workdir / "checkpoints" / str(STEPS))
+    life = server.run(workdir, *RHYTHM)
+    assert f"checkpoint {workdir}/checkpoints/{STEPS} is damaged and skipped" in life.text()
+    assert life.first_step() == STEPS - 3
+    assert (workdir / "checkpoints" / f"{STEPS}.damaged").is_dir()
+    check_same_end(workdir, undisturbed)
+
+
+def test_a_change_that_would_change_the_run_is_refused_with_both_values(server, undisturbed):
+    life = server.start(undisturbed[0], *RHYTHM, "--config.train.batch_size=16")
+    assert life.wait() == 1
+    message = life.text().splitlines()[-1]
+    assert message.startswith("error: ") and "train.batch_size was 8 and is now 16" in message and "force_config" in message
+
+
+def test_another_number_of_devices_sees_the_same_data_and_the_same_losses(server):
+    wide = ("--config.model.width=128", "--config.optimizer.schedule=constant", "--config.train.log_every=1")
+    alone, moving = server.folder / "alone", server.folder / "moving"
+    ids = server.run(alone, *wide, "--config.train.steps=6").ids()
+    parts = [server.run(moving, *wide, f"--config.train.steps={steps}", f"--config.mesh.cpu_devices={devices}",
+                        f"--config.mesh.fsdp={fsdp}").ids() for steps, devices, fsdp in ((2, 8, 2), (4, 1, 1), (6, 4, 4))]
+    assert sum(parts, []) == ids
+    expected, actual = lives.losses(alone), lives.losses(moving)
+    assert actual.keys() == expected.keys()
+    for now, metrics in expected.items():
+        for name, value in metrics.items():
+            assert actual[now][name] == pytest.approx(value, rel=1e-4), (now, name)
+
+
+# Below: the checkpoints alone, in this process.
+
+def damage_by_flip(folder):
+    """Flips one bit in the middle of the largest file, where only numbers are."""
+    path = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_by_truncation(folder):
+    path = max((p for p in (folder / "ema_params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_by_loss(folder):
+    shutil.rmtree(folder / "opt_state")
+
+
+def tiny_state(value):
+    items = {name: {"kernel": jnp.full((64, 32), value)} for name in ("params", "ema_params", "opt_state")}
+    return items | {"train": {"step": jnp.int32(value)}}
+
+
+def save_two(folder, fields=None):
+    checkpoints = checkpoint.Checkpointer(folder, keep=3, keep_every=0)
+    for now in (1, 2):
+        checkpoints.save(now, tiny_state(now), data={"read": now}, metadata={"fields": fields or {}})
+    checkpoints.wait()
+    checkpoints.close()
+    return jax.eval_shape(lambda: tiny_state(0))
+
+
+def with_device(shapes):
+    return step.with_sharding(shapes, jax.tree.map(lambda _: sharding.replicated(sharding.make_mesh(fsdp=1)), shapes))
+
+
+@pytest.mark.parametrize("damage", [damage_by_flip, damage_by_truncation, damage_by_loss])
+def test_a_damaged_checkpoint_is_skipped(tmp_path, damage):
+    shapes = with_device(save_two(tmp_path))
+    damage(tmp_path / "2")
+    checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
+    found, items, data, _ = checkpoints.restore(shapes)
+    assert (found, int(items["train"]["step"]), data) == (1, 1, {"read": 1})
+    assert (tmp_path / "2.damaged").is_dir()
+    checkpoints.close()
+
+
+def test_no_readable_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path):
+    shapes = with_device(save_two(tmp_path))
+    for now in ("1", "2"):
+        damage_by_flip(tmp_path / now)
+    checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[2, 1\]"):
+        checkpoints.restore(shapes)
+
+
+def test_changed_fields_are_refused_unless_forced(tmp_path):
+    shapes = with_device(save_two(tmp_path, {"model.width": 32, "model.grid": (7, 7)}))
+    checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
+    assert checkpoints.restore(shapes, {"model.width": 32, "model.grid": (7, 7)})[0] == 2
+    with pytest.raises(ValueError, match="model.width was 32 and is now 64"):
+        checkpoints.restore(shapes, {"model.width": 64})
+    assert checkpoints.restore(shapes, {"model.width": 64}, force=True)[0] == 2
+
+
+def test_the_fingerprint_sees_every_bit_and_every_place_but_not_the_mesh():
+    x = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+    original = checkpoint.fingerprints({"a": {"x": x}})["a"]
+    flipped, swapped = x.copy(), x.copy()
+    flipped.view(np.uint32)[13, 7] ^= 1
+    swapped[[3, 4]] = swapped[[4, 3]]
+    others = {checkpoint.fingerprints({"a": {"x": y}})["a"] for y in (flipped, swapped, x.astype(np.int32))}
+    assert len(others | {original}) == 4
+    split = jax.device_put(x, jax.NamedSharding(sharding.make_mesh(2, 4), jax.P("data", "fsdp")))
+    assert checkpoint.fingerprints({"a": {"x": split}})["a"] == original
+
+
+def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    shapes = step.state_shapes(make_dit(size="S", patch_size=2, in_channels=4, num_classes=10), optax.adamw(1e-4), 8)
+    specs = sharding.fsdp_sharding(shapes, mesh)
+    for tree in (specs.params, specs.ema_params, specs.opt_state[0].mu, specs.opt_state[0].nu):
+        assert tree["blocks"]["mlp"]["fc1"]["kernel"].spec == jax.P(None, None, "fsdp")
+    held = sum(np.prod(h.shard_shape(s.shape)) for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs)))
+    assert held < 1.02 * sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) / 4
