@@ -100,7 +100,8 @@ class LatentSource(Source):
         return self._read(index, {"mean": both, "log_variance": both})
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]} by encoder {self.autoencoder['encoder_sha256'][:12]}, times {self.scaling_factor})"
+        encoder = self.autoencoder["encoder_sha256"][:12]
+        return f"{super().__repr__()[:-1]} by encoder {encoder}, times {self.scaling_factor})"
 
     def deviation(self, limit: int = 1024) -> np.ndarray:
         """Standard deviation of each channel of the first `limit` scaled latents, (C,): about 1 if the scale is right."""
@@ -127,8 +128,8 @@ def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.Da
         prepared = False
     if not prepared:
         if any(pathlib.Path(directory).glob(f"{name}/*/{PREPARED}")):
-            raise FileNotFoundError(f"{field}: {name!r} in data.dir {directory!r} is not finished; run the --mode=prepare that "
-                                    f"writes it again, it goes on where it stopped")
+            raise FileNotFoundError(f"{field}: {name!r} in data.dir {directory!r} is not finished; run the --mode=prepare "
+                                    f"that writes it again, it goes on where it stopped")
         there = sorted(p.name for p in pathlib.Path(directory).glob("*") if p.is_dir())
         raise FileNotFoundError(f"{field}: no prepared TFDS data set {name!r} in data.dir {directory!r}, which holds: "
                                 f"{', '.join(there) or 'nothing'}")
@@ -156,7 +157,8 @@ def open_source(name: str, directory: str, split: str) -> ImageSource | LatentSo
         raise ValueError(f"data.name {name}: its latents say nothing of their autoencoder, for {about} is missing")
     autoencoder = json.loads(about.read_text())["autoencoder"]
     return LatentSource(name, split, builder.as_data_source(split=split), tuple(features["mean"].shape[1:]),
-                        features["label"].num_classes, autoencoder["scaling_factor"], autoencoder["shift_factor"], autoencoder)
+                        features["label"].num_classes, autoencoder["scaling_factor"], autoencoder["shift_factor"],
+                        autoencoder)
 
 
 class _ProcessRows(grain.MapDataset):
@@ -192,8 +194,8 @@ def _no_flip(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return _choose_side(record, False)
 
 
-def make_batches(source: ImageSource | LatentSource, *, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None = None,
-                 num_threads: int = 4, prefetch: int = 64) -> grain.IterDataset:
+def make_batches(source: ImageSource | LatentSource, *, batch_size: int, seed: int, flip: bool,
+                 rows: np.ndarray | None = None, num_threads: int = 4, prefetch: int = 64) -> grain.IterDataset:
     """Endless shuffled batches of this process's rows: {"image" uint8 (B, h, w, C), "label" int32 (B,), "index" int64 (B,)}.
 
     Of latents there are "mean" and "log_variance" float16 (B, h, w, C), of the image or its mirror, for "image".

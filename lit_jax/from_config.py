@@ -114,29 +114,31 @@ def check_data(config: ConfigDict, source: data.ImageSource | data.LatentSource,
     """Raises ValueError where the data are not what model and autoencoder (`identity`, see `autoencoder`) work on."""
     wanted = (config.model.input_size, config.model.input_size, config.model.in_channels)
     latents = isinstance(source, data.LatentSource)
+    kind = "latents" if latents else "images"
     if source.image_shape != wanted:
-        raise ValueError(f"model.input_size and model.in_channels make images of {wanted}, the {'latents' if latents else 'images'} "
-                         f"of data.name = {source.name} are {source.image_shape}")
+        raise ValueError(f"model.input_size and model.in_channels make images of {wanted}, the {kind} of "
+                         f"data.name = {source.name} are {source.image_shape}")
     if source.num_classes != config.model.num_classes:
         raise ValueError(f"model.num_classes = {config.model.num_classes}, but data.name = {source.name} has "
                          f"{source.num_classes} classes")
     checkpoint = config.autoencoder.checkpoint
     if not latents:
         if identity:
-            raise ValueError(f"autoencoder.checkpoint = {checkpoint}, but data.name = {source.name} holds images, not latents; "
-                             f"--mode=prepare encodes them, or clear autoencoder.checkpoint to train on pixels")
+            raise ValueError(f"autoencoder.checkpoint = {checkpoint}, but data.name = {source.name} holds images, not "
+                             f"latents; --mode=prepare encodes them, or clear autoencoder.checkpoint to train on pixels")
         return
     if identity is None:
         shown = [name for name, count in (("train.preview_every", config.train.preview_every),
                                           ("report.num_images", config.report.num_images)) if count]
         if shown:
-            raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']}, but autoencoder.checkpoint "
-                             f"is empty: name it, or set {' and '.join(shown)} to 0, for no image can be shown")
+            raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']}, but "
+                             f"autoencoder.checkpoint is empty: name it, or set {' and '.join(shown)} to 0")
+    encoder = source.autoencoder["name"]
     for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
         stored = source.autoencoder[name]
         asked = identity[name] if identity else config.autoencoder.get(name) or stored
         if asked != stored:
-            raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']} with {name} {stored}, but "
+            raise ValueError(f"data.name = {source.name} holds latents of {encoder} with {name} {stored}, but "
                              f"the autoencoder of the config ({checkpoint or 'no checkpoint'}) has {asked}")
     if config.report.read_labels:
         raise ValueError(f"report.read_labels needs images, but data.name = {source.name} holds latents")

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lit_jax import data, from_config, sharding
 from lit_jax.models.autoencoder import Autoencoder
@@ -49,16 +50,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise ValueError(f"prepare.shard_records must be at least 1, got {prepare.shard_records}")
     sharding.check_batch(prepare.batch_size, sharding.make_mesh(), "prepare.batch_size")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name) or not re.fullmatch(r"[a-z]\w*", target.split):
-        raise ValueError(f"data.name = {target.name!r} and data.split = {target.split!r} name what is written: letters, digits "
-                         f"and _ only, a lower-case letter first")
+        raise ValueError(f"data.name = {target.name!r} and data.split = {target.split!r} name what is written: letters, "
+                         f"digits and _ only, a lower-case letter first")
     if prepare.source == target.name and (prepare.dir or target.dir) == target.dir:
         raise ValueError(f"data.name = {target.name} is what is written, and also prepare.source; give it another name")
     autoencoder, identity = from_config.autoencoder(config, mesh)
     images = open_images(prepare.source, prepare.dir or target.dir, prepare.split or target.split, prepare.image_size,
                          channels=autoencoder.module.in_channels if autoencoder else 0)
     if autoencoder and prepare.image_size % autoencoder.module.factor:
-        raise ValueError(f"prepare.image_size = {prepare.image_size} is not a multiple of the {autoencoder.module.factor} pixels "
-                         f"of a latent of {identity['name']}")
+        raise ValueError(f"prepare.image_size = {prepare.image_size} is not a multiple of the {autoencoder.module.factor} "
+                         f"pixels of a latent of {identity['name']}")
 
     folder = pathlib.Path(target.dir) / target.name / VERSION
     about = {"source": images.name, "crop": "adm", "image_size": prepare.image_size, "num_classes": images.num_classes,
@@ -86,11 +87,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     bicubic interpolation, then cuts the middle out. Smaller images are enlarged.
     """
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = _resize(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+    """Width first, then height, with pixels rounded between: what Pillow did in one call before version 13.
+
+    Since then it takes the height first where that shrinks much more, and one pixel in eight differs by a grey level.
+    """
+    return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +141,16 @@ def open_images(source: str, directory: str, split: str, size: int, channels: in
     builder = data.find_builder(source, directory, "prepare.source")
     features = builder.info.features
     image = features["image"] if "image" in features else None
-    if not {"image", "label"} <= set(features) or image.np_dtype != np.uint8 or not image.shape or image.shape[-1] not in (1, 3):
-        raise ValueError(f"prepare.source {source}: needs a uint8 image of 1 or 3 channels and a label, it has {dict(features)}")
+    if not image or "label" not in features or image.np_dtype != np.uint8 or (image.shape or [0])[-1] not in (1, 3):
+        raise ValueError(f"prepare.source {source}: needs a uint8 image of 1 or 3 channels and a label, it has "
+                         f"{dict(features)}")
     encoded = isinstance(image, tfds.features.Image)
     try:
         # Files are decoded here, always by Pillow: TFDS takes OpenCV where there is one, and its JPEGs differ.
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
     except NotImplementedError as error:
-        raise ValueError(f"prepare.source {source} is stored as {builder.info.file_format}, which has no random access; "
-                         f"`tfds convert_format` or `tfds build --file_format=array_record` makes ArrayRecord of it") from error
+        raise ValueError(f"prepare.source {source} is stored as {builder.info.file_format}, which has no random "
+                         f"access; `tfds convert_format` makes ArrayRecord of it") from error
     except ValueError as error:
         raise ValueError(f"prepare.split {split!r} is not of {source}: {str(error).splitlines()[0]}") from error
     identifier = next((name for name in ("file_name", "id") if name in features), None)
@@ -185,8 +195,10 @@ def make_features(images: Images, autoencoder: Autoencoder | None) -> tfds.featu
         arrays = {"mean": (both, np.float16), "log_variance": (both, np.float16)}
     else:
         arrays = {"image": ((images.size, images.size, images.channels), np.uint8)}
-    label = tfds.features.ClassLabel(names=images.class_names, num_classes=None if images.class_names else images.num_classes)
-    tensors = {name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes") for name, (shape, dtype) in arrays.items()}
+    classes = {"names": images.class_names} if images.class_names else {"num_classes": images.num_classes}
+    label = tfds.features.ClassLabel(**classes)
+    tensors = {name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+               for name, (shape, dtype) in arrays.items()}
     return tfds.features.FeaturesDict(tensors | {"label": label, "id": tfds.features.Text()})
 
 
@@ -299,7 +311,9 @@ def write_shards(shards: Shards, images: Images, features: tfds.features.Feature
             while count:
                 batch = next(batches)
                 for record in batch:
-                    yield features.serialize_example(record)
+                    # Once more with its fields in order, which TFDS leaves open: the same records make the same bytes.
+                    example = tf_example_pb2.Example.FromString(features.serialize_example(record))
+                    yield example.SerializeToString(deterministic=True)
                 count -= len(batch)
                 progress.advance(task, len(batch))
 
@@ -325,7 +339,8 @@ def _join(records: list[dict[str, Any]], arrays: dict[str, Any]) -> list[dict[st
     for name, array in arrays.items():
         for row, record in enumerate(records):
             if array.dtype == np.float16 and not np.isfinite(array[row]).all():
-                raise ValueError(f"the {name} of the latents of {record['id']} is not finite in float16; is autoencoder.dtype right?")
+                raise ValueError(f"the {name} of the latents of {record['id']} is not finite in float16; is the "
+                                 f"autoencoder right?")
             record[name] = array[row]
     return records
 
@@ -352,8 +367,8 @@ def claim(folder: pathlib.Path, about: dict[str, Any], split: str, plan: dict[st
         old, new = {**there, **there["splits"].get(split, plan)}, about | plan
         for name, value in json.loads(json.dumps(new)).items():
             if old[name] != value:
-                raise ValueError(f"{folder} was begun with {name} = {old[name]}, this run has {value}; use another data.name "
-                                 f"or remove the folder")
+                raise ValueError(f"{folder} was begun with {name} = {old[name]}, this run has {value}; use another "
+                                 f"data.name or remove the folder")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {data.PREPARED}; use another data.name")
     if jax.process_index() == 0 and split not in there.get("splits", {}):

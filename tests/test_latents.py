@@ -20,7 +20,8 @@ def source():
     """64 latents whose mean says which record and which side they are of."""
     rng = np.random.default_rng(0)
     records = [{"mean": np.stack([np.full((H, H, 4), i), np.full((H, H, 4), -i)]).astype(np.float16),
-                "log_variance": np.full((2, H, H, 4), -4 + i % 3, np.float16), "label": int(rng.integers(10))} for i in range(64)]
+                "log_variance": np.full((2, H, H, 4), -4 + i % 3, np.float16), "label": int(rng.integers(10))}
+               for i in range(64)]
     autoencoder = {"name": "vae", "sha256": "a", "encoder_sha256": "b", "scaling_factor": 0.5, "shift_factor": 0.1}
     return data.LatentSource("latents", "train", records, (H, H, 4), 10, 0.5, 0.1, autoencoder)
 
@@ -149,7 +150,8 @@ def test_cifar10_from_images_to_latents_to_a_model_to_images(tmp_path):
     config.model.update(attention="softmax", input_size=16, in_channels=4, num_classes=10, patch_size=4)
     config.student.init = "random"
     config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "tiny-vae"))
-    config.prepare.update(source="cifar10", dir=str(SHARED_TFDS), split="train[:64]", image_size=32, batch_size=16, shard_records=32)
+    config.prepare.update(source="cifar10", dir=str(SHARED_TFDS), split="train[:64]", image_size=32, batch_size=16,
+                          shard_records=32)
     config.data.update(name="cifar10_latents", dir=str(tmp_path / "data"), flip=True, num_threads=1, prefetch=2)
     config.train.update(steps=2, preview_every=2)
     config.report.update(num_images=8, read_labels=False)
@@ -183,5 +185,5 @@ def test_a_generator_decodes_what_it_draws(tmp_path):
         generator = from_config.generators(config, {"model": model}, make_diffusion(), mesh, 8, used)["model"]
         images[name] = generator(params, index, generator.labels(index, "balanced"))
     assert images["latents"].shape == (5, 8, 8, 4) and images["images"].shape == (5, 16, 16, 3)
-    decoded = np.asarray(autoencoder.module.apply({"params": autoencoder.params}, images["latents"] / 0.5 + 0.1, method="decode"))
-    np.testing.assert_allclose(images["images"], decoded, rtol=1e-4, atol=1e-5)
+    decoded = autoencoder.module.apply({"params": autoencoder.params}, images["latents"] / 0.5 + 0.1, method="decode")
+    np.testing.assert_allclose(images["images"], np.asarray(decoded), rtol=1e-4, atol=1e-5)

@@ -26,15 +26,15 @@ SIZE = 16
 # The crop.
 
 def kernel(name, x):
-    x = np.abs(x)
     if name == "box":
-        return np.where(x <= 0.5, 1.0, 0.0)
+        return np.where((-0.5 < x) & (x <= 0.5), 1.0, 0.0)
+    x = np.abs(x)
     a = -0.5  # Keys' cubic
     return np.where(x < 1, (a + 2) * x**3 - (a + 3) * x**2 + 1, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
 
 
 def resize_axis(pixels, size, name):
-    """The first axis resampled: each output averages the inputs under a kernel as wide as the reduction; rounded to uint8."""
+    """The first axis resampled: each output averages the inputs under a kernel as wide as the reduction; then rounded."""
     scale = len(pixels) / size
     width = max(scale, 1.0)
     support = {"box": 0.5, "bicubic": 2.0}[name] * width
@@ -48,7 +48,7 @@ def resize_axis(pixels, size, name):
 
 
 def resize(pixels, height, width, name):
-    """Columns first, then rows, as Pillow does."""
+    """Width first, then height, as Pillow did when ADM's statistics were made."""
     return resize_axis(resize_axis(pixels.swapaxes(0, 1), width, name).swapaxes(0, 1), height, name)
 
 
@@ -63,7 +63,8 @@ def center_crop_oracle(pixels, size):
     return pixels[top:top + size, left:left + size]
 
 
-@pytest.mark.parametrize("width, height", [(16, 16), (32, 32), (33, 47), (31, 40), (9, 13), (100, 70), (65, 64), (131, 260)])
+@pytest.mark.parametrize("width, height", [(16, 16), (32, 32), (33, 47), (31, 40), (9, 13), (100, 70), (65, 64), (131, 260),
+                                           (32, 66), (40, 300)])
 def test_the_crop_is_box_halving_then_bicubic_then_the_middle(width, height):
     rng = np.random.default_rng(width)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
@@ -107,12 +108,12 @@ def autoencoder(tmp_path_factory):
     return write_autoencoder(tmp_path_factory.mktemp("autoencoder") / "tiny-vae")
 
 
-def make_config(tmp_path, source, autoencoder="", **change) -> ConfigDict:
+def make_config(tmp_path, folder, autoencoder="", **change) -> ConfigDict:
     config = debug.get_config()
-    config.model.update(in_channels=4 if autoencoder else 3, input_size=SIZE // FACTOR if autoencoder else SIZE, num_classes=3)
+    config.model.update(num_classes=3, in_channels=4 if autoencoder else 3)
     config.data.update(name="prepared", dir=str(tmp_path / "data"), num_threads=2)
     config.autoencoder.checkpoint = str(autoencoder)
-    config.prepare.update(source=f"{source}/", image_size=SIZE, batch_size=8, shard_records=5)
+    config.prepare.update(source=f"{folder}/", image_size=SIZE, batch_size=8, shard_records=5)
     config.prepare.update(change)
     return config
 
@@ -185,8 +186,8 @@ def write_as_one_of(config, process_index, process_count, images=None):
     about = {"source": images.name, "crop": "adm", "image_size": SIZE, "num_classes": 3, "autoencoder": None}
     prepare.claim(folder, about, "train", plan)
     features = prepare.make_features(images, None)
-    prepare.write_shards(shards, images, features, prepare.make_encoder(None, sharding.make_mesh()), num_threads=1, batch_size=2,
-                         process_index=process_index, process_count=process_count)
+    prepare.write_shards(shards, images, features, prepare.make_encoder(None, sharding.make_mesh()), num_threads=1,
+                         batch_size=2, process_index=process_index, process_count=process_count)
     return shards, features, about
 
 

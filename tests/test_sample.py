@@ -77,7 +77,8 @@ def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_o
     index, results = np.arange(COUNT), []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices=devices)
-        generator = from_config.generators(config, {"model": from_config.student(config)}, make_diffusion(), mesh, 16)["model"]
+        models = {"model": from_config.student(config)}
+        generator = from_config.generators(config, models, make_diffusion(), mesh, 16)["model"]
         labels = generator.labels(index, "random")
         params = jax.device_put(weights, sharding.replicated(mesh))
         results.append((labels, records.to_uint8(generator(params, index, labels)).astype(int)))
@@ -98,8 +99,8 @@ def test_the_npz_holds_images_labels_and_protocol(config, drawn):
         np.testing.assert_array_equal(images[i], sample.read_image(workdir / "samples" / f"{i:06d}.png"))
     assert len(labels) == COUNT and len(set(labels.tolist())) > 5 and set(labels.tolist()) <= set(range(10))
     assert len(protocol["weights"]) == 64
-    wanted = {"autoencoder": "none", "sampler": "ddpm", "steps": 3, "cfg_scale": 1.5, "cfg_channels": "all", "labels": "random",
-              "seed": 0}
+    wanted = {"autoencoder": "none", "sampler": "ddpm", "steps": 3, "cfg_scale": 1.5, "cfg_channels": "all",
+              "labels": "random", "seed": 0}
     assert {name: protocol[name] for name in wanted} == wanted
 
 

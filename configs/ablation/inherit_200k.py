@@ -1,0 +1,14 @@
+"""Ablation, step 4: everything but attention comes from a DiT-S/2 after 200,000 steps. FID 57.84 (LiT, weight
+inheritance; see scratch.py).
+
+    python -m lit_jax.main --config=configs/imagenet256_dit_s.py --config.train.steps=800000
+    python -m lit_jax.main --config=configs/ablation/inherit_200k.py --workdir=workdir/ablation/inherit_200k
+    python -m lit_jax.main --config=configs/ablation/inherit_200k.py --workdir=workdir/ablation/inherit_200k --mode=sample
+"""
+from configs.ablation import few_heads
+
+
+def get_config():
+    config = few_heads.get_config()
+    config.student.init = "workdir/imagenet256_dit_s/checkpoints/200000"
+    return config
