@@ -54,7 +54,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if "data" in wanted.what:
         rows += time_data(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    head = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+    head = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__,
+            "date": time.strftime("%Y-%m-%d")}
     (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
     logging.info("%s\n%s", head, table(rows))
 
@@ -167,8 +168,9 @@ def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dic
     rows = []
 
     def row(what, timing, flops):
-        rows.append({"what": f"{name} {what}", "pixels": pixels, "batch": B, "ms": timing.median * 1e3, "least": timing.low * 1e3,
-                     "most": timing.high * 1e3, "images/s": B / timing.median, "TFLOP/s": flops * B / timing.median / 1e12})
+        rows.append({"what": f"{name} {what}", "pixels": pixels, "batch": B, "ms": timing.median * 1e3,
+                     "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": B / timing.median,
+                     "TFLOP/s": flops * B / timing.median / 1e12})
         logging.info("%s", rows[-1])
 
     if teacher is None:

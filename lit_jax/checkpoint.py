@@ -210,7 +210,8 @@ def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, ocp.args.Composite(**args))
     except Exception as error:
-        raise ValueError(f"checkpoint {folder} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
     return restored[item], (restored.get("metadata") or {}) | {"weights": item, "path": str(folder)}
 
 

@@ -189,7 +189,8 @@ def image_grid(rows: list[np.ndarray], titles: list[str] | None = None, *, scale
             draw.text((6, top + h * scale // 2 - 8), titles[r], fill="black", font=font)
         for c, image in enumerate(row):
             tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
-            picture.paste(tile.resize((w * scale, h * scale), Image.Resampling.NEAREST), (margin + gap + c * (w * scale + gap), top))
+            left = margin + gap + c * (w * scale + gap)
+            picture.paste(tile.resize((w * scale, h * scale), Image.Resampling.NEAREST), (left, top))
     return picture
 
 

@@ -127,8 +127,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             if written["train/skipped_in_a_row"] >= config.train.stop_after_bad_steps:
                 checkpoints.wait()
                 raise ValueError(f"the loss or its gradient was not finite in {int(written['train/skipped_in_a_row'])} steps "
-                                 f"in a row, up to step {now}; train.stop_after_bad_steps is "
-                                 f"{config.train.stop_after_bad_steps}. The last checkpoint is step {checkpoints.latest_step()}")
+                                 f"in a row, up to step {now}; train.stop_after_bad_steps = "
+                                 f"{config.train.stop_after_bad_steps}. The last checkpoint: {checkpoints.latest_step()}")
         stop = preemption.reached(now)
         if now % config.checkpoint.every == 0 or last or stop:
             window = jax.device_get(window)

@@ -53,7 +53,7 @@ def learned_log_variance(v, t, betas, alphas_cumprod):
 
 
 def discretized_log_likelihood(x, mean, log_scale):
-    """log-probability of the level x (scalar, one of 256 in [-1, 1]); the CDF is the tanh approximation that DiT trains with."""
+    """log-probability of the level x (scalar, one of 256 in [-1, 1]); the CDF is DiT's tanh approximation."""
     def cdf(z):
         return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
 

@@ -13,7 +13,8 @@ ALLOWED_BETWEEN_JOBS = {("train", "evaluate")}
 
 def is_job(module):
     """A module of the package's top level with `def run(config, workdir)`."""
-    return any(isinstance(node, ast.FunctionDef) and node.name == "run" and [a.arg for a in node.args.args] == ["config", "workdir"]
+    return any(isinstance(node, ast.FunctionDef) and node.name == "run"
+               and [a.arg for a in node.args.args] == ["config", "workdir"]
                for node in parse(module).body)
 
 

@@ -24,7 +24,8 @@ def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(leaf, where):
-        values = rng.standard_normal(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else rng.integers(0, 99, leaf.shape)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        values = rng.standard_normal(leaf.shape) if floating else rng.integers(0, 99, leaf.shape)
         return jax.device_put(np.asarray(values, leaf.dtype), where)
 
     return jax.tree.map(draw, shapes, shardings)

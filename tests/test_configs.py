@@ -81,7 +81,8 @@ def reads_of_fields():
         # `sample = config.sample` makes `sample` another name of the section within that file.
         aliases = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (section := section_of(node.value, {})):
+            if (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+                    and (section := section_of(node.value, {}))):
                 aliases[node.targets[0].id] = section
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):

@@ -116,7 +116,8 @@ def test_position_table_is_that_of_its_grid(grid):
     assert table.dtype == np.float64 and table.shape == (grid[0] * grid[1], width)
     for row in range(grid[0]):
         for column in range(grid[1]):
-            expected = [f(position / 10000 ** (i / 6)) for position in (column, row) for f in (np.sin, np.cos) for i in range(6)]
+            expected = [f(position / 10000 ** (i / 6)) for position in (column, row)
+                        for f in (np.sin, np.cos) for i in range(6)]
             np.testing.assert_allclose(table[row * grid[1] + column], expected, atol=1e-14)
     with pytest.raises(ValueError, match="30"):
         dit.position_embedding(grid, 30)

@@ -119,8 +119,10 @@ def test_another_number_of_classes_fits_once_the_table_stays_at_init():
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("x_embedder/proj/bias"), r"x_embedder/proj/bias \(32,\): the source has no x_embedder/proj/bias"),
     (lambda t: t.update({"pos_embed": np.zeros((1, 16, D))}), r"pos_embed \(1, 16, 32\): the student has no such parameter"),
-    (lambda t: t.update({"blocks/mlp/fc1/bias": np.zeros((L, 7))}), r"fc1/bias: \(2, 128\) in the student, \(2, 7\) in the source"),
-    (lambda t: t.update({"blocks/mlp/fc1/bias": np.zeros((0, 128))}), r"fc1/bias: \(2, 128\) in the student, \(0, 128\) in the"),
+    (lambda t: t.update({"blocks/mlp/fc1/bias": np.zeros((L, 7))}),
+     r"fc1/bias: \(2, 128\) in the student, \(2, 7\) in the source"),
+    (lambda t: t.update({"blocks/mlp/fc1/bias": np.zeros((0, 128))}),
+     r"fc1/bias: \(2, 128\) in the student, \(0, 128\) in the"),
 ])
 def test_a_source_that_does_not_fit_is_refused_naming_both_sides(change, message):
     teacher = flatten_dict(make_params("softmax"), sep="/")
