@@ -95,9 +95,9 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
                     shift_factor: float = 0.0) -> Callable:
     """Builds the jitted step (state, teacher_params, batch, rng) -> (state, metrics); the state is donated.
 
-    Every draw (timestep, noise, dropped labels, latents) is made for the whole batch from fold_in(rng, step): they depend
-    neither on the mesh nor on the number of microbatches. A step whose loss or gradient is not finite leaves parameters, EMA and
-    optimizer as they were and is counted.
+    Every draw (timestep, noise, dropped labels, latents) is made for the whole batch from fold_in(rng, step): they
+    depend neither on the mesh nor on the number of microbatches. A step whose loss or gradient is not finite
+    leaves parameters, EMA and optimizer as they were and is counted.
 
     Args:
       teacher: the frozen model, or None for plain diffusion training; teacher_params is then None.
