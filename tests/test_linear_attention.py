@@ -1,4 +1,5 @@
 """The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
+import functools
 import math
 
 import jax
@@ -58,18 +59,16 @@ def oracle(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_functio
             dkv[b, :, head_v] = attention.T @ g
             if conv_kernel is None:
                 continue
-            image, dimage = v.reshape(h, w, H), g.reshape(h, w, H)
+            image, dimage = (np.pad(x.reshape(h, w, H), ((pad, pad), (pad, pad), (0, 0))) for x in (v, g))
             out[b, :, head] += conv_bias
             dconv_bias += g.sum(0)
-            for y in range(h):
-                for x in range(w):
-                    for dy in range(K):
-                        for dx in range(K):
-                            sy, sx = y + dy - pad, x + dx - pad
-                            if 0 <= sy < h and 0 <= sx < w:
-                                out[b, y * w + x, head] += conv_kernel[dy, dx] * image[sy, sx]
-                                dkv[b, sy * w + sx, head_v] += conv_kernel[dy, dx] * dimage[y, x]
-                                dconv_kernel[dy, dx] += image[sy, sx] * dimage[y, x]
+            for dy in range(K):
+                for dx in range(K):
+                    window = image[dy:dy + h, dx:dx + w].reshape(T, H)
+                    out[b, :, head] += conv_kernel[dy, dx] * window
+                    dconv_kernel[dy, dx] += (window * g).sum(0)
+                    back = dimage[K - 1 - dy:K - 1 - dy + h, K - 1 - dx:K - 1 - dx + w].reshape(T, H)
+                    dkv[b, :, head_v] += conv_kernel[dy, dx] * back
     if conv_kernel is None:
         return out, (dq, dkv, None, None)
     return out, (dq, dkv, dconv_kernel, dconv_bias)
@@ -94,7 +93,8 @@ def make_inputs(*, B=2, num_heads=2, head_width=8, grid=(5, 3), K=5, dtype="floa
 
 
 def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
-    @jax.jit
+    # XLA's CPU backend would take minutes to optimise the unrolled code of interpret mode.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(do, *arrays):
         out, vjp = jax.vjp(lambda *arrays: linear_attention(*arrays, **kwargs), *arrays)
         return out, vjp(do)

@@ -1,0 +1,167 @@
+"""What a TPU kernel costs by its compiler's own schedule, on a machine without a TPU.
+
+libtpu compiles for a named topology anywhere and dumps the final schedule of each Pallas kernel: VLIW bundles, of which a
+core issues one a cycle. Bundles x grid steps / clock is then the kernel's compute time, and the larger of that and the time
+HBM needs is an estimate. It is a model, not a timing, good for comparing versions. The body of a loop inside a kernel is
+counted once: `loop_turns` multiplies it by hand.
+
+    python -m lit_jax.kernels.static_cost --width=1152 --heads=4 --pixels=256 --topology=v5e:2x2
+
+prints the rows of docs/kernels.md for one size and resolution.
+"""
+import argparse
+import dataclasses
+import functools
+import glob
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# device kind -> (clock in GHz, HBM in GB/s), the vendor's figures
+CHIPS = {"TPU v4": (1.05, 1228), "TPU v5 lite": (1.5, 819), "TPU v5": (1.75, 2765), "TPU v6 lite": (1.75, 1640)}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """The schedule of one kernel: bundles of one grid step, and slots issued and needed at least by each unit."""
+
+    name: str
+    bundles: int
+    least_bundles: dict[str, float]  # unit -> bundles it would need if no other unit and no dependency held it up
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticCost:
+    """The estimate for one program. Times are seconds."""
+
+    device_kind: str
+    floor: float             # arguments read and outputs written once, at the chip's HBM bandwidth
+    kernels: tuple[KernelCost, ...]
+    compute: float           # all kernels' bundles x grid steps / clock
+    temporaries: int         # bytes of HBM beside arguments and outputs
+
+    @property
+    def ratio(self) -> float:
+        """The estimate in units of the floor."""
+        return max(self.compute, self.floor) / self.floor
+
+
+def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: int, topology: str,
+             loop_turns: int = 1) -> StaticCost:
+    """Compiles fn(*args) for one chip of the topology in a process of its own (libtpu reads its flags once).
+
+    Args:
+        fn: picklable: a module's function, or a functools.partial of one.
+        grid_steps: grid steps of each Pallas kernel inside.
+        topology: "v5e:2x2", "v4:2x2x1", ...
+        loop_turns: turns of the loops inside the kernels. What stands outside the loops is then counted too often.
+
+    Raises: RuntimeError with the compiler's words if the program does not compile. FileNotFoundError without libtpu.
+    """
+    with tempfile.TemporaryDirectory(prefix="static_cost_") as dump:
+        environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+                           LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
+        result = os.path.join(dump, "result.pickle")
+        child = subprocess.run([sys.executable, "-m", "lit_jax.kernels.static_cost", "--compile-to", result],
+                               input=pickle.dumps((fn, args, topology)), env=environment, capture_output=True)
+        if child.returncode:
+            words = child.stderr.decode(errors="replace").strip().splitlines()
+            if any("libtpu" in line and "not installed" in line for line in words):
+                raise FileNotFoundError("a static estimate needs libtpu, the TPU compiler: pip install libtpu")
+            raise RuntimeError("\n".join(words[-10:]))
+        with open(result, "rb") as file:
+            device_kind, moved, temporaries = pickle.load(file)
+        kernels = tuple(_read_kernels(dump))
+    clock, bandwidth = CHIPS[device_kind]
+    compute = sum(kernel.bundles for kernel in kernels) * grid_steps * loop_turns / (clock * 1e9)
+    return StaticCost(device_kind=device_kind, floor=moved / (bandwidth * 1e9), kernels=kernels, compute=compute,
+                      temporaries=temporaries)
+
+
+def _compile(fn, args, topology):
+    """Runs in the child: returns the device kind, bytes of arguments and outputs, bytes of temporaries."""
+    from jax.experimental import topologies  # asks for libtpu
+
+    device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+    mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # a kernel asks it for the chip's VMEM
+        compiled = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    return (device.device_kind, memory.argument_size_in_bytes + memory.output_size_in_bytes, memory.temp_size_in_bytes)
+
+
+def _read_kernels(dump):
+    """The Pallas kernels among the compiler's dumps."""
+    for path in sorted(glob.glob(os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt"))):
+        name = re.match(r"\d+-(.+?)-\d+-final_hlo-static", os.path.basename(path)).group(1)
+        schedules = glob.glob(os.path.join(dump, f"*-{glob.escape(name)}-*-schedule-analysis_final_bundles.txt"))
+        if name == "TLP" or not any("tpu_custom_call" in _read(schedule) for schedule in schedules):
+            continue  # the program's own code and XLA's fusions
+        lines = _read(path).splitlines()
+        head = next(i for i, line in enumerate(lines) if line.startswith("MATMUL"))
+        units, slots = lines[head].split(", "), [int(x) for x in lines[head + 1].split()]
+        rows = np.array([[int(x) for x in line.split()] for line in lines[head + 3:] if line.strip()])
+        needed = {unit: used / slot for unit, used, slot in zip(units, rows.sum(0), slots) if used}
+        yield KernelCost(name=name, bundles=len(rows), least_bundles=needed)
+
+
+def _read(path):
+    with open(path) as file:
+        return file.read()
+
+
+def attention_costs(D: int, num_heads: int, grid: tuple[int, int], batch: int, topology: str, K: int = 5,
+                    dtype: str = "bfloat16") -> dict[str, StaticCost]:
+    """The estimates of the linear attention's TPU kernels, {"forward": ..., "backward": ...}, each by itself."""
+    from lit_jax.kernels import linear_attention_tpu
+
+    T, H = grid[0] * grid[1], D // num_heads
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    inputs = [shape((batch, T, D)), shape((batch, T, 2 * D)), jax.ShapeDtypeStruct((K, K, H), jnp.float32),
+              jax.ShapeDtypeStruct((H,), jnp.float32)]
+    kwargs = dict(num_heads=num_heads, grid=grid)
+    costs = {}
+    for name, fn, args in (("forward", linear_attention_tpu.forward, inputs),
+                           ("backward", linear_attention_tpu.backward, [*inputs, inputs[0]])):
+        turns = -(-T // linear_attention_tpu.CHUNK_TOKENS)
+        costs[name] = estimate(functools.partial(fn, **kwargs), tuple(args), batch, topology, loop_turns=turns)
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--pixels", type=int, default=256, help="a token is 16 pixels wide")
+    parser.add_argument("--tokens", type=int, default=8192, help="B * T")
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--compile-to", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.compile_to:
+        result = _compile(*pickle.load(sys.stdin.buffer))
+        with open(flags.compile_to, "wb") as file:
+            pickle.dump(result, file)
+        return
+    side = flags.pixels // 16
+    batch = max(2, flags.tokens // side**2)
+    costs = attention_costs(flags.width, flags.heads, (side, side), batch, flags.topology)
+    sys.stdout.write("| width | pixels | chip | pass | bundles | vector unit | matrix unit | us | x floor |\n")
+    for name, cost in costs.items():
+        bundles = sum(kernel.bundles for kernel in cost.kernels)
+        vector, matrix = (sum(kernel.least_bundles.get(unit, 0) for kernel in cost.kernels) for unit in ("VALU", "MATMUL"))
+        sys.stdout.write(f"| {flags.width} | {flags.pixels} | {cost.device_kind} | {name} | {bundles} | {vector:.0f} | "
+                         f"{matrix:.0f} | {cost.compute * 1e6:.1f} | {cost.ratio:.2f} |\n")
+
+
+if __name__ == "__main__":
+    main()
