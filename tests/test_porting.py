@@ -242,7 +242,8 @@ def test_training_checkpoints_give_ema_or_model(folder, prefix, legacy):
 
 def test_a_checkpoint_without_ema_says_what_to_choose(folder):
     torch.save({"model": make_torch().state_dict(), "steps": 3}, folder / "a.pt")
-    with pytest.raises(porting.PortingError, match="no 'ema' weights in it, only 'model', 'steps'; choose port.weights=model"):
+    message = "no 'ema' weights in it, only 'model', 'steps'; choose port.weights=model"
+    with pytest.raises(porting.PortingError, match=message):
         porting.read_checkpoint(folder / "a.pt")
 
 
@@ -318,7 +319,8 @@ def test_diffusers_folders_compute_what_diffusers_computes(folder, form):
 def test_old_diffusers_configs_are_taken(folder):
     make_diffusers().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel", "cross_attention_dim": None}))
+    config |= {"_class_name": "Transformer2DModel", "cross_attention_dim": None}
+    (folder / "config.json").write_text(json.dumps(config))
     assert porting.read_checkpoint(folder).architecture["num_heads"] == 3
 
 
@@ -543,40 +545,42 @@ def _poison(key, value):
 
 
 STATES = {
-    "not_a_dit": (lambda s: (s.clear(), s.update({"conv.weight": torch.zeros(2)})), "not a DiT or LiT checkpoint: x_embedder"),
+    "not_a_dit": (lambda s: (s.clear(), s.update({"conv.weight": torch.zeros(2)})),
+                  "not a DiT or LiT checkpoint: x_embedder"),
     "empty": (lambda s: s.clear(), "no tensors"),
     "missing_key": (lambda s: s.pop("blocks.1.mlp.fc1.bias"), "missing: blocks.1.mlp.fc1.bias"),
     "unexpected_key": (_set("blocks.1.attn.q_norm.weight", torch.zeros(16)), "unexpected: blocks.1.attn.q_norm.weight"),
     "both_named": (_rename("blocks.0.attn.proj.bias", "blocks.0.attn.project.bias"),
                    "missing: blocks.0.attn.proj.bias; unexpected: blocks.0.attn.project.bias"),
     "wrong_shape": (_set("blocks.2.mlp.fc2.weight", torch.zeros(192, 48)),
-     r"blocks.2.mlp.fc2.weight \(192, 48\), expected \(48, 192\)"),
+                    r"blocks.2.mlp.fc2.weight \(192, 48\), expected \(48, 192\)"),
     "scalar": (_set("blocks.2.mlp.fc2.bias", torch.zeros(())), r"blocks.2.mlp.fc2.bias \(\), expected \(48,\)"),
     "empty_tensor": (_set("x_embedder.proj.weight", torch.zeros(48, 0, 2, 2)), "non-empty dimensions"),
     "integer_weights": (_set("blocks.2.mlp.fc2.bias", torch.zeros(48, dtype=torch.int32)), "of int32, expected a float"),
-    "nan": (_poison("blocks.1.mlp.fc1.weight", float("nan")), r"blocks/mlp/fc1/kernel\[1\] holds values that are not finite"),
+    "nan": (_poison("blocks.1.mlp.fc1.weight", float("nan")),
+            r"blocks/mlp/fc1/kernel\[1\] holds values that are not finite"),
     "inf": (_poison("final_layer.linear.bias", float("inf")), "final_layer/linear/bias holds values that are not finite"),
     "overflows_float32": (lambda s: s.update({"final_layer.linear.bias": s["final_layer.linear.bias"].double() + 1e300}),
                           "not finite in float32"),
-    "missing_block": (lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.1.")], "do not count up from 0: 0, 2"),
+    "missing_block": (lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.1.")],
+                      "do not count up from 0: 0, 2"),
     "no_blocks": (lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.")], "do not count up"),
     "block_number_huge": (_set("blocks.999999999999.x", torch.zeros(1)), "unexpected: blocks.999999999999.x"),
     "learned_pos_embed": (lambda s: s.update({"pos_embed": s["pos_embed"] + 1e-3}),
-        "pos_embed differs from the computed 4 x 4 table by 0.001"),
-    "transposed_pos_embed": (
-        lambda s: s.update({"pos_embed": s["pos_embed"].reshape(1, 4, 4, 48).transpose(1, 2).reshape(1, 16, 48)}),
+                          "pos_embed differs from the computed 4 x 4 table by 0.001"),
+    "transposed_pos_embed": (lambda s: s.update({"pos_embed": s["pos_embed"].reshape(4, 4, 48).transpose(0, 1).reshape(1, 16, 48)}),
                              "pos_embed differs"),
     "nan_pos_embed": (_poison("pos_embed", float("nan")), "pos_embed differs .* by nan"),
     "odd_pos_embed": (_set("pos_embed", torch.zeros(1, 15, 48)), "15 positions, the grid is unknown"),
     "narrow_pos_embed": (_set("pos_embed", torch.zeros(1, 16, 40)), "needs"),
     "output_channels": (_set("final_layer.linear.weight", torch.zeros(48, 48)),
-        "48 outputs; patch 2 and 4 channels need 16, or 32"),
+                        "48 outputs; patch 2 and 4 channels need 16, or 32"),
     "rectangular_patch": (_set("x_embedder.proj.weight", torch.zeros(48, 4, 2, 3)),
-     r"\(48, 4, 2, 3\), expected \(48, 4, 2, 2\)"),
+                          r"\(48, 4, 2, 3\), expected \(48, 4, 2, 2\)"),
     "one_row_of_labels": (_set("y_embedder.embedding_table.weight", torch.zeros(1, 48)), "label table of 1 row"),
     "odd_width": (_set("x_embedder.proj.weight", torch.zeros(47, 4, 2, 2)), "the width is 47"),
     "prefix_of_some_keys": (_rename("x_embedder.proj.weight", "module.x_embedder.proj.weight"),
-        "x_embedder.proj.weight is missing"),
+                            "x_embedder.proj.weight is missing"),
     "both_attentions": (_set("blocks.0.attn.q.weight", torch.zeros(48, 48)), "missing: .*unexpected: blocks.0.attn.qkv"),
     "key_not_text": (lambda s: s.update({7: torch.zeros(1)}), "'7' is a ndarray, not a tensor|not a tensor"),
 }
@@ -970,8 +974,8 @@ def test_a_training_checkpoint_of_ours_is_read(folder):
     params = porting.load_params(checkpoint.params)
     raw = jax.tree.map(lambda a: a + 1.0, params)
     manager = orbax.Checkpointer(folder / "work" / "checkpoints", keep=1, keep_every=0)
-    manager.save(5, {"params": raw, "ema_params": params, "opt_state": {"m": jnp.zeros(2)}, "train": {"step": jnp.zeros(())}},
-                 data={}, metadata={"model": checkpoint.architecture})
+    items = {"params": raw, "ema_params": params, "opt_state": {"m": jnp.zeros(2)}, "train": {"step": jnp.zeros(())}}
+    manager.save(5, items, data={}, metadata={"model": checkpoint.architecture})
     manager.wait()
     manager.close()
     ema = porting.read_checkpoint(folder / "work")

@@ -218,7 +218,8 @@ def archive(data_pkl, records=None, **options):
     return out.getvalue()
 
 
-def tensor_pickle(shape=(2, 2), strides=(2, 1), offset=0, numel=4, storage="FloatStorage", key="0", name="a"):
+def tensor_pickle(shape=(2, 2), strides=(2, 1), offset=0, numel=4, storage="FloatStorage", key="0", name="a",
+                  view=None):
     """{name: tensor} as torch pickles it, with whatever numbers."""
 
     def number(value):
@@ -232,7 +233,8 @@ def tensor_pickle(shape=(2, 2), strides=(2, 1), offset=0, numel=4, storage="Floa
         return b"(" + b"".join(map(number, values)) + b"t"
 
     persistent = b"(" + text("storage") + b"ctorch\n" + storage.encode() + b"\n" + text(key) + text("cpu")
-    return (b"\x80\x02}" + text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + number(numel) + b"tQ"
+    tail = b"tQ" if view is None else b"(" + text("v") + number(view[0]) + number(view[1]) + b"ttQ"
+    return (b"\x80\x02}" + text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + number(numel) + tail
             + number(offset) + numbers(shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtRs.")
 
 
@@ -404,6 +406,8 @@ LEGACY = {
     "bytes_at_the_end": (lambda: legacy(GOOD) + b"x", "1 bytes after the last storage"),
     "unnamed_storage": (lambda: legacy(GOOD, keys=("9",)), "storage '9' belongs to no tensor"),
     "the_same_storage_twice": (lambda: legacy(GOOD, keys=("0", "0")), "the list of storages"),
+    "view_past_the_storage": (lambda: legacy(tensor_pickle(view=(1, 4))), "has 4 elements, a view takes 1..5"),
+    "view_not_a_view": (lambda: legacy(tensor_pickle(view=(-1, 4))), "not a view"),
     "no_storages": (lambda: legacy(GOOD, keys=(), data=b""), "storage '0' is not in the file"),
     "ends_after_the_object": (lambda: legacy(GOOD)[: -24 - len(pickle.dumps(["0"], 2))], "the pickle is damaged"),
 }
@@ -422,6 +426,13 @@ def test_the_good_parts_of_the_hostile_files_are_good(tmp_path):
         np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], np.zeros((2, 2)))
     (tmp_path / "a.safetensors").write_bytes(header({"a": entry()}, bytes(8)))
     np.testing.assert_array_equal(torch_file.read_safetensors(tmp_path / "a.safetensors").tensors["a"], np.zeros(2))
+
+
+def test_views_of_old_storages_start_where_they_say(tmp_path):
+    """torch before 0.4 stored a storage's views as (name, first element, number)."""
+    data = struct.pack("<q4f", 4, 10, 11, 12, 13)
+    (tmp_path / "a.pt").write_bytes(legacy(tensor_pickle(shape=(2,), strides=(1,), view=(1, 3)), data=data))
+    np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], [11, 12])
 
 
 def test_no_damage_to_a_good_file_gives_anything_but_a_clear_error(tmp_path):
