@@ -4,7 +4,6 @@ A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, 
 (the iterator's state, JSON) and metadata (JSON). A parameter checkpoint is a folder of the same form with params and
 metadata only, so everything that reads parameters reads both.
 """
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -60,7 +59,7 @@ class Checkpointer:
             try:
                 metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
                 self._check_fields(step, metadata.get("fields", {}), fields or {}, force)
-                self._check_shapes(step, items_shape["params"])
+                self._check_shapes(step, items_shape)
                 args = {name: ocp.args.StandardRestore(items_shape[name]) for name in ARRAY_ITEMS}
                 args["data"] = ocp.args.JsonRestore()
                 restored = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -102,15 +101,17 @@ class Checkpointer:
                                 f"another --workdir, or go on all the same with --config.checkpoint.force_config=True")
         logging.warning("going on from step %d with another config: %s", step, "; ".join(changed))
 
-    def _check_shapes(self, step: int, params_shape: Any) -> None:
-        saved = shapes_of(self.directory / str(step) / "params")
-        wanted = {name: tuple(leaf.shape) for name, leaf in flatten(params_shape).items()}
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
-                raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the model: {name} is "
-                                    f"{saved.get(name, 'not there')} in the checkpoint, "
-                                    f"{wanted.get(name, 'not there')} in the model; use another --workdir or the config "
-                                    f"of that run")
+    def _check_shapes(self, step: int, items_shape: dict[str, Any]) -> None:
+        for item in ARRAY_ITEMS:
+            saved = shapes_of(self.directory / str(step) / item)
+            wanted = {name: tuple(leaf.shape) for name, leaf in flatten(items_shape[item]).items()}
+            for name in sorted(saved.keys() | wanted.keys()):
+                if saved.get(name) != wanted.get(name):
+                    owner = "optimizer" if item == "opt_state" else "model"
+                    raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the {owner}: {name} is "
+                                        f"{saved.get(name, 'not there')} in the checkpoint, "
+                                        f"{wanted.get(name, 'not there')} in the {owner}; use another --workdir or the "
+                                        f"config of that run")
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -149,9 +150,10 @@ def fingerprints(items: dict[str, Any]) -> dict[str, int]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """{"blocks/attn/q/kernel": leaf, ...} of a nested dict."""
+    """{"blocks/attn/q/kernel": leaf, ...} of nested dicts, sequences and named tuples, as Orbax names them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf for path, leaf in leaves}
+    return {"/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path): leaf
+            for path, leaf in leaves}
 
 
 def shapes_of(item: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -213,14 +215,6 @@ def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
     return restored[item], (restored.get("metadata") or {}) | {"weights": item, "path": str(folder)}
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeReport:
-    """Where each parameter of a student came from: names of leaves."""
-
-    inherited: tuple[str, ...]
-    at_init: tuple[str, ...]
 
 
 def parameter_count(tree: Any) -> int:
