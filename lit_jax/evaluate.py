@@ -222,6 +222,8 @@ def dataset_reference(name: str, split: str, directory: str, extractor: features
                 reference.count, num_neighbour_images):
             return reference
     source = data.open_source(name, directory, split)
+    if not isinstance(source, data.ImageSource):
+        raise ValueError(f"evaluate.reference {name}:{split} holds latents, images are needed")
     count = len(source)
     logging.info("computing %s statistics of the %d images of %s:%s", extractor.name, count, name, split)
     batches = (np.stack([source[i]["image"] for i in range(start, min(start + batch_size, count))])

@@ -49,12 +49,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=jax.process_index() > 0) as progress:
         task = progress.add_task("", total=len(index), completed=len(index) - len(todo))
-        for start in range(0, len(todo), sample.batch_size):
+        drawing = None
+        for start in range(0, len(todo) + sample.batch_size, sample.batch_size):
             batch = todo[start:start + sample.batch_size]
-            for row, image in local_rows(generator.draw(params, batch, labels[batch])):
-                if row < len(batch):
-                    save_image(image_path(folder, batch[row]), records.to_uint8(image))
-            progress.advance(task, len(batch))
+            ahead = (batch, generator.draw(params, batch, labels[batch])) if len(batch) else None
+            if drawing:  # written while the device draws the next one
+                save_batch(folder, *drawing)
+                progress.advance(task, len(drawing[0]))
+            drawing = ahead
     multihost_utils.sync_global_devices("samples written")
     if jax.process_index() == 0:
         paths = [image_path(folder, i) for i in index]
@@ -69,6 +71,13 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
     for shard in batch.addressable_shards:
         if shard.replica_id == 0:
             yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
+
+
+def save_batch(folder: pathlib.Path, index: np.ndarray, images: jax.Array) -> None:
+    """Writes the images of a batch that this process holds; row r is image index[r], rows beyond the index are filling."""
+    for row, image in local_rows(images):
+        if row < len(index):
+            save_image(image_path(folder, index[row]), records.to_uint8(image))
 
 
 def protocol(config: ConfigDict, weights: str, autoencoder: dict[str, Any] | None) -> dict[str, Any]:

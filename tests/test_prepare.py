@@ -334,12 +334,24 @@ def test_a_damaged_image_is_named(folder, tmp_path):
         run(make_config(tmp_path, tmp_path / "images"))
 
 
-def test_a_tfds_data_set_of_grey_images_keeps_its_channel(tmp_path):
-    config = make_config(tmp_path, "unused", source="mnist_digits", split="train[:10]", image_size=14)
+def test_a_tfds_data_set_of_grey_images_keeps_its_channel_and_its_ids(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (7, 20, 24, 1)).astype(np.uint8)
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Tensor(shape=(20, 24, 1), dtype=np.uint8), "label": tfds.features.ClassLabel(num_classes=3),
+        "file_name": tfds.features.Text()})
+    source = prepare.Shards(tmp_path / "source" / "grey" / "2.0.0", "grey", "train", 7, 7)
+    source.folder.mkdir(parents=True)
+    prepare.write_about(source.folder, {"splits": {"train": {"records": 7, "shard_records": 7}}})
+    source.write(0, (features.serialize_example({"image": image, "label": i % 3, "file_name": f"{i}.png"})
+                     for i, image in enumerate(pixels)), 0)
+    prepare.finish(source, features, {"source": "grey", "image_size": 20, "autoencoder": None})
+    config = make_config(tmp_path, "unused", source="grey", split="train[1:6]", image_size=12)
     config.prepare.dir = str(tmp_path / "source")
-    run(config)
-    source = data.open_source("prepared", config.data.dir, "train")
-    assert source.image_shape == (14, 14, 1) and len(source) == 10 and source.num_classes == 10
-    original = data.open_source("mnist_digits", config.prepare.dir, "train")
-    expected = prepare.center_crop(Image.fromarray(original[3]["image"][..., 0]), 14)
-    np.testing.assert_array_equal(source[3]["image"][..., 0], np.asarray(expected))
+    out = run(config)
+    opened = data.open_source("prepared", config.data.dir, "train")
+    assert opened.image_shape == (12, 12, 1) and len(opened) == 5 and opened.num_classes == 3
+    expected = prepare.center_crop(Image.fromarray(pixels[4, ..., 0]), 12)
+    np.testing.assert_array_equal(opened[3]["image"][..., 0], np.asarray(expected))
+    raw = tfds.builder_from_directory(str(out)).as_data_source(split="train")
+    assert [record["id"].decode() for record in raw] == [f"{i}.png" for i in range(1, 6)]
