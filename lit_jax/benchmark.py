@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import data, from_config, sharding, step
 from lit_jax.diffusion import make_diffusion
+from lit_jax.kernels import static_cost
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models.attention import softmax_attention
 from lit_jax.models.dit import SIZES, forward_flops, make_dit
@@ -58,6 +59,24 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             "date": time.strftime("%Y-%m-%d")}
     (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
     logging.info("%s\n%s", head, table(rows))
+
+
+def static_estimates(config: ConfigDict) -> list[dict[str, Any]]:
+    """The linear attention's TPU kernels by their compiler's schedule, next to the HBM floor; see kernels/static_cost.py."""
+    wanted = config.benchmark
+    _, D, _, linear_heads = SIZES[config.model.size]
+    rows = []
+    for pixels in wanted.pixels:
+        side = pixels // PIXELS_PER_TOKEN
+        batch = max(2, wanted.attention_tokens // side**2)
+        costs = static_cost.attention_costs(D, config.model.num_heads or linear_heads, (side, side), batch, wanted.topology,
+                                            config.model.conv_size)
+        for name, cost in costs.items():
+            rows.append({"what": "static estimate", "chip": cost.device_kind, "pixels": pixels, "pass": name, "batch": batch,
+                         "bundles": sum(kernel.bundles for kernel in cost.kernels), "us": cost.compute * 1e6,
+                         "floor us": cost.floor * 1e6, "x floor": cost.ratio})
+            logging.info("%s", rows[-1])
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
