@@ -7,7 +7,7 @@ counted once: `loop_turns` multiplies it by hand.
 
     python -m lit_jax.kernels.static_cost --width=1152 --heads=4 --pixels=256 --topology=v5e:2x2
 
-prints the rows of docs/kernels.md for one size and resolution.
+prints the rows of docs/kernels_tpu.md for one size and resolution.
 """
 import argparse
 import dataclasses
