@@ -568,8 +568,7 @@ STATES = {
     "block_number_huge": (_set("blocks.999999999999.x", torch.zeros(1)), "unexpected: blocks.999999999999.x"),
     "learned_pos_embed": (lambda s: s.update({"pos_embed": s["pos_embed"] + 1e-3}),
                           "pos_embed differs from the computed 4 x 4 table by 0.001"),
-    "transposed_pos_embed": (
-        lambda s: s.update({"pos_embed": s["pos_embed"].reshape(4, 4, 48).transpose(0, 1).reshape(1, 16, 48)}),
+    "transposed_pos_embed": (lambda s: s.update(pos_embed=s["pos_embed"].unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)),
                              "pos_embed differs"),
     "nan_pos_embed": (_poison("pos_embed", float("nan")), "pos_embed differs .* by nan"),
     "odd_pos_embed": (_set("pos_embed", torch.zeros(1, 15, 48)), "15 positions, the grid is unknown"),
