@@ -363,6 +363,7 @@ def claim(folder: pathlib.Path, about: dict[str, Any], split: str, plan: dict[st
     Raises: ValueError naming the first difference.
     """
     there = read_about(folder)
+    multihost_utils.sync_global_devices("folder read")  # before process 0 may write there
     if there:
         old, new = {**there, **there["splits"].get(split, plan)}, about | plan
         for name, value in json.loads(json.dumps(new)).items():
