@@ -5,7 +5,7 @@
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py --mode=sample
 
 Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 43.47, which is DiT-B/2's after 400,000;
-the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.37 TFLOP an image, teacher
+the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.38 TFLOP an image, teacher
 included, are 3.8e19 FLOPs: 27 hours on a GPU that sustains 400 TFLOP/s. Not run here.
 """
 from configs import imagenet256_lit_xl

@@ -2,9 +2,10 @@
 
     python -m lit_jax.main --config=configs/imagenet256_lit_xl.py --mode=prepare
     python -m lit_jax.main --config=configs/imagenet256_lit_xl.py
-    python -m lit_jax.main --config=configs/imagenet256_lit_xl.py --mode=sample --config.sample.num_images=50000
+    python -m lit_jax.main --config=configs/imagenet256_lit_xl.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_lit_xl.py --mode=evaluate
 
-docs/imagenet.md has the whole sequence, with the files it needs and the evaluation. Expected (LiT, table of ImageNet 256,
+docs/imagenet.md has the whole sequence, with the files it needs. Expected (LiT, table of ImageNet 256,
 FID-50K by ADM's evaluator, 250 DDPM steps): FID 2.32, IS 265.2, precision 0.824, recall 0.574 with guidance 1.5; 3.60 with
 1.25; 10.24 with none (sample.cfg_scale=1.0). After 100,000 steps, without guidance: FID 12.90, IS 95.80. The paper does
 not say its hardware. 0.95 TFLOP an image, the teacher's forward included, make 3.4e20 FLOPs: at 400 TFLOP/s a GPU ten days
@@ -23,4 +24,6 @@ def get_config():
     config.data.update(name="imagenet256_latents", dir="data")
     config.train.update(batch_size=256, steps=1_400_000)    # 280 epochs, a fifth of the teacher's 7M steps
     config.sample.update(num_images=50_000, batch_size=256, cfg_scale=1.5)
+    config.evaluate.update(features="inception_adm", weights="pt_inception-2015-12-05-6726825d.pth",
+                           reference="VIRTUAL_imagenet256_labeled.npz")
     return config

@@ -20,4 +20,5 @@ def get_config():
     config.data.name = "imagenet512_latents"
     config.train.update(batch_size=128, steps=700_000)
     config.sample.batch_size = 128
+    config.evaluate.reference = "VIRTUAL_imagenet512.npz"
     return config

@@ -129,7 +129,8 @@ def check_data(config: ConfigDict, source: data.ImageSource | data.LatentSource,
         return
     if identity is None:
         shown = [name for name, count in (("train.preview_every", config.train.preview_every),
-                                          ("report.num_images", config.report.num_images)) if count]
+                                          ("report.num_images", config.report.num_images),
+                                          ("evaluate.every", config.evaluate.every)) if count]
         if shown:
             raise ValueError(f"data.name = {source.name} holds latents of {source.autoencoder['name']}, but "
                              f"autoencoder.checkpoint is empty: name it, or set {' and '.join(shown)} to 0")

@@ -362,14 +362,15 @@ def claim(folder: pathlib.Path, about: dict[str, Any], split: str, plan: dict[st
 
     Raises: ValueError naming the first difference.
     """
-    there = read_about(folder)
+    there, used = read_about(folder), folder.exists() and any(folder.iterdir())
+    multihost_utils.sync_global_devices("folder read")  # before process 0 may write there
     if there:
         old, new = {**there, **there["splits"].get(split, plan)}, about | plan
         for name, value in json.loads(json.dumps(new)).items():
             if old[name] != value:
                 raise ValueError(f"{folder} was begun with {name} = {old[name]}, this run has {value}; use another "
                                  f"data.name or remove the folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif used:
         raise ValueError(f"{folder} holds files but no {data.PREPARED}; use another data.name")
     if jax.process_index() == 0 and split not in there.get("splits", {}):
         folder.mkdir(parents=True, exist_ok=True)

@@ -91,8 +91,9 @@ def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
     """Writes the protocol into a new folder, or checks that the folder's images were drawn by the same one."""
     path = folder / "protocol.json"
     wanted = json.loads(json.dumps(wanted))
-    if path.exists():
-        there = json.loads(path.read_text())
+    there = json.loads(path.read_text()) if path.exists() else {}
+    multihost_utils.sync_global_devices("protocol read")  # before process 0 may write it
+    if there:
         for name in sorted(wanted.keys() | there.keys()):
             if wanted.get(name) != there.get(name):
                 raise ValueError(f"{folder} holds images drawn with {name} = {there.get(name)}, this run has "

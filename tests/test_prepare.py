@@ -1,12 +1,7 @@
 """The preparing job: ADM's crop, the shards and what is in them, interruptions, damage, refusals."""
 import hashlib
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -19,7 +14,6 @@ from tiny_autoencoder import FACTOR, write_autoencoder
 from configs import debug
 from lit_jax import data, from_config, prepare, sharding
 
-ROOT = pathlib.Path(__file__).parent.parent
 SIZE = 16
 
 
@@ -230,32 +224,6 @@ def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written
     run(config)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("prepared-*")}
     assert len(after) == 5 and {name: after[name] for name in before} == before
-    assert shard_files(out) == shard_files(run(make_config(tmp_path / "whole", folder)))
-
-
-KILLED = """
-import pathlib, sys, time
-from PIL import Image
-from test_prepare import make_config
-from lit_jax import prepare
-def slow(image, size, crop=prepare.center_crop):
-    time.sleep(0.1)
-    return crop(image, size)
-prepare.center_crop = slow
-prepare.run(make_config(pathlib.Path(sys.argv[1]), sys.argv[2]), pathlib.Path("unused"))
-"""
-
-
-def test_a_killed_run_goes_on_without_loss_or_duplicate(folder, tmp_path):
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), str(folder)], env=env)
-    out, deadline = tmp_path / "data" / "prepared" / prepare.VERSION, time.monotonic() + 120
-    while len(list(out.glob("prepared-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 2 <= len(list(out.glob("prepared-*"))) < 5
-    run(make_config(tmp_path, folder))
     assert shard_files(out) == shard_files(run(make_config(tmp_path / "whole", folder)))
 
 
