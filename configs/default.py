@@ -144,6 +144,21 @@ def get_config() -> ConfigDict:
         clip_denoised=False,                    # clip the predicted image to [-1, 1]: for pixels
     ))
 
+    # --mode=port: a checkpoint of any layout into another; docs/porting.md.
+    config.port = ConfigDict(dict(
+        source="",                              # .pt, .safetensors, .ckpt, a diffusers or Orbax folder, a workdir
+        target="",                              # .pt, .safetensors or a new folder
+        layout="",                              # orbax, dit, diffusers; empty: dit for a file, orbax for a folder
+        weights="ema",                          # ema or model, where a training checkpoint has both
+        num_heads=0,                            # where nothing in the source tells it; 0: as it says, or the published size's
+        num_classes=0,                          # resize the label table to this; 0: keep it
+        input_size=0,                           # recompute the position table for this size; 0: keep it
+        scaling_factor=0.0,                     # of an autoencoder that does not say its own; 0: as it says
+        timestep_freq_shift=ml_collections.config_dict.placeholder(int),    # None: as the source's own code computes
+        mlp_norm_epsilon=ml_collections.config_dict.placeholder(float),     # None: likewise
+        check_model=True,                       # the source must be what config.model (or a teacher of it) says
+    ))
+
     # --mode=evaluate, and evaluation during training; docs/evaluation.md.
     config.evaluate = ConfigDict(dict(
         every=0,                                # training: steps between evaluations of the EMA weights; 0: none
