@@ -116,6 +116,30 @@ def test_eight_devices_compute_what_one_computes():
         assert_close(actual, expected, reduction=16 * 8, what=name)
 
 
+def _cost_estimates(jaxpr):
+    """The pl.CostEstimate of every kernel in a jaxpr."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn.params["cost_estimate"])
+        else:
+            found += [cost for value in eqn.params.values() if hasattr(value, "jaxpr")
+                      for cost in _cost_estimates(value.jaxpr)]
+    return found
+
+
+@pytest.mark.parametrize("name,arrays,products,convolutions", [("forward", 4, 2, 1), ("backward", 7, 5, 2)])
+def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
+    B, T, D, H = 4, 64, 256, 128
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype="bfloat16")
+    inputs = [shape((B, T, D)), shape((B, T, 2 * D)), shape((5, 5, H)), shape((H,)), shape((B, T, D))]
+    fn = functools.partial(getattr(linear_attention_tpu, name), num_heads=2, grid=(4, 16))
+    cost, = _cost_estimates(jax.make_jaxpr(fn)(*inputs[:4 if name == "forward" else 5]).jaxpr)
+    constants = (25 + 1 if name == "forward" else 25 + 2 * 26 * 8) * D * 4  # taps, bias; each core's sums of dtaps
+    assert cost.bytes_accessed == arrays * B * T * D * 2 + constants
+    assert cost.flops == 2 * B * T * D * (products * H + convolutions * 25)
+
+
 def _compile(topology, D, num_heads, side, backward, dtype="bfloat16"):
     """The program compiled for one chip of the topology, B * T = 8192."""
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
