@@ -32,12 +32,18 @@ def test_metrics_become_json_lines_and_events(tmp_path):
     assert all(tag in content for tag in (b"train/loss", b"train/images_per_second", b"preview"))
 
 
-def test_a_second_run_appends(tmp_path):
-    for step in (1, 2):
-        log = make_records(tmp_path)
+def test_a_resumed_run_appends_and_forgets_the_steps_that_it_makes_again(tmp_path):
+    log = make_records(tmp_path)
+    for step in (1, 2, 3):
         log.write(step, {"train/loss": 1.0})
-        log.close()
-    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "train/lo')     # a kill in the middle of a line
+    log = make_records(tmp_path, first_step=2)
+    for step in (3, 4):
+        log.write(step, {"train/loss": 2.0})
+    log.close()
+    assert [(line["step"], line["train/loss"]) for line in read_lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
 def test_the_rate_is_that_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
@@ -77,9 +83,11 @@ def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
     log.start(0)
     now[0] = 8.0
     with caplog.at_level(logging.INFO, logger="absl"):
-        log.write(1000, {"train/loss": 0.25, "train/skipped": 3.0})
+        metrics = log.write(1000, {"train/loss": 0.25, "train/skipped": 3.0}, seconds_waiting=2.0)
     log.close()
-    assert caplog.messages == ["step 1,000/2,000  loss 0.2500  4000 images/s  0m08s left  3 steps skipped"]
+    assert metrics["train/data_wait"] == 0.25
+    assert caplog.messages == [
+        "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  0m08s left  3 steps skipped"]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, caplog):

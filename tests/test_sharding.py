@@ -61,3 +61,10 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
     sharding.check_batch(16, mesh)
     with pytest.raises(ValueError, match=r"sample.batch_size = 12 .* 8 devices"):
         sharding.check_batch(12, mesh, "sample.batch_size")
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold():
+    mesh = sharding.make_mesh(2, 4)
+    np.testing.assert_array_equal(sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16))
+    some = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
+    np.testing.assert_array_equal(sharding.process_rows(sharding.replicated(some), 6), np.arange(6))

@@ -90,7 +90,12 @@ def scalar_step(function, w=1.0, **change):
     optimizer = step.make_optimizer(**OPTIMIZER)
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     train_step = step.make_train_step(Scalar(function), optimizer, DIFFUSION, mesh=mesh, **STEP | change)
-    return train_step, step.new_state({"w": jnp.float32(w)}, optimizer)
+    return train_step, new_state({"w": np.float32(w)}, optimizer)
+
+
+def new_state(params, optimizer):
+    """As the training job makes it, in one program: each leaf has memory of its own, which a donated state needs."""
+    return jax.jit(lambda p: step.new_state(p, optimizer))(params)
 
 
 def make_images(count, size=2, channels=1, label=None):
@@ -168,8 +173,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
             assert jax.tree.all(same) != finite, part
 
 
+@pytest.mark.parametrize("sees_dropped", [False, True])
+def test_the_teacher_sees_the_labels_it_should(sees_dropped):
+    """Student and teacher are the same function of the label: they differ where the teacher does not see it dropped."""
+    train_step, state = scalar_step("null", teacher=Scalar("null"), label_dropout=0.5,
+                                    teacher_sees_dropped_labels=sees_dropped)
+    _, metrics = train_step(state, {"w": np.float32(1.0)}, make_images(4096), RNG)
+    assert float(metrics["kd_noise"]) == pytest.approx(0.0 if sees_dropped else 0.5, abs=5 * 0.5 / 64)
+
+
 def test_uint8_becomes_minus_one_to_one():
-    np.testing.assert_allclose(step.images_to_model(np.array([0, 51, 255], np.uint8)), [-1.0, -0.6, 1.0], atol=1e-7)
+    pixels = step.images_to_model({"image": np.array([0, 51, 255], np.uint8)}, RNG)
+    np.testing.assert_allclose(pixels, [-1.0, -0.6, 1.0], atol=1e-7)
 
 
 # Small real models. ---------------------------------------------------------------------------------------------------
@@ -181,15 +196,10 @@ TEACHER = DiT(depth=1, width=48, num_heads=3, patch_size=4, in_channels=1, num_c
 
 
 def random_params(model, seed):
-    """Parameters that are random everywhere (a fresh model's output is zero): the init plus a little noise."""
-    @jax.jit
-    def make():
-        params = step.init_params(model, jax.random.key(seed), SIZE)
-        leaves, tree = jax.tree.flatten(params)
-        rngs = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        return jax.tree.unflatten(tree, [x + 0.05 * jax.random.normal(rng, x.shape) for x, rng in zip(leaves, rngs)])
-
-    return jax.device_get(make())
+    """Parameters that are random everywhere (a fresh model's output is zero), of the sizes of an init."""
+    shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), SIZE))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +241,7 @@ def run(steps, params, teacher, data=2, fsdp=4, batch=BATCH, **change):
 
 
 def test_the_loss_falls_on_one_repeated_batch_and_its_terms_add_up(start):
-    state, history = run(40, *start)
+    state, history = run(40, *start, data=1, fsdp=1)
     assert set(history[0]) == {"loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm"}
     for metrics in history:
         total = metrics["mse"] + metrics["vb"] + 0.5 * metrics["kd_noise"] + 0.05 * metrics["kd_variance"]
@@ -246,7 +256,7 @@ def test_the_teacher_does_not_move(start):
     params, teacher = start
     kept = jax.tree.map(np.array, teacher)
     on_device = jax.tree.map(jnp.asarray, teacher)
-    train_step, place, put = compiled(2, 4)
+    train_step, place, put = compiled(1, 1)
     state = place(params)
     for _ in range(3):
         state, _ = train_step(state, on_device, put(BATCH), RNG)
@@ -299,8 +309,9 @@ def test_accumulation_of_four_equals_one(start, reference):
 
 def test_distillation_weights_of_zero_are_plain_training(start, reference):
     params, teacher = start
-    weightless = run(2, params, teacher, noise_weight=0.0, variance_weight=0.0)
-    plain = run(2, params, None, teacher=None)
+    alone = dict(data=1, fsdp=1)
+    weightless = run(2, params, teacher, **alone, noise_weight=0.0, variance_weight=0.0)
+    plain = run(2, params, None, **alone, teacher=None)
     assert set(plain[1][0]) == {"loss", "mse", "vb", "grad_norm"}
     for a, b in zip(weightless[1], plain[1], strict=True):
         assert a["kd_noise"] > 0 and {name: a[name] for name in b} == pytest.approx(b, rel=1e-5)
@@ -308,23 +319,9 @@ def test_distillation_weights_of_zero_are_plain_training(start, reference):
     assert reference[1][1]["mse"] != pytest.approx(plain[1][1]["mse"], rel=1e-6)    # weights that are not zero do count
 
 
-@pytest.mark.parametrize("sees_dropped", [False, True])
-def test_the_teacher_sees_the_labels_it_should(start, sees_dropped):
-    """With every label dropped a student that is its teacher agrees with it only if the teacher's labels are dropped too."""
-    _, teacher = start
-    optimizer = step.make_optimizer(**OPTIMIZER)
-    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    train_step = step.make_train_step(
-        TEACHER, optimizer, DIFFUSION, mesh=mesh,
-        **STEP | dict(teacher=TEACHER, label_dropout=1.0, teacher_sees_dropped_labels=sees_dropped))
-    _, metrics = train_step(step.new_state(jax.tree.map(jnp.asarray, teacher), optimizer), teacher, BATCH, RNG)
-    assert (float(metrics["kd_noise"]) < 1e-10) == sees_dropped
-    assert (float(metrics["kd_variance"]) < 1e-10) == sees_dropped
-
-
 def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
     params, teacher = start
-    train_step, place, put = compiled(2, 4)
+    train_step, place, put = compiled(1, 1)
     state = place(params)
     for _ in range(2):
         state, _ = train_step(state, teacher, put(BATCH), RNG)
@@ -347,6 +344,6 @@ def test_a_student_inherits_and_then_trains_from_its_teacher():
     teacher = random_params(source, 20)
     fresh = jax.tree.map(jnp.asarray, random_params(STUDENT, 30))
     merged, _ = inherit.merge_params(teacher, fresh)
-    state, history = run(2, jax.device_get(merged), random_params(TEACHER, 10))
+    state, history = run(2, jax.device_get(merged), random_params(TEACHER, 10), data=1, fsdp=1)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
     assert (state.params["blocks"]["attn"]["dwc"]["kernel"] != merged["blocks"]["attn"]["dwc"]["kernel"]).any()
