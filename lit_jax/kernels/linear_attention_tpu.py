@@ -2,16 +2,16 @@
 
 Two forms of the same sums, both on whole images in VMEM, where HBM sees each input and output once:
 
-- *direct*, for a few wide heads and at most 256 tokens: the T x T matrix of a head, phi(q) phi(k)^T, is then no larger
-  than the state, and everything is one straight line of code that keeps the matrix and vector units busy together;
-- *by state*, for all else, in three passes over chunks of rows. The state pass sums S = phi(k)^T v and phi(k); the
-  query pass turns q into outputs (forward) or, with the cotangent, into dq, dS and d(mean phi(k)) (backward); the key
-  pass of the backward turns those into dk and dv, and holds the convolution's gradients. An image too large for VMEM
-  takes one `pallas_call` per pass, walking bands of rows whose neighbours come as halo blocks.
+- *direct*, for a few wide heads and at most 256 tokens: a head's T x T matrix phi(q) phi(k)^T is then no larger
+  than the state, and one straight line of code keeps the matrix and the vector units busy together;
+- *by state*, for all else, in passes over chunks of rows. The state pass sums S = phi(k)^T v and phi(k); the query
+  pass turns q into outputs (forward) or, with the cotangent, into dq, dS and d(mean phi(k)) (backward); the key
+  pass of the backward turns those into dk and dv, and holds the convolution's gradients. An image too large for
+  VMEM takes one `pallas_call` per pass, walking bands of rows whose neighbours come as halo blocks.
 
-Heads of 72, 192 or 288 lanes do not start on multiples of 128 lanes, and moving them there costs more than it saves.
-So a head is never sliced out: everything works on aligned tiles of 128 lanes, S is the list of the tile pairs (i, j)
-that share a head, and what belongs to another head is zeroed where tiles straddle two.
+Heads of 72, 192 or 288 lanes do not start on multiples of 128 lanes, and moving them there costs more than it
+saves. So a head is never sliced out: everything works on aligned tiles of 128 lanes, S is the list of the tile
+pairs (i, j) that share a head, and what belongs to another head is zeroed where tiles straddle two.
 """
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 EPSILON = 1e-6      # as in linear_attention.py: added to phi(q), phi(k) and the denominator
 LANES = 128
-MARGIN = 8          # zero columns beside each row of the convolution's scratch: a sublane tile keeps stores aligned
+MARGIN = 8          # zero columns beside each row of the convolution's scratch: a sublane tile, to stay aligned
 CHUNK_TOKENS = 256  # tokens in one straight line of code; more tokens are a loop of such chunks
 
 
@@ -164,7 +164,7 @@ def _zero_other_heads(plan, i, j, x):
 
 
 def _reciprocal(plan, x):
-    """1 / x for positive normal x: the hardware's estimate and Newton's steps, without the compiler's special cases."""
+    """1 / x for positive normal x: the hardware's estimate and Newton's steps, without special cases."""
     y = pl.reciprocal(x, approx=True)
     for _ in range(2 if plan.dtype == jnp.float32 else 1):
         y = y * (2.0 - x * y)
@@ -179,34 +179,43 @@ def _loop(count, body):
         jax.lax.fori_loop(0, count, lambda c, carry: (body(c), carry)[1], 0)
 
 
+def _interleave(*works):
+    """Runs lists of steps, evenly mixed: the scheduler overlaps what stands close together in the program."""
+    steps = [((i + 0.5) / len(work), step) for work in works for i, step in enumerate(work)]
+    for _, step in sorted(steps, key=lambda item: item[0]):
+        step()
+
+
 # ---------------------------------------------------------------- the convolution
 
 @dataclasses.dataclass(frozen=True)
 class _Conv:
     """What the convolution needs in VMEM: the image being convolved, in float32 with its margins, and the taps."""
-    padded_ref: jax.Array   # (tiles, band rows + 2 pad, w + 2 MARGIN, 128)
-    taps_ref: jax.Array     # (K * K, D)
+    padded_ref: jax.Array              # (tiles, band rows + 2 pad, w + 2 MARGIN, 128)
+    taps_ref: jax.Array                # (K * K, D)
     bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
 
 
 def _fill(plan, padded_ref, x_ref, halos, offset):
-    """Fills padded_ref with the band x_ref (1, tokens, width from `offset` on) between its halos, or zeros for none."""
+    """Fills padded_ref with the band x_ref (1, tokens, D from lane `offset` on), between its halos if it has any."""
     rows, pad, w = plan.band_rows, plan.pad, plan.w
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():  # nothing writes the margins later
-        for j in range(len(plan.tiles)):
+        def zero(j):
             padded_ref[j, :, :MARGIN] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
             padded_ref[j, :, MARGIN + w:] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
-            if not halos:
-                padded_ref[j, :pad, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
-                padded_ref[j, rows + pad:, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+            padded_ref[j, :pad, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+            padded_ref[j, rows + pad:, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+
+        _loop(len(plan.tiles), zero)
 
     if halos:
         band = pl.program_id(2)
-        for (start, size), j in zip(plan.tiles, range(len(plan.tiles))):
-            for ref, first, target, inside in (
-                    (halos[0], plan.halo_rows - pad, 0, band > 0), (halos[1], 0, rows + pad, band < plan.bands - 1)):
+        above = (halos[0], plan.halo_rows - pad, 0, band > 0)
+        below = (halos[1], 0, rows + pad, band < plan.bands - 1)
+        for j, (start, size) in enumerate(plan.tiles):
+            for ref, first, target, inside in (above, below):
                 tokens = slice(first * w, (first + pad) * w)
                 value = ref[0, tokens, offset + start:offset + start + size].astype(jnp.float32)
                 value = jnp.where(inside, value, 0.0).reshape(pad, w, size)
@@ -228,60 +237,75 @@ def _shifted_rows(plan, padded_ref, chunk, j, column, r):
             for dx in range(plan.K)]
 
 
-def _convolve(plan, padded_ref, taps_ref, chunk, j, flip, emit):
-    """Correlates one chunk of tile j with the taps and calls emit(row, column, (segment, lanes)) for each segment.
+def _convolution_steps(plan, conv, chunk, j, flip, emit):
+    """Steps that correlate one chunk of tile j with the taps and call emit(row, column, (segment, lanes)).
 
-    Walks the rows once: a row is loaded at its K shifts and added to the K output rows it touches.
+    They walk the rows once: a row is loaded at its K shifts and added to the K output rows it touches.
     """
     K, rows = plan.K, plan.chunk_rows
     start, size = plan.tiles[j]
-    taps = [taps_ref[(K * K - 1 - t if flip else t):(K * K - t if flip else t + 1), start:start + size]
-            for t in range(K * K)]
-    for column in range(0, plan.w, plan.segment):
-        sums = {}
-        for r in range(rows + K - 1):
-            shifted = _shifted_rows(plan, padded_ref, chunk, j, column, r)
-            for dy in range(K):
-                y = r - dy
-                if 0 <= y < rows:
-                    for dx in range(K):
-                        term = shifted[dx] * taps[dy * K + dx]
-                        sums[y] = sums[y] + term if y in sums else term
-            if r >= K - 1:
-                emit(r - K + 1, column, sums.pop(r - K + 1))
+    taps = [conv.taps_ref[t:t + 1, start:start + size] for t in range(K * K)]
+    if flip:
+        taps.reverse()
+
+    def step(column, r, sums):
+        shifted = _shifted_rows(plan, conv.padded_ref, chunk, j, column, r)
+        for dy in range(K):
+            y = r - dy
+            if 0 <= y < rows:
+                for dx in range(K):
+                    term = shifted[dx] * taps[dy * K + dx]
+                    sums[y] = sums[y] + term if y in sums else term
+        if r >= K - 1:
+            emit(r - K + 1, column, sums.pop(r - K + 1))
+
+    return [functools.partial(step, column, r, sums)
+            for column in range(0, plan.w, plan.segment) for sums in [{}] for r in range(rows + K - 1)]
 
 
-def _filter_gradient(plan, padded_ref, v_ref, chunk, j, offset):
-    """For each tap the sum over one chunk of tile j of v times the shifted cotangent, as (8, lanes) partial sums."""
+def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
+    """Steps that add a chunk of tile j to dtaps_ref (1, K * K + 1, 8, D): gradients of the taps, last of the bias.
+
+    A tap's gradient is the sum of v times the cotangent shifted the opposite way, kept as 8 partial sums.
+    """
     K, rows = plan.K, plan.chunk_rows
     start, size = plan.tiles[j]
     sums = [None] * (K * K)
-    for column in range(0, plan.w, plan.segment):
-        v = {}
-        for r in range(rows + K - 1):
-            shifted = _shifted_rows(plan, padded_ref, chunk, j, column, r)
-            if r < rows:
-                tokens = pl.ds(chunk * plan.chunk_tokens + r * plan.w + column, plan.segment)
-                v[r] = v_ref[0, tokens, offset + start:offset + start + size].astype(jnp.float32)
-            for dy in range(K):
-                if 0 <= r - dy < rows:
-                    for dx in range(K):
-                        # The shift of the cotangent is the opposite of the tap's shift of v.
-                        tap = K * K - 1 - (dy * K + dx)
-                        term = v[r - dy] * shifted[dx]
-                        term = functools.reduce(jnp.add, [term[s:s + 8] for s in range(0, plan.segment, 8)])
-                        sums[tap] = term if sums[tap] is None else sums[tap] + term
-            v.pop(r - K + 1, None)
-    return sums
+
+    def step(column, r, v):
+        shifted = _shifted_rows(plan, conv.padded_ref, chunk, j, column, r)
+        if r < rows:
+            tokens = pl.ds(chunk * plan.chunk_tokens + r * plan.w + column, plan.segment)
+            lanes = slice(plan.width + start, plan.width + start + size)
+            v[r] = kv_ref[0, tokens, lanes].astype(jnp.float32)
+        for dy in range(K):
+            if 0 <= r - dy < rows:
+                for dx in range(K):
+                    tap = K * K - 1 - (dy * K + dx)
+                    term = v[r - dy] * shifted[dx]
+                    term = functools.reduce(jnp.add, [term[s:s + 8] for s in range(0, plan.segment, 8)])
+                    sums[tap] = term if sums[tap] is None else sums[tap] + term
+        v.pop(r - K + 1, None)
+
+    def finish():
+        do = _tile(plan, do_ref, chunk, j).astype(jnp.float32).reshape(-1, 8, size)
+        for tap, gradient in enumerate([*sums, jnp.sum(do, 0)]):
+            dtaps_ref[0, tap, :, start:start + size] += gradient
+
+    return [functools.partial(step, column, r, v)
+            for column in range(0, plan.w, plan.segment) for v in [{}] for r in range(rows + K - 1)] + [finish]
 
 
-def _write_convolved(plan, conv, chunk, j, value, out_ref, offset=0, flip=False):
-    """Writes tile j of a chunk of out_ref: value (tokens, lanes), plus the convolution if there is one."""
+def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, flip=False):
+    """Steps that write tile j of a chunk of out_ref: value (tokens, lanes), plus any convolution."""
     start, size = plan.tiles[j]
     lanes = slice(offset + start, offset + start + size)
-    if conv is None:
+
+    def write():
         out_ref[0, _tokens(plan, chunk), lanes] = value.astype(out_ref.dtype)
-        return
+
+    if conv is None:
+        return [write]
     if conv.bias_ref is not None:
         value = value + conv.bias_ref[:, start:start + size]
 
@@ -291,16 +315,7 @@ def _write_convolved(plan, conv, chunk, j, value, out_ref, offset=0, flip=False)
         token = pl.ds(chunk * plan.chunk_tokens + token, plan.segment)
         out_ref[0, token, lanes] = total.astype(out_ref.dtype)
 
-    _convolve(plan, conv.padded_ref, conv.taps_ref, chunk, j, flip, emit)
-
-
-def _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
-    """Adds a chunk of tile j to dtaps_ref (1, K * K + 1, 8, D): the gradients of the taps, and of the bias last."""
-    start, size = plan.tiles[j]
-    gradients = _filter_gradient(plan, conv.padded_ref, kv_ref, chunk, j, plan.width)
-    do = _tile(plan, do_ref, chunk, j).astype(jnp.float32).reshape(-1, 8, size)
-    for tap, gradient in enumerate([*gradients, jnp.sum(do, 0)]):
-        dtaps_ref[0, tap, :, start:start + size] += gradient
+    return _convolution_steps(plan, conv, chunk, j, flip, emit)
 
 
 # ---------------------------------------------------------------- by state: the passes over a chunk
@@ -374,7 +389,7 @@ def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     phi_q = [x.astype(plan.dtype) for x in phi_q]
     for j in range(len(plan.tiles)):
         attention = _product(plan, phi_q, state_ref, j, transpose=False) * _per_lane(plan, j, z)
-        _write_convolved(plan, conv, chunk, j, attention, out_ref)
+        _interleave(_write_steps(plan, conv, chunk, j, attention, out_ref))
 
 
 def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, chunk, first):
@@ -414,9 +429,9 @@ def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref,
     phi_k = [_phi(x).astype(plan.dtype) for x in k]
     for j in tiles:
         dv = _product(plan, phi_k, dstate_ref, j, transpose=False)
-        _write_convolved(plan, conv, chunk, j, dv, dkv_ref, plan.width, flip=True)
+        _interleave(_write_steps(plan, conv, chunk, j, dv, dkv_ref, plan.width, flip=True))
         if conv is not None:
-            _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j)
+            _interleave(_filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j))
 
 
 # ---------------------------------------------------------------- direct: by the T x T matrix of each head
@@ -426,65 +441,102 @@ def _whole_tile(plan, ref, i, offset=0):
     return ref[0, :, offset + start:offset + start + size]
 
 
-def _weights(plan, q_ref, kv_ref, n):
-    """The normalised attention matrix (T, T) of head n and its normaliser z / T (T, 1), float32."""
-    scores = 0.0
-    for i in plan.tiles_of(n):
-        phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, q_ref, i))).astype(plan.dtype)
-        scores = scores + _dot(plan, phi_q, _phi(_whole_tile(plan, kv_ref, i)).astype(plan.dtype), (1, 1))
-    mean = jnp.sum(scores, axis=1, keepdims=True) * (1 / plan.tokens)
-    z_mean = _reciprocal(plan, mean + EPSILON) * (1 / plan.tokens)
-    return scores * z_mean, z_mean
+class _Heads:
+    """The attention matrices of the heads, and what the backward needs of them, computed in steps."""
 
+    def __init__(self, plan, q_ref, kv_ref, do_ref=None):
+        self.plan, self.q_ref, self.kv_ref, self.do_ref = plan, q_ref, kv_ref, do_ref
+        self.weights = {}    # head -> normalised attention matrix (T, T), in the dtype of q
+        self.dscores = {}    # head -> gradient of phi(q) phi(k)^T (T, T), in the dtype of q
 
-def _join_heads(plan, i, products):
-    """Tile i (T, lanes) out of {head: product (T, lanes)}, each lane from its own head."""
-    heads = plan.heads_of(i)
-    out = products[heads[-1]]
-    for n in reversed(heads[:-1]):
-        out = _only_head(plan, i, n, products[n], out)
-    return out
+    def steps(self, n):
+        """Steps that compute head n."""
+        plan = self.plan
+        values = dict(scores=0.0, dweights=0.0)
+
+        def add_scores(i):
+            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i))).astype(plan.dtype)
+            phi_k = _phi(_whole_tile(plan, self.kv_ref, i)).astype(plan.dtype)
+            values["scores"] += _dot(plan, phi_q, phi_k, (1, 1))
+
+        def add_dweights(j):
+            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j).astype(jnp.float32)).astype(plan.dtype)
+            values["dweights"] += _dot(plan, do, _whole_tile(plan, self.kv_ref, j, plan.width), (1, 1))
+
+        def normalise():
+            mean = jnp.sum(values["scores"], axis=1, keepdims=True) * (1 / plan.tokens)
+            z_mean = _reciprocal(plan, mean + EPSILON) * (1 / plan.tokens)
+            weights = values["scores"] * z_mean
+            self.weights[n] = weights.astype(plan.dtype)
+            if self.do_ref is not None:
+                mean = jnp.sum(weights * values["dweights"], axis=1, keepdims=True)
+                self.dscores[n] = ((values["dweights"] - mean) * z_mean).astype(plan.dtype)
+
+        tiles = plan.tiles_of(n)
+        steps = [functools.partial(add_scores, i) for i in tiles]
+        if self.do_ref is not None:
+            steps += [functools.partial(add_dweights, j) for j in tiles]
+        return steps + [normalise]
+
+    def steps_of_tile(self, i):
+        """Steps that compute the heads which tile i is the first to need."""
+        return [step for n in self.plan.heads_of(i) if i == self.plan.tiles_of(n)[0] for step in self.steps(n)]
+
+    def product(self, i, matrices, x, contract=0):
+        """Tile i (T, lanes) of the heads' matrices times x (T, lanes): each lane by its own head's matrix."""
+        heads = self.plan.heads_of(i)
+        out = None
+        for n in reversed(heads):
+            product = _dot(self.plan, matrices[n], x, (contract, 0))
+            out = product if out is None else _only_head(self.plan, i, n, product, out)
+        return out
 
 
 def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
-    """Writes out_ref (1, T, D)."""
-    weights = {}
+    """Writes out_ref (1, T, D). The matrix work of a tile goes beside the convolution of the one before."""
+    heads = _Heads(plan, q_ref, kv_ref)
+    attention = {}
+
+    def multiply(j):
+        attention[j] = heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), contract=1)
+
+    vector_steps = []
     for j in range(len(plan.tiles)):
-        for n in plan.heads_of(j):
-            if n not in weights:
-                weights[n] = _weights(plan, q_ref, kv_ref, n)[0].astype(plan.dtype)
-        v = _whole_tile(plan, kv_ref, j, plan.width)
-        products = {n: _dot(plan, weights[n], v, (1, 0)) for n in plan.heads_of(j)}
-        _write_convolved(plan, conv, 0, j, _join_heads(plan, j, products), out_ref)
+        _interleave(vector_steps, [*heads.steps_of_tile(j), functools.partial(multiply, j)])
+        vector_steps = _write_steps(plan, conv, 0, j, attention.pop(j), out_ref)
+    _interleave(vector_steps)
 
 
 def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref):
-    """Writes dq_ref and dkv_ref (1, T, D or 2 D) and adds to dtaps_ref."""
-    weights, dscores = {}, {}
-    for i, (start, size) in enumerate(plan.tiles):
-        for n in plan.heads_of(i):
-            if n not in weights:
-                weights_n, z_mean = _weights(plan, q_ref, kv_ref, n)
-                dweights = 0.0
-                for j in plan.tiles_of(n):
-                    do = _only_head(plan, j, n, _whole_tile(plan, do_ref, j).astype(jnp.float32))
-                    dweights = dweights + _dot(
-                        plan, do.astype(plan.dtype), _whole_tile(plan, kv_ref, j, plan.width), (1, 1))
-                mean = jnp.sum(weights_n * dweights, axis=1, keepdims=True)
-                dscores[n] = ((dweights - mean) * z_mean).astype(plan.dtype)
-                weights[n] = weights_n.astype(plan.dtype)
-        lanes = slice(start, start + size)
-        q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
-        phi_q, phi_k = _phi(q).astype(plan.dtype), _phi(k).astype(plan.dtype)
-        dphi_q = _join_heads(plan, i, {n: _dot(plan, dscores[n], phi_k, (1, 0)) for n in plan.heads_of(i)})
-        dq_ref[0, :, lanes] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
-        dphi_k = _join_heads(plan, i, {n: _dot(plan, dscores[n], phi_q, (0, 0)) for n in plan.heads_of(i)})
-        dkv_ref[0, :, lanes] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
-        do = _whole_tile(plan, do_ref, i)
-        dv = _join_heads(plan, i, {n: _dot(plan, weights[n], do, (0, 0)) for n in plan.heads_of(i)})
-        _write_convolved(plan, conv, 0, i, dv, dkv_ref, plan.width, flip=True)
+    """Writes dq_ref (1, T, D) and dkv_ref (1, T, 2 D), and adds to dtaps_ref."""
+    heads = _Heads(plan, q_ref, kv_ref, do_ref)
+    dv = {}
+
+    def matrix_steps(i):
+        start, size = plan.tiles[i]
+
+        def write_dq():
+            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
+            dphi_q = heads.product(i, heads.dscores, _phi(k).astype(plan.dtype), contract=1)
+            dq_ref[0, :, start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+
+        def write_dk():
+            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
+            dphi_k = heads.product(i, heads.dscores, _phi(q).astype(plan.dtype))
+            dkv_ref[0, :, start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
+
+        def compute_dv():
+            dv[i] = heads.product(i, heads.weights, _whole_tile(plan, do_ref, i))
+
+        return [*heads.steps_of_tile(i), write_dq, write_dk, compute_dv]
+
+    vector_steps = []
+    for i in range(len(plan.tiles)):
+        _interleave(vector_steps, matrix_steps(i))
+        vector_steps = _write_steps(plan, conv, 0, i, dv.pop(i), dkv_ref, plan.width, flip=True)
         if conv is not None:
-            _add_filter_gradients(plan, conv, kv_ref, do_ref, dtaps_ref, 0, i)
+            vector_steps += _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, 0, i)
+    _interleave(vector_steps)
 
 
 # ---------------------------------------------------------------- the kernels; grid (core, image of the core, band)
@@ -598,7 +650,8 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
     if plan.bands == 1:
         scratch = call.padded() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
-        out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch, products=2)
+        out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch,
+                    products=2)
         return call.unpad(out)
     state, mean = call.state_of(kv)
     values = []
@@ -639,7 +692,8 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
         return dq, dkv, None, None
     # (cores, K * K + 1, 8 partial sums, D) -> (K * K + 1, H): all heads share the filters
     dtaps = jnp.sum(dtaps[0], axis=(0, 2)).reshape(plan.K**2 + 1, num_heads, plan.head_width).sum(1)
-    return dq, dkv, dtaps[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype), dtaps[-1].astype(conv_bias.dtype)
+    dconv_kernel = dtaps[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype)
+    return dq, dkv, dconv_kernel, dtaps[-1].astype(conv_bias.dtype)
 
 
 def _per_channel(plan, conv_kernel, conv_bias):
@@ -663,8 +717,8 @@ def _make_plan(q, conv_kernel, num_heads, grid, arrays):
     chunks = pl.cdiv(h, chunk_rows)
     K = 0 if conv_kernel is None else conv_kernel.shape[0]
     direct = chunks == 1 and h * w == T and D // num_heads >= LANES
-    plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows, chunks=chunks,
-                 bands=1, direct=direct, K=K, dtype=q.dtype)
+    plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows,
+                 chunks=chunks, bands=1, direct=direct, K=K, dtype=q.dtype)
     limit = _vmem_bytes()
     if _vmem_needed(plan, arrays) <= limit:
         return plan
@@ -808,7 +862,7 @@ class _Call:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=_vmem_bytes()),
-            name=kernel.__name__.strip("_") if hasattr(kernel, "__name__") else "output_kernel",
+            name=getattr(kernel, "func", kernel).__name__.strip("_"),
         )(*(x for x, _ in inputs))
 
 
