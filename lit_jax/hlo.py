@@ -3,7 +3,6 @@
 XLA's own cost analysis counts the body of a loop once, and our blocks, microbatches and sampling steps are loops.
 """
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -74,57 +73,73 @@ class Program:
             yield instruction, computation, times
             called = _called(instruction)
             if instruction.opcode == "while":
-                yield from self._executed(called["body"][0], times * _trip_count(instruction))
+                yield from self._executed(called["body"][0], times * self._trip_count(called["condition"][0]))
             elif instruction.opcode in ("call", "conditional"):
                 for branch in sum(called.values(), []):
                     yield from self._executed(branch, times)
 
+    def _trip_count(self, condition: str) -> int:
+        """Our loops count from 0, one by one, up to the constant that their condition compares with."""
+        body = self.computations[condition]
+        for instruction in body.values():
+            bounds = [body[name].attributes for name in instruction.operands if body[name].opcode == "constant"]
+            if instruction.opcode == "compare" and "direction=LT" in instruction.attributes and bounds:
+                return int(bounds[0])
+            if instruction.opcode == "fusion":
+                bounds = [body[name].attributes for name in instruction.operands if body[name].opcode == "constant"]
+                if bounds and "s32" in body[instruction.operands[-1]].shape + body[instruction.operands[0]].shape:
+                    return int(bounds[0])
+        raise ValueError(f"the loop condition {condition} compares with no constant")
+
     def traffic(self) -> float:
         """Bytes that a run moves through main memory, if each instruction reads its operands and writes its result."""
-        return sum(times * self._bytes_moved(instruction, where) for instruction, where, times in self.executed())
+        return (sum(times * self._bytes_moved(instruction, where) for instruction, where, times in self.executed())
+                + sum(2.0 * collective.size * collective.times for collective in self.collectives()))
 
     def _bytes_moved(self, instruction, computation):
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith("-done"):
+        if opcode in FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in COLLECTIVES:
             return 0.0
-        operands = [shape_bytes(computation[name].shape) for name in instruction.operands if name in computation]
+        operands = [computation[name].shape for name in instruction.operands if name in computation]
         result = shape_bytes(instruction.shape)
         called = sum(_called(instruction).values(), [])
         if opcode in ("fusion", "async-start") and called:
-            return self._fusion_bytes(self.computations[called[0]], operands, result)
+            return self._fusion_bytes(self.computations[called[0]], result)
+        if opcode in ("copy-start", "slice-start"):  # the result names the destination, the source again and a token
+            moved = [array for array in _arrays(instruction.shape) if array not in operands and "32[]" not in array]
+            size = sum(shape_bytes(array, all_spaces=True) for array in moved)
+            return size * bool(shape_bytes(operands[0])) + sum(map(shape_bytes, moved))
         if opcode in ("dynamic-slice", "gather"):
             return 2.0 * result
         if opcode == "dynamic-update-slice":
-            return 2.0 * operands[1]
-        if opcode.endswith("-start"):  # its result holds the operand too
-            return max(2.0 * sum(operands), result)
-        return sum(operands) + result
+            return 2.0 * shape_bytes(operands[1])
+        return sum(map(shape_bytes, operands)) + result
 
-    def _fusion_bytes(self, body, operands, result):
-        """A fusion that takes a slice of an operand reads the slice; one that updates a slice writes the slice in place."""
-        parameters = [i for i in body.values() if i.opcode == "parameter"]
-        read, updated = 0.0, 0.0
+    def _fusion_bytes(self, body, result):
+        """A fusion that takes a slice of an operand reads the slice; one that updates a slice writes the slice in place.
+
+        A collective that runs beside a fusion's own work stands in the fusion, with its arrays: it is counted by itself.
+        """
         roots = [i for i in body.values() if i.is_root]
-        if roots and roots[0].opcode == "tuple":
+        if roots[0].opcode == "tuple":
             roots = [body[name] for name in roots[0].operands]
-        roots = [self._behind_bitcasts(body, root) for root in roots]
+        moved, in_place = result, set()
         for root in roots:
-            if root.opcode == "dynamic-update-slice":
-                whole = shape_bytes(root.shape)
-                result -= whole
-                updated += shape_bytes(body[root.operands[1]].shape)
-        in_place = {self._behind_bitcasts(body, body[root.operands[0]]).name for root in roots
-                    if root.opcode == "dynamic-update-slice"}
-        for parameter in parameters:
-            size = shape_bytes(parameter.shape)
-            if parameter.name in in_place:
+            made_by = self._behind_bitcasts(body, root)
+            if made_by.opcode == "dynamic-update-slice":
+                moved += shape_bytes(body[made_by.operands[1]].shape) - shape_bytes(root.shape)
+                in_place.add(self._behind_bitcasts(body, body[made_by.operands[0]]).name)
+            elif made_by.opcode == "parameter" or made_by.opcode in COLLECTIVES:
+                moved -= shape_bytes(root.shape)
+        for parameter in body.values():
+            if parameter.opcode != "parameter" or parameter.name in in_place:
                 continue
-            users = list(self._users(body, parameter.name))
-            slices = [u for u in users if u.opcode in ("dynamic-slice", "gather")]
-            if users and len(slices) == len(users):
-                size = min(size, sum(shape_bytes(u.shape) for u in slices))
-            read += size
-        return read + updated + max(result, 0.0)
+            users = [user for user in self._users(body, parameter.name) if user.opcode not in ("tuple", *COLLECTIVES)]
+            size = shape_bytes(parameter.shape)
+            if all(user.opcode in ("dynamic-slice", "gather", "slice") for user in users):
+                size = min(size, sum(shape_bytes(user.shape, all_spaces=True) for user in users))
+            moved += size
+        return max(moved, 0.0)
 
     def _behind_bitcasts(self, body, instruction):
         while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands[0] in body:
@@ -141,27 +156,29 @@ class Program:
 
     def collectives(self, slices: int = 1) -> list[Collective]:
         """Every collective, wherever it stands; `slices`: how many equal runs of chips are slices of their own."""
-        found = []
+        found = {}
         for instruction, computation, times in self.executed():
             inside = [(instruction, computation)]
             for name in sum(_called(instruction).values(), []) if instruction.opcode in ("fusion", "async-start") else []:
                 inside += [(i, self.computations[name]) for i in self.computations[name].values()]
             for i, where in inside:
                 kind = i.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                sizes = [shape_bytes(where[o].shape, all_spaces=True) for o in i.operands if o in where]
-                size = sum(sizes)
                 groups = _groups(i.attributes)
+                if kind not in COLLECTIVES or groups.shape[1] == 1:
+                    continue
+                size = sum(shape_bytes(where[o].shape, all_spaces=True) for o in i.operands if o in where)
                 if kind == "all-gather":
                     size *= groups.shape[1]
                 if kind == "all-reduce" and i is not instruction and "scatter" in instruction.name + instruction.attributes:
                     kind = "reduce-scatter"  # the TPU compiler's form of it: a fusion of all-reduce and slice
-                per_slice = max(1, (groups.max() + 1) // slices) if groups.size else 1
-                crosses = slices > 1 and bool((groups // per_slice != groups[:, :1] // per_slice).any())
-                if groups.shape[1] > 1:
-                    found.append(Collective(kind, int(size), groups.shape[1], crosses, times, i.name))
-        return found
+                chips = (groups.max() + 1) // slices
+                crosses = slices > 1 and bool((groups // chips != groups[:, :1] // chips).any())
+                # One that runs beside several others stands in all of them, under one channel.
+                channel = re.search(r"channel_id=(\d+)", i.attributes)
+                channel = channel.group(1) if channel else i.name
+                if channel not in found or times < found[channel].times:
+                    found[channel] = Collective(kind, int(size), groups.shape[1], crosses, times, i.name)
+        return list(found.values())
 
     def largest_buffers(self, count: int = 5) -> list[tuple[int, str, str]]:
         """The largest arrays that steps of the program make: bytes, shape, instruction."""
@@ -180,8 +197,8 @@ def _parse(line: str) -> Instruction:
     opcode = rest[:rest.index("(")]
     close = _closing(rest, len(opcode))
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode):close]))
-    return Instruction(name.removeprefix("ROOT ").lstrip("%"), shape, opcode, operands, rest[close + 1:],
-                       name.startswith("ROOT "))
+    attributes = rest[len(opcode) + 1:close] if opcode == "constant" else rest[close + 1:]  # a constant's is its value
+    return Instruction(name.removeprefix("ROOT ").lstrip("%"), shape, opcode, operands, attributes, name.startswith("ROOT "))
 
 
 def _closing(text: str, start: int) -> int:
@@ -209,20 +226,27 @@ def shape_bytes(shape: str, *, all_spaces: bool = False) -> float:
 
 def _called(instruction: Instruction) -> dict[str, list[str]]:
     found = {}
-    for key, many, one in re.findall(r"(calls|body|to_apply|branch_computations|true_computation|false_computation)="
+    for key, many, one in re.findall(r"(calls|body|condition|to_apply|branch_computations|\w+_computation)="
                                      r"(?:\{([^}]*)\}|%?([\w.\-]+))", instruction.attributes):
         if key != "to_apply" or instruction.opcode == "call":
             found[key] = [name.strip().lstrip("%") for name in many.split(",")] if many else [one]
     return found
 
 
-def _trip_count(instruction: Instruction) -> int:
-    found = re.search(r'"known_trip_count":\s*(\{[^}]*\})', instruction.attributes)
-    return int(json.loads(found.group(1))["n"]) if found else 1
-
-
 def _groups(attributes: str) -> np.ndarray:
-    """Chips by group, (groups, chips): the two ways in which HLO writes replica groups, and pairs of a permutation."""
+    """Chips by group, (groups, chips): the three ways in which HLO writes replica groups, and pairs of a permutation."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
+        chosen = {name: (int(before or 1), int(size or axes[name])) for name, before, size in
+                  re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found.group(2))}
+        # An axis of which only a part takes part is three: what lies before it, the part, what lies behind.
+        shape, inside = [], []
+        for name, size in axes.items():
+            before, part = chosen.get(name, (size, 1))
+            inside += [len(shape) + 1]
+            shape += [before, part, size // (before * part)]
+        order = [i for i in range(len(shape)) if i not in inside] + inside
+        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1, math.prod(shape[i] for i in inside))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, dimensions, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
         devices = np.arange(math.prod(dimensions)).reshape(dimensions)

@@ -147,6 +147,7 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
             total, _ = jax.lax.scan(accumulate, zeros, micro)
             grads, terms = jax.tree.map(lambda x: x / accumulation, total)
 
+        grads = jax.lax.with_sharding_constraint(grads, sharding.fsdp_sharding(grads, mesh))
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -168,6 +169,6 @@ def make_train_step(model: DiT, optimizer: optax.GradientTransformation, diffusi
             ema_params=keep_if_finite(ema_params, state.ema_params),
             opt_state=keep_if_finite(opt_state, state.opt_state),
         )
-        return state, terms | {"grad_norm": grad_norm}
+        return jax.lax.with_sharding_constraint(state, sharding.fsdp_sharding(state, mesh)), terms | {"grad_norm": grad_norm}
 
     return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)

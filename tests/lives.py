@@ -80,11 +80,14 @@ class Life:
     def kill(self, signal: int) -> None:
         os.kill(self.pid, signal)
 
-    def wait_for_batches(self, count: int, seconds: float = 600.0) -> None:
+    def wait_until(self, condition, seconds: float = 600.0) -> None:
         deadline = time.monotonic() + seconds
-        while len(self.ids()) < count:
+        while not condition():
             assert time.monotonic() < deadline, self.text()
-            time.sleep(0.02)
+            time.sleep(0.01)
+
+    def wait_for_batches(self, count: int) -> None:
+        self.wait_until(lambda: len(self.ids()) >= count)
 
     def text(self) -> str:
         return self._log.read_text()

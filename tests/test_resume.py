@@ -44,19 +44,32 @@ def check_same_end(workdir, undisturbed):
 def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
     draw, workdir, everything = random.Random(0), server.folder / "killed", []
     for kill in range(10):
-        wanted = draw.randint(1, 4) if kill else 0  # the first dies before its first step
-        life = server.start(workdir, *RHYTHM, batches=wanted + 1)
-        life.wait_for_batches(wanted)
-        time.sleep(draw.uniform(0.0, 0.5))  # into a save, more often than not
+        # Every third life dies anywhere, its first steps and its start included, the others in a save or after one.
+        life = server.start(workdir, *RHYTHM, batches=5)
+        complete = saves(workdir)[1]
+        if kill % 3 == 0:
+            life.wait_for_batches(draw.randint(0, 4))
+        elif kill % 3 == 1:
+            life.wait_until(lambda life=life: life.ids() and saves(workdir)[0])
+        else:
+            life.wait_until(lambda complete=complete: saves(workdir)[1] - complete)
+        time.sleep(draw.uniform(0.0, 0.2))
         life.kill(signal.SIGKILL)
         assert life.wait() == -signal.SIGKILL
         everything.append(life)
     everything.append(server.run(workdir, *RHYTHM))
-    assert any(life.first_step() for life in everything[:-1])
+    assert sorted({life.first_step() for life in everything})[-1] >= 9
     for life in everything:
         taken = life.ids()
         assert taken == undisturbed[1][life.first_step():][:len(taken)]
     check_same_end(workdir, undisturbed)
+
+
+def saves(workdir):
+    """Names of the saves that are under way (or were, when a kill came), and of those that are complete."""
+    names = {path.name for path in (workdir / "checkpoints").glob("*")}
+    complete = {name for name in names if name.isdigit()}
+    return names - complete, complete
 
 
 def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):

@@ -3,6 +3,7 @@
 DiT: Peebles & Xie, arXiv 2212.09748. LiT: Wang et al., arXiv 2501.12976. Parameter names are those of DiT's checkpoints;
 blocks are scanned, so every leaf under `blocks` carries a leading layer axis.
 """
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lit_jax import sharding
 from lit_jax.models.attention import LinearAttention, SoftmaxAttention, xavier_uniform
 
 # size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
@@ -131,6 +133,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
         D = x.shape[-1]
+        x, c = sharding.split_rows(x), sharding.split_rows(c)
         modulation = nn.Dense(6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation")(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
@@ -195,7 +198,9 @@ class DiT(nn.Module):
         c = TimestepEmbedder(self.width, self.timestep_freq_shift, name="t_embedder")(t)
         c = nn.silu(c + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(y))
 
-        block = Block
+        # Inside remat: the backward pass gathers a layer's weights again instead of keeping them all.
+        block = nn.map_variables(Block, "params", functools.partial(sharding.gather_weights, dtype=self.dtype),
+                                 init=self.is_initializing(), mutable=self.is_initializing())
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,

@@ -1,0 +1,45 @@
+"""Kills a training run again and again at random moments and compares its end, bit by bit, with a run that nobody disturbed.
+
+    python tests/soak.py [KILLS] [SEED]         (100 and 0 if not given; a few seconds a kill on one core)
+"""
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import lives
+
+
+def soak(kills: int, seed: int) -> None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
+    server, draw = lives.Server(folder), random.Random(seed)
+    rhythm = (f"--config.train.steps={4 * kills}", "--config.train.log_every=7", "--config.checkpoint.every=3")
+    expected, workdir = folder / "undisturbed", folder / "killed"
+    ids, started = server.run(expected, *rhythm).ids(), time.monotonic()
+    during_save = 0
+    for kill in range(kills):
+        life = server.start(workdir, *rhythm, batches=draw.randint(1, 8))
+        # From the first moments of a life to long after it stands still, waiting to be killed.
+        time.sleep(draw.uniform(0.0, draw.choice((1.0, 3.0, 8.0))))
+        life.kill(signal.SIGKILL)
+        assert life.wait() == -signal.SIGKILL, life.text()
+        during_save += any(not path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+        taken, first = life.ids(), life.first_step()
+        assert taken == ids[first:][:len(taken)], f"kill {kill}: other images than the undisturbed run saw from step {first}"
+        sys.stdout.write(f"\rkill {kill + 1} of {kills}: went on from step {first}, took {len(taken)} batches ")
+        sys.stdout.flush()
+    life = server.run(workdir, *rhythm)
+    assert lives.losses(workdir) == lives.losses(expected), "other losses"
+    assert lives.fingerprints(workdir, 4 * kills) == lives.fingerprints(expected, 4 * kills), "other parameters"
+    server.close()
+    sys.stdout.write(f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
+                     f"{life.first_step()} of {4 * kills}: same ids, losses, parameters, EMA and optimizer state, every bit; "
+                     f"{time.monotonic() - started:.0f} s\n")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    soak(*(int(argument) for argument in (sys.argv[1:] + ["100", "0"][len(sys.argv) - 1:])))
