@@ -70,7 +70,7 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
 
 
 def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
-    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: `split_rows`, `gather_weights`, and
+    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: `constrain_rows`, `gather_weights`, and
     a kernel that it cannot split by itself (kernels.linear_attention). Without a mesh in context these do nothing.
     """
     @functools.wraps(fn)
@@ -90,7 +90,7 @@ def map_rows(function: Callable, mesh: Mesh) -> Callable:
                                  check_vma=False))
 
 
-def split_rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps the leading axis split over the whole mesh: each device works on its own rows of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))

@@ -133,7 +133,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
         D = x.shape[-1]
-        x, c = sharding.split_rows(x), sharding.split_rows(c)
+        x, c = sharding.constrain_rows(x), sharding.constrain_rows(c)
         modulation = nn.Dense(6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation")(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
