@@ -259,7 +259,7 @@ class Evaluation:
 
     def __init__(self, config: ConfigDict, model: DiT, diffusion: Any, mesh: jax.sharding.Mesh, autoencoder: Any,
                  workdir: pathlib.Path):
-        self._settings = config.evaluate
+        self._settings, self._index = config.evaluate, np.arange(config.evaluate.every_images)
         self._generator = from_config.generators(config, {"model": model}, diffusion, mesh, config.sample.batch_size,
                                                  autoencoder)["model"]
         self._extractor = features.make_extractor(config.evaluate.features, config.evaluate.weights)
@@ -269,8 +269,8 @@ class Evaluation:
 
     def score(self, ema_params: Any) -> dict[str, float]:
         """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images."""
-        index = np.arange(self._settings.every_images)
-        images = records.to_uint8(self._generator(ema_params, index, self._generator.labels(index, "balanced")))
+        labels = self._generator.labels(self._index, "balanced")
+        images = records.to_uint8(self._generator(ema_params, self._index, labels))
         return evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size,
                                      neighbours=self._settings.neighbours, split_size=self._settings.split_size)
 
