@@ -64,7 +64,7 @@ ENTRY %main (x: bf16[28,64,64], z: f32[28,8,64]) -> f32[28,8,64] {
 
 def test_traffic_counts_a_loop_as_often_as_it_runs_and_a_slice_as_a_slice():
     layer, row, stacked = 64 * 64 * 2, 8 * 64 * 4, 28 * 8 * 64 * 4
-    # The slice is read and written, of the product's operands one lies on the chip (S(1)), the update reads and writes a row.
+    # The slice is read and written; of the product's operands one lies on the chip, S(1); the update reads and writes a row.
     body = (2 * layer + 4) + (layer + row) + (2 * row + 4)
     collectives = 28 * 2 * (8 * layer) + 2 * stacked  # read and written once each
     assert hlo.Program(MODULE).traffic() == 28 * body + collectives
