@@ -11,7 +11,6 @@ import faulthandler
 import json
 import os
 import pathlib
-import re
 import signal
 import socket
 import sys
@@ -27,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+ANSWER_SECONDS = 10  # how long one process waits for another's next word once they talk
 SHUTDOWN_SECONDS = 86_400  # processes with nothing left to do wait this long at the end for one that writes a report
 
 
@@ -59,69 +59,105 @@ def tpu_attached() -> bool:
     return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
 
 
-def initialize(*, timeout: int, heartbeat: int) -> None:
+def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> None:
     """Joins the processes of the run, if there are several; call it before anything asks for devices.
 
     Args:
+      fields: what they must agree on, JSON values, nested.
       timeout: seconds to wait for all of them. heartbeat: seconds of silence after which one counts as gone.
-    Raises: TimeoutError naming the processes that did not come.
+    Raises: TimeoutError naming the processes that did not come, ValueError naming those that differ from process 0.
     """
     cluster = find_cluster(os.environ)
     if cluster is None:
         return
-    try:
-        jax.distributed.initialize(**cluster, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat,
-                                   shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    except ValueError as error:
-        if cluster or "coordinator_address" not in str(error):
-            raise
-        # A TPU of one host that no metadata describes.
-    except jax.errors.JaxRuntimeError as error:
-        missing = sorted({int(task) for task in re.findall(r"/task:(\d+)", str(error).split("timed out task names")[-1])})
-        who = f"process {', '.join(map(str, missing))}" if missing else f"process 0 at {cluster.get('coordinator_address')}"
-        raise TimeoutError(f"{who} did not join within {timeout} s (mesh.join_timeout): "
-                           f"{str(error).splitlines()[0][:200]}") from error
+    if "coordinator_address" not in cluster:
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
+
+        names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+        method = cluster.get("cluster_detection_method")
+        cluster = dict(zip(names, ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)))
+    if (cluster["num_processes"] or 1) == 1:
+        return
+    # Not left to JAX: its runtime aborts the process when another does not come, without a name.
+    rendezvous(cluster["coordinator_address"], cluster["num_processes"], cluster["process_id"], fields, timeout=timeout)
+    jax.distributed.initialize(**cluster | {"cluster_detection_method": "deactivate"}, initialization_timeout=int(timeout),
+                               heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+
+
+def rendezvous(address: str, count: int, index: int, fields: dict[str, Any], *, timeout: float) -> None:
+    """Waits until all processes have come to the coordinator's address and compares `fields`; all get the same verdict.
+
+    Process 0 listens there, before JAX's own service does. Raises: as `initialize`.
+    """
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + timeout
+    message = {"index": index, "host": socket.gethostname(), "fields": flatten_dict(fields, sep=".")}
+    message = json.loads(json.dumps(message))
+    if index == 0:
+        kind, text = _judge(int(port), count, message, timeout)
+    else:
+        kind, text = _ask(host, int(port), message, deadline + ANSWER_SECONDS) or (
+            "missing", f"process 0 at {address} did not answer within {timeout + ANSWER_SECONDS:.0f} s (mesh.join_timeout)")
+    if text:
+        raise {"missing": TimeoutError, "differs": ValueError}[kind](text)
+
+
+def _judge(port: int, count: int, ours: dict[str, Any], timeout: float) -> tuple[str, str]:
+    """Process 0's part: collects the messages of the others, and answers each with the verdict."""
+    deadline, there = time.monotonic() + timeout, {}
+    with contextlib.ExitStack() as stack:
+        both = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+        server = stack.enter_context(socket.create_server(("", port), **both))
+        while len(there) < count - 1 and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            # One that gives up, or talks about something else, does not count.
+            with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(ANSWER_SECONDS)
+                stream = stack.enter_context(connection.makefile("rw"))
+                theirs = json.loads(stream.readline())
+                there[theirs["index"]] = theirs, stream
+        missing = [i for i in range(1, count) if i not in there]
+        kind, lines = "missing", []
+        if missing:
+            lines = [f"process {', '.join(map(str, missing))} of {count} did not come within {timeout:.0f} s "
+                     f"(mesh.join_timeout)"]
+        else:
+            kind = "differs"
+            for i, (theirs, _) in sorted(there.items()):
+                lines += [f"process {i} ({theirs['host']}) has {name} = {theirs['fields'].get(name)}, process 0 "
+                          f"({ours['host']}) has {ours['fields'].get(name)}"
+                          for name in sorted(ours["fields"].keys() | theirs["fields"].keys())
+                          if ours["fields"].get(name) != theirs["fields"].get(name)]
+        verdict = kind, "; ".join(lines[:4] + [f"and {len(lines) - 4} more"] * (len(lines) > 4))
+        for _, stream in there.values():
+            with contextlib.suppress(OSError):
+                stream.write(json.dumps(verdict) + "\n")
+                stream.flush()
+        # Whoever closes first keeps the port waiting, and JAX's service wants it next.
+        for _, stream in there.values():
+            with contextlib.suppress(OSError):
+                stream.read()
+    return verdict
+
+
+def _ask(host: str, port: int, message: dict[str, Any], deadline: float) -> tuple[str, str] | None:
+    """Another process's part: tells process 0 its fields and returns the verdict; None when there is none in time."""
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError, ValueError):
+            with socket.create_connection((host, port), left) as connection, connection.makefile("rw") as stream:
+                stream.write(json.dumps(message) + "\n")
+                stream.flush()
+                return tuple(json.loads(stream.readline()))
+        time.sleep(0.2)
+    return None
 
 
 def _runtime() -> Any:
-    """JAX's distributed runtime: num_processes, and a client whose key-value store has timeouts, unlike a collective."""
+    """JAX's distributed runtime: num_processes and the client that knows who is alive."""
     from jax._src import distributed  # no public module offers it
 
     return distributed.global_state
-
-
-def check_agreement(fields: dict[str, Any], *, timeout: float) -> None:
-    """Compares `fields` (JSON values, nested) over all processes; a collective would hang instead of telling who differs.
-
-    Raises: ValueError, on every process, naming the processes that differ from process 0 or did not answer in `timeout` s.
-    """
-    if jax.process_count() == 1:
-        return
-    fields = flatten_dict(fields | {"host": socket.gethostname()}, sep=".")
-    index, store = jax.process_index(), _runtime().client
-    if index:
-        store.key_value_set(f"lit_jax/fields/{index}", json.dumps(fields))
-        try:
-            verdict = json.loads(store.blocking_key_value_get("lit_jax/verdict", int(1000 * (timeout + 10))))
-        except jax.errors.JaxRuntimeError as error:
-            raise TimeoutError(f"process 0 did not answer within {timeout + 10:.0f} s (mesh.join_timeout)") from error
-    else:
-        ours, verdict, deadline = json.loads(json.dumps(fields)), [], time.monotonic() + timeout
-        for other in range(1, jax.process_count()):
-            left = max(0.0, deadline - time.monotonic())
-            try:
-                theirs = json.loads(store.blocking_key_value_get(f"lit_jax/fields/{other}", int(1000 * left) + 1))
-            except jax.errors.JaxRuntimeError:
-                verdict.append(f"process {other} did not answer within {timeout:.0f} s (mesh.join_timeout)")
-                continue
-            differing = [name for name in sorted(ours.keys() | theirs.keys())
-                         if name != "host" and ours.get(name) != theirs.get(name)]
-            verdict += [f"process {other} ({theirs['host']}) has {name} = {theirs.get(name)}, "
-                        f"process 0 ({ours['host']}) has {ours.get(name)}" for name in differing]
-        store.key_value_set("lit_jax/verdict", json.dumps(verdict))
-    if verdict:
-        kind = TimeoutError if any("did not answer" in line for line in verdict) else ValueError
-        raise kind("; ".join(verdict[:4] + [f"and {len(verdict) - 4} more"] * (len(verdict) > 4)))
 
 
 def lost_processes() -> list[int]:

@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     with distributed.shared_fate():
         if MODE.value in RUN_BY_SEVERAL:
-            distributed.initialize(timeout=config.mesh.join_timeout, heartbeat=config.mesh.heartbeat)
             fields = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
-            distributed.check_agreement(fields | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout)
+            distributed.initialize(fields | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
+                                   heartbeat=config.mesh.heartbeat)
         job = importlib.import_module(f"lit_jax.{MODE.value}")
         job.run(config, workdir)
 

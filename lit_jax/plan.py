@@ -179,8 +179,11 @@ class Planner:
         teacher = self.teacher if program == "distill" else None
         teacher_params = self._params(teacher, config.teacher.dtype) if teacher else None
         size = config.model.input_size
-        batch = {"image": array((batch_size, size, size, self.model.in_channels), jnp.uint8),
-                 "label": array((batch_size,), jnp.int32)}
+        # Which of the two the data hold cannot be asked here: as many channels as a picture has are pixels.
+        pixels = self.model.in_channels in (1, 3)
+        batch = {name: array((batch_size, size, size, self.model.in_channels), jnp.uint8 if pixels else jnp.float16)
+                 for name in (("image",) if pixels else ("mean", "log_variance"))}
+        batch |= {name: array((batch_size,), jnp.int32) for name in ("label", "index")}
         key = jax.eval_shape(lambda: jax.random.key(0))
         train_step = from_config.train_step(config, self.model, teacher, optimizer, make_diffusion(), self.mesh)
         return train_step.lower(state, teacher_params, batch, array(key.shape, key.dtype, sharding.replicated(self.mesh)))
