@@ -1,6 +1,10 @@
 """The teacher that ships in lit_jax/assets: a small DiT on 4,500 MNIST digits, trained by plain diffusion.
 
-    python -m lit_jax.main --config=configs/quickstart_teacher.py
+    python -m lit_jax.main --config=configs/quickstart_teacher.py --config.train.steps=5000
+    python -m lit_jax.main --config=configs/quickstart_teacher.py --config.checkpoint.force_config=True
+
+The shipped one was made in these two stretches (the second goes on from the first, on the schedule of 7,000 steps) in 90 minutes
+on two busy CPU cores, and ended at a loss of 0.028 (lit_jax/assets/README.md).
 """
 from configs import default
 
@@ -11,7 +15,7 @@ def get_config():
                         dtype="float32")
     config.student.init = "random"
     config.data.update(name="mnist_digits", dir="data", flip=False, num_threads=1, prefetch=4)
-    config.train.update(batch_size=64, steps=5000, remat="none", log_every=50, preview_every=500, preview_images=10)
+    config.train.update(batch_size=64, steps=7000, remat="none", log_every=50, preview_every=500, preview_images=10)
     config.optimizer.update(learning_rate=1e-3, b2=0.99, clip_norm=1.0, schedule="cosine", warmup=200)
     config.ema.update(decay=0.999, warmup=True)
     config.mesh.cpu_devices = 2              # one a core: twice as fast as one device with two threads
