@@ -18,7 +18,7 @@ from lit_jax.models import autoencoder
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)     # half the resolution
 VARIANTS = {
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
-    "sdxl": dict(latent_channels=4, scaling_factor=0.13025, block_out_channels=(8, 16, 16), layers_per_block=2),
+    "sdxl": dict(latent_channels=4, scaling_factor=0.13025, layers_per_block=2),
     "sd3": dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
                 use_post_quant_conv=False),
     "no_attention": dict(mid_block_add_attention=False),
@@ -131,8 +131,9 @@ def test_log_variance_is_clipped():
     np.testing.assert_allclose(draw, mean, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [(20, 20), (36, 12)])
-def test_tiling_computes_what_diffusers_tiles(size, tmp_path):
+def test_tiling_computes_what_diffusers_tiles(tmp_path):
+    """Three by two tiles, the last ones narrower, so that tiles are blended with blended ones on both sides."""
+    size = (28, 20)
     model = make_torch(sample_size=16)
     model.save_pretrained(tmp_path)
     ours = port(tmp_path, tile_size=8)
@@ -147,8 +148,10 @@ def test_tiling_computes_what_diffusers_tiles(size, tmp_path):
     assert rel(mean, to_numpy(posterior.mean)) < 1e-5
     assert rel(logvar, to_numpy(posterior.logvar)) < 1e-5
     assert rel(ours.decode(z), to_numpy(decoded)) < 1e-5
-    untiled = dataclasses.replace(ours, tile_size=0)
-    assert rel(untiled.decode(z), to_numpy(decoded)) > 1e-3     # it is not the untiled result
+    model.disable_tiling()
+    with torch.no_grad():
+        untiled = model.decode(to_torch(z)).sample
+    assert rel(to_numpy(untiled), to_numpy(decoded)) > 1e-3     # and not the untiled result
 
 
 def test_slices_and_shards_do_not_change_the_result(tmp_path):
@@ -156,8 +159,7 @@ def test_slices_and_shards_do_not_change_the_result(tmp_path):
     ours = port(tmp_path)
     z = np.random.default_rng(3).normal(size=(8, 4, 4, 4)).astype(np.float32)
     whole = ours.decode(z)
-    for slice_size in (1, 3):
-        assert_close(dataclasses.replace(ours, slice_size=slice_size).decode(z), whole, reduction=300)
+    assert_close(dataclasses.replace(ours, slice_size=3).decode(z), whole, reduction=300)   # 3 + 3 + 2
     mesh = sharding.make_mesh()
     sharded = ours.decode(jax.device_put(z, sharding.batch_sharding(mesh)))
     assert sharded.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
@@ -173,8 +175,10 @@ def test_bfloat16_decode_is_close_to_float32(tmp_path):
     assert 1e-4 < error < 0.03      # 8 bits of mantissa through some 20 layers
 
 
-def test_latents_are_shifted_and_scaled(pair):
-    _, ours = pair
+def test_latents_are_shifted_and_scaled(tmp_path):
+    make_torch(**VARIANTS["sd3"]).save_pretrained(tmp_path)
+    ours = port(tmp_path)
+    assert (ours.scaling_factor, ours.shift_factor) == (1.5305, 0.0609)
     rng = np.random.default_rng(5)
     mean = rng.normal(size=(1, 4, 4, ours.module.latent_channels)).astype(np.float32)
     latents = ours.to_latents(mean, jnp.full(mean.shape, -30.0), jax.random.key(0))
