@@ -22,9 +22,15 @@ def check_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError for values that cannot work, naming the field and both values."""
     train = config.train
     sharding.check_batch(train.batch_size, mesh)
-    for name in ("steps", "accumulation", "log_every"):
-        if train[name] < 1:
-            raise ValueError(f"train.{name} must be at least 1, got {train[name]}")
+    counts = {"train": ("steps", "accumulation", "log_every", "stop_after_bad_steps"), "checkpoint": ("every", "keep")}
+    if train.preview_every:
+        counts["train"] += ("preview_images",)
+    for group, names in counts.items():
+        for name in names:
+            if config[group][name] < 1:
+                raise ValueError(f"{group}.{name} must be at least 1, got {config[group][name]}")
+    if config.report.num_images:
+        sharding.check_batch(config.sample.batch_size, mesh, "sample.batch_size")
     if train.batch_size % (mesh.size * train.accumulation):
         raise ValueError(f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = "
                          f"{train.accumulation} times the {mesh.size} devices of the mesh")
@@ -32,6 +38,10 @@ def check_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"train.label_dropout must be in [0, 1), got {train.label_dropout}")
     if not 0 <= config.ema.decay < 1:
         raise ValueError(f"ema.decay must be in [0, 1), got {config.ema.decay}")
+    for name, value, choices in (("distill.variance_target", config.distill.variance_target, ("raw", "log_variance")),
+                                 ("sample.cfg_channels", config.sample.cfg_channels, ("3", "all"))):
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
 def student(config: ConfigDict) -> DiT:

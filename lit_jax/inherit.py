@@ -31,8 +31,7 @@ class MergeReport:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
-def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
-                 keep_init: tuple[str, ...] = ()) -> tuple[Any, MergeReport]:
+def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (), keep_init: tuple[str, ...] = ()) -> tuple[Any, MergeReport]:
     """Puts the leaves of `loaded` into the student's fresh parameters, strictly.
 
     Everything outside `blocks/attn` is taken and must match in name and shape; attention stays at init but for the parts
@@ -45,6 +44,16 @@ def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
     Returns: the merged tree and the report.
     Raises: ValueError listing both sides: leaves the source lacks, has too many of, has empty or in another shape.
     """
+    plan, report = plan_merge(loaded, init, load=load, keep_init=keep_init)
+    source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
+    merged = {path: _place([part and part.read(source) for part in plan[path]], leaf) if path in plan else leaf
+              for path, leaf in target.items()}
+    return unflatten_dict(merged, sep="/"), report
+
+
+def plan_merge(loaded: Any, init: Any, *, load: tuple[str, ...],
+               keep_init: tuple[str, ...]) -> tuple[dict[str, "list[Part | None]"], MergeReport]:
+    """What `merge_params` would do, from shapes alone: the parts of each leaf that takes any, and the report."""
     source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
     unknown = [part for part in load if part not in PARTS]
     if unknown:
@@ -54,27 +63,26 @@ def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
             raise ValueError(f"inherit.keep_init names {kept!r}, which is no parameter of the student; "
                              f"its modules: {', '.join(sorted({p.rsplit('/', 1)[0] for p in target}))}")
 
-    merged, inherited, at_init, used, problems = {}, {}, {}, set(), []
+    plan, inherited, at_init, used, problems = {}, {}, {}, set(), []
     for path, leaf in target.items():
         parts = []
         if not any(_under(path, kept) for kept in keep_init):
             parts = _attention_parts(path, source, load) if path.startswith("blocks/attn/") else [Part(path)]
         if not any(parts):
-            merged[path], at_init[path] = leaf, leaf.size
+            at_init[path] = leaf.size
             continue
         missing = [part.path for part in parts if part and part.path not in source]
         if missing:
             problems.append(f"{path} {leaf.shape}: the source has no {missing[0]}")
             continue
         used |= {part.path for part in parts if part}
-        columns = [part and part.read(source) for part in parts]
         wanted = (*leaf.shape[:-1], leaf.shape[-1] // len(parts))
-        wrong = [tuple(c.shape) for c in columns if c is not None and tuple(c.shape) != wanted]
+        wrong = [shape for part in parts if part and (shape := part.shape(source)) != wanted]
         if wrong or not leaf.size:
             problems.append(f"{path}: {wanted} in the student, {wrong[0] if wrong else 'empty'} in the source")
             continue
-        merged[path] = _place(columns, leaf)
-        taken = sum(c is not None for c in columns)
+        plan[path] = parts
+        taken = sum(part is not None for part in parts)
         inherited[path] = leaf.size * taken // len(parts)
         if taken < len(parts):
             at_init[path] = leaf.size - inherited[path]
@@ -87,7 +95,7 @@ def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
             extra.append(f"{path} {tuple(source[path].shape)}: the student has no such parameter")
     if problems or extra:
         raise ValueError("the student cannot inherit: " + "; ".join(sorted(problems) + sorted(extra)))
-    return unflatten_dict(merged, sep="/"), MergeReport(inherited, at_init, left_behind)
+    return plan, MergeReport(inherited, at_init, left_behind)
 
 
 def _under(path: str, module: str) -> bool:
@@ -101,6 +109,10 @@ class Part:
     path: str
     index: int = 0
     count: int = 1
+
+    def shape(self, source: dict) -> tuple[int, ...]:
+        *axes, last = source[self.path].shape
+        return (*axes, last // self.count)
 
     def read(self, source: dict) -> Any:
         leaf = source[self.path]

@@ -62,7 +62,7 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def gather_weights(params: Any, dtype: Any) -> Any:
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
-    """Raises ValueError unless the devices of the mesh divide the batch."""
-    if batch_size % mesh.size:
+    """Raises ValueError unless the devices of the mesh divide the batch, and there is one."""
+    if batch_size < 1 or batch_size % mesh.size:
         raise ValueError(f"{field} = {batch_size} is not a multiple of the {mesh.size} devices of the mesh "
                          f"{dict(mesh.shape)}")

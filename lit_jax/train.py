@@ -54,7 +54,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Shapes, then shardings from shapes, then arrays: no full copy ever sits on one device.
     shapes = step.state_shapes(model, optimizer, config.model.input_size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
+    if init_source:
+        inherit.plan_merge(init_source.params, shapes.params, load=tuple(config.inherit.load),
+                           keep_init=tuple(config.inherit.keep_init))
     teacher_params = load_teacher(teacher, teacher_source, config.teacher.dtype, mesh) if teacher else None
+    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
+    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
+    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
+                        workdir)
+    rows = sharding.batch_sharding(mesh)
+    batches = data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
+                                rows=sharding.process_rows(rows, config.train.batch_size),
+                                num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     start_up.lap("teacher")
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -83,17 +94,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                      source.scaling_factor, ", ".join(f"{x:.2f}" for x in source.deviation()))
     train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh, source.scaling_factor,
                                         source.shift_factor)
-    rows = sharding.batch_sharding(mesh)
-    batches = data.DeviceIterator(
-        data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
-                          rows=sharding.process_rows(rows, config.train.batch_size),
-                          num_threads=config.data.num_threads, prefetch=config.data.prefetch), rows, data_state)
+    batches = data.DeviceIterator(batches, rows, data_state)
     start_up.lap("first batch")
     metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed, "fields": fields}
-    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
-    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
-    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
-                        workdir)
     size = (config.model.input_size,) * 2
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
@@ -227,7 +230,8 @@ def new_student(config: ConfigDict, model: DiT, optimizer: Any, shardings: Any, 
 def read_metrics(window: list[dict[str, jax.Array]], state: step.TrainState) -> dict[str, float]:
     """Means of the steps since the last log line; a skipped step counts in `skipped`, not in the means."""
     window = jax.device_get(window)
-    means = {name: np.mean([metrics[name] for metrics in window]) for name in window[0]}
+    good = [metrics for metrics in window if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])]
+    means = {name: np.mean([metrics[name] for metrics in good or window]) for name in window[0]}
     counters = jax.device_get({"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row})
     return {f"train/{name}": float(value) for name, value in (means | counters).items()}
 

@@ -78,7 +78,7 @@ def reads_of_fields():
     reads = {section: set() for section in sections} | {"": set()}
     for path in (ROOT / "lit_jax").rglob("*.py"):
         tree = ast.parse(path.read_text())
-        # `sample = config.sample` makes `sample` another name of the section within that file.
+        # `sample = config.sample` makes `sample` another name of the section within that file; so does `self._sample = ...`.
         aliases = {}
         for node in ast.walk(tree):
             if (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
@@ -99,7 +99,7 @@ def section_of(node, aliases):
     """"model" for `config.model`, main's `CONFIG.value.model`, or a name that stands for it."""
     if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "CONFIG.value"):
         return node.attr
-    return aliases.get(node.id) if isinstance(node, ast.Name) else None
+    return aliases.get(ast.unparse(node))
 
 
 def test_every_field_is_read_somewhere():
@@ -110,6 +110,17 @@ def test_every_field_is_read_somewhere():
         if name not in reads[section] and "*" not in reads[section]:
             dead.append(field)
     assert not dead, f"nothing in lit_jax reads {', '.join(dead)}"
+
+
+def test_every_field_that_is_read_is_in_the_default():
+    sections = {field.split(".")[0] for field in DEFAULTS}
+    methods = {"to_json_best_effort", "items", "to_dict", "get", "update", "lock", "unlock", "value"}
+    reads = reads_of_fields()
+    assert reads[""] - methods <= sections, f"not in default.py: {sorted(reads[''] - methods - sections)}"
+    for section in sections & set(reads):
+        fields = {field.removeprefix(f"{section}.").split(".")[0] for field in DEFAULTS if field.startswith(f"{section}.")}
+        assert reads[section] - methods - {"*"} <= fields, \
+            f"not in default.py: {[f'{section}.{name}' for name in sorted(reads[section] - methods - {'*'} - fields)]}"
 
 
 def test_a_misspelt_field_fails_at_once():
