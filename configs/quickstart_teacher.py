@@ -3,8 +3,8 @@
     python -m lit_jax.main --config=configs/quickstart_teacher.py --config.train.steps=5000
     python -m lit_jax.main --config=configs/quickstart_teacher.py --config.checkpoint.force_config=True
 
-The shipped one was made in these two stretches (the second goes on from the first, on the schedule of 7,000 steps) in 90 minutes
-on two busy CPU cores, and ended at a loss of 0.028 (lit_jax/assets/README.md).
+The shipped one was made in these two stretches (the second goes on from the first, on the schedule of 7,000 steps) in 90
+minutes on two busy CPU cores, and ended at a loss of 0.028 (lit_jax/assets/README.md).
 """
 from configs import default
 

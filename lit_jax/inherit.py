@@ -31,7 +31,8 @@ class MergeReport:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
-def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (), keep_init: tuple[str, ...] = ()) -> tuple[Any, MergeReport]:
+def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
+                 keep_init: tuple[str, ...] = ()) -> tuple[Any, MergeReport]:
     """Puts the leaves of `loaded` into the student's fresh parameters, strictly.
 
     Everything outside `blocks/attn` is taken and must match in name and shape; attention stays at init but for the parts
