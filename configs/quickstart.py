@@ -18,7 +18,7 @@ def get_config():
     config.teacher.checkpoint = str(ASSETS / "quickstart_teacher.safetensors")
     config.teacher.dtype = "float32"
     config.student.init = "teacher"
-    config.distill.noise_weight = 8.0        # the paper's 0.5 is for 400,000 steps; in hundreds the teacher tells more than noise
+    config.distill.noise_weight = 8.0        # the paper's 0.5 is for 400,000 steps; in hundreds the teacher tells more
     config.train.update(batch_size=32, steps=800, log_every=25, preview_every=400)
     config.optimizer.update(learning_rate=1.5e-3, warmup=25)
     config.ema.decay = 0.98

@@ -70,9 +70,7 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
 
 
 def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
-    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: `constrain_rows`, `gather_weights`, and
-    a kernel that it cannot split by itself (kernels.linear_attention). Without a mesh in context these do nothing.
-    """
+    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: kernels/split.py."""
     @functools.wraps(fn)
     def traced(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -88,23 +86,6 @@ def map_rows(function: Callable, mesh: Mesh) -> Callable:
     """
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), BATCH_SPEC), out_specs=BATCH_SPEC,
                                  check_vma=False))
-
-
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis split over the whole mesh: each device works on its own rows of the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
-
-
-def gather_weights(params: Any, dtype: Any) -> Any:
-    """One layer's parameters whole on every device; matrices in `dtype`, in which they are used, to halve the traffic.
-
-    Left to itself the partitioner may keep the weights split and gather the activations, which are many times larger.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return params
-    cast = jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 2 else p, params)
-    return jax.lax.with_sharding_constraint(cast, PartitionSpec())
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:

@@ -1,4 +1,7 @@
-"""The one place where a kernel meets the mesh: GSPMD cannot split a Pallas call, so each device runs it on its own rows."""
+"""The one place where kernels and models meet the mesh: what GSPMD cannot work out by itself, and has to be told.
+
+The mesh is that of jax.sharding.use_abstract_mesh around the trace (`sharding.on_mesh` sets it). Without one, nothing is done.
+"""
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +23,20 @@ def split_rows(kernel: Callable, rows: tuple[Any, ...], whole: tuple[Any, ...] =
     split, full = PartitionSpec(mesh.axis_names), PartitionSpec()
     in_specs = (split,) * len(rows) + (full,) * len(whole)
     return jax.shard_map(kernel, in_specs=in_specs, out_specs=split, check_vma=False)(*rows, *whole)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keeps the leading axis split over the whole mesh: each device works on its own rows of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
+def gather_weights(params: Any, dtype: Any) -> Any:
+    """One layer's parameters whole on every device; matrices in `dtype`, in which they are used, to halve the traffic.
+
+    Left to itself the partitioner may keep the weights split and gather the activations, which are many times larger.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    cast = jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 2 else p, params)
+    return jax.lax.with_sharding_constraint(cast, PartitionSpec())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lit_jax import sharding
+from lit_jax.kernels.split import constrain_rows, gather_weights
 from lit_jax.models.attention import LinearAttention, SoftmaxAttention, xavier_uniform
 
 # size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
@@ -133,7 +133,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
         D = x.shape[-1]
-        x, c = sharding.constrain_rows(x), sharding.constrain_rows(c)
+        x, c = constrain_rows(x), constrain_rows(c)
         modulation = nn.Dense(6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation")(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
@@ -199,7 +199,7 @@ class DiT(nn.Module):
         c = nn.silu(c + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(y))
 
         # Inside remat: the backward pass gathers a layer's weights again instead of keeping them all.
-        block = nn.map_variables(Block, "params", functools.partial(sharding.gather_weights, dtype=self.dtype),
+        block = nn.map_variables(Block, "params", functools.partial(gather_weights, dtype=self.dtype),
                                  init=self.is_initializing(), mutable=self.is_initializing())
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
