@@ -16,6 +16,6 @@ def get_config():
     config.train.update(batch_size=256, steps=100_000, remat="none", preview_every=5_000, preview_images=20)
     config.optimizer.update(learning_rate=4e-4, b2=0.99, clip_norm=1.0, warmup=1_000)
     config.checkpoint.update(every=5_000, keep=2, keep_every=0)
-    config.sample.update(steps=250, num_images=10_000, batch_size=500, cfg_scale=1.5, cfg_channels="all",
+    config.sample.update(steps=250, num_images=10_000, batch_size=400, cfg_scale=1.5, cfg_channels="all",
                          clip_denoised=True)
     return config

@@ -20,5 +20,5 @@ def get_config():
     config.ema.update(decay=0.999, warmup=True)
     config.mesh.cpu_devices = 2              # one a core: twice as fast as one device with two threads
     config.checkpoint.update(every=500, keep=2, keep_every=0)
-    config.sample.update(steps=50, num_images=100, batch_size=100, cfg_scale=2.0, cfg_channels="all", clip_denoised=True)
+    config.sample.update(steps=50, num_images=120, batch_size=40, cfg_scale=2.0, cfg_channels="all", clip_denoised=True)
     return config
