@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 ANSWER_SECONDS = 10  # how long one process waits for another's next word once they talk
+ZERO_FIRST_SECONDS = 600  # how long the others wait for process 0 to prepare something
 SHUTDOWN_SECONDS = 86_400  # processes with nothing left to do wait this long at the end for one that writes a report
 
 
@@ -158,6 +159,17 @@ def _runtime() -> Any:
     from jax._src import distributed  # no public module offers it
 
     return distributed.global_state
+
+
+@contextlib.contextmanager
+def process_zero_first(name: str) -> Iterator[None]:
+    """Process 0 does what is inside before the others do: for what leaves files that they shall find."""
+    several = _runtime().num_processes > 1
+    if several and _runtime().process_id:
+        _runtime().client.wait_at_barrier(name, 1000 * ZERO_FIRST_SECONDS)
+    yield
+    if several and not _runtime().process_id:
+        _runtime().client.wait_at_barrier(name, 1000 * ZERO_FIRST_SECONDS)
 
 
 def lost_processes(seconds: float) -> list[int]:
