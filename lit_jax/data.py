@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lit_jax import distributed
+
 PREPARED = "prepared.json"  # beside the shards that --mode=prepare writes: how they were made
 
 
@@ -119,7 +121,8 @@ def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.Da
     """
     if name == "mnist_digits":
         builder = MnistDigits(data_dir=directory, file_format="array_record")
-        builder.download_and_prepare()  # does nothing when the files are there
+        with distributed.process_zero_first("mnist_digits"):
+            builder.download_and_prepare()  # does nothing when the files are there
         return builder
     try:
         builder = tfds.builder(name, data_dir=directory)

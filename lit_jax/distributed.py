@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 ANSWER_SECONDS = 10  # how long one process waits for another's next word once they talk
+ZERO_FIRST_SECONDS = 600  # how long the others wait for process 0 to prepare something
 SHUTDOWN_SECONDS = 86_400  # processes with nothing left to do wait this long at the end for one that writes a report
 
 
@@ -160,20 +161,39 @@ def _runtime() -> Any:
     return distributed.global_state
 
 
-def lost_processes() -> list[int]:
-    """The processes of the run that no longer answer."""
-    everyone = list(range(_runtime().num_processes))
-    try:
-        return sorted(set(everyone) - set(_runtime().client.get_live_nodes(everyone)))
-    except jax.errors.JaxRuntimeError:
-        return [0]  # the one that holds the register of the others
+@contextlib.contextmanager
+def process_zero_first(name: str) -> Iterator[None]:
+    """Process 0 does what is inside before the others do: for what leaves files that they shall find."""
+    several = _runtime().num_processes > 1
+    if several and _runtime().process_id:
+        _runtime().client.wait_at_barrier(name, 1000 * ZERO_FIRST_SECONDS)
+    yield
+    if several and not _runtime().process_id:
+        _runtime().client.wait_at_barrier(name, 1000 * ZERO_FIRST_SECONDS)
+
+
+def lost_processes(seconds: float) -> list[int]:
+    """The processes of the run that no longer answer; asks for `seconds`, after which all that are silent are at work."""
+    everyone, lost = list(range(_runtime().num_processes)), []
+
+    def ask():  # this waits until each of the others asks too, or is found dead
+        try:
+            lost.extend(sorted(set(everyone) - set(_runtime().client.get_live_nodes(everyone))))
+        except jax.errors.JaxRuntimeError:
+            lost.append(0)  # the one that holds the register of the others
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return lost
 
 
 @contextlib.contextmanager
-def shared_fate() -> Iterator[None]:
+def shared_fate(heartbeat: float) -> Iterator[None]:
     """Turns the end of a job into the exit statuses above.
 
     One of several processes leaves at once: a normal exit would first wait for the others, a lost one among them.
+    Args: heartbeat: seconds of silence after which another process counts as gone.
     """
     try:
         yield
@@ -187,7 +207,7 @@ def shared_fate() -> Iterator[None]:
             status, message = 1, f"error: {error}"
         else:
             traceback.print_exc()
-            lost = lost_processes()
+            lost = lost_processes(heartbeat + ANSWER_SECONDS)
             status = EXIT_TRY_AGAIN if lost else 1
             message = (f"process {', '.join(map(str, lost))} is gone, so this one stops; run the same command again to go "
                        f"on from the last checkpoint" if lost else "this process has failed; the others will stop too")

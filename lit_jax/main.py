@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    with distributed.shared_fate():
+    with distributed.shared_fate(config.mesh.heartbeat):
         if MODE.value in RUN_BY_SEVERAL:
             fields = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
             distributed.initialize(fields | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,

@@ -129,3 +129,18 @@ def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch)
     time.sleep(2.5)
     watchdog.close()
     assert 1 <= len(reports) <= 3
+
+
+def test_a_process_that_fails_alone_leaves_although_the_others_are_silent(monkeypatch, capsys):
+    class Silent:
+        def get_live_nodes(self, everyone):
+            time.sleep(60)
+
+    left = []
+    runtime = type("Runtime", (), {"num_processes": 2, "client": Silent()})
+    monkeypatch.setattr(distributed, "_runtime", lambda: runtime)
+    monkeypatch.setattr(distributed, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    with pytest.raises(SystemExit), distributed.shared_fate(heartbeat=0.1):
+        raise RuntimeError("out of memory, here alone")
+    assert left == [1] and "out of memory, here alone" in capsys.readouterr().err
