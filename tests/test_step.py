@@ -230,12 +230,12 @@ def compiled(data, fsdp, **change):
 BATCH = make_images(16, size=SIZE)
 
 
-def run(steps, params, teacher, data=2, fsdp=4, batch=BATCH, **change):
+def run(steps, params, teacher_params, data=2, fsdp=4, batch=BATCH, **change):
     """The host state after so many steps, and each step's metrics."""
     train_step, place, put = compiled(data, fsdp, **change)
     state, history = place(params), []
     for _ in range(steps):
-        state, metrics = train_step(state, teacher, put(batch), RNG)
+        state, metrics = train_step(state, teacher_params, put(batch), RNG)
         history.append({name: float(value) for name, value in metrics.items()})
     return jax.device_get(state), history
 
@@ -246,7 +246,7 @@ def test_the_loss_falls_on_one_repeated_batch_and_its_terms_add_up(start):
     for metrics in history:
         total = metrics["mse"] + metrics["vb"] + 0.5 * metrics["kd_noise"] + 0.05 * metrics["kd_variance"]
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
-    for name in ("loss", "mse", "vb", "kd_noise"):
+    for name in ("loss", "mse", "vb"):  # not the distance to the teacher: that of this test is random, and mse pulls away
         first, last = (np.mean([metrics[name] for metrics in part]) for part in (history[:5], history[-5:]))
         assert last < 0.7 * first, name
     assert state.step == 40 and state.skipped == 0
@@ -265,12 +265,18 @@ def test_the_teacher_does_not_move(start):
     assert jax.tree.all(moved)      # every leaf of the student does
 
 
-def test_the_state_is_donated_and_keeps_its_sharding(start):
+def test_the_state_is_donated(start):
+    params, teacher = start
+    train_step, place, put = compiled(1, 1)
+    old = place(params)
+    train_step(old, teacher, put(BATCH), RNG)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+
+
+def test_the_state_keeps_its_sharding(start):
     params, teacher = start
     train_step, place, put = compiled(2, 4)
-    old = place(params)
-    new, _ = train_step(old, teacher, put(BATCH), RNG)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+    new, _ = train_step(place(params), teacher, put(BATCH), RNG)
     fresh = place(params)
     jax.tree.map(lambda a, b: pytest.fail(f"{a.sharding}") if not a.sharding.is_equivalent_to(b.sharding, a.ndim) else None,
                  new, fresh)
