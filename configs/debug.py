@@ -11,4 +11,6 @@ def get_config():
     config.optimizer.warmup = 1
     config.sample.update(steps=4, num_images=10, batch_size=8)
     config.report.num_images = 8
+    config.distill.noise_weight = 0.5
+    config.sample.cfg_scale = 2.0
     return config
