@@ -137,7 +137,7 @@ def test_nothing_is_replicated_by_accident(planned):
     gathered = distill["collectives"]["all-gather"]["bytes"]
     assert gathered <= (2 + 1) * 4 * parameters
     assert distill["collectives"]["all-gather"]["runs"] >= layers
-    assert distill["collectives"].get("all-to-all", {"bytes": 0})["bytes"] < 0.01 * 4 * parameters
+    assert distill["collectives"].get("all-to-all", {"bytes": 0})["bytes"] < 0.02 * 4 * parameters
     # Gradients are summed once, whether by reduce-scatter or all-reduce: nothing the size of the batch is.
     reduced = sum(entry["bytes"] for kind, entry in distill["collectives"].items() if "reduce" in kind)
     assert reduced <= 2.5 * 4 * parameters
