@@ -120,8 +120,8 @@ def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.Da
     Raises: FileNotFoundError, in the words of the config's `field`.name and .dir, when it is not prepared there.
     """
     if name == "mnist_digits":
-        builder = MnistDigits(data_dir=directory, file_format="array_record")
         with distributed.process_zero_first("mnist_digits"):
+            builder = MnistDigits(data_dir=directory, file_format="array_record")
             builder.download_and_prepare()  # does nothing when the files are there
         return builder
     try:
