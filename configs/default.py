@@ -133,6 +133,8 @@ def get_config() -> ConfigDict:
         sampler="ddpm",                         # ddpm, ddim, dpm++
         steps=250,                              # model evaluations an image
         spacing="",                             # timesteps: respaced, leading, trailing, linspace; empty: the sampler's own
+        variance="",                            # ddpm's noise: learned_range, fixed_small, fixed_large; empty: learned_range,
+                                                #   or fixed_large of a model without a variance head
         eta=0.0,                                # ddim's noise: 0 none, 1 as much as ddpm
         order=2,                                # dpm++'s order, 1 to 3
         num_images=64,

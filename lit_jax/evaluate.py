@@ -13,6 +13,7 @@ import json
 import pathlib
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -113,6 +114,8 @@ def score_images(extractor: features.Extractor, images: np.ndarray, reference: S
 
 # Files of images.
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)     # what the bytes of a broken archive provoke
+
 
 def npz_shape(path: pathlib.Path) -> tuple[int, ...]:
     """Shape of the images `arr_0` of an npz, from its header; raises ValueError unless they are (N, H, W, C) uint8."""
@@ -130,9 +133,12 @@ def _open_member(path, name):
 
 
 def _read_npy_header(member, path):
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(member)
+    try:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(member)
+    except (ValueError, *DAMAGE) as error:
+        raise ValueError(f"{path}: the header of arr_0 cannot be read: {error}") from error
     if dtype != np.uint8 or len(shape) != 4 or fortran_order or shape[-1] not in (1, 3):
         raise ValueError(f"{path}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}, "
                          "expected uint8 (N, H, W, 1 or 3)")
@@ -146,19 +152,66 @@ def npz_batches(path: pathlib.Path, num_images: int, batch_size: int) -> Iterato
         for start in range(0, num_images, batch_size):
             size = min(batch_size, num_images - start)
             bytes_wanted = size * int(np.prod(shape))
-            chunk = member.read(bytes_wanted)
+            try:
+                chunk = member.read(bytes_wanted)
+            except DAMAGE as error:
+                raise ValueError(f"{path}: arr_0 is damaged after {start} images: {error}") from error
             if len(chunk) != bytes_wanted:
                 raise ValueError(f"{path} is truncated: its header promises more than the {start} images it holds")
             yield np.frombuffer(chunk, np.uint8).reshape(size, *shape)
 
 
-def npz_protocol(path: pathlib.Path) -> dict[str, Any]:
-    """What the sampling job wrote beside the images, or {} for a file from elsewhere."""
-    with np.load(path) as archive:
-        return json.loads(str(archive["protocol"])) if "protocol" in archive else {}
+def npz_json(path: pathlib.Path, name: str) -> dict[str, Any]:
+    """What the sampling job wrote as `name` beside the images, or {} for a file from elsewhere."""
+    with _open_archive(path) as archive:
+        return _read_json(path, archive, name) if name in archive else {}
+
+
+def _open_archive(path):
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, *DAMAGE) as error:
+        raise ValueError(f"{path} is not an npz file: {error}") from error
+
+
+def _read_json(path, archive, name):
+    try:
+        value = json.loads(str(archive[name]))
+    except (ValueError, *DAMAGE) as error:
+        raise ValueError(f"{path}: {name} cannot be read as JSON text: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name} is a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 # References.
+
+_ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}      # ADM's names
+
+
+def _read_floats(path, archive, name, ndim):
+    """An array of finite numbers, float64; whatever else a file may hold under that name is refused."""
+    try:
+        array = archive[name]
+    except (ValueError, KeyError, *DAMAGE) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+    if array.dtype.kind != "f" or array.ndim != ndim or not np.isfinite(array).all():
+        raise ValueError(f"{path}: {name} is {array.dtype} {array.shape}, expected {ndim} axes of finite floats")
+    return array.astype(np.float64)
+
+
+def _read_moments(path, archive, dims):
+    """{output: (mean, covariance)} of the arrays that are there, each of the size that the network gives."""
+    moments = {}
+    for key, (mean_name, covariance_name) in _ARRAYS.items():
+        if mean_name in archive.files:
+            mean, covariance = (_read_floats(path, archive, name, ndim)
+                                for name, ndim in ((mean_name, 1), (covariance_name, 2)))
+            if mean.shape != (dims[key],) or covariance.shape != (dims[key],) * 2:
+                raise ValueError(f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} are not of the "
+                                 f"network's {dims[key]} features")
+            moments[key] = mean, covariance
+    return moments
 
 
 def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, batch_size: int,
@@ -177,17 +230,13 @@ def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, b
         raise FileNotFoundError(f"evaluate.reference {path} not found")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"evaluate.reference {path} is not an npz file")
-    with np.load(path) as archive:
+    with _open_archive(path) as archive:
         keys = set(archive.files)
         if "features" in keys and "protocol" in keys:
             return _read_own_statistics(path, archive, extractor)
-        moments = {}
         owner = None if "mu" not in keys else "inception_adm" if "mu_s" in keys else "inception_pytorch_fid"
-        if owner == extractor.name:
-            moments["pool"] = (archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64))
-            if "mu_s" in keys:
-                moments["spatial"] = (archive["mu_s"].astype(np.float64), archive["sigma_s"].astype(np.float64))
-        elif "arr_0" not in keys:
+        moments = _read_moments(path, archive, features.dims(extractor)) if owner == extractor.name else {}
+        if not moments and "arr_0" not in keys:
             raise ValueError(f"evaluate.reference {path} holds statistics of {owner} and no images; they do not compare "
                              f"with evaluate.features = {extractor.name}" if owner else
                              f"evaluate.reference {path} holds neither statistics nor images, but {sorted(keys)}")
@@ -214,28 +263,24 @@ def spread(count: int, wanted: int) -> np.ndarray:
 def dataset_reference(name: str, split: str, directory: str, extractor: features.Extractor, *, batch_size: int,
                       num_neighbour_images: int, cache: pathlib.Path) -> Statistics:
     """Statistics of a whole split of a data set; computed once, then read from `cache`."""
-    if cache.is_file():
-        with np.load(cache) as archive:
-            reference = _read_own_statistics(cache, archive, extractor)
-        source = {"data": f"{name}:{split}"}
-        if reference.identity.items() >= source.items() and len(reference.features) == min(
-                reference.count, num_neighbour_images):
-            return reference
     source = data.open_source(name, directory, split)
     if not isinstance(source, data.ImageSource):
         raise ValueError(f"evaluate.reference {name}:{split} holds latents, images are needed")
     count = len(source)
+    keep = spread(count, num_neighbour_images)
+    identity = {"data": f"{name}:{split}", "count": count, "neighbour_images": len(keep)}
+    if cache.is_file():
+        with _open_archive(cache) as archive:
+            reference = _read_own_statistics(cache, archive, extractor)
+        if reference.identity == identity:
+            return reference
     logging.info("computing %s statistics of the %d images of %s:%s", extractor.name, count, name, split)
     batches = (np.stack([source[i]["image"] for i in range(start, min(start + batch_size, count))])
                for start in range(0, count, batch_size))
-    keep = spread(count, num_neighbour_images)
-    reference = collect(extractor, batches, batch_size, keep=keep,
-                        identity={"data": f"{name}:{split}", "count": count, "neighbour_images": len(keep)})
-    write_statistics(cache, reference, extractor)
+    reference = collect(extractor, batches, batch_size, keep=keep, identity=identity)
+    if jax.process_index() == 0:        # in training every process computes them: they may have no folder in common
+        write_statistics(cache, reference, extractor)
     return reference
-
-
-_ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}      # ADM's names
 
 
 def write_statistics(path: pathlib.Path, statistics: Statistics, extractor: features.Extractor) -> None:
@@ -243,19 +288,25 @@ def write_statistics(path: pathlib.Path, statistics: Statistics, extractor: feat
     arrays = {name: array for key, moments in statistics.moments.items() for name, array in zip(_ARRAYS[key], moments)}
     protocol = {"extractor": extractor.protocol, "identity": statistics.identity, "count": statistics.count}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")      # a killed run leaves no half-written reference behind
-    np.savez(partial, features=statistics.features, protocol=json.dumps(protocol), **arrays)
+    partial = beside(path, ".partial")      # a killed run leaves no half-written reference behind
+    with partial.open("wb") as file:
+        np.savez(file, features=statistics.features, protocol=json.dumps(protocol), **arrays)
     partial.replace(path)
 
 
 def _read_own_statistics(path, archive, extractor):
-    protocol = json.loads(str(archive["protocol"]))
+    protocol = _read_json(path, archive, "protocol")
+    missing = {"extractor", "identity", "count"} - protocol.keys()
+    if missing:
+        raise ValueError(f"{path}: its protocol lacks {', '.join(sorted(missing))}; it is not one of our references")
     differences = _differences(protocol["extractor"], extractor.protocol)
     if differences:
         raise ValueError(f"{path} holds statistics of another protocol: {'; '.join(differences)}")
-    moments = {key: (archive[mean], archive[covariance])
-               for key, (mean, covariance) in _ARRAYS.items() if mean in archive}
-    return Statistics(protocol["count"], moments, archive["features"], None, protocol["identity"])
+    dims = features.dims(extractor)
+    kept = _read_floats(path, archive, "features", 2).astype(np.float32)
+    if kept.shape[1] != dims["pool"]:
+        raise ValueError(f"{path}: features {kept.shape} are not of the network's {dims['pool']}")
+    return Statistics(protocol["count"], _read_moments(path, archive, dims), kept, None, protocol["identity"])
 
 
 # Protocols: what makes two numbers comparable.
@@ -299,7 +350,7 @@ def check_comparable(results: dict[str, dict[str, Any]], across: tuple[str, ...]
 def write_report(path: pathlib.Path, result: dict[str, Any]) -> None:
     """Writes path.json and path.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    beside(path, ".json").write_text(json.dumps(result, indent=2) + "\n")
     lines = ["# Evaluation", "", "| score | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in result["scores"].items()]
     if "self_check" in result:
@@ -309,9 +360,18 @@ def write_report(path: pathlib.Path, result: dict[str, Any]) -> None:
                   f"{'equal' if row['passed'] else 'DIFFERENT'} |" for row in result["self_check"]]
     lines += ["", "## Protocol", "", "| field | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in flatten(result["protocol"]).items()]
-    lines += ["", f"{result['samples_file']}, {result['images_per_second']:.1f} images/s through the network on "
-              f"{result['device']}.", ""]
-    path.with_suffix(".md").write_text("\n".join(lines))
+    if "samples_file" in result:
+        lines += ["", f"{result['samples_file']}, {result['images_per_second']:.1f} images/s through the feature network on "
+                  f"{result['device']}."]
+    if speed := result.get("sampling_speed"):
+        lines += ["", f"Drawn at {speed['images_per_second']:.1f} images/s on {speed['devices']} x {speed['device']}."]
+    lines.append("")
+    beside(path, ".md").write_text("\n".join(lines))
+
+
+def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
+    """path + ending; `with_suffix` would take the 5 of samples_cfg1.5 for a suffix."""
+    return path.with_name(path.name + ending)
 
 
 def write_grid(path: pathlib.Path, images: np.ndarray, columns: int = 8) -> None:
@@ -324,42 +384,52 @@ def write_grid(path: pathlib.Path, images: np.ndarray, columns: int = 8) -> None
 
 
 def write_comparison(path: pathlib.Path, results: dict[str, dict[str, Any]], across: tuple[str, ...]) -> None:
-    """Writes path.json, path.md, and path.png: Frechet distance against what differs, and precision against recall."""
-    varied = [key for key in dict.fromkeys(key for result in results.values() for key in flatten(result["protocol"]))
-              if len({str(flatten(result["protocol"]).get(key)) for result in results.values()}) > 1]
-    x_name = next((key for key in varied if all(isinstance(flatten(r["protocol"]).get(key), int | float)
-                                                for r in results.values())), None)
+    """Writes path.json, path.md, and path.png: Frechet distance against what differs, and precision against recall.
+
+    The first field that differs and is a number, those of `across` first, is the abscissa: the guidance scale, or the
+    step. Runs that differ in other fields too, two models say, are curves of their own.
+    """
+    protocols = {run: flatten(result["protocol"]) for run, result in results.items()}
+    varied = [key for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol)
+              if len({str(protocol.get(key)) for protocol in protocols.values()}) > 1]
+    x_name = next((key for key in (*across, *varied) if key in varied and all(
+        isinstance(protocol.get(key), int | float) for protocol in protocols.values())), None)
     if x_name:
-        results = dict(sorted(results.items(), key=lambda item: flatten(item[1]["protocol"])[x_name]))
+        results = dict(sorted(results.items(), key=lambda item: protocols[item[0]][x_name]))
     names = list(next(iter(results.values()))["scores"])
-    rows = {run: [str(flatten(result["protocol"]).get(key)) for key in varied] for run, result in results.items()}
-    lines = ["# Comparison", "", f"| run | {' | '.join([*varied, *names])} |", "|---" * (1 + len(varied) + len(names)) + "|"]
-    lines += [f"| {run} | {' | '.join([*rows[run], *(f'{v:.4f}' for v in result['scores'].values())])} |"
-              for run, result in results.items()]
+    lines = ["# Comparison", "", f"| {' | '.join(['run', *varied, *names, 'images/s drawn'])} |",
+             "|---" * (2 + len(varied) + len(names)) + "|"]
+    for run, result in results.items():
+        speed = result.get("sampling_speed", {}).get("images_per_second")
+        cells = [run, *(str(protocols[run].get(key)) for key in varied)]
+        cells += [*(f"{value:.4f}" for value in result["scores"].values()), f"{speed:.1f}" if speed else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join([*lines, ""]))
-    path.with_suffix(".json").write_text(json.dumps({"across": list(across), "runs": results}, indent=2) + "\n")
+    beside(path, ".md").write_text("\n".join([*lines, ""]))
+    beside(path, ".json").write_text(json.dumps({"across": list(across), "runs": results}, indent=2) + "\n")
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    runs, distance = list(results), names[0]
-    distances = [results[run]["scores"][distance] for run in runs]
-    if x_name:
-        left.plot([flatten(results[run]["protocol"])[x_name] for run in runs], distances, "o-")
-        left.set_xlabel(x_name)
-    else:
-        left.bar(runs, distances)
-        left.tick_params(axis="x", rotation=30)
-    left.set_ylabel(distance)
     precision, recall = (next((n for n in names if n.startswith(prefix)), None) for prefix in ("precision_", "recall_"))
+    curves = {}
+    for run in results:
+        others = "\n".join(f"{key} {str(protocols[run].get(key))[:12]}" for key in varied if key != x_name)
+        curves.setdefault(others if x_name else run, []).append(run)
+    for label, runs in curves.items():
+        x = [protocols[run][x_name] if x_name else run for run in runs]
+        left.plot(x, [results[run]["scores"][names[0]] for run in runs], "o-", label=label)
+        if precision:
+            rows = [(results[run]["scores"][recall], results[run]["scores"][precision]) for run in runs]
+            right.plot(*zip(*rows), "o-", label=label)
+            for text, at in zip(x, rows):
+                right.annotate(str(text), at)
+    if len(curves) > 1 and x_name:
+        left.legend(fontsize="small")
+    left.set(xlabel=x_name or "", ylabel=names[0])
+    left.tick_params(axis="x", rotation=0 if x_name else 30)
     if precision:
-        for run in runs:
-            x, y = results[run]["scores"][recall], results[run]["scores"][precision]
-            right.plot(x, y, "o")
-            right.annotate(str(flatten(results[run]["protocol"])[x_name]) if x_name else run, (x, y))
-        right.set_xlabel(recall)
-        right.set_ylabel(precision)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+        right.set(xlabel=recall, ylabel=precision)
+    figure.savefig(beside(path, ".png"), dpi=120)
 
 
 def self_check(scores: dict[str, float]) -> list[dict[str, Any]]:
@@ -399,10 +469,42 @@ def compare(files: Iterable[str], across: tuple[str, ...], workdir: pathlib.Path
         if not path.is_file():
             raise FileNotFoundError(f"evaluate.compare: {path} not found")
         name = path.stem if path.stem not in results else str(path)
-        results[name] = json.loads(path.read_text())
+        results[name] = read_result(path)
     check_comparable(results, across)
     write_comparison(workdir / "comparison", results, across)
     logging.info("compared %d evaluations in %s", len(results), workdir / "comparison.md")
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any]:
+    """An evaluation_*.json; raises ValueError for any other file."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:         # not text, or not JSON
+        raise ValueError(f"evaluate.compare: {path} is no evaluation_*.json: {error}") from error
+    if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("scores", "protocol")):
+        raise ValueError(f"evaluate.compare: {path} is no evaluation_*.json: it has no scores and protocol")
+    return result
+
+
+def check_settings(settings: ml_collections.ConfigDict, num_images: int) -> None:
+    """Raises ValueError for numbers that cannot work, before anything is computed."""
+    for name in ("batch_size", "neighbours", "split_size"):
+        if settings[name] < 1:
+            raise ValueError(f"evaluate.{name} must be at least 1, got {settings[name]}")
+    for name, count in (("num_neighbour_images", settings.num_neighbour_images), ("number of images", num_images)):
+        if count <= settings.neighbours:
+            raise ValueError(f"evaluate.neighbours = {settings.neighbours} needs more images than that, but the "
+                             f"{name} is {count}")
+
+
+def make_result(extractor: features.Extractor, scores: dict[str, float], reference: Statistics, *, num_images: int,
+                neighbours: int, split_size: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Scores with the protocol that they were made by; `sampling` says how the images were drawn."""
+    protocol = extractor.protocol | {"num_images": num_images, "reference": reference.identity, "neighbours": neighbours,
+                                     "samples": sampling}
+    if extractor.scores_classes:
+        protocol["inception_score_split_size"] = split_size
+    return {"scores": scores, "protocol": protocol, "device": jax.local_devices()[0].device_kind}
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -417,11 +519,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     samples_file = pathlib.Path(settings.samples or workdir / "samples.npz")
     available, *shape = npz_shape(samples_file)
     num_images = settings.num_images or available
-    if num_images > available:
+    if not 0 < num_images <= available:
         raise ValueError(f"evaluate.num_images = {num_images}, but {samples_file} holds {available} images")
+    check_settings(settings, num_images)
     if settings.self_check and (settings.features, num_images) != ("inception_adm", 50_000):
         raise ValueError("evaluate.self_check holds 50,000 images against published scores of inception_adm: "
                          f"evaluate.features is {settings.features}, and there are {num_images} images")
+    sampling = npz_json(samples_file, "protocol")
     extractor = features.make_extractor(settings.features, settings.weights)
     reference = make_reference(settings.reference, config.data.dir, workdir, extractor, batch_size=settings.batch_size,
                                num_neighbour_images=settings.num_neighbour_images)
@@ -432,19 +536,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     images_per_second = num_images / (time.monotonic() - start)
     scores = score(extractor, samples, reference, neighbours=settings.neighbours, split_size=settings.split_size)
 
-    sampling = npz_protocol(samples_file)
-    protocol = extractor.protocol | {
-        "num_images": num_images, "reference": reference.identity, "neighbours": settings.neighbours,
-        "samples": sampling or {"file": samples_file.name}}
-    if samples.logits is not None:
-        protocol["inception_score_split_size"] = settings.split_size
-    result = {"scores": scores, "protocol": protocol, "samples_file": str(samples_file), "image_shape": shape,
-              "images_per_second": images_per_second, "device": jax.local_devices()[0].device_kind}
+    result = make_result(extractor, scores, reference, num_images=num_images, neighbours=settings.neighbours,
+                         split_size=settings.split_size, sampling=sampling or {"file": samples_file.name})
+    result |= {"samples_file": str(samples_file), "image_shape": shape, "images_per_second": images_per_second}
+    if speed := npz_json(samples_file, "speed"):
+        result["sampling_speed"] = speed
     if settings.self_check:
         result["self_check"] = self_check(scores)
-    path = workdir / f"evaluation_{sampling.get('step', samples_file.stem)}"
+    path = workdir / f"evaluation_{samples_file.stem}"
     write_report(path, result)
-    write_grid(path.with_suffix(".png"), next(npz_batches(samples_file, min(64, num_images), 64)))
+    write_grid(beside(path, ".png"), next(npz_batches(samples_file, min(64, num_images), 64)))
     for name, value in scores.items():
         logging.info("eval/%s = %.4f", name, value)
     failed = [row for row in result.get("self_check", []) if not row["passed"]]

@@ -192,6 +192,13 @@ def _apply(network, preprocess, params, images):
     return network(params, preprocess(images))
 
 
+def dims(extractor: Extractor) -> dict[str, int]:
+    """How many numbers an image has in each of the network's outputs."""
+    image = extractor.prepare(np.zeros((1, 64, 64, 3), np.uint8))
+    shapes = jax.eval_shape(lambda params, x: extractor.network(params, extractor.preprocess(x)), extractor.params, image)
+    return {key: shape.shape[1] for key, shape in shapes.items()}
+
+
 def extract(extractor: Extractor, batches: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Features of batches of images, on all devices of this process.
 

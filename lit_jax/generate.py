@@ -1,6 +1,6 @@
 """Images from a model: one jitted sampler over the mesh, and the label and noise that belong to image number i."""
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,8 +14,19 @@ from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.models.dit import DiT
 
 # The fields of config.sample that an image depends on, besides its number, label and seed.
-SETTINGS = ("sampler", "steps", "spacing", "eta", "order", "cfg_scale", "cfg_channels", "cfg_interval", "clip_denoised")
+SETTINGS = ("sampler", "steps", "spacing", "variance", "eta", "order", "cfg_scale", "cfg_channels", "cfg_interval",
+            "clip_denoised")
 LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's key; its label takes one far away
+
+
+def protocol(settings: Mapping[str, Any], *, seed: int, dtype: str, weights: str, autoencoder: dict[str, Any] | None,
+             labels: str) -> dict[str, Any]:
+    """Everything that the uint8 images of a generator depend on: what has to be equal for their scores to be comparable.
+
+    Args: settings: config.sample. weights: the hash of the model's. autoencoder: what identifies it, None for pixels.
+    """
+    return {"weights": weights, "seed": seed, "dtype": dtype, "autoencoder": autoencoder or "none",
+            "uint8": "clip(127.5 x + 128) truncated", "labels": labels} | {name: settings[name] for name in SETTINGS}
 
 
 class Generator:
@@ -26,18 +37,24 @@ class Generator:
     Args:
       size: height = width of an image in the model's space. batch_size: global; the mesh must divide it.
       sampler, steps, spacing, eta, order: see `samplers.make_grid`; cfg_*: see `samplers.sample`.
+      variance: DDPM's noise, see `samplers.make_grid`; empty: "learned_range" of a model that predicts it, else
+        "fixed_large".
       clip_denoised: clip the predicted x_start to [-1, 1]: for models of pixels.
     """
 
     def __init__(self, model: DiT, diffusion: Diffusion, mesh: jax.sharding.Mesh, *, size: int, seed: int, sampler: str,
                  steps: int, batch_size: int, cfg_scale: float, cfg_channels: str, cfg_interval: tuple[float, float],
-                 clip_denoised: bool, spacing: str = "", eta: float = 0.0, order: int = 2,
+                 clip_denoised: bool, spacing: str = "", variance: str = "", eta: float = 0.0, order: int = 2,
                  autoencoder: Autoencoder | None = None):
         sharding.check_batch(batch_size, mesh, "sample.batch_size")
         self.batch_size, self._num_classes, self._seed = batch_size, model.num_classes, seed
         self._sharding = sharding.batch_sharding(mesh)
+        variance = variance or ("learned_range" if model.learn_sigma else "fixed_large")
+        if variance == "learned_range" and not model.learn_sigma:
+            raise ValueError("sample.variance = learned_range, but model.learn_sigma = False: the model predicts no variance")
+        samplers.check_guidance(cfg_channels, cfg_interval)
         grid = samplers.make_grid(diffusion, sampler, steps, spacing=spacing or None, eta=eta, order=order,
-                                  variance="learned_range" if model.learn_sigma else "fixed_large")
+                                  variance=variance)
         root = jax.random.key(seed)
 
         def draw(params, index, labels):

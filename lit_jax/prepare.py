@@ -97,7 +97,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
     """Width first, then height, with pixels rounded between: what Pillow did in one call before version 13.
 
-    Since then it takes the height first where that shrinks much more, and one pixel in eight differs by a grey level.
+    Since then it takes the height first where that is less work, and pixels differ by a grey level or more.
     """
     return image.resize((width, image.height), resample).resize((width, height), resample)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import time
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -42,25 +43,38 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     labels = generator.labels(index, sample.labels)
 
     folder = workdir / "samples"
-    claim(folder, protocol(config, source.report.checksum, identity))
+    claim(folder, generate.protocol(sample.to_dict(), seed=config.seed, dtype=config.model.dtype,
+                                    weights=source.report.checksum, autoencoder=identity, labels=sample.labels))
     missing = np.array([not image_path(folder, i).exists() for i in index], np.int32)
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))  # one list for all: they draw a batch together
     params = porting.load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=jax.process_index() > 0) as progress:
         task = progress.add_task("", total=len(index), completed=len(index) - len(todo))
-        drawing = None
+        drawing, clock, compiled = None, time.monotonic(), 0
         for start in range(0, len(todo) + sample.batch_size, sample.batch_size):
             batch = todo[start:start + sample.batch_size]
             ahead = (batch, generator.draw(params, batch, labels[batch])) if len(batch) else None
             if drawing:  # written while the device draws the next one
+                if start == sample.batch_size and ahead:    # the clock starts after the first batch, which compiles
+                    jax.block_until_ready(drawing[1])
+                    clock, compiled = time.monotonic(), len(drawing[0])
                 save_batch(folder, *drawing)
                 progress.advance(task, len(drawing[0]))
             drawing = ahead
     multihost_utils.sync_global_devices("samples written")
     if jax.process_index() == 0:
+        about = {"protocol": json.loads((folder / "protocol.json").read_text())}
+        speed = folder / "speed.json"
+        if len(todo):
+            speed.write_text(json.dumps({"images_per_second": (len(todo) - compiled) / (time.monotonic() - clock),
+                                         "device": jax.devices()[0].device_kind, "devices": jax.device_count()}) + "\n")
+        if speed.exists():      # of the last run that drew any
+            about["speed"] = json.loads(speed.read_text())
+            logging.info("%.1f images/s on %d x %s", *(about["speed"][name] for name in
+                                                       ("images_per_second", "devices", "device")))
         paths = [image_path(folder, i) for i in index]
-        write_npz(workdir / "samples.npz", paths, labels, json.loads((folder / "protocol.json").read_text()))
+        write_npz(workdir / "samples.npz", paths, labels, about)
         shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
         records.square_grid(shown).save(workdir / "samples.png")
         logging.info("%d images in %s, their grid in samples.png, all of them in samples.npz", len(index), folder)
@@ -78,13 +92,6 @@ def save_batch(folder: pathlib.Path, index: np.ndarray, images: jax.Array) -> No
     for row, image in local_rows(images):
         if row < len(index):
             save_image(image_path(folder, index[row]), records.to_uint8(image))
-
-
-def protocol(config: ConfigDict, weights: str, autoencoder: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that the images depend on; it travels in the npz."""
-    sample = config.sample.to_dict()
-    return {"weights": weights, "seed": config.seed, "dtype": config.model.dtype, "autoencoder": autoencoder or "none",
-            "uint8": "clip(127.5 x + 128) truncated"} | {name: sample[name] for name in (*generate.SETTINGS, "labels")}
 
 
 def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
@@ -120,8 +127,8 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     return image[..., None] if image.ndim == 2 else image
 
 
-def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray, protocol: dict[str, Any]) -> None:
-    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label, protocol beside it."""
+def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray, about: dict[str, dict[str, Any]]) -> None:
+    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label and `about` beside it."""
     part = path.with_suffix(".part")
     shape = (len(images), *read_image(images[0]).shape)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -129,7 +136,7 @@ def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for image in images:
                 file.write(np.ascontiguousarray(read_image(image)).tobytes())
-        for name, value in (("label", labels), ("protocol", np.array(json.dumps(protocol)))):
+        for name, value in {"label": labels, **{name: np.array(json.dumps(text)) for name, text in about.items()}}.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value)
     os.replace(part, path)

@@ -7,7 +7,7 @@ Every sampler here is one linear multistep rule. With x_start_s the model's esti
 so a sampler is a table of coefficients (`Grid`, NumPy float64) and all of them share one `lax.scan`.
 """
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,14 @@ def make_grid(diffusion: diffusion_lib.Diffusion, sampler: str, steps: int, *, s
     return Grid(shown, alphas_cumprod, x_coef, x_start_coefs, noise_scale, bounds)
 
 
+def check_guidance(cfg_channels: str, cfg_interval: Sequence[float]) -> None:
+    """Raises ValueError for channels or an interval of timesteps that `sample` could make no sense of."""
+    if cfg_channels not in ("3", "all"):
+        raise ValueError(f"cfg_channels is '3' or 'all', got {cfg_channels!r}")
+    if len(cfg_interval) != 2 or not cfg_interval[0] <= cfg_interval[1]:
+        raise ValueError(f"cfg_interval is two timesteps, the lower one first, got {tuple(cfg_interval)}")
+
+
 def guide(model_fn: Callable, x: jax.Array, t: jax.Array, y: jax.Array, null_label: int, cfg_scale: float,
           cfg_channels: str) -> jax.Array:
     """Classifier-free guidance, conditional and unconditional in one batch; arXiv 2207.12598.
@@ -206,7 +214,7 @@ def step_noise(rng_keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...
 
 def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, grid: Grid, labels: jax.Array,
            null_label: int, cfg_scale: float = 1.0, cfg_channels: str = "3",
-           cfg_interval: tuple[float, float] | None = None, clip_denoised: bool = False,
+           cfg_interval: tuple[float, float] = (-np.inf, np.inf), clip_denoised: bool = False,
            noise: jax.Array | None = None) -> jax.Array:
     """Draws images; a pure function of its arguments, to be called under jit.
 
@@ -220,17 +228,17 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         grid: the sampler, from `make_grid`.
         labels: (B,) int32. null_label: the label that stands for none, num_classes for DiT.
         cfg_scale: 1 is no guidance, and the model then sees each image once.
-        cfg_interval: guide only where low <= t <= high in training timesteps; None guides at every step.
+        cfg_interval: guide only where low <= t <= high in training timesteps.
         clip_denoised: clip the estimate of x_start to [-1, 1], for models of pixels.
         noise: (B, h, w, C) to start from, in place of the keys' own.
     Returns: (B, h, w, C) float32.
-    Raises: ValueError if cfg_channels is unknown, or the model gives no variance though the grid needs one.
+    Raises: ValueError if cfg_channels or cfg_interval make no sense, or the model gives no variance though the grid
+        needs one.
     """
-    if cfg_channels not in ("3", "all"):
-        raise ValueError(f"cfg_channels is '3' or 'all', got {cfg_channels!r}")
+    check_guidance(cfg_channels, cfg_interval)
     B, C = labels.shape[0], shape[-1]
     steps, order = grid.x_start_coefs.shape
-    low, high = cfg_interval or (-np.inf, np.inf)
+    low, high = cfg_interval
     needs_noise = grid.log_variance_bounds is not None or grid.noise_scale.any()
     is_guided = (grid.timesteps >= low) & (grid.timesteps <= high) & (cfg_scale != 1.0)
 

@@ -67,6 +67,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                                 rows=sharding.process_rows(rows, config.train.batch_size),
                                 num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     start_up.lap("teacher")
+    evaluation = None
+    if config.evaluate.every:
+        evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, identity, workdir)
+        start_up.lap("reference")
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep,
@@ -101,8 +105,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
-
-    evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, workdir) if config.evaluate.every else None
 
     rng = jax.random.key(config.seed)
     in_flight = collections.deque()
@@ -147,7 +149,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
             log.start(now)  # a preview is not training time
         if evaluation and (now % config.evaluate.every == 0 or last):
-            log.write_scores(now, evaluation.score(state.ema_params))
+            log.write_scores(now, evaluation.score(state.ema_params, now))
             log.start(now)
     checkpoints.wait()
     checkpoints.close()
@@ -262,7 +264,11 @@ class Evaluation:
     """Scores a few images of the EMA weights during training, against evaluate.reference."""
 
     def __init__(self, config: ConfigDict, model: DiT, diffusion: Any, mesh: jax.sharding.Mesh, autoencoder: Any,
-                 workdir: pathlib.Path):
+                 identity: dict[str, Any] | None, workdir: pathlib.Path):
+        evaluate.check_settings(config.evaluate, config.evaluate.every_images)
+        self._workdir = workdir
+        self._sampling = generate.protocol(config.sample.to_dict(), seed=config.seed, dtype=config.model.dtype,
+                                           weights="EMA in training", autoencoder=identity, labels="balanced")
         self._settings, self._index = config.evaluate, np.arange(config.evaluate.every_images)
         self._generator = from_config.generators(config, {"model": model}, diffusion, mesh, config.sample.batch_size,
                                                  autoencoder)["model"]
@@ -271,12 +277,20 @@ class Evaluation:
             config.evaluate.reference, config.data.dir, workdir, self._extractor, batch_size=config.evaluate.batch_size,
             num_neighbour_images=config.evaluate.num_neighbour_images)
 
-    def score(self, ema_params: Any) -> dict[str, float]:
-        """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images."""
+    def score(self, ema_params: Any, now: int) -> dict[str, float]:
+        """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images.
+
+        Leaves evaluation_STEP.json and .md, which carry the rest of the protocol.
+        """
         labels = self._generator.labels(self._index, "balanced")
         images = records.to_uint8(self._generator(ema_params, self._index, labels))
-        return evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size,
-                                     neighbours=self._settings.neighbours, split_size=self._settings.split_size)
+        counts = dict(neighbours=self._settings.neighbours, split_size=self._settings.split_size)
+        scores = evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size, **counts)
+        if jax.process_index() == 0:
+            result = evaluate.make_result(self._extractor, scores, self._reference, num_images=len(images), **counts,
+                                          sampling=self._sampling | {"step": now})
+            evaluate.write_report(self._workdir / f"evaluation_{now:07d}", result)
+        return scores
 
 
 def report(config: ConfigDict, generators: dict[str, generate.Generator], params: dict[str, Any], source: data.ImageSource,

@@ -2,6 +2,7 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -46,7 +47,7 @@ def test_images_stream_from_npz_in_file_order(tmp_path, save, num_images, batch_
     batches = list(evaluate.npz_batches(path, num_images, batch_size))
     assert all(len(batch) == batch_size for batch in batches[:-1])
     np.testing.assert_array_equal(np.concatenate(batches), images[:num_images])
-    assert evaluate.npz_protocol(path) == {"steps": 250}
+    assert evaluate.npz_json(path, "protocol") == {"steps": 250} and evaluate.npz_json(path, "speed") == {}
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
@@ -148,7 +149,46 @@ def test_statistics_of_other_features_are_not_used(tmp_path):
         load(tmp_path / "text.npz", adm)
 
 
-def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
+def test_a_hostile_or_damaged_npz_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    """Whatever lies under the names that ADM uses: pickles, other shapes, other types, broken archives."""
+    class Malicious:
+        def __reduce__(self):
+            return (eval, ("__import__('pathlib').Path('was_run').touch()",))
+
+    monkeypatch.chdir(tmp_path)
+    adm, path, images = make_extractor("inception_adm"), tmp_path / "reference.npz", random_images(20)
+    good = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": images}
+    pickled = np.array([Malicious()], object)
+    for change, message in [
+            ({"mu": pickled}, "mu cannot be read: Object arrays cannot be loaded"),
+            ({"arr_0": pickled}, "arr_0 is object"),
+            ({"protocol": pickled, "features": np.zeros((4, 12))}, "protocol cannot be read as JSON text: Object arrays"),
+            ({"protocol": "[1]", "features": np.zeros((4, 12))}, "protocol is a JSON list"),
+            ({"protocol": "{}", "features": np.zeros((4, 12))}, "its protocol lacks count, extractor, identity"),
+            ({"mu": np.zeros(13)}, r"mu \(13,\) and sigma \(12, 12\) are not of the network's 12 features"),
+            ({"sigma_s": np.eye(4)}, r"mu_s \(3,\) and sigma_s \(4, 4\) are not of the network's 3 features"),
+            ({"sigma": np.full((12, 12), np.nan)}, r"sigma is float64 \(12, 12\), expected 2 axes of finite floats"),
+            ({"mu": np.array("text")}, r"mu is <U4 \(\), expected 1 axes of finite floats")]:
+        np.savez(path, **good | change)
+        with pytest.raises(ValueError, match=f"reference.npz: {message}"):
+            load(path, adm)
+    np.savez(path, **{key: value for key, value in good.items() if key != "sigma"})
+    with pytest.raises(ValueError, match="sigma cannot be read"):
+        load(path, adm)
+    np.savez(path, **good)
+    content = bytearray(path.read_bytes())
+    content[content.index(images.tobytes()[:64]) + 700] ^= 1            # in the second batch of 8 images
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="arr_0 is damaged after|Bad CRC"):
+        load(path, adm)
+    with path.open("wb") as file:
+        np.save(file, pickled)
+    with pytest.raises(ValueError, match="not an npz file"):
+        load(path, adm)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path, monkeypatch):
     extractor, cache = make_extractor(), tmp_path / "reference.npz"
     kwargs = dict(batch_size=100, num_neighbour_images=50, cache=cache)
     first = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
@@ -162,6 +202,12 @@ def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path):
     np.testing.assert_array_equal(load(cache, extractor).features, first.features)
     with pytest.raises(ValueError, match="another protocol: weights is 'w1' and 'w2'"):
         load(cache, make_extractor(weights="w2"))
+    # Another process of a training run computes them too, and leaves the file to process 0.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    kwargs["num_neighbour_images"] = 40
+    assert len(evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs).features) == 40
+    assert cache.stat().st_mtime_ns == written
+    monkeypatch.undo()
     kwargs["num_neighbour_images"] = 60
     more = evaluate.dataset_reference("mnist_digits", "test", str(tmp_path), extractor, **kwargs)
     assert len(more.features) == 60
@@ -183,25 +229,55 @@ def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
         workdir = tmp_path / f"cfg_{cfg_scale}"
         workdir.mkdir()
         samples = np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
-        np.savez(workdir / "samples.npz", arr_0=samples,
-                 protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale, "step": 7}))
-        evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), workdir)
-        files.append(str(workdir / "evaluation_7.json"))
+        np.savez(workdir / f"samples_{cfg_scale}.npz", arr_0=samples,
+                 protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale}),
+                 speed=json.dumps({"images_per_second": 12.34, "device": "abacus", "devices": 2}))
+        evaluate.run(make_config(reference=str(tmp_path / "reference.npz"), samples=str(workdir / f"samples_{cfg_scale}.npz")),
+                     workdir)
+        path = workdir / f"evaluation_samples_{cfg_scale}"         # the scale's fraction is part of the name
+        files.append(f"{path}.json")
         result = json.loads(pathlib.Path(files[-1]).read_text())
         assert list(result["scores"]) == ["fd_efficientnet_lite0_8", "precision_efficientnet_lite0_8",
                                           "recall_efficientnet_lite0_8"]
         assert result["protocol"]["samples"]["cfg_scale"] == cfg_scale and result["protocol"]["weights"]
-        assert "fd_efficientnet_lite0_8" in (workdir / "evaluation_7.md").read_text()
-        assert Image.open(workdir / "evaluation_7.png").size == (8 * 32, 32)
+        report = pathlib.Path(f"{path}.md").read_text()
+        assert "fd_efficientnet_lite0_8" in report and "Drawn at 12.3 images/s on 2 x abacus" in report
+        assert Image.open(f"{path}.png").size == (8 * 32, 32)
         distances.append(result["scores"]["fd_efficientnet_lite0_8"])
     assert distances[1] < distances[2] < distances[0]
 
     evaluate.run(make_config(compare=tuple(files)), tmp_path / "all")
     table = (tmp_path / "all" / "comparison.md").read_text()
-    assert [float(row.split("|")[2]) for row in table.splitlines()[4:]] == [1.0, 1.5, 4.0]       # sorted by scale
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert rows[0] == ["run", "samples.cfg_scale", *result["scores"], "images/s drawn"]
+    assert [row[1:3] for row in rows[2:]] == [[str(scale), f"{distances[i]:.4f}"] for scale, i in ((1.0, 1), (1.5, 2), (4.0, 0))]
+    assert {row[-1] for row in rows[2:]} == {"12.3"}
     assert Image.open(tmp_path / "all" / "comparison.png").width > 500
     with pytest.raises(ValueError, match="samples.cfg_scale is 4.0 and 1.0"):
         evaluate.run(make_config(compare=tuple(files), compare_across=()), tmp_path / "all")
+
+
+def test_the_curve_over_guidance_scales_has_a_line_for_each_model(tmp_path, monkeypatch):
+    """And its abscissa is the field that was asked for, though the seed differs too and comes first."""
+    drawn = []
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, **kwargs: drawn.append((figure, path)))
+    results = {}
+    for weights, distances in (("a" * 64, {4.0: 9.0, 1.0: 7.0, 1.5: 5.0}), ("b" * 64, {1.5: 6.0, 1.0: 8.0})):
+        for scale, distance in distances.items():
+            protocol = {"samples": {"seed": len(weights) - 64 + (weights[0] == "b"), "weights": weights, "cfg_scale": scale}}
+            results[f"{weights[0]}{scale}"] = {"protocol": protocol, "scores": {
+                "fid_adm_50k": distance, "precision_adm_50k": distance / 10, "recall_adm_50k": scale / 10}}
+    across = ("samples.cfg_scale", "samples.weights", "samples.seed")
+    evaluate.check_comparable(results, across)
+    evaluate.write_comparison(tmp_path / "comparison.1", results, across)
+    (figure, path), = drawn
+    left, right = figure.axes
+    assert path.name == "comparison.1.png" and left.get_xlabel() == "samples.cfg_scale" and left.get_ylabel() == "fid_adm_50k"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert list(lines.values()) == [[[1.0, 7.0], [1.5, 5.0], [4.0, 9.0]], [[1.0, 8.0], [1.5, 6.0]]]
+    assert all(f"samples.weights {name * 12}" in label for name, label in zip("ab", lines))
+    assert right.lines[1].get_xydata().tolist() == [[0.1, 0.8], [0.15, 0.6]]
+    assert json.loads((tmp_path / "comparison.1.json").read_text())["runs"] == results
 
 
 def result_of(**protocol):
@@ -239,11 +315,22 @@ def test_self_check_passes_at_the_published_figures_and_fails_beside_them():
     (dict(samples="SAMPLES", reference="cifar10"), ValueError, "'cifar10' is neither an npz file nor DATASET:SPLIT"),
     (dict(samples="SAMPLES", reference="nowhere.npz"), FileNotFoundError, "evaluate.reference nowhere.npz not found"),
     (dict(samples="SAMPLES", self_check=True), ValueError, "features is efficientnet_lite0, and there are 4 images"),
+    (dict(samples="SAMPLES", num_images=-1), ValueError, "num_images = -1, but .* holds 4 images"),
+    (dict(samples="SAMPLES", batch_size=0), ValueError, "evaluate.batch_size must be at least 1, got 0"),
+    (dict(samples="SAMPLES", neighbours=0), ValueError, "evaluate.neighbours must be at least 1, got 0"),
+    (dict(samples="SAMPLES", split_size=0), ValueError, "evaluate.split_size must be at least 1, got 0"),
+    (dict(samples="SAMPLES", num_images=3), ValueError, "neighbours = 3 needs more images .* number of images is 3"),
+    (dict(samples="SAMPLES", num_neighbour_images=2), ValueError, "neighbours = 3 needs .* num_neighbour_images is 2"),
     (dict(compare=("a.json",)), FileNotFoundError, "evaluate.compare: a.json not found"),
+    (dict(compare=("SAMPLES",)), ValueError, "evaluate.compare: .*images.npz is no evaluation"),
+    (dict(compare=("CONFIG",)), ValueError, "config.json is no evaluation_.*: it has no scores and protocol"),
 ])
 def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, message):
     np.savez(tmp_path / "images.npz", arr_0=random_images(4))
-    fields = {key: str(tmp_path / "images.npz") if value == "SAMPLES" else value for key, value in fields.items()}
+    (tmp_path / "config.json").write_text("{}")
+    files = {"SAMPLES": str(tmp_path / "images.npz"), "CONFIG": str(tmp_path / "config.json")}
+    fields = {key: tuple(files.get(name, name) for name in value) if key == "compare" else files.get(value, value)
+              for key, value in fields.items()}
     with pytest.raises(error, match=message):
         evaluate.run(make_config(**fields), tmp_path / "workdir")
     assert not (tmp_path / "workdir").exists()

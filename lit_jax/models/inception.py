@@ -223,6 +223,9 @@ def _read_flax_pickle(path):
 
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} holds a {type(tree).__name__}, expected a nested dict of arrays")
-    flatten(tree, "")
+    try:
+        flatten(tree, "")
+    except RecursionError as error:
+        raise ValueError(f"{path} nests its dicts without end") from error
     flat.pop("fc/bias", None)
     return flat
