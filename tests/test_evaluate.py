@@ -250,7 +250,8 @@ def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
     table = (tmp_path / "all" / "comparison.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert rows[0] == ["run", "samples.cfg_scale", *result["scores"], "images/s drawn"]
-    assert [row[1:3] for row in rows[2:]] == [[str(scale), f"{distances[i]:.4f}"] for scale, i in ((1.0, 1), (1.5, 2), (4.0, 0))]
+    expected = zip(("1.0", "1.5", "4.0"), sorted(distances))
+    assert [row[1:3] for row in rows[2:]] == [[scale, f"{distance:.4f}"] for scale, distance in expected]
     assert {row[-1] for row in rows[2:]} == {"12.3"}
     assert Image.open(tmp_path / "all" / "comparison.png").width > 500
     with pytest.raises(ValueError, match="samples.cfg_scale is 4.0 and 1.0"):

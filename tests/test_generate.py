@@ -97,7 +97,24 @@ def test_a_model_without_a_variance_head_samples():
     assert images.shape == (3, SIZE, SIZE, 1) and np.isfinite(images).all()
 
 
+def test_a_variance_can_be_fixed_though_the_model_predicts_one(generator, images):
+    """Learned is the default of a model that predicts it; the two fixed ones are other chains."""
+    index = np.arange(8)
+    labels = generator.labels(index, "random")
+    small, large = (make_generator(1, variance=name)(PARAMS, index, labels) for name in ("fixed_small", "fixed_large"))
+    for one, other in ((images[:8], small), (images[:8], large), (small, large)):
+        assert np.abs(one - other).max() > 0.01
+    with pytest.raises(ValueError, match="sample.variance = learned_range, but model.learn_sigma = False"):
+        make_generator(model=MODEL.clone(learn_sigma=False), variance="learned_range")
+
+
 def test_impossible_requests_are_named(generator):
+    with pytest.raises(ValueError, match="cfg_channels is '3' or 'all', got '2'"):
+        make_generator(cfg_channels="2")
+    with pytest.raises(ValueError, match=r"cfg_interval is two timesteps, the lower one first, got \(9.0, 1.0\)"):
+        make_generator(cfg_interval=(9.0, 1.0))
+    with pytest.raises(ValueError, match="unknown variance 'small'"):
+        make_generator(variance="small")
     with pytest.raises(ValueError, match="sample.batch_size = 12 is not a multiple of the 8 devices"):
         make_generator(batch_size=12)
     with pytest.raises(ValueError, match="sample.labels must be random or balanced, got 'sorted'"):

@@ -108,6 +108,14 @@ def test_a_pickle_cannot_run_code(tmp_path, monkeypatch):
     path.write_bytes(pickle.dumps({"fc": {"kernel": np.array([None], object)}}))
     with pytest.raises(ValueError, match="fc/kernel is a ndarray"):
         inception.load_params(path)
+    endless = {}
+    endless["fc"] = endless
+    path.write_bytes(pickle.dumps(endless))
+    with pytest.raises(ValueError, match="weights.pickle nests its dicts without end"):
+        inception.load_params(path)
+    path.write_bytes(b"cnumpy\nload\n(S'was_run'\ntR.")        # a function of NumPy's own is no array either
+    with pytest.raises(ValueError, match="refuses to load numpy.load"):
+        inception.load_params(path)
     path.write_bytes(b"\x80\x04not a pickle")
     with pytest.raises(ValueError, match="cannot be read"):
         inception.load_params(path)

@@ -1,7 +1,9 @@
 """The preparing job: ADM's crop, the shards and what is in them, interruptions, damage, refusals."""
 import hashlib
+import io
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -302,18 +304,51 @@ def test_a_damaged_image_is_named(folder, tmp_path):
         run(make_config(tmp_path, tmp_path / "images"))
 
 
+def write_source(folder, features, examples):
+    """A TFDS data set in `folder`/NAME/2.0.0 of these examples, as tfds convert_format would leave it."""
+    name = folder.name
+    shards = prepare.Shards(folder / "2.0.0", name, "train", len(examples), len(examples))
+    shards.folder.mkdir(parents=True)
+    prepare.write_about(shards.folder, {"splits": {"train": {"records": len(examples), "shard_records": len(examples)}}})
+    shards.write(0, (features.serialize_example(example) for example in examples), 0)
+    prepare.finish(shards, features, {"source": name, "image_size": 0, "autoencoder": None})
+    (shards.folder / data.PREPARED).unlink()
+
+
+def test_a_tfds_data_set_of_image_files_of_many_sizes_is_decoded_by_pillow(tmp_path):
+    """As imagenet2012 is stored: JPEGs, a PNG and a CMYK among them; TFDS decodes none, so TensorFlow is not asked for."""
+    assert "tensorflow" not in sys.modules
+    rng, files = np.random.default_rng(0), []
+    for i, (kind, mode) in enumerate((("jpeg", "RGB"), ("png", "RGB"), ("jpeg", "CMYK"), ("jpeg", "L"), ("jpeg", "RGB"))):
+        files.append(io.BytesIO())
+        image = Image.fromarray(rng.integers(0, 256, (20 + 30 * i, 90 - 9 * i, 3)).astype(np.uint8)).convert(mode)
+        image.save(files[-1], kind)
+        files[-1].seek(0)
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(num_classes=3),
+        "file_name": tfds.features.Text()})
+    examples = [{"image": file, "label": i % 3, "file_name": f"n0{i}.JPEG"} for i, file in enumerate(files)]
+    write_source(tmp_path / "source" / "photos", features, examples)
+    config = make_config(tmp_path, "unused", source="photos")
+    config.prepare.dir = str(tmp_path / "source")
+    run(config)
+    opened = data.open_source("prepared", config.data.dir, "train")
+    assert len(opened) == 5 and opened.image_shape == (SIZE, SIZE, 3)
+    for i, file in enumerate(files):
+        expected = prepare.center_crop(Image.open(file).convert("RGB"), SIZE)
+        np.testing.assert_array_equal(opened[i]["image"], np.asarray(expected))
+        assert opened[i]["label"] == i % 3 and opened.records[i]["id"].decode() == f"n0{i}.JPEG"
+    assert "tensorflow" not in sys.modules
+
+
 def test_a_tfds_data_set_of_grey_images_keeps_its_channel_and_its_ids(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (7, 20, 24, 1)).astype(np.uint8)
     features = tfds.features.FeaturesDict({
         "image": tfds.features.Tensor(shape=(20, 24, 1), dtype=np.uint8), "label": tfds.features.ClassLabel(num_classes=3),
         "file_name": tfds.features.Text()})
-    source = prepare.Shards(tmp_path / "source" / "grey" / "2.0.0", "grey", "train", 7, 7)
-    source.folder.mkdir(parents=True)
-    prepare.write_about(source.folder, {"splits": {"train": {"records": 7, "shard_records": 7}}})
-    source.write(0, (features.serialize_example({"image": image, "label": i % 3, "file_name": f"{i}.png"})
-                     for i, image in enumerate(pixels)), 0)
-    prepare.finish(source, features, {"source": "grey", "image_size": 20, "autoencoder": None})
+    write_source(tmp_path / "source" / "grey", features, [{"image": image, "label": i % 3, "file_name": f"{i}.png"}
+                                                          for i, image in enumerate(pixels)])
     config = make_config(tmp_path, "unused", source="grey", split="train[1:6]", image_size=12)
     config.prepare.dir = str(tmp_path / "source")
     out = run(config)

@@ -94,7 +94,8 @@ def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_o
 def test_the_npz_holds_images_labels_and_protocol(config, drawn):
     _, workdir = drawn
     with np.load(workdir / "samples.npz") as archive:
-        assert set(archive) == {"arr_0", "label", "protocol"}
+        assert set(archive) == {"arr_0", "label", "protocol", "speed"}
+        speed = json.loads(str(archive["speed"]))
         images, labels, protocol = archive["arr_0"], archive["label"], json.loads(str(archive["protocol"]))
     assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
     for i in (0, 31, 49):
@@ -104,6 +105,17 @@ def test_the_npz_holds_images_labels_and_protocol(config, drawn):
     wanted = {"autoencoder": "none", "sampler": "ddpm", "steps": 3, "cfg_scale": 1.5, "cfg_channels": "all",
               "labels": "random", "seed": 0}
     assert {name: protocol[name] for name in wanted} == wanted
+    assert (speed["device"], speed["devices"]) == ("cpu", 8) and speed["images_per_second"] > 0
+
+
+def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path):
+    """Else the folder would refuse the request that is put right."""
+    for change, message in (({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
+                            ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
+                            ({"variance": "none"}, "unknown variance 'none'"), ({"labels": "sorted"}, "sample.labels must be")):
+        with pytest.raises(ValueError, match=message):
+            draw(config, tmp_path / "workdir", **change)
+        assert not (tmp_path / "workdir").exists()
 
 
 @pytest.mark.parametrize("field, value", [("cfg_scale", 2.0), ("steps", 4), ("labels", "balanced")])

@@ -374,6 +374,12 @@ def test_impossible_requests_are_named(kwargs, message):
         samplers.make_grid(DIFFUSION, **kwargs)
 
 
+@pytest.mark.parametrize("interval", [(700.0, 100.0), (700.0,), (0.0, 1.0, 2.0), (float("nan"), 1.0)])
+def test_an_interval_that_guides_nowhere_by_mistake_is_refused(interval):
+    with pytest.raises(ValueError, match="cfg_interval is two timesteps, the lower one first, got "):
+        run(samplers.make_grid(DIFFUSION, "ddim", 2), cfg_interval=interval)
+
+
 def test_unknown_guided_channels_and_a_missing_variance_are_named():
     with pytest.raises(ValueError, match="cfg_channels is '3' or 'all', got '2'"):
         run(samplers.make_grid(DIFFUSION, "ddim", 2), cfg_channels="2")
