@@ -18,4 +18,5 @@ def get_config():
     config.checkpoint.update(every=5_000, keep=2, keep_every=0)
     config.sample.update(steps=250, num_images=10_000, batch_size=400, cfg_scale=1.5, cfg_channels="all",
                          clip_denoised=True)
+    config.evaluate.update(reference="cifar10:train", num_images=0)     # as many as were drawn
     return config

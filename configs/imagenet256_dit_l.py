@@ -5,8 +5,9 @@
 
 The same command with --config.train.steps=800000 goes on to what LiT-L/2 inherits from.
 
-Expected: FID 23.33 at 400,000 steps without guidance (DiT's figure in LiT's same-budget table). 0.48 TFLOP an image are
-5.0e19 FLOPs: 34 hours on a GPU that sustains 400 TFLOP/s. Not run here.
+Expected: FID 23.33 at 400,000 steps without guidance (DiT's figure in LiT's same-budget table), images decoded by
+sd-vae-ft-mse, as DiT's rows at 400,000 steps were. 0.48 TFLOP an image are 5.0e19 FLOPs: 34 hours on a GPU that sustains
+400 TFLOP/s. Not run here.
 """
 from configs import imagenet256_dit_xl
 
@@ -14,5 +15,6 @@ from configs import imagenet256_dit_xl
 def get_config():
     config = imagenet256_dit_xl.get_config()
     config.model.size = "L"
+    config.autoencoder.checkpoint = "sd-vae-ft-mse"     # decodes; its encoder is that of sd-vae-ft-ema
     config.sample.cfg_scale = 1.0
     return config

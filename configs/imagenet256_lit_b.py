@@ -16,5 +16,6 @@ def get_config():
     config.model.size = "B"
     config.student.init = "workdir/imagenet256_dit_b"      # its newest checkpoint's EMA weights
     config.train.steps = 400_000
+    config.autoencoder.checkpoint = "sd-vae-ft-mse"     # as its DiT: the table's rows without guidance
     config.sample.cfg_scale = 1.0
     return config

@@ -24,11 +24,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lit_jax import data, from_config, sharding
 from lit_jax.models.autoencoder import Autoencoder
+from lit_jax.records import progress
 
 VERSION = "1.0.0"
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -302,11 +302,8 @@ def write_shards(shards: Shards, images: Images, features: tfds.features.Feature
     sizes = [len(shards.rows(shard)[start:start + batch_size])
              for shard in todo for start in range(0, len(shards.rows(shard)), batch_size)]
     batches = encode_batches(reader, sizes, encode)
-    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, disable=process_index > 0) as progress:
-        rows = sum(len(shards.rows(shard)) for shard in own)
-        task = progress.add_task("", total=rows, completed=rows - len(order))
-
+    rows = sum(len(shards.rows(shard)) for shard in own)
+    with progress("preparing", rows, rows - len(order)) as advance:
         def serialized(count):
             while count:
                 batch = next(batches)
@@ -315,7 +312,7 @@ def write_shards(shards: Shards, images: Images, features: tfds.features.Feature
                     example = tf_example_pb2.Example.FromString(features.serialize_example(record))
                     yield example.SerializeToString(deterministic=True)
                 count -= len(batch)
-                progress.advance(task, len(batch))
+                advance(len(batch))
 
         for shard in todo:
             shards.write(shard, serialized(len(shards.rows(shard))), process_index)

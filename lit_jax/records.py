@@ -1,16 +1,22 @@
 """What a run leaves for people: a progress line, metrics as JSON lines and TensorBoard events, image grids, MFU."""
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import tensorboardX
 from absl import logging
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PROGRESS_SECONDS = 60.0
 
 # Peak dense bf16 FLOP/s of one chip, by jax's device_kind; vendors' figures.
 PEAK_FLOPS = {
@@ -135,6 +141,33 @@ def _process_age() -> float:
     except FileNotFoundError:
         return 0.0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """How far a job over images is: a bar on a terminal, elsewhere a log line every PROGRESS_SECONDS; by process 0 alone.
+
+    Yields a function that is told how many more are done.
+    """
+    terminal, shows = sys.stderr.isatty(), jax.process_index() == 0
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not (terminal and shows)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        before, start = done, time.monotonic()
+        logged = start
+
+        def advance(count: int) -> None:
+            nonlocal done, logged
+            done += count
+            bar.advance(task, count)
+            now = time.monotonic()
+            if shows and not terminal and now - logged >= PROGRESS_SECONDS:
+                logged = now
+                speed = (done - before) / (now - start)
+                logging.info("%s: %d of %d images, %.1f images/s, %s left", name, done, total, speed,
+                             _duration((total - done) / speed))
+
+        yield advance
 
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -13,7 +13,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_jax import from_config, generate, porting, records, sharding
 from lit_jax.diffusion import make_diffusion
@@ -48,9 +47,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     missing = np.array([not image_path(folder, i).exists() for i in index], np.int32)
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))  # one list for all: they draw a batch together
     params = porting.load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=jax.process_index() > 0) as progress:
-        task = progress.add_task("", total=len(index), completed=len(index) - len(todo))
+    with records.progress("sampling", len(index), len(index) - len(todo)) as advance:
         drawing, clock, compiled = None, time.monotonic(), 0
         for start in range(0, len(todo) + sample.batch_size, sample.batch_size):
             batch = todo[start:start + sample.batch_size]
@@ -60,7 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                     jax.block_until_ready(drawing[1])
                     clock, compiled = time.monotonic(), len(drawing[0])
                 save_batch(folder, *drawing)
-                progress.advance(task, len(drawing[0]))
+                advance(len(drawing[0]))
             drawing = ahead
     multihost_utils.sync_global_devices("samples written")
     if jax.process_index() == 0:

@@ -8,7 +8,7 @@ import pytest
 from tiny_autoencoder import write_autoencoder
 
 from configs import debug
-from lit_jax import data, from_config, prepare, sample, sharding, step, train
+from lit_jax import benchmark, data, from_config, prepare, sample, sharding, step, train
 from lit_jax.diffusion import make_diffusion
 
 SHARED_TFDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tfds"
@@ -72,6 +72,17 @@ def test_deviation_is_that_of_scaled_draws(source):
     batch = {name: np.stack([r[name][0] for r in records]) for name in ("mean", "log_variance")}
     draws = np.stack([step.images_to_model(batch, jax.random.key(i), 0.5, 0.1) for i in range(8)])
     np.testing.assert_allclose(source.deviation(), draws.std(axis=(0, 1, 2, 3)), rtol=0.01)
+
+
+def test_the_input_pipeline_can_be_timed_alone(tmp_path):
+    config = debug.get_config()
+    config.benchmark.update(what=("data",), repeats=1)
+    config.data.update(dir=str(tmp_path), num_threads=1, prefetch=1)
+    config.train.batch_size = 24
+    benchmark.run(config, tmp_path / "workdir")
+    row, = json.loads((tmp_path / "workdir" / "benchmark.json").read_text())["rows"]
+    assert (row["what"], row["batch"], row["threads"]) == ("data mnist_digits", 24, 1)
+    assert row["images/s"] == pytest.approx(24e3 / row["ms"]) and row["images/core second"] > 0
 
 
 # What is refused.

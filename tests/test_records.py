@@ -76,6 +76,18 @@ def test_mfu_is_reported_where_the_peak_is_known(tmp_path, monkeypatch, known):
     log.close()
 
 
+def test_a_long_job_logs_how_far_it_is_where_there_is_no_terminal(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "absl")
+    clock = iter((0.0, 30.0, 70.0, 100.0, 200.0))
+    monkeypatch.setattr(records.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(records.sys.stderr, "isatty", lambda: False, raising=False)
+    with records.progress("preparing", 1000, 400) as advance:       # 400 were there already: they are no speed
+        for count in (10, 60, 30, 100):
+            advance(count)
+    assert [record.getMessage() for record in caplog.records] == [
+        "preparing: 470 of 1000 images, 1.0 images/s, 8m50s left", "preparing: 600 of 1000 images, 1.0 images/s, 6m40s left"]
+
+
 def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
