@@ -183,13 +183,14 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, blo
 
     Precision is the share of samples inside the manifold of the reference (the union of balls that reach to each
     feature's k-th neighbour), recall the share of the reference inside that of the samples. Distances are float32;
-    both sides are first moved to the reference's mean, which changes no distance but keeps their squares small.
+    both sides are first moved by the reference's mean, rounded to integers: that changes no distance but keeps their squares
+    small, and features of few digits stay exact, so that what lies on a boundary is still inside.
 
     Args: reference (N, D), samples (M, D).
     """
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(f"reference features {reference.shape} and sample features {samples.shape} differ in size")
-    centre = np.asarray(reference, np.float64).mean(axis=0)
+    centre = np.round(np.asarray(reference, np.float64).mean(axis=0))
     reference, samples = ((np.asarray(x) - centre).astype(np.float32) for x in (reference, samples))
     block_size = min(block_size, max(len(reference), len(samples)))
     reference_radii = manifold_radii(reference, k, block_size)

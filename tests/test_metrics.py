@@ -131,6 +131,16 @@ def test_precision_and_recall_are_those_of_brute_force(k, block_size):
     assert metrics.precision_recall(reference, samples, k, block_size) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ties_and_duplicates_count_as_brute_force_counts_them(k):
+    """On a lattice many distances are equal and some are 0: every second decision is one of a boundary."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        reference, samples = (rng.integers(low, low + 6, (count, 3)) for low, count in ((0, 61), (2, 50)))
+        expected = precision_recall_oracle(reference, samples, k)
+        assert metrics.precision_recall(np.float32(reference), np.float32(samples), k, 32) == pytest.approx(expected, abs=1e-12)
+
+
 def test_precision_and_recall_of_equal_and_of_distant_sets():
     points = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
     assert metrics.precision_recall(points, points) == (1.0, 1.0)
