@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_jax import evaluate, features
+from configs import debug
+from lit_jax import evaluate, features, sample, train
 
 
 def make_extractor(name="tiny", weights="w1"):
@@ -279,6 +280,38 @@ def test_the_curve_over_guidance_scales_has_a_line_for_each_model(tmp_path, monk
     assert all(f"samples.weights {name * 12}" in label for name, label in zip("ab", lines))
     assert right.lines[1].get_xydata().tolist() == [[0.1, 0.8], [0.15, 0.6]]
     assert json.loads((tmp_path / "comparison.1.json").read_text())["runs"] == results
+
+
+def test_training_scores_what_sampling_and_evaluation_score_after_it(tmp_path, monkeypatch):
+    """The EMA weights of the last step, the images of the same numbers: one score by both ways, each with its protocol."""
+    monkeypatch.setattr(features, "make_extractor", lambda name, weights: make_extractor())
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(12, size=28)[..., :1])
+    config = debug.get_config()
+    config.model.attention = "softmax"
+    config.student.init = "random"
+    config.optimizer.learning_rate = 0.01           # two steps that can be seen
+    config.ema.decay = 0.5
+    config.data.dir = str(tmp_path / "data")
+    config.train.update(steps=2, batch_size=8, preview_every=0)
+    config.report.num_images = 0
+    config.sample.update(steps=2, num_images=8, batch_size=8, labels="balanced")
+    config.evaluate.update(every=1, every_images=8, num_images=0, batch_size=8, reference=str(tmp_path / "reference.npz"))
+    workdir = tmp_path / "run"
+    train.run(config, workdir)
+    sample.run(config, workdir)
+    evaluate.run(config, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [{name: value for name, value in line.items() if name.startswith("eval/")} | {"step": line["step"]}
+              for line in lines if "eval/fd_tiny_8" in line]
+    during = [json.loads((workdir / f"evaluation_{step:07d}.json").read_text()) for step in (1, 2)]
+    after = json.loads((workdir / "evaluation_samples.json").read_text())
+    assert logged == [{f"eval/{name}": value for name, value in result["scores"].items()} | {"step": step}
+                      for step, result in enumerate(during, 1)]
+    assert during[1]["scores"] == pytest.approx(after["scores"], rel=1e-4) and during[0]["scores"] != during[1]["scores"]
+    with pytest.raises(ValueError, match="samples.weights is 'EMA in training' and"):
+        evaluate.check_comparable({"during": during[1], "after": after}, ("samples.step",))
+    evaluate.check_comparable({"during": during[1], "after": after}, ("samples.step", "samples.weights"))
+    evaluate.check_comparable({"first": during[0], "second": during[1]}, ("samples.step",))
 
 
 def result_of(**protocol):
