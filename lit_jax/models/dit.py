@@ -237,6 +237,8 @@ def make_dit(*, size: str, depth: int = 0, width: int = 0, num_heads: int = 0, a
     size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
     depth, width = depth or size_depth, width or size_width
     num_heads = num_heads or (softmax_heads if attention == "softmax" else linear_heads)
+    if width % 4:
+        raise ValueError(f"model.width = {width} is not a multiple of 4, as the position table needs")
     if width % num_heads:
         raise ValueError(f"model.num_heads = {num_heads} does not divide the width {width}")
     return DiT(depth=depth, width=width, num_heads=num_heads, attention=attention, remat=remat,
