@@ -56,6 +56,9 @@ WORDS = {
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for the first value that can never work, naming the field, the value and what it may be."""
+    missing = [name for *_, names in NUMBERS for name in (*names, *WORDS) if not _has(config, name)]
+    if missing:
+        raise ValueError(f"the config has no field {missing[0]}; get_config() starts from that of configs/default.py")
     for words, allowed, names in NUMBERS:
         for name in names:
             if not allowed(value := _read(config, name)):
@@ -65,6 +68,14 @@ def check(config: ConfigDict) -> None:
     for name, choices in words.items():
         if (value := _read(config, name)) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def _has(config: Any, field: str) -> bool:
+    try:
+        _read(config, field)
+    except (KeyError, TypeError):
+        return False
+    return True
 
 
 def _read(config: ConfigDict, field: str) -> Any:

@@ -69,7 +69,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}{_config_of(argv)}")
+    except Exception as error:  # the config is a program, and anything can happen in one
+        sys.exit(f"error: {type(error).__name__}: {_one_line(error)}{_config_of(argv)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _config_of(argv: list[str]) -> str:
+    """The config file on the command line, in brackets; nothing if there is none."""
+    return "".join(f" ({argument})" for argument in argv if argument.startswith("--config="))
 
 
 def run() -> None:
@@ -77,7 +88,7 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.ste
 
 
 def load(name):
-    """A config as the command line has it: locked."""
-    return importlib.import_module(f"configs.{name}").get_config().lock()
+    """A config, locked as configs/default.py makes them."""
+    return importlib.import_module(f"configs.{name}").get_config()
 
 
 def leaves(config, prefix=""):

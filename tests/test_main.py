@@ -40,11 +40,25 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
     (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
     (["--config=configs/no_such.py"], ["configs/no_such.py"]),
+    (["--config=configs"], ["configs", "directory"]),
     (["--config=configs/debug.py", "stray"], ["stray"]),
     ([], ["--config"]),
 ], ids=lambda value: value[-1] if value and value[-1].startswith("-") else None)
 def test_wrong_flags(monkeypatch, folder, arguments, parts):
     expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", *arguments], *parts)
+
+
+@pytest.mark.parametrize("program, parts", [
+    ("def get_config(:", ["SyntaxError", "line 1"]),
+    ("import no_such_module", ["no_such_module"]),
+    ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
+    ("from configs import default\n\ndef get_config():\n    config = default.get_config()\n    config.train.stepss = 9\n"
+     "    return config", ["stepss"]),
+], ids=["syntax", "import", "dict", "misspelt"])
+def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
+    path = tmp_path / "wrong.py"
+    path.write_text(program)
+    expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", f"--config={path}"], *parts)
 
 
 # What the training job refuses. ---------------------------------------------------------------------------------------
