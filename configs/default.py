@@ -199,4 +199,4 @@ def get_config() -> ConfigDict:
         num_images=0,                           # balanced over the classes, by sample.*; 0: no report
         read_labels=False,                      # fit a pixel classifier on the real images and let it read them
     ))
-    return config
+    return config.lock()  # an experiment that misspells a field fails where it does

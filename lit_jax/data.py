@@ -219,6 +219,13 @@ def make_batches(source: ImageSource | LatentSource, *, batch_size: int, seed: i
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
 
 
+def batch_shapes(source: ImageSource | LatentSource, batch_size: int,
+                 sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `DeviceIterator` hands out of `make_batches`, as shapes, read off the first record."""
+    return {name: jax.ShapeDtypeStruct((batch_size, *np.shape(value)), jax.dtypes.canonicalize_dtype(value.dtype),
+                                       sharding=sharding) for name, value in _no_flip(source[0]).items()}
+
+
 class DeviceIterator:
     """Puts batches on the mesh one ahead of the step; `state` is that of the last batch handed out, not the one ahead.
 

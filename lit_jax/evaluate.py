@@ -487,10 +487,7 @@ def read_result(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_settings(settings: ml_collections.ConfigDict, num_images: int) -> None:
-    """Raises ValueError for numbers that cannot work, before anything is computed."""
-    for name in ("batch_size", "neighbours", "split_size"):
-        if settings[name] < 1:
-            raise ValueError(f"evaluate.{name} must be at least 1, got {settings[name]}")
+    """Raises ValueError for too few images for their neighbours, before anything is computed."""
     for name, count in (("num_neighbour_images", settings.num_neighbour_images), ("number of images", num_images)):
         if count <= settings.neighbours:
             raise ValueError(f"evaluate.neighbours = {settings.neighbours} needs more images than that, but the "
@@ -519,7 +516,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     samples_file = pathlib.Path(settings.samples or workdir / "samples.npz")
     available, *shape = npz_shape(samples_file)
     num_images = settings.num_images or available
-    if not 0 < num_images <= available:
+    if num_images > available:
         raise ValueError(f"evaluate.num_images = {num_images}, but {samples_file} holds {available} images")
     check_settings(settings, num_images)
     if settings.self_check and (settings.features, num_images) != ("inception_adm", 50_000):

@@ -16,32 +16,28 @@ from lit_jax.models.dit import SIZES, DiT, make_dit
 SHARED_FIELDS = ("in_channels", "num_classes", "learn_sigma")
 # What it has like the student as long as no checkpoint says otherwise.
 TEACHER_DEFAULTS = ("patch_size", "qkv_bias", "timestep_freq_shift", "mlp_norm_epsilon")
+# Where the attentions that are written for one kind of device run.
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 
 
-def check_fields(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for values that cannot work, naming the field and both values."""
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for a batch that the devices do not divide, naming the field and both values."""
     train = config.train
     sharding.check_batch(train.batch_size, mesh)
-    counts = {"train": ("steps", "accumulation", "log_every", "stop_after_bad_steps"), "checkpoint": ("every", "keep")}
-    if train.preview_every:
-        counts["train"] += ("preview_images",)
-    for group, names in counts.items():
-        for name in names:
-            if config[group][name] < 1:
-                raise ValueError(f"{group}.{name} must be at least 1, got {config[group][name]}")
-    if config.report.num_images:
-        sharding.check_batch(config.sample.batch_size, mesh, "sample.batch_size")
     if train.batch_size % (mesh.size * train.accumulation):
         raise ValueError(f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = "
                          f"{train.accumulation} times the {mesh.size} devices of the mesh")
-    if not 0 <= train.label_dropout < 1:
-        raise ValueError(f"train.label_dropout must be in [0, 1), got {train.label_dropout}")
-    if not 0 <= config.ema.decay < 1:
-        raise ValueError(f"ema.decay must be in [0, 1), got {config.ema.decay}")
-    for name, value, choices in (("distill.variance_target", config.distill.variance_target, ("raw", "log_variance")),
-                                 ("sample.cfg_channels", config.sample.cfg_channels, ("3", "all"))):
-        if value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+    if config.report.num_images or config.evaluate.every:
+        sharding.check_batch(config.sample.batch_size, mesh, "sample.batch_size")
+
+
+def check_platform(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for an attention that is asked for by name and that the devices of the mesh cannot run."""
+    platform = mesh.devices.flat[0].platform
+    for field, name in (("model", config.model.implementation), ("teacher", config.teacher.implementation)):
+        wanted = PLATFORMS.get(name, platform)
+        if wanted != platform:
+            raise ValueError(f"{field}.implementation = {name} runs on {wanted} devices, these are {platform} devices")
 
 
 def student(config: ConfigDict) -> DiT:
@@ -73,6 +69,9 @@ def teacher(config: ConfigDict, model: DiT, architecture: dict[str, Any] | None 
     if not fields["num_heads"]:
         raise ValueError(f"{stated.checkpoint} does not say how many heads its width of {fields['width']} has; "
                          f"set teacher.num_heads")
+    if fields["width"] % fields["num_heads"]:
+        raise ValueError(f"teacher.num_heads = {fields['num_heads']} does not divide the width {fields['width']} of "
+                         f"{stated.checkpoint}")
     if stated.size:
         wanted = SIZES.get(stated.size)
         if wanted is None or wanted[:2] != (fields["depth"], fields["width"]):

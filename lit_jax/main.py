@@ -2,7 +2,8 @@
 
     python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
 """
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
@@ -29,19 +30,33 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     import jax  # here: it takes seconds to load, a wrong flag has failed by now
 
-    from lit_jax import distributed
+    from lit_jax import distributed, fields
 
+    fields.check(config)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file, not a folder")
+    if jax.config.jax_platforms is None and only_libtpu() and not distributed.tpu_attached():
+        jax.config.update("jax_platforms", "cpu")
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     with distributed.shared_fate(config.mesh.heartbeat):
         if MODE.value in RUN_BY_SEVERAL:
-            fields = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
-            distributed.initialize(fields | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
+            shared = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
+            distributed.initialize(shared | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
                                    heartbeat=config.mesh.heartbeat)
         job = importlib.import_module(f"lit_jax.{MODE.value}")
         job.run(config, workdir)
+
+
+def only_libtpu() -> bool:
+    """Whether JAX could find no device but a TPU's or the CPU: no plugin for another is installed.
+
+    JAX, where it sees the chips of a TPU, sets jax_platforms itself. Where it does not, libtpu, which planning wants
+    installed on any machine, would be started all the same and complain of the TPU that is not there.
+    """
+    return not (importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def is_ours(record) -> bool:
@@ -54,7 +69,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}{_config_of(argv)}")
+    except Exception as error:  # the config is a program, and anything can happen in one
+        sys.exit(f"error: {type(error).__name__}: {_one_line(error)}{_config_of(argv)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _config_of(argv: list[str]) -> str:
+    """The config file on the command line, in brackets; nothing if there is none."""
+    return "".join(f" ({argument})" for argument in argv if argument.startswith("--config="))
 
 
 def run() -> None:
@@ -62,7 +88,7 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}")
 
 
 if __name__ == "__main__":

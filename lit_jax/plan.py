@@ -139,7 +139,7 @@ class Planner:
         self._peak_flops = records.PEAK_FLOPS[devices[0].device_kind]
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        from_config.check_fields(config, self.mesh)
+        from_config.check_batches(config, self.mesh)
         model = from_config.student(config)
         if model.attention == "linear" and model.implementation is None:
             # Left to itself the op would look at this machine's devices.

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
 }
 
+CLEAR_LINE = "\r\x1b[2K"  # of a terminal
+
 
 class Records:
     """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 writes."""
@@ -35,6 +38,7 @@ class Records:
         self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
         self._active = jax.process_index() == 0
         self._terminal = self._active and sys.stderr.isatty()
+        self._terminal = self._active and sys.stderr.isatty()
         self._clock = None
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
@@ -42,6 +46,8 @@ class Records:
             forget_after(workdir / "metrics.jsonl", first_step)
             self._file = open(workdir / "metrics.jsonl", "a")
             self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        if self._terminal:
+            logging.get_absl_handler().addFilter(_clear_line)
 
     def start(self, step: int) -> None:
         """Starts the clock at `step`, after compilation, so that the first rate is a rate."""
@@ -76,7 +82,8 @@ class Records:
             self._file.write(json.dumps({"step": step} | metrics) + "\n")
             self._file.flush()
             for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+                if math.isfinite(value):  # TensorBoard has no picture of the others, and its writer warns of each
+                    self._events.add_scalar(name, value, step)
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
         if self._active:
@@ -93,17 +100,25 @@ class Records:
         if metrics.get("train/skipped"):
             line += f"  {int(metrics['train/skipped'])} steps skipped"
         if self._terminal:
-            sys.stderr.write("\r\x1b[2K" + line)
+            # A line that wraps could not be cleared again.
+            sys.stderr.write(CLEAR_LINE + line[:shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
         else:
             logging.info(line)
 
     def close(self) -> None:
         if self._terminal:
+            logging.get_absl_handler().removeFilter(_clear_line)
             sys.stderr.write("\n")
         if self._active:
             self._file.close()
             self._events.close()
+
+
+def _clear_line(record: object) -> bool:
+    """A log filter that lets everything pass, onto a line of its own: the progress line makes room."""
+    sys.stderr.write(CLEAR_LINE)
+    return True
 
 
 def forget_after(path: pathlib.Path, step: int) -> None:

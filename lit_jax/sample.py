@@ -29,9 +29,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     drawn by another protocol.
     """
     sample = config.sample
-    if sample.num_images < 1:
-        raise ValueError(f"sample.num_images must be at least 1, got {sample.num_images}")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    from_config.check_platform(config, mesh)
     model = from_config.student(config)
     source = porting.read_checkpoint(sample.checkpoint or workdir)
     check_architecture(model, source.architecture, sample.checkpoint or str(workdir))

@@ -1,5 +1,6 @@
 """The main job: plain diffusion training, or the conversion of a pretrained DiT into a LiT when a teacher is named."""
 import collections
+import contextlib
 import functools
 import json
 import pathlib
@@ -40,43 +41,52 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     start_up = records.StartUp()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    from_config.check_fields(config, mesh)
+    from_config.check_batches(config, mesh)
     model = from_config.student(config)
     teacher, teacher_source = open_teacher(config, model)
-    source = data.open_source(config.data.name, config.data.dir, config.data.split)
-    autoencoder, identity = from_config.autoencoder(config, mesh)
-    from_config.check_data(config, source, identity)
     init_source = open_init_source(config, model, teacher_source)
-    diffusion = make_diffusion()
+    from_config.check_platform(config, mesh)
     optimizer = from_config.optimizer(config)
-    start_up.lap("devices and data")
-
+    diffusion = make_diffusion()
     # Shapes, then shardings from shapes, then arrays: no full copy ever sits on one device.
     shapes = step.state_shapes(model, optimizer, config.model.input_size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
+    wanted = step.with_sharding(shapes, shardings)
     if init_source:
         inherit.plan_merge(init_source.params, shapes.params, load=tuple(config.inherit.load),
                            keep_init=tuple(config.inherit.keep_init))
-    teacher_params = load_teacher(teacher, teacher_source, config.teacher.dtype, mesh) if teacher else None
-    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
-    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
-    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
-                        workdir)
+    source = data.open_source(config.data.name, config.data.dir, config.data.split)
+    autoencoder, identity = from_config.autoencoder(config, mesh)
+    from_config.check_data(config, source, identity)
     rows = sharding.batch_sharding(mesh)
     batches = data.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
                                 rows=sharding.process_rows(rows, config.train.batch_size),
                                 num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    start_up.lap("devices and data")
+
+    teacher_params = load_teacher(teacher, teacher_source, config.teacher.dtype, mesh) if teacher else None
     start_up.lap("teacher")
+
+    # The program before the files: what cannot be compiled here leaves no trace.
+    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
+    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
+    previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
+                        workdir)
     evaluation = None
     if config.evaluate.every:
         evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, identity, workdir)
         start_up.lap("reference")
+    rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh, source.scaling_factor,
+                                        source.shift_factor)
+    batch_shapes = data.batch_shapes(source, config.train.batch_size, rows)
+    train_step = train_step.lower(wanted, teacher_params, batch_shapes, rng).compile()
+    start_up.lap("compilation")
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep,
                                           keep_every=config.checkpoint.keep_every)
     fields = decisive_fields(config, source, teacher_source)
-    wanted = step.with_sharding(shapes, shardings)
     restored = checkpoints.restore(wanted.items(), fields, force=config.checkpoint.force_config)
     # Metrics since the last log line, still on the device: reading them would stop the queue of steps.
     window = []
@@ -96,8 +106,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if isinstance(source, data.LatentSource):
         logging.info("latents of %s times %g: standard deviation %s a channel, about 1 is right", source.autoencoder["name"],
                      source.scaling_factor, ", ".join(f"{x:.2f}" for x in source.deviation()))
-    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh, source.scaling_factor,
-                                        source.shift_factor)
     batches = data.DeviceIterator(batches, rows, data_state)
     start_up.lap("first batch")
     metadata = {"model": architecture(model, config), "data": config.data.name, "seed": config.seed, "fields": fields}
@@ -106,56 +114,53 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
-    rng = jax.random.key(config.seed)
-    in_flight = collections.deque()
-    watchdog = distributed.Watchdog(config.train.watchdog)
-    preemption = distributed.Preemption()
-    for now in range(first_step + 1, config.train.steps + 1):
-        state, metrics = train_step(state, teacher_params, next(batches), rng)
-        window.append(metrics)
-        last = now == config.train.steps
-        if now == first_step + 1:
-            start_up.lap("compilation")
-            jax.block_until_ready(metrics)
-            start_up.lap("first step")
-            logging.info("%s", start_up)
-            batches.take_seconds_waiting()
-            log.start(now)
-        # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
-        in_flight.append(metrics)
-        if len(in_flight) > STEPS_AHEAD:
-            jax.block_until_ready(in_flight.popleft())
-        watchdog.step_ended(now - len(in_flight))
-        if now % config.train.log_every == 0 or last:
-            written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
-            window = []
-            if written["train/skipped_in_a_row"] >= config.train.stop_after_bad_steps:
+    in_flight, bad_in_a_row, save_is_due = collections.deque(), int(state.skipped_in_a_row), False
+    with (contextlib.closing(log), contextlib.closing(distributed.Watchdog(config.train.watchdog)) as watchdog,
+          contextlib.closing(distributed.Preemption()) as preemption):
+        for now in range(first_step + 1, config.train.steps + 1):
+            state, metrics = train_step(state, teacher_params, next(batches), rng)
+            window.append(metrics)
+            last = now == config.train.steps
+            if now == first_step + 1:
+                jax.block_until_ready(metrics)
+                start_up.lap("first step")
+                logging.info("%s", start_up)
+                batches.take_seconds_waiting()
+                log.start(now)
+            # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
+            in_flight.append(metrics)
+            if len(in_flight) > STEPS_AHEAD:
+                bad_in_a_row = 0 if is_finite(in_flight.popleft()) else bad_in_a_row + 1
+            watchdog.step_ended(now - len(in_flight))
+            if now % config.train.log_every == 0 or last or bad_in_a_row >= config.train.stop_after_bad_steps:
+                written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
+                window = []
+                bad = max(bad_in_a_row, int(written["train/skipped_in_a_row"]))
+                if bad >= config.train.stop_after_bad_steps:
+                    checkpoints.wait()
+                    raise ValueError(f"the loss or its gradient was not finite in {bad} steps in a row, up to step {now}; "
+                                     f"train.stop_after_bad_steps = {config.train.stop_after_bad_steps}. The last "
+                                     f"checkpoint: {checkpoints.latest_step() or 'none yet'}")
+            stop = preemption.reached(now)
+            save_is_due |= now % config.checkpoint.every == 0
+            # Not among bad steps: one that is kept for them would push out the one before them.
+            if last or stop or (save_is_due and not state.skipped_in_a_row):
+                window, save_is_due = jax.device_get(window), False
+                unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
+                checkpoints.save(now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged})
+            if stop and not last:
                 checkpoints.wait()
-                raise ValueError(f"the loss or its gradient was not finite in {int(written['train/skipped_in_a_row'])} steps "
-                                 f"in a row, up to step {now}; train.stop_after_bad_steps = "
-                                 f"{config.train.stop_after_bad_steps}. The last checkpoint: {checkpoints.latest_step()}")
-        stop = preemption.reached(now)
-        if now % config.checkpoint.every == 0 or last or stop:
-            window = jax.device_get(window)
-            unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
-            checkpoints.save(now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged})
-        if stop and not last:
-            checkpoints.wait()
-            checkpoints.close()
-            log.close()
-            raise distributed.TryAgainError(f"stopped on request; step {now} is saved in {workdir}, the same command "
-                                            f"goes on from there")
-        if config.train.preview_every and (now % config.train.preview_every == 0 or last):
-            log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
-            log.start(now)  # a preview is not training time
-        if evaluation and (now % config.evaluate.every == 0 or last):
-            log.write_scores(now, evaluation.score(state.ema_params, now))
-            log.start(now)
-    checkpoints.wait()
-    checkpoints.close()
-    log.close()
-    watchdog.close()
-    preemption.close()
+                checkpoints.close()
+                raise distributed.TryAgainError(f"stopped on request; step {now} is saved in {workdir}, the same command "
+                                                f"goes on from there")
+            if config.train.preview_every and (now % config.train.preview_every == 0 or last):
+                log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
+                log.start(now)  # a preview is not training time
+            if evaluation and (now % config.evaluate.every == 0 or last):
+                log.write_scores(now, evaluation.score(state.ema_params, now))
+                log.start(now)
+        checkpoints.wait()
+        checkpoints.close()
     if jax.process_index() == 0:
         records.plot_curves(workdir)
     if config.report.num_images:
@@ -229,10 +234,15 @@ def new_student(config: ConfigDict, model: DiT, optimizer: Any, shardings: Any, 
     return jax.jit(lambda p: step.new_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
+def is_finite(metrics: dict[str, jax.Array]) -> bool:
+    """Whether the step that these are of changed the parameters; waits for its end."""
+    return bool(np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+
+
 def read_metrics(window: list[dict[str, jax.Array]], state: step.TrainState) -> dict[str, float]:
     """Means of the steps since the last log line; a skipped step counts in `skipped`, not in the means."""
     window = jax.device_get(window)
-    good = [metrics for metrics in window if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])]
+    good = [metrics for metrics in window if is_finite(metrics)]
     means = {name: np.mean([metrics[name] for metrics in good or window]) for name in window[0]}
     counters = jax.device_get({"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row})
     return {f"train/{name}": float(value) for name, value in (means | counters).items()}

@@ -6,7 +6,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import from_config, step
+from lit_jax import fields, from_config, step
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "ablation"
 INIT = "workdir/imagenet256_dit_s/checkpoints"
@@ -55,7 +55,8 @@ def test_a_step_changes_what_it_says(name, before, change):
 
 @pytest.mark.parametrize("name", [name for name, *_ in PATH])
 def test_its_models_can_be_built(name):
-    config = load(name).get_config().lock()
+    config = load(name).get_config()
+    fields.check(config)
     model = from_config.student(config)
     shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), config.model.input_size))
     heads = config.model.num_heads

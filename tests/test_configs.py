@@ -1,22 +1,24 @@
 """Every config: it loads, its train step traces, its fields are those of default.py, and none of them is dead."""
 import ast
+import contextlib
 import importlib
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import diffusion, from_config, sharding, step
+from lit_jax import diffusion, fields, from_config, sharding, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
 def load(name):
-    """A config as the command line has it: locked."""
-    return importlib.import_module(f"configs.{name}").get_config().lock()
+    """A config, locked as configs/default.py makes them."""
+    return importlib.import_module(f"configs.{name}").get_config()
 
 
 def leaves(config, prefix=""):
@@ -51,7 +53,7 @@ def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
     config = load(name)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    from_config.check_fields(config, mesh)
+    from_config.check_batches(config, mesh)
     model = from_config.student(config)
     size, C = config.model.input_size, config.model.in_channels
     teacher = teacher_shapes = None
@@ -121,6 +123,35 @@ def test_every_field_that_is_read_is_in_the_default():
         fields = {field.removeprefix(f"{section}.").split(".")[0] for field in DEFAULTS if field.startswith(f"{section}.")}
         assert reads[section] - methods - {"*"} <= fields, \
             f"not in default.py: {[f'{section}.{name}' for name in sorted(reads[section] - methods - {'*'} - fields)]}"
+
+
+def test_every_number_has_a_range():
+    ranged = {name for *_, names in fields.NUMBERS for name in names} | set(fields.WORDS)
+    numbers = {field for field, value in DEFAULTS.items()
+               if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    assert numbers - ranged == set()
+    assert ranged <= set(DEFAULTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_holds_only_what_fields_may_hold(name):
+    fields.check(load(name))
+
+
+@pytest.mark.parametrize("field, good, bad", [
+    ("train.steps", 1, 0), ("train.preview_every", 0, -1), ("mesh.fsdp", -1, 0), ("model.conv_size", 0, -3),
+    ("model.conv_size", 7, 4), ("seed", 2**32 - 1, 2**32), ("ema.decay", 0.0, 1.0), ("sample.eta", 1.0, 1.5),
+    ("optimizer.learning_rate", 0.0, float("inf")), ("distill.variance_weight", 1.0, float("nan")),
+    ("optimizer.epsilon", 1e-30, 0.0), ("sample.cfg_interval", (5.0, 5.0), (5.0, 4.0)),
+    ("sample.cfg_interval", (-1.0, 0.0), ("a", "b")), ("sample.spacing", "trailing", "zigzag"),
+    ("model.implementation", "pallas_gpu", "cudnn"), ("model.timestep_freq_shift", 1, 2)])
+def test_values_at_the_ends_of_their_ranges(field, good, bad):
+    for value, message in ((good, None), (bad, f"^{field} must be .*; got {re.escape(repr(bad))}$")):
+        config = load("default")
+        group, _, name = field.rpartition(".")
+        (config[group] if group else config)[name] = value
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            fields.check(config)
 
 
 def test_a_misspelt_field_fails_at_once():

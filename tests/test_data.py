@@ -130,11 +130,14 @@ def test_batches_arrive_sharded_and_the_state_is_that_of_the_batch_in_hand():
     def open_batches(state=None):
         return data.DeviceIterator(data.make_batches(make_source(), batch_size=8, seed=0, flip=True), rows, state)
 
+    promised = {name: (shape.shape, shape.dtype, shape.sharding)
+                for name, shape in data.batch_shapes(make_source(), 8, rows).items()}
     iterator = open_batches()
     states = [iterator.state]
     for wanted in expected[:4]:
         batch = next(iterator)
         assert batch["image"].sharding == rows
+        assert {name: (value.shape, value.dtype, value.sharding) for name, value in batch.items()} == promised
         for name in wanted:
             np.testing.assert_array_equal(batch[name], wanted[name])
         states.append(iterator.state)

@@ -4,6 +4,7 @@ A fresh adaLN-Zero model outputs zero and every block is the identity, so parity
 models compared here is zero.
 """
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oracles import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_jax import sharding
 from lit_jax.models import attention, dit
 
 DEPTH, WIDTH, HEADS = 3, 48, {"softmax": 4, "linear": 3}
@@ -212,6 +214,20 @@ def test_whole_model(kind, options):
     assert_close(out, expected, **PARITY)
 
 
+@pytest.mark.parametrize("policy", ["none", "full", "dots"])
+def test_a_layers_weights_are_gathered_whatever_is_computed_again(policy):
+    """On a mesh each of a block's matrices is made whole, in the dtype it is used in, where the block is differentiated."""
+    _, ours, params = make_pair("linear", dtype=jnp.bfloat16)
+    ours = ours.clone(remat=policy)
+    x, t, y = make_inputs()
+    grad = jax.grad(lambda params: ours.apply({"params": params}, x, t, y).sum())
+    program = str(jax.make_jaxpr(sharding.on_mesh(grad, sharding.make_mesh(2, 4)))(params))
+    for path, leaf in flatten_dict(params["blocks"], sep="/").items():
+        if leaf.ndim == 3:
+            shape = ",".join(map(str, leaf.shape[1:]))
+            assert re.search(rf"bf16\[{shape}\] = sharding_constraint", program), f"{path} is left split"
+
+
 @pytest.mark.parametrize("kind", ["softmax", "linear"])
 def test_gradients_of_the_whole_model(kind):
     theirs, ours, params = make_pair(kind)
@@ -384,6 +400,7 @@ def test_few_heads_are_the_default_of_the_linear_model():
     (dict(remat="some"), "train.remat .*'some'"),
     (dict(dtype="float16"), "model.dtype .*'float16'"),
     (dict(num_heads=5), "model.num_heads = 5 .* 384"),
+    (dict(width=382), "model.width = 382 .* 4"),
 ])
 def test_impossible_models_are_named(override, message):
     with pytest.raises(ValueError, match=message):

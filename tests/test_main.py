@@ -40,11 +40,25 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
     (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
     (["--config=configs/no_such.py"], ["configs/no_such.py"]),
+    (["--config=configs"], ["configs", "directory"]),
     (["--config=configs/debug.py", "stray"], ["stray"]),
     ([], ["--config"]),
 ], ids=lambda value: value[-1] if value and value[-1].startswith("-") else None)
 def test_wrong_flags(monkeypatch, folder, arguments, parts):
     expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", *arguments], *parts)
+
+
+@pytest.mark.parametrize("program, parts", [
+    ("def get_config(:", ["SyntaxError", "line 1"]),
+    ("import no_such_module", ["no_such_module"]),
+    ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
+    ("from configs import default\n\ndef get_config():\n    config = default.get_config()\n    config.train.stepss = 9\n"
+     "    return config", ["stepss"]),
+], ids=["syntax", "import", "dict", "misspelt"])
+def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
+    path = tmp_path / "wrong.py"
+    path.write_text(program)
+    expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", f"--config={path}"], *parts)
 
 
 # What the training job refuses. ---------------------------------------------------------------------------------------
@@ -59,7 +73,7 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     (["teacher.checkpoint="], ["student.init", "teacher.checkpoint"]),
     # numbers that do not divide
     (["model.num_heads=3"], ["model.num_heads", "3", "32"]),
-    (["teacher.num_heads=5"], ["num_heads", "5", "32"]),
+    (["teacher.num_heads=5"], ["teacher.num_heads", "5", "32"]),
     (["train.batch_size=12"], ["train.batch_size", "12", "8 devices"]),
     (["train.batch_size=16", "train.accumulation=3"], ["train.batch_size", "16", "train.accumulation", "3"]),
     (["train.batch_size=4800"], ["train.batch_size", "4800", "4500"]),
@@ -67,7 +81,7 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     (["mesh.data=3"], ["mesh.data", "3", "8 devices"]),
     (["mesh.data=4", "mesh.fsdp=4"], ["mesh.data", "mesh.fsdp", "4", "8 devices"]),
     (["model.patch_size=3"], ["model.patch_size", "3", "28"]),
-    (["model.width=30"], ["30"]),
+    (["model.width=30"], ["model.width", "30"]),
     # what the models and the data disagree on
     (["model.input_size=32"], ["model.input_size", "(32, 32, 1)", "(28, 28, 1)"]),
     (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
@@ -76,30 +90,35 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     (["model.width=64"], ["(2, 64, 256)", "(2, 32, 128)"]),
     (["model.depth=3"], ["(3,", "(2,"]),
     # values out of range
-    (["train.steps=0"], ["train.steps", "0"]),
+    (["train.steps=-5"], ["train.steps", "-5"]),
     (["train.batch_size=0"], ["train.batch_size", "0"]),
-    (["train.accumulation=0"], ["train.accumulation", "0"]),
-    (["train.log_every=0"], ["train.log_every", "0"]),
-    (["train.preview_images=0"], ["train.preview_images", "0"]),
-    (["train.stop_after_bad_steps=0"], ["train.stop_after_bad_steps", "0"]),
-    (["checkpoint.every=0"], ["checkpoint.every", "0"]),
-    (["checkpoint.keep=0"], ["checkpoint.keep", "0"]),
     (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
+    (["distill.noise_weight=nan"], ["distill.noise_weight", "nan"]),
     (["ema.decay=1.0"], ["ema.decay", "1.0"]),
     (["optimizer.warmup=9"], ["optimizer.warmup", "9", "3"]),
     (["sample.steps=2000"], ["2000", "1000"]),
-    (["model.conv_size=4"], ["conv", "4"]),
-    # words that mean nothing
+    (["sample.cfg_interval=(9.0, 1.0)"], ["sample.cfg_interval", "(9.0, 1.0)"]),
+    (["sample.cfg_interval=(9.0,)"], ["sample.cfg_interval", "(9.0,)"]),
+    (["model.conv_size=4"], ["model.conv_size", "4"]),
+    (["model.depth=-1"], ["model.depth", "-1"]),
+    (["model.patch_size=0"], ["model.patch_size", "0"]),
+    # words that mean nothing, or nothing here
     (["model.size=XXL"], ["model.size", "'XXL'", "XL"]),
     (["model.attention=sigmoid"], ["model.attention", "'sigmoid'", "linear"]),
-    (["model.kernel_function=swish"], ["kernel_function", "'swish'", "relu"]),
-    (["model.implementation=fast"], ["implementation", "'fast'", "xla"]),
+    (["model.kernel_function=swish"], ["model.kernel_function", "'swish'", "relu"]),
+    (["model.implementation=fast"], ["model.implementation", "'fast'", "xla"]),
+    (["model.implementation=pallas_gpu"], ["model.implementation", "pallas_gpu", "gpu devices", "cpu devices"]),
+    (["teacher.implementation=fast"], ["teacher.implementation", "'fast'", "xla"]),
+    (["teacher.implementation=cudnn"], ["teacher.implementation", "cudnn", "gpu devices", "cpu devices"]),
     (["model.dtype=float16"], ["model.dtype", "'float16'", "bfloat16"]),
+    (["teacher.dtype=float16"], ["teacher.dtype", "'float16'", "bfloat16"]),
     (["train.remat=some"], ["train.remat", "'some'", "dots"]),
     (["optimizer.schedule=linear"], ["optimizer.schedule", "'linear'", "cosine"]),
     (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
-    (["sample.sampler=euler"], ["'euler'", "ddpm"]),
+    (["sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
     (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
+    (["evaluate.every=1"], ["evaluate.reference"]),
+    (["evaluate.every=1", "evaluate.reference=no/such.npz"], ["evaluate.reference", "no/such.npz"]),
     (["inherit.load=('z',)"], ["inherit.load", "z", "q, k, v, o"]),
     (["inherit.keep_init=('final_layr',)"], ["inherit.keep_init", "'final_layr'", "final_layer"]),
 ], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
@@ -138,17 +157,24 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     assert "mnist_digits" in code and "train" in code and "record" in code
 
 
+def test_a_workdir_that_is_a_file(monkeypatch, folder):
+    (folder / "file").write_text("")
+    expect_error(monkeypatch, folder, [*command.debug_arguments(folder, folder / "teacher.safetensors"),
+                                       f"--workdir={folder / 'file'}"], "--workdir", str(folder / "file"), "not a folder")
+
+
 # What the sampling job refuses. ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("overrides, parts", [
     (["sample.checkpoint=no/such"], ["no/such"]),
     ([], ["run"]),                                                  # a workdir that has no checkpoint
     (["sample.num_images=0"], ["sample.num_images", "0"]),
+    (["sample.order=4"], ["sample.order", "4", "1, 2, 3"]),
     (["sample.checkpoint=TEACHER", "model.attention=linear"], ["model.attention", "linear", "softmax"]),
     (["sample.checkpoint=TEACHER", "model.attention=softmax", "model.width=64"], ["model.width", "64", "32"]),
     (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.batch_size=12"], ["sample.batch_size", "12", "8"]),
     (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.labels=sorted"], ["sample.labels", "'sorted'"]),
-    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.sampler=euler"], ["'euler'", "ddpm"]),
+    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
 ], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
 def test_wrong_sampling_configs(monkeypatch, folder, overrides, parts):
     overrides = [f"--config.{o}".replace("TEACHER", str(folder / "teacher.safetensors")) for o in overrides]

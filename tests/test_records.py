@@ -1,8 +1,11 @@
 """What a run leaves for people: lines, events, pictures, rates."""
+import io
 import json
 import logging
+import sys
 import time
 
+import absl.logging
 import jax
 import numpy as np
 import pytest
@@ -100,6 +103,39 @@ def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
     assert metrics["train/data_wait"] == 0.25
     assert caplog.messages == [
         "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  0m08s left  3 steps skipped"]
+
+
+def test_on_a_terminal_one_line_makes_room_for_the_log(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen, clear = Terminal(), "\r\x1b[2K"
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    log = make_records(tmp_path, total_steps=2000)
+    log.start(0)
+    log.write(1, {"train/loss": 0.5})
+    log.write(2, {"train/loss": 0.25})
+    screen.write("|")
+    warning = logging.makeLogRecord({"levelno": logging.WARNING})
+    assert absl.logging.get_absl_handler().filter(warning)
+    log.close()
+    first, second = screen.getvalue().removeprefix(clear).split("|")[0].split(clear)
+    assert first.startswith("step 1/2,000  loss 0.5000  ") and second.startswith("step 2/2,000  loss 0.2500  ")
+    assert len(first) == len(second) == 39      # a wrapped line could not be written over
+    assert screen.getvalue().endswith("|" + clear + "\n")
+    assert absl.logging.get_absl_handler().filter(warning) and screen.getvalue().endswith("|" + clear + "\n")
+
+
+def test_what_is_not_finite_is_in_the_lines_but_no_event(tmp_path, caplog):
+    log = make_records(tmp_path)
+    log.write(1, {"train/loss": float("nan"), "train/skipped": 1.0})
+    log.close()
+    assert np.isnan(read_lines(tmp_path)[0]["train/loss"])
+    events, = (tmp_path / "tensorboard").iterdir()
+    assert b"train/skipped" in events.read_bytes() and b"train/loss" not in events.read_bytes()
+    assert "NaN or Inf" not in caplog.text
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, caplog):

@@ -182,6 +182,12 @@ def test_the_teacher_sees_the_labels_it_should(sees_dropped):
     assert float(metrics["kd_noise"]) == pytest.approx(0.0 if sees_dropped else 0.5, abs=5 * 0.5 / 64)
 
 
+def test_the_variance_target_reaches_the_loss():
+    with pytest.raises(ValueError, match="got 'sigma'"):
+        train_step, state = scalar_step("one", teacher=Scalar("one"), variance_target="sigma")
+        train_step(state, {"w": np.float32(1.0)}, make_images(8), RNG)
+
+
 def test_uint8_becomes_minus_one_to_one():
     pixels = step.images_to_model({"image": np.array([0, 51, 255], np.uint8)}, RNG)
     np.testing.assert_allclose(pixels, [-1.0, -0.6, 1.0], atol=1e-7)

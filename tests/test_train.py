@@ -164,20 +164,23 @@ def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_
 
 
 def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
-    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it."""
+    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it.
+
+    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log line is due: the third
+    bad step in a row, step 4, is noticed two steps later, since the loop is two steps ahead of the device.
+    """
     error = train(folder, *QUIET, "--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0",
-                  "--config.train.steps=9", "--config.train.stop_after_bad_steps=3", "--config.checkpoint.every=1",
-                  "--config.checkpoint.keep=9", workdir="diverged")
+                  "--config.train.steps=99", "--config.train.stop_after_bad_steps=3", "--config.checkpoint.every=1",
+                  "--config.checkpoint.keep=1", "--config.train.log_every=50", workdir="diverged")
     assert error.startswith("error: ") and "\n" not in error
-    assert "not finite in 3 steps" in error and "up to step 4" in error and "train.stop_after_bad_steps" in error
-    lines = read_lines(folder / "diverged")
-    assert [line["train/skipped_in_a_row"] for line in lines] == [0, 1, 2, 3]
-    assert np.isfinite(lines[0]["train/loss"])
-    kept = sorted(int(path.name) for path in (folder / "diverged" / "checkpoints").iterdir())
-    assert kept[0] == 1
-    for number in kept:     # what is not finite never reached a parameter
-        params, _ = checkpoint.restore_params(folder / "diverged" / "checkpoints" / str(number), ema=False)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert "not finite in 5 steps" in error and "up to step 6" in error and "train.stop_after_bad_steps = 3" in error
+    assert error.endswith("The last checkpoint: 1")
+    line, = read_lines(folder / "diverged")
+    assert line["step"] == 6 and line["train/skipped_in_a_row"] == 5
+    assert np.isfinite(line["train/loss"])      # of the good one
+    assert [path.name for path in (folder / "diverged" / "checkpoints").iterdir()] == ["1"]
+    params, _ = checkpoint.restore_params(folder / "diverged", ema=False)   # what is not finite reached no parameter
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):

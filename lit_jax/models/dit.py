@@ -202,7 +202,7 @@ class DiT(nn.Module):
         block = nn.map_variables(Block, "params", functools.partial(gather_weights, dtype=self.dtype),
                                  init=self.is_initializing(), mutable=self.is_initializing())
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                          length=self.depth)
         x, _ = blocks(*self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks")(x, c)
@@ -237,6 +237,8 @@ def make_dit(*, size: str, depth: int = 0, width: int = 0, num_heads: int = 0, a
     size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
     depth, width = depth or size_depth, width or size_width
     num_heads = num_heads or (softmax_heads if attention == "softmax" else linear_heads)
+    if width % 4:
+        raise ValueError(f"model.width = {width} is not a multiple of 4, as the position table needs")
     if width % num_heads:
         raise ValueError(f"model.num_heads = {num_heads} does not divide the width {width}")
     return DiT(depth=depth, width=width, num_heads=num_heads, attention=attention, remat=remat,
