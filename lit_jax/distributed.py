@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -40,14 +41,17 @@ def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
     In this order: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any cluster; a Kubernetes Job's
     JOB_COMPLETION_INDEX stands in for the latter), a Slurm step of several tasks, a TPU.
-    Raises: ValueError when only a part of the first group is set.
+    Raises: ValueError when only a part of the first group is set, or it makes no sense.
     """
-    if environ.get("JAX_COORDINATOR_ADDRESS"):
+    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
         count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
         if not count or not index:
             missing = "JAX_PROCESS_ID" if count else "JAX_NUM_PROCESSES"
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {environ['JAX_COORDINATOR_ADDRESS']} is set, but not {missing}")
-        return dict(coordinator_address=environ["JAX_COORDINATOR_ADDRESS"], num_processes=int(count), process_id=int(index),
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} is set, but not {missing}")
+        if not re.fullmatch(r".+:\d+", address) or not (count + index).isdecimal() or int(index) >= int(count):
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} must be HOST:PORT, and JAX_PROCESS_ID (or "
+                             f"JOB_COMPLETION_INDEX) = {index} one of 0 to JAX_NUM_PROCESSES = {count} less 1")
+        return dict(coordinator_address=address, num_processes=int(count), process_id=int(index),
                     cluster_detection_method="deactivate")
     if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ:
         return dict(cluster_detection_method="slurm")

@@ -111,6 +111,10 @@ def test_the_environment_says_how_to_join(monkeypatch):
     assert distributed.find_cluster(kubernetes) == wanted
     with pytest.raises(ValueError, match="but not JAX_PROCESS_ID"):
         distributed.find_cluster({name: value for name, value in explicit.items() if name != "JAX_PROCESS_ID"})
+    for change in ({"JAX_COORDINATOR_ADDRESS": "host"}, {"JAX_NUM_PROCESSES": "four"}, {"JAX_PROCESS_ID": "4"}):
+        (name, value), = change.items()
+        with pytest.raises(ValueError, match=f"{name}.* = {value}"):
+            distributed.find_cluster(explicit | change)
     slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
     assert distributed.find_cluster(slurm) == {"cluster_detection_method": "slurm"}
     assert distributed.find_cluster(slurm | {"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"}) is None

@@ -164,15 +164,6 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, damage):
     checkpoints.close()
 
 
-def test_no_readable_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path):
-    shapes = with_device(save_two(tmp_path))
-    for now in ("1", "2"):
-        damage_by_flip(tmp_path / now)
-    checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
-    with pytest.raises(ValueError, match=r"none of the checkpoints \[2, 1\]"):
-        checkpoints.restore(shapes)
-
-
 def test_changed_fields_are_refused_unless_forced(tmp_path):
     shapes = with_device(save_two(tmp_path, {"model.width": 32, "model.grid": (7, 7)}))
     checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)

@@ -202,7 +202,7 @@ class DiT(nn.Module):
         block = nn.map_variables(Block, "params", functools.partial(gather_weights, dtype=self.dtype),
                                  init=self.is_initializing(), mutable=self.is_initializing())
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                          length=self.depth)
         x, _ = blocks(*self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks")(x, c)
