@@ -7,6 +7,7 @@ metadata only, so everything that reads parameters reads both.
 import itertools
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -32,11 +33,18 @@ class Checkpointer:
                                               item_names=ARRAY_ITEMS + JSON_ITEMS)
 
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
-        """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host."""
+        """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host.
+
+        Before it begins it waits for an earlier save to end.
+        """
+        jax.block_until_ready(items)
+        started = time.monotonic()
         args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         metadata = metadata | {"fingerprints": fingerprints(items)}
         args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        logging.info("checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile", step,
+                     time.monotonic() - started)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

@@ -1,4 +1,4 @@
-"""The launcher scripts, run with stand-ins for what they start: what is started again, what is not, and with which arguments."""
+"""The launcher scripts, run with stand-ins for what they start: what is started again, and with which arguments."""
 import os
 import pathlib
 import signal
@@ -24,7 +24,7 @@ def stand_in(tmp_path, monkeypatch):
 
     def install(name, body):
         path = tmp_path / name
-        path.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" >> {tmp_path}/{name}.calls\necho >> {tmp_path}/{name}.calls\n{body}\n")
+        path.write_text(f"#!/bin/bash\n(printf '%s\\0' \"$@\"; echo) >> {tmp_path}/{name}.calls\n{body}\n")
         path.chmod(0o755)
 
     def calls(name):
