@@ -76,17 +76,27 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
     if cluster is None:
         return
     if "coordinator_address" not in cluster:
-        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
-
-        names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
-        method = cluster.get("cluster_detection_method")
-        cluster = dict(zip(names, ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)))
+        cluster = ask_cluster(cluster.get("cluster_detection_method"), timeout)
     if (cluster["num_processes"] or 1) == 1:
         return
     # Not left to JAX: its runtime aborts the process when another does not come, without a name.
     rendezvous(cluster["coordinator_address"], cluster["num_processes"], cluster["process_id"], fields, timeout=timeout)
     jax.distributed.initialize(**cluster | {"cluster_detection_method": "deactivate"}, initialization_timeout=int(timeout),
                                heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+
+
+def ask_cluster(method: str | None, timeout: float) -> dict[str, Any]:
+    """What Slurm or the TPU platform tell of the run's processes, as arguments for jax.distributed.initialize.
+
+    Raises: TimeoutError when the name of process 0's host is not known yet after `timeout` seconds.
+    """
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)
+    except RuntimeError as error:
+        raise TimeoutError(f"process 0 is not to be found within {timeout:.0f} s (mesh.join_timeout): {error}") from error
+    return dict(zip(("coordinator_address", "num_processes", "process_id", "local_device_ids"), found))
 
 
 def rendezvous(address: str, count: int, index: int, fields: dict[str, Any], *, timeout: float) -> None:
