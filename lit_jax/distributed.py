@@ -55,7 +55,7 @@ def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
                     cluster_detection_method="deactivate")
     if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ:
         return dict(cluster_detection_method="slurm")
-    if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and tpu_attached():
+    if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu") and tpu_attached():
         return {}  # from the TPU VM's metadata, or from what GKE sets: JAX reads both
     return None
 

@@ -243,7 +243,8 @@ class Planner:
         return batch_size * total, batch_size * (total + again)
 
     def largest_batch(self, estimate: Estimate) -> int:
-        """The largest global batch whose program fits: guessed from two compilations (memory is linear), then tried."""
+        """The largest global batch whose program fits: guessed from two that were compiled (memory is about linear), then
+        tried; 0 if not even one image a device does."""
         unit = self.mesh.size * (self._config.train.accumulation if estimate.program != "sample" else 1)
         tried = {estimate.batch_size: estimate}
 
@@ -251,26 +252,23 @@ class Planner:
             if size not in tried:
                 logging.info("%s: trying batch %d", estimate.program, size)
                 tried[size] = self.estimate(estimate.program, size)
-            return tried[size]
 
-        attempt(unit if estimate.batch_size > unit else 2 * unit)
+        attempt(2 * unit if estimate.fits and estimate.batch_size == unit else unit)
         while True:
             fitting = max((size for size, e in tried.items() if e.fits), default=0)
             too_large = min((size for size, e in tried.items() if not e.fits), default=None)
             if not fitting:
-                if too_large == unit:
-                    return 0
-                attempt(max(unit, too_large // 2 // unit * unit))
-                continue
+                return 0
             if too_large is not None and too_large - fitting <= unit or len(tried) == MAX_TRIES:
                 return fitting
-            low, high = sorted(tried.items())[:1] + sorted(tried.items())[-1:]
-            slope = (high[1].needs - low[1].needs) / (high[0] - low[0])
-            guess = low[0] + (estimate.capacity - low[1].needs) / slope if slope > 0 else 2 * fitting
-            guess = int(guess) // unit * unit
-            if too_large is not None:
-                guess = min(guess, too_large - unit)
-            attempt(max(guess, fitting + unit))
+            low, high = tried[fitting], tried[too_large if too_large is not None else min(tried)]
+            slope = (high.needs - low.needs) / (high.batch_size - low.batch_size)
+            guess = int(fitting + (estimate.capacity - low.needs) / slope if slope > 0 else 2 * fitting) // unit * unit
+            if guess <= fitting:
+                return fitting
+            if too_large is not None:  # memory is not linear to the last byte: leave the bound behind, not by one unit
+                guess = min(guess, too_large - max(unit, (too_large - fitting) // 10 // unit * unit))
+            attempt(guess)
 
 
 def memory_shortage(message: str) -> tuple[float, float] | None:
