@@ -13,13 +13,17 @@ if [[ -n "${TPU_NAME:-}" ]]; then
     --command="cd lit_jax && launch/tpu_vm.sh $(printf '%q ' "$@")"
 fi
 
-trap 'stop=1; kill -TERM "$child"; wait "$child" || exit $?' TERM
-while true; do
-  status=0
+stop="" child="" status=0
+trap 'stop=1; [[ -z "$child" ]] || kill -TERM "$child"' TERM
+while [[ -z "$stop" ]]; do
   python -m lit_jax.main "$@" &
-  child=$!
+  child=$! status=0
   wait "$child" || status=$?
+  # A TERM ends that wait at once; the job is still saving.
+  if [[ -n "$stop" ]]; then status=0; wait "$child" || status=$?; fi
+  child=""
   # 0: done. 1: bad input, trying again would not help. Others (75: stopped from outside) go on from the last checkpoint.
-  if ((status <= 1)) || [[ -n "${stop:-}" ]]; then exit "$status"; fi
+  if ((status <= 1)); then break; fi
   sleep 5
 done
+exit "$status"

@@ -7,6 +7,7 @@ metadata only, so everything that reads parameters reads both.
 import itertools
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -32,11 +33,18 @@ class Checkpointer:
                                               item_names=ARRAY_ITEMS + JSON_ITEMS)
 
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
-        """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host."""
+        """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host.
+
+        Before it begins it waits for an earlier save to end.
+        """
+        jax.block_until_ready(items)
+        started = time.monotonic()
         args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         metadata = metadata | {"fingerprints": fingerprints(items)}
         args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        logging.info("checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile", step,
+                     time.monotonic() - started)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -51,8 +59,8 @@ class Checkpointer:
         Args:
           fields: config fields that must be as they were, compared with metadata["fields"]; force: only warn of them.
         Returns: step, the item trees, the data iterator's state, the metadata.
-        Raises: ValueError when checkpoints are there but none can be read, or the newest is of another run: other fields
-        or other parameters than asked for. TryAgainError when one of several processes meets a damaged checkpoint.
+        Raises: ValueError when checkpoints are or were there but none can be read, or the newest is of another run: other
+        fields or other parameters than asked for. TryAgainError when one of several processes meets a damaged checkpoint.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -70,7 +78,9 @@ class Checkpointer:
                 return step, items, restored["data"], metadata
             except MismatchError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds; each of them means: not readable
+            except Exception as error:  # Orbax and TensorStore raise many kinds; all but one mean: not readable
+                if "RESOURCE_EXHAUSTED" in str(error):  # no memory for it: the checkpoint may well be whole
+                    raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step), reason)
                 self._set_aside(step)
@@ -78,8 +88,11 @@ class Checkpointer:
                     raise TryAgainError(f"checkpoint {self.directory / str(step)} is damaged and set aside; run the same "
                                         f"command again to go on from the one before") from error
                 self._manager.reload()
-        if steps:
-            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read")
+        # Those that an earlier start has set aside count too: a run that has been is never begun again by itself.
+        aside = sorted(path.name for path in self.directory.glob("*.damaged*"))
+        if aside:
+            raise ValueError(f"no checkpoint in {self.directory} can be read; set aside: {', '.join(aside)}. Mend and rename "
+                             f"one of them, or begin again with another --workdir")
         return None
 
     def _set_aside(self, step: int) -> None:

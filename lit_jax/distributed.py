@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -40,18 +41,21 @@ def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
     In this order: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any cluster; a Kubernetes Job's
     JOB_COMPLETION_INDEX stands in for the latter), a Slurm step of several tasks, a TPU.
-    Raises: ValueError when only a part of the first group is set.
+    Raises: ValueError when only a part of the first group is set, or it makes no sense.
     """
-    if environ.get("JAX_COORDINATOR_ADDRESS"):
+    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
         count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
         if not count or not index:
             missing = "JAX_PROCESS_ID" if count else "JAX_NUM_PROCESSES"
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {environ['JAX_COORDINATOR_ADDRESS']} is set, but not {missing}")
-        return dict(coordinator_address=environ["JAX_COORDINATOR_ADDRESS"], num_processes=int(count), process_id=int(index),
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} is set, but not {missing}")
+        if not re.fullmatch(r".+:\d+", address) or not (count + index).isdecimal() or int(index) >= int(count):
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} must be HOST:PORT, and JAX_PROCESS_ID (or "
+                             f"JOB_COMPLETION_INDEX) = {index} one of 0 to JAX_NUM_PROCESSES = {count} less 1")
+        return dict(coordinator_address=address, num_processes=int(count), process_id=int(index),
                     cluster_detection_method="deactivate")
     if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ:
         return dict(cluster_detection_method="slurm")
-    if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and tpu_attached():
+    if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu") and tpu_attached():
         return {}  # from the TPU VM's metadata, or from what GKE sets: JAX reads both
     return None
 
@@ -72,17 +76,27 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
     if cluster is None:
         return
     if "coordinator_address" not in cluster:
-        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
-
-        names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
-        method = cluster.get("cluster_detection_method")
-        cluster = dict(zip(names, ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)))
+        cluster = ask_cluster(cluster.get("cluster_detection_method"), timeout)
     if (cluster["num_processes"] or 1) == 1:
         return
     # Not left to JAX: its runtime aborts the process when another does not come, without a name.
     rendezvous(cluster["coordinator_address"], cluster["num_processes"], cluster["process_id"], fields, timeout=timeout)
     jax.distributed.initialize(**cluster | {"cluster_detection_method": "deactivate"}, initialization_timeout=int(timeout),
                                heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+
+
+def ask_cluster(method: str | None, timeout: float) -> dict[str, Any]:
+    """What Slurm or the TPU platform tell of the run's processes, as arguments for jax.distributed.initialize.
+
+    Raises: TimeoutError when the name of process 0's host is not known yet after `timeout` seconds.
+    """
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)
+    except RuntimeError as error:
+        raise TimeoutError(f"process 0 is not to be found within {timeout:.0f} s (mesh.join_timeout): {error}") from error
+    return dict(zip(("coordinator_address", "num_processes", "process_id", "local_device_ids"), found))
 
 
 def rendezvous(address: str, count: int, index: int, fields: dict[str, Any], *, timeout: float) -> None:

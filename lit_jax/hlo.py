@@ -173,11 +173,11 @@ class Program:
                     kind = "reduce-scatter"  # the TPU compiler's form of it: a fusion of all-reduce and slice
                 chips = (groups.max() + 1) // slices
                 crosses = slices > 1 and bool((groups // chips != groups[:, :1] // chips).any())
-                # One that runs beside several others stands in all of them, under one channel.
-                channel = re.search(r"channel_id=(\d+)", i.attributes)
-                channel = channel.group(1) if channel else i.name
-                if channel not in found or times < found[channel].times:
-                    found[channel] = Collective(kind, int(size), groups.shape[1], crosses, times, i.name)
+                # One that runs beside several others stands in all of them, as links of a chain. (Channels tell nothing:
+                # all that are fused with a slice share one.)
+                chain = re.search(r'chain_id="(\d+)"', i.attributes)
+                found.setdefault(chain.group() if chain else i.name,
+                                 Collective(kind, int(size), groups.shape[1], crosses, times, i.name))
         return list(found.values())
 
     def largest_buffers(self, count: int = 5) -> list[tuple[int, str, str]]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import checkpoint, from_config, hlo, porting, records, sharding, step
 from lit_jax.diffusion import make_diffusion
+from lit_jax.models.attention import FLASH_BLOCK
 from lit_jax.models.dit import DiT, forward_flops
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
@@ -29,8 +30,10 @@ GB, GiB = 1e9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Vendors' figures of one chip: memory in bytes, rates in bytes/s. `ici` sums all links, one way; `dcn` is its share of
-    the host's network card."""
+    """One chip: bytes of memory that the compiler lets a program use, and the vendor's rates in bytes/s.
+
+    `ici` sums all links, one way; `dcn` is the chip's share of the host's network card.
+    """
 
     memory: float
     bandwidth: float
@@ -39,10 +42,10 @@ class Chip:
 
 
 CHIPS = {  # by jax's device_kind
-    "TPU v4": Chip(32 * GiB, 1228 * GB, 300 * GB, 6.25 * GB),
-    "TPU v5 lite": Chip(16 * GiB, 819 * GB, 200 * GB, 3.125 * GB),
-    "TPU v5": Chip(95 * GiB, 2765 * GB, 600 * GB, 6.25 * GB),
-    "TPU v6 lite": Chip(32 * GiB, 1640 * GB, 400 * GB, 6.25 * GB),
+    "TPU v4": Chip(30.75 * GiB, 1228 * GB, 300 * GB, 6.25 * GB),
+    "TPU v5 lite": Chip(15.75 * GiB, 819 * GB, 200 * GB, 3.125 * GB),
+    "TPU v5": Chip(95.73 * GiB, 2765 * GB, 600 * GB, 6.25 * GB),
+    "TPU v6 lite": Chip(31.24 * GiB, 1640 * GB, 400 * GB, 6.25 * GB),
 }
 
 
@@ -57,6 +60,7 @@ class Estimate:
     capacity: float                 # bytes the compiler lets a program use
     arguments: float = 0.0          # bytes of state, teacher, batch
     temporaries: float = 0.0
+    outputs: float = 0.0            # bytes of results that take memory of their own, not the donated state's
     compile_seconds: float = 0.0
     flops: float = 0.0              # of the model's definition: three forward passes of the student, one of the teacher
     executed_flops: float = 0.0     # and what rematerialisation repeats
@@ -117,10 +121,13 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
-    # Nothing is loaded onto a chip, so libtpu may be loaded twice and need not ask who and where it is.
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
+    # Nothing is loaded onto a chip, so libtpu may be loaded twice and need not ask who and where it is: any answer will do.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-8")):
+        os.environ.setdefault(name, value)
     kwargs = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        kwargs["chip_config_name"] = "megacore"  # both cores of a chip are one device, as where JAX runs on one
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **kwargs).devices)
     except RuntimeError as error:
@@ -141,12 +148,9 @@ class Planner:
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         from_config.check_batches(config, self.mesh)
         model = from_config.student(config)
-        if model.attention == "linear" and model.implementation is None:
-            # Left to itself the op would look at this machine's devices.
-            model = model.clone(implementation="pallas_tpu" if model.kernel_function == "relu" else "xla")
-        self.model = model
         source = porting.read_checkpoint(config.teacher.checkpoint) if config.teacher.checkpoint else None
-        self.teacher = from_config.teacher(config, model, source and source.architecture)
+        teacher = from_config.teacher(config, model, source and source.architecture)
+        self.model, self.teacher = (on_tpu(m, config.model.input_size) for m in (model, teacher))
 
     def heading(self) -> str:
         config, count = self._config, self.mesh.size
@@ -154,7 +158,7 @@ class Planner:
         slices = f"{self._slices} slices of " if self._slices > 1 else ""
         return (f"{slices}{config.plan.topology}, {count} chips, mesh data {self.mesh.shape['data']} x fsdp "
                 f"{self.mesh.shape['fsdp']}; student {parameters[0]:,} parameters ({self.model.attention}, "
-                f"{self.model.implementation or 'xla'}), teacher {parameters[1]:,}")
+                f"{self.model.implementation}), teacher {parameters[1]:,} ({self.teacher.implementation})")
 
     def _params(self, model: DiT, dtype: str = "float32") -> Any:
         shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), self._config.model.input_size))
@@ -195,16 +199,15 @@ class Planner:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", str(error))
-            if not found:
+            if not (found := memory_shortage(str(error))):
                 raise
-            used, capacity = (float(found[i]) * {"": 1, "K": 2**10, "M": 2**20, "G": GiB}[found[i + 1]] for i in (1, 3))
+            used, capacity = found
             return Estimate(program, batch_size, False, used, capacity, compile_seconds=time.monotonic() - started)
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         needs = arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        estimate = Estimate(program, batch_size, True, needs, self._chip.memory, arguments, memory.temp_size_in_bytes,
+        estimate = Estimate(program, batch_size, True, needs, self._chip.memory, arguments, memory.temp_size_in_bytes, outputs,
                             time.monotonic() - started)
         text = hlo.Program(compiled.as_text())
         estimate.traffic = text.traffic()
@@ -240,7 +243,8 @@ class Planner:
         return batch_size * total, batch_size * (total + again)
 
     def largest_batch(self, estimate: Estimate) -> int:
-        """The largest global batch whose program fits: guessed from two compilations (memory is linear), then tried."""
+        """The largest global batch whose program fits: guessed from two that were compiled (memory is about linear), then
+        tried; 0 if not even one image a device does."""
         unit = self.mesh.size * (self._config.train.accumulation if estimate.program != "sample" else 1)
         tried = {estimate.batch_size: estimate}
 
@@ -248,26 +252,45 @@ class Planner:
             if size not in tried:
                 logging.info("%s: trying batch %d", estimate.program, size)
                 tried[size] = self.estimate(estimate.program, size)
-            return tried[size]
 
-        attempt(unit if estimate.batch_size > unit else 2 * unit)
+        attempt(2 * unit if estimate.fits and estimate.batch_size == unit else unit)
         while True:
             fitting = max((size for size, e in tried.items() if e.fits), default=0)
             too_large = min((size for size, e in tried.items() if not e.fits), default=None)
             if not fitting:
-                if too_large == unit:
-                    return 0
-                attempt(max(unit, too_large // 2 // unit * unit))
-                continue
+                return 0
             if too_large is not None and too_large - fitting <= unit or len(tried) == MAX_TRIES:
                 return fitting
-            low, high = sorted(tried.items())[:1] + sorted(tried.items())[-1:]
-            slope = (high[1].needs - low[1].needs) / (high[0] - low[0])
-            guess = low[0] + (estimate.capacity - low[1].needs) / slope if slope > 0 else 2 * fitting
-            guess = int(guess) // unit * unit
-            if too_large is not None:
-                guess = min(guess, too_large - unit)
-            attempt(max(guess, fitting + unit))
+            low, high = tried[fitting], tried[too_large if too_large is not None else min(tried)]
+            slope = (high.needs - low.needs) / (high.batch_size - low.batch_size)
+            guess = int(fitting + (estimate.capacity - low.needs) / slope if slope > 0 else 2 * fitting) // unit * unit
+            if guess <= fitting:
+                return fitting
+            if too_large is not None:  # memory is not linear to the last byte: leave the bound behind, not by one unit
+                guess = min(guess, too_large - max(unit, (too_large - fitting) // 10 // unit * unit))
+            attempt(guess)
+
+
+def memory_shortage(message: str) -> tuple[float, float] | None:
+    """Bytes that a program needs and may use, out of the two ways in which the TPU compiler refuses one; None: neither.
+
+    The second speaks of temporaries alone: at least these are needed.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    for text in (f"Used {size} of {size} hbm", rf"temporaries \({size}\) exceeds available HBM \({size}\)"):
+        if found := re.search(text, message):
+            units = {"": 1, "K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
+            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return None
+
+
+def on_tpu(model: DiT, input_size: int) -> DiT:
+    """The model with the attention that a TPU would pick: left to itself it would look at this machine's devices."""
+    if model.implementation is not None:
+        return model
+    fused = (model.kernel_function == "relu" if model.attention == "linear"
+             else (input_size // model.patch_size)**2 % FLASH_BLOCK == 0)
+    return model.clone(implementation="pallas_tpu" if fused else "xla")
 
 
 def attention_flops(model: DiT, input_size: tuple[int, int]) -> float:

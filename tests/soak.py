@@ -16,14 +16,17 @@ import lives
 def soak(kills: int, seed: int) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
     server, draw = lives.Server(folder), random.Random(seed)
-    rhythm = (f"--config.train.steps={4 * kills}", "--config.train.log_every=7", "--config.checkpoint.every=3")
+    steps = 6 * kills
+    rhythm = (f"--config.train.steps={steps}", "--config.train.log_every=7", "--config.checkpoint.every=3")
     expected, workdir = folder / "undisturbed", folder / "killed"
     ids, started = server.run(expected, *rhythm).ids(), time.monotonic()
     during_save = 0
     for kill in range(kills):
-        life = server.start(workdir, *rhythm, batches=draw.randint(1, 8))
-        # From the first moments of a life to long after it stands still, waiting to be killed.
-        time.sleep(draw.uniform(0.0, draw.choice((1.0, 3.0, 8.0))))
+        batches = draw.randint(0, 8)
+        life = server.start(workdir, *rhythm, batches=batches + draw.randint(0, 3))
+        if draw.random() < 0.8:     # the others die while they start
+            life.wait_for_batches(batches)
+        time.sleep(draw.uniform(0.0, 1.0))
         life.kill(signal.SIGKILL)
         assert life.wait() == -signal.SIGKILL, life.text()
         during_save += any(not path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
@@ -33,10 +36,10 @@ def soak(kills: int, seed: int) -> None:
         sys.stdout.flush()
     life = server.run(workdir, *rhythm)
     assert lives.losses(workdir) == lives.losses(expected), "other losses"
-    assert lives.fingerprints(workdir, 4 * kills) == lives.fingerprints(expected, 4 * kills), "other parameters"
+    assert lives.fingerprints(workdir, steps) == lives.fingerprints(expected, steps), "other parameters"
     server.close()
     sys.stdout.write(f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
-                     f"{life.first_step()} of {4 * kills}: same ids, losses, parameters, EMA and optimizer state, every bit; "
+                     f"{life.first_step()} of {steps}: same ids, losses, parameters, EMA and optimizer state, every bit; "
                      f"{time.monotonic() - started:.0f} s\n")
     shutil.rmtree(folder)
 

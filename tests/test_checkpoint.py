@@ -152,13 +152,27 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states
     run.close()
 
 
-def test_when_none_can_be_read_the_run_stops(copy, states):
+def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, states):
     for number in (2, 4, 6):
         damage(copy / str(number), "item missing")
+    for _ in range(2):      # the same command again finds only what the first has set aside
+        run = open_run(copy)
+        with pytest.raises(ValueError, match="no checkpoint in .*checkpoints can be read; set aside: 2.damaged, 4.d.*, 6.d"):
+            run.restore(shapes_of(states[2]))
+        run.close()
+
+
+def test_a_checkpoint_that_finds_no_memory_is_not_damaged(copy, states, monkeypatch):
+    """What XLA raises when the arrays do not fit the devices."""
+    def full(items):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.0G")
+
+    monkeypatch.setattr(checkpoint, "fingerprints", full)
     run = open_run(copy)
-    with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 4, 2\] in .*checkpoints can be read"):
-        run.restore(shapes_of(states[2]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        run.restore(shapes_of(states[6]))
     run.close()
+    assert folders(copy) == ["2", "4", "6"]
 
 
 def test_a_half_written_checkpoint_does_not_count(copy, states):

@@ -111,11 +111,41 @@ def test_the_environment_says_how_to_join(monkeypatch):
     assert distributed.find_cluster(kubernetes) == wanted
     with pytest.raises(ValueError, match="but not JAX_PROCESS_ID"):
         distributed.find_cluster({name: value for name, value in explicit.items() if name != "JAX_PROCESS_ID"})
+    for change in ({"JAX_COORDINATOR_ADDRESS": "host"}, {"JAX_NUM_PROCESSES": "four"}, {"JAX_PROCESS_ID": "4"}):
+        (name, value), = change.items()
+        with pytest.raises(ValueError, match=f"{name}.* = {value}"):
+            distributed.find_cluster(explicit | change)
     slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
     assert distributed.find_cluster(slurm) == {"cluster_detection_method": "slurm"}
     assert distributed.find_cluster(slurm | {"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"}) is None
     monkeypatch.setattr(distributed, "tpu_attached", lambda: True)
     assert distributed.find_cluster(alone) == {} and distributed.find_cluster({"JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_slurm_and_the_tpu_platform_say_who_is_who(monkeypatch):
+    slurm = {"SLURM_JOB_ID": "4100", "SLURM_STEP_NODELIST": "node[03-04],other7", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
+             "SLURM_LOCALID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    found = distributed.ask_cluster(distributed.find_cluster(slurm)["cluster_detection_method"], 1.0)
+    assert found.pop("coordinator_address").startswith("node03:")
+    assert found == {"num_processes": 16, "process_id": 9, "local_device_ids": [1]}
+    for name in slurm:
+        monkeypatch.delenv(name)
+    from jax._src.clusters import cloud_tpu_cluster  # as on a GKE node with TPUs, four hosts in each of two slices
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    gke = {"TPU_WORKER_HOSTNAMES": "localhost,b,c,d", "TPU_WORKER_ID": "2", "MEGASCALE_NUM_SLICES": "2",
+           "MEGASCALE_SLICE_ID": "1", "TPU_SKIP_MDS_QUERY": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}
+    for name, value in gke.items():
+        monkeypatch.setenv(name, value)
+    found = distributed.ask_cluster(None, 1.0)
+    assert found["coordinator_address"].startswith("localhost:")
+    assert (found["num_processes"], found["process_id"]) == (8, 6)
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "lit-jax-slice-0-0.invalid")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(TimeoutError, match=r"within 0 s \(mesh.join_timeout\): .* lit-jax-slice-0-0.invalid"):
+        distributed.ask_cluster(None, 0.1)
 
 
 def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch):

@@ -77,6 +77,49 @@ def test_collectives_are_counted_with_their_groups_and_the_slices_they_cross():
     assert gather.wire_bytes == 28 * gather.size * 7 / 8 and reduce.wire_bytes == 2 * reduce.size * 3 / 4
 
 
+# One gather that runs beside two fusions, and two sums of which each chip keeps a part: the compiler's forms of them.
+FUSED = """
+HloModule step, is_scheduled=true
+
+%start (a0: bf16[64,64]) -> bf16[256,64] {
+  %a0 = bf16[64,64]{1,0} parameter(0)
+  ROOT %g.1 = bf16[256,64]{1,0} all-gather(%a0), channel_id=5, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}
+}
+
+%go_on (b0: bf16[64,64]) -> bf16[256,64] {
+  %b0 = bf16[64,64]{1,0} parameter(0)
+  ROOT %g.2 = bf16[256,64]{1,0} all-gather(%b0), channel_id=5, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}
+}
+
+%all-reduce-scatter.1 (c0: f32[64,64]) -> f32[16,64] {
+  %c0 = f32[64,64]{1,0} parameter(0)
+  %sum.1 = f32[64,64]{1,0} all-reduce(%c0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %part.1 = f32[16,64]{1,0} slice(%sum.1), slice={[0:16], [0:64]}
+}
+
+%all-reduce-scatter.2 (d0: f32[32,64]) -> f32[8,64] {
+  %d0 = f32[32,64]{1,0} parameter(0)
+  %sum.2 = f32[32,64]{1,0} all-reduce(%d0), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %part.2 = f32[8,64]{1,0} slice(%sum.2), slice={[0:8], [0:64]}
+}
+
+ENTRY %main (x: bf16[64,64], y: f32[64,64], z: f32[32,64]) -> f32[8,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %y = f32[64,64]{1,0} parameter(1)
+  %z = f32[32,64]{1,0} parameter(2)
+  %f1 = bf16[256,64]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %f2 = bf16[256,64]{1,0} fusion(%x), kind=kCustom, calls=%go_on
+  %f3 = f32[16,64]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %f4 = f32[8,64]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.2
+}
+"""
+
+
+def test_a_collective_counts_once_and_two_on_one_channel_count_twice():
+    found = [(c.kind, c.size, c.group) for c in hlo.Program(FUSED).collectives()]
+    assert found == [("all-gather", 256 * 64 * 2, 4), ("reduce-scatter", 64 * 64 * 4, 4), ("reduce-scatter", 32 * 64 * 4, 4)]
+
+
 def test_replica_groups_are_read_in_each_of_their_forms():
     rows = np.arange(8).reshape(2, 4)
     for text in ("replica_groups={{0,1,2,3},{4,5,6,7}}", "replica_groups=[2,4]<=[8]",
@@ -129,37 +172,98 @@ def test_memory_is_what_the_arrays_take_by_hand(planned):
         assert by_hand < programs[name]["arguments"] < 1.15 * by_hand, name
 
 
+def test_the_step_writes_the_new_state_over_the_old(planned):
+    """What is not donated, or donated and not reused, is held twice: here the metrics alone are new."""
+    _, programs = planned
+    assert programs["distill"]["outputs"] < 1e-3 * programs["distill"]["arguments"]
+
+
 def test_nothing_is_replicated_by_accident(planned):
     planner, programs = planned
     layers, parameters = planner.model.depth, checkpoint.parameter_count(planner._params(planner.model))
-    distill = programs["distill"]
-    # Each layer's weights are gathered on the way forward and back, the teacher's once; all in bfloat16 or float32.
-    gathered = distill["collectives"]["all-gather"]["bytes"]
-    assert gathered <= (2 + 1) * 4 * parameters
-    assert distill["collectives"]["all-gather"]["runs"] >= layers
-    assert distill["collectives"].get("all-to-all", {"bytes": 0})["bytes"] < 0.02 * 4 * parameters
-    # Gradients are summed once, whether by reduce-scatter or all-reduce: nothing the size of the batch is.
-    reduced = sum(entry["bytes"] for kind, entry in distill["collectives"].items() if "reduce" in kind)
-    assert reduced <= 2.5 * 4 * parameters
+    found = programs["distill"]["collectives"]
+    # Each layer's weights are gathered on the way forward and back, the teacher's once; matrices in bfloat16.
+    assert found["all-gather"]["bytes"] <= 1.05 * (2 + 1) * 2 * parameters
+    assert found["all-gather"]["runs"] >= layers
+    # What is left of it: rows of the condition meet the split weights outside the blocks.
+    assert found["all-to-all"]["bytes"] < 0.005 * 4 * parameters
+    # Gradients are summed once, and scattered: over the four chips that share them first, then what each keeps over the two
+    # copies. (The compiler sums those whose parts are no whole tiles in full: here two of six matrices, none of XL's.)
+    assert sum(entry["bytes"] for kind, entry in found.items() if "reduce" in kind) <= 3 * parameters
+    assert sum(entry["wire_bytes"] for kind, entry in found.items() if "reduce" in kind) <= 3 * parameters
     # No array on a chip is larger than the activations that remat=dots saves of its own 8 images, all layers stacked.
     tokens, width = 64, planner.model.width
     saved = layers * 8 * tokens * 4 * width * 2
-    largest = max(size for size, _, _ in distill["largest"])
-    assert largest <= max(saved, 4 * parameters / 4)
+    assert max(size for size, _, _ in programs["distill"]["largest"]) <= max(saved, 4 * parameters / 4)
 
 
-def test_a_program_that_does_not_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch, capsys):
+def test_the_programs_are_those_that_a_tpu_would_run():
+    """Not what this machine's CPU would pick; a name in the config stands."""
+    config = tiny_config(fsdp=4)
+    config.model.patch_size = 2                                 # 256 tokens: the flash kernel takes multiples of 128
+    chips = plan.topology_devices("v5e:2x4", 1)
+    planner = plan.Planner(config, chips)
+    assert (planner.model.implementation, planner.teacher.implementation) == ("pallas_tpu", "pallas_tpu")
+    config.model.patch_size = 4                                 # 64 tokens
+    config.model.implementation = "xla"
+    planner = plan.Planner(config, chips)
+    assert (planner.model.implementation, planner.teacher.implementation) == ("xla", "xla")
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_device_of_the_plan_is_a_chip_with_the_memory_that_the_compiler_lets_it_use(topology):
+    chips = plan.topology_devices(topology, 1)
+    assert len(chips) == 4
+    huge = jax.ShapeDtypeStruct((2**34,), np.float32, sharding=jax.sharding.SingleDeviceSharding(chips[0]))
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x[::-1] + x).lower(huge).compile()
+    needed, allowed = plan.memory_shortage(str(refused.value))
+    assert needed >= 64 * plan.GiB
+    assert allowed == pytest.approx(plan.CHIPS[chips[0].device_kind].memory, rel=1e-3)      # the text has two decimals
+
+
+def test_both_refusals_of_the_compiler_are_understood():
+    long = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.42G of 15.75G "
+            "hbm. Exceeded hbm capacity by 2.67G.")
+    short = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+             "temporaries (18.42G) exceeds available HBM (15.75G). HLO module: jit_draw.")
+    assert plan.memory_shortage(long) == plan.memory_shortage(short) == (18.42 * plan.GiB, 15.75 * plan.GiB)
+    assert plan.memory_shortage("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+
+
+def test_a_real_program_that_does_not_fit_is_told_by_how_much(planned):
+    estimate = planned[0].estimate("sample", 2**20)
+    assert not estimate.fits and estimate.needs > estimate.capacity == 15.75 * plan.GiB
+
+
+def test_the_program_does_not_grow_with_the_depth():
+    """The blocks are one scanned body, the teacher's and the student's: so compile time does not grow either."""
+    lines = []
+    for depth in (2, 8):
+        config = tiny_config(fsdp=4)
+        config.model.update(depth=depth, width=64)
+        planner = plan.Planner(config, plan.topology_devices("v5e:2x4", 1))
+        lines.append(len(planner.lower("distill", 64).as_text().splitlines()))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("jump, needs, largest", [(0, 34, 1792), (2, 36, 1536)])
+def test_a_program_that_does_not_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch, capsys, jump, needs, largest):
+    """8 MiB an image, and `jump` GiB more above 512 images, as when the compiler changes its mind; six compilations."""
     def estimate(self, program, batch_size=0):
         batch_size = batch_size or 4096
-        needs = 2 * plan.GiB + batch_size * 2**23
+        needs = 2 * plan.GiB + batch_size * 2**23 + jump * plan.GiB * (batch_size > 512)
+        tried.append(batch_size)
         return plan.Estimate(program, batch_size, needs <= 16 * plan.GiB, needs, 16 * plan.GiB, seconds={"compute": 1.0})
 
+    tried = []
     monkeypatch.setattr(plan.Planner, "estimate", estimate)
     config = tiny_config()
     config.plan.programs = ("plain",)
-    with pytest.raises(ValueError, match="plain at batch 4096 needs 34.00 GiB a chip of v5e:2x4, 18.00 GiB more"):
+    with pytest.raises(ValueError, match=f"batch 4096 needs {needs}.00 GiB a chip of v5e:2x4, {needs - 16}.00 GiB more"):
         plan.run(config, tmp_path)
-    assert "the largest batch that fits is 1792" in capsys.readouterr().out
+    assert f"the largest batch that fits is {largest}" in capsys.readouterr().out
+    assert len(tried) <= plan.MAX_TRIES
 
 
 def test_slices_split_the_data_axis_and_never_a_copy_of_the_parameters():
@@ -175,8 +279,3 @@ def test_an_unknown_topology_is_one_clear_line(tmp_path):
     config.plan.topology = "v5e:3x7"
     with pytest.raises(ValueError, match="plan.topology = 'v5e:3x7'"):
         plan.run(config, tmp_path)
-
-
-def test_rows_of_a_process_are_those_its_devices_hold():
-    mesh = sharding.make_mesh(data=4, fsdp=2)
-    np.testing.assert_array_equal(sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16))

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from oracles import assert_close
 
-from lit_jax import sharding
+from lit_jax import sharding, step
+from lit_jax.models.dit import DiT
 
 
 @pytest.mark.parametrize("data, fsdp, expected", [
@@ -68,3 +70,24 @@ def test_a_process_reads_the_rows_that_its_devices_hold():
     np.testing.assert_array_equal(sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16))
     some = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
     np.testing.assert_array_equal(sharding.process_rows(sharding.replicated(some), 6), np.arange(6))
+
+
+def test_a_rematerialised_model_whose_weights_are_split_has_the_same_gradients():
+    model = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear", remat="dots",
+                dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), 8))
+    params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes)
+    x, target = rng.standard_normal((2, 16, 8, 8, 1)).astype(np.float32)
+    t, y = rng.integers(0, 1000, 16), rng.integers(0, 3, 16)
+
+    def gradient(params, x, t, y, model=model):
+        return jax.grad(lambda p: jnp.mean((model.apply({"params": p}, x, t, y)[..., :1] - target) ** 2))(params)
+
+    expected = jax.jit(lambda *args: gradient(*args, model=model.clone(remat="none")))(params, x, t, y)
+    mesh = sharding.make_mesh(2, 4)
+    where = sharding.fsdp_sharding(shapes, mesh, min_size=64)
+    split = jax.device_put((params, x, t, y), (where, *[sharding.batch_sharding(mesh)] * 3))
+    actual = jax.jit(sharding.on_mesh(gradient, mesh), out_shardings=where)(*split)
+    # A gradient sums over 16 images of 4 tokens, after sums of up to 64 in each layer.
+    jax.tree.map(lambda a, b: assert_close(a, b, reduction=64 * 64), actual, expected)

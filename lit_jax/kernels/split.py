@@ -38,5 +38,13 @@ def gather_weights(params: Any, dtype: Any) -> Any:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params
-    cast = jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 2 else p, params)
-    return jax.lax.with_sharding_constraint(cast, PartitionSpec())
+    return jax.tree.map(lambda p: _gather(p.astype(dtype) if p.ndim == 2 else p), params)
+
+
+@jax.custom_vjp
+def _gather(x):
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+# The constraint's own transpose would make the gradient whole on every device too: summed over all of them, then sliced.
+_gather.defvjp(lambda x: (_gather(x), None), lambda _, gradient: (gradient,))
