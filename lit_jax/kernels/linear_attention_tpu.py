@@ -372,11 +372,11 @@ def _shifted(plan, conv, window, i, column, j):
             for dx in range(plan.K)]
 
 
-def _convolution_steps(plan, conv, j, emit):
-    """Steps that correlate the windows of tile j with the taps and call emit(row, column, (segment, lanes))."""
+def _convolution_steps(plan, conv, j, window, emit):
+    """Steps that correlate a window of tile j with the taps and call emit(row, column, (segment, lanes))."""
     start, size = plan.tiles[j]
 
-    def point(window, column, i, sums):
+    def point(column, i, sums):
         total = None
         for dx, value in enumerate(_shifted(plan, conv, window, i, column, j)):
             tap = i * plan.K + dx
@@ -384,13 +384,13 @@ def _convolution_steps(plan, conv, j, emit):
             total = term if total is None else total + term
         sums.append(total)
 
-    def finish(window, column, sums):
+    def finish(column, sums):
         for i, value in enumerate(_interpolate(plan.matrices[0], sums)):
             emit(window * plan.outputs + i, column, value)
 
-    return [step for window in range(plan.windows) for column in range(0, plan.w, plan.segment) for sums in [[]]
-            for step in [*(functools.partial(point, window, column, i, sums) for i in range(plan.points)),
-                         functools.partial(finish, window, column, sums)]]
+    return [step for column in range(0, plan.w, plan.segment) for sums in [[]]
+            for step in [*(functools.partial(point, column, i, sums) for i in range(plan.points)),
+                         functools.partial(finish, column, sums)]]
 
 
 def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
@@ -430,26 +430,41 @@ def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
             *(functools.partial(point, i) for i in range(plan.points)), bias]
 
 
-def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0):
-    """Steps that write tile j of a chunk of out_ref: value (tokens, lanes), plus any convolution."""
+def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
+    """Steps that write tile j of a chunk of out_ref: value(first, count), tokens x lanes, plus any convolution.
+
+    They ask for `block` tokens at a time (0: one window's), just before the convolution adds to them: so little waits in
+    registers.
+    """
     start, size = plan.tiles[j]
+    window = plan.outputs * plan.w if conv else block
+    block = block if block % max(window, 1) == 0 and block else plan.chunk_tokens if plan.outputs == 1 else window
     lanes = slice(offset + start, offset + start + size)
+    values = {}
 
-    def write():
-        out_ref[0, _tokens(plan, chunk), lanes] = value.astype(out_ref.dtype)
+    def compute(first):
+        values[first] = value(first, block)
+        if conv is None:
+            out_ref[0, pl.ds(chunk * plan.chunk_tokens + first, block), lanes] = values.pop(first).astype(out_ref.dtype)
+        elif conv.bias_ref is not None:
+            values[first] += conv.bias_ref[:, start:start + size]
 
+    blocks = {first: functools.partial(compute, first) for first in range(0, plan.chunk_tokens, block)}
     if conv is None:
-        return [write]
-    if conv.bias_ref is not None:
-        value = value + conv.bias_ref[:, start:start + size]
+        return list(blocks.values())
 
     def emit(row, column, convolved):
         token = row * plan.w + column
-        total = value[token:token + plan.segment] + convolved
+        first = token // block * block
+        total = values[first][token - first:token - first + plan.segment] + convolved
         token = pl.ds(chunk * plan.chunk_tokens + token, plan.segment)
         out_ref[0, token, lanes] = total.astype(out_ref.dtype)
 
-    return _window_steps(plan, conv, chunk, j) + _convolution_steps(plan, conv, j, emit)
+    steps = _window_steps(plan, conv, chunk, j)
+    for i in range(plan.windows):
+        steps += [blocks[i * window]] if i * window in blocks else []
+        steps += _convolution_steps(plan, conv, j, i, emit)
+    return steps
 
 
 # ---------------------------------------------------------------- by state: the passes over a chunk
@@ -516,6 +531,10 @@ def _reciprocals(plan, phi_q, mean):
     return [_reciprocal(plan, total + EPSILON) for total in _head_sums(plan, products)]
 
 
+def _parts(value):
+    return lambda first, count: value[first:first + count]
+
+
 def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     """Writes one chunk of out_ref: phi(q) S z, plus the convolution of the padded v."""
     phi_q = [_phi(_tile(plan, q_ref, chunk, i)) for i in range(len(plan.tiles))]
@@ -523,7 +542,7 @@ def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     phi_q = [x.astype(plan.dtype) for x in phi_q]
     for j in range(len(plan.tiles)):
         attention = _product(plan, phi_q, state_ref, j, transpose=False) * _per_lane(plan, j, z)
-        _interleave(_write_steps(plan, conv, chunk, j, attention, out_ref))
+        _interleave(_write_steps(plan, conv, chunk, j, _parts(attention), out_ref))
 
 
 def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, chunk, first):
@@ -563,48 +582,70 @@ def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref,
     phi_k = [_phi(x).astype(plan.dtype) for x in k]
     for j in tiles:
         dv = _product(plan, phi_k, dstate_ref, j, transpose=False)
-        _interleave(_write_steps(plan, conv, chunk, j, dv, dkv_ref, plan.width))
+        _interleave(_write_steps(plan, conv, chunk, j, _parts(dv), dkv_ref, plan.width))
         if conv is not None:
             _interleave(_filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j))
 
 
 # ---------------------------------------------------------------- direct: by the T x T matrix of each head
 
-def _whole_tile(plan, ref, i, offset=0):
+ROWS = 64  # of a head's matrices in one step: their float32 values then stay in registers
+
+
+def _whole_tile(plan, ref, i, offset=0, block=None):
+    """Tile i of all tokens, or of those of `block` (first, count)."""
     start, size = plan.tiles[i]
-    return ref[0, :, offset + start:offset + start + size]
+    first, count = block or (0, plan.tokens)
+    return ref[0, first:first + count, offset + start:offset + start + size]
 
 
 class _Heads:
-    """The attention matrices of the heads, and what the backward needs of them, computed in steps."""
+    """The attention matrices of the heads, and what the backward needs of them, computed in steps, by blocks of rows."""
 
     def __init__(self, plan, q_ref, kv_ref, do_ref=None):
         self.plan, self.q_ref, self.kv_ref, self.do_ref = plan, q_ref, kv_ref, do_ref
         self.weights = {}    # head -> normalised attention matrix (T, T), in the dtype of q
         self.dscores = {}    # head -> gradient of phi(q) phi(k)^T (T, T), in the dtype of q
+        self.phi_ks = {}     # tile -> phi(k) (T, lanes), in the dtype of q
+
+    def phi_k(self, i):
+        if i not in self.phi_ks:
+            self.phi_ks[i] = _phi(_whole_tile(self.plan, self.kv_ref, i)).astype(self.plan.dtype)
+        return self.phi_ks[i]
 
     def steps(self, n):
         """Steps that compute head n."""
+        blocks = [(first, min(ROWS, self.plan.tokens - first)) for first in range(0, self.plan.tokens, ROWS)]
+        weights, dscores = [], []
+
+        def finish():
+            self.weights[n] = jnp.concatenate(weights, axis=0)
+            if self.do_ref is not None:
+                self.dscores[n] = jnp.concatenate(dscores, axis=0)
+
+        return [step for block in blocks for step in self._block_steps(n, block, weights, dscores)] + [finish]
+
+    def _block_steps(self, n, block, weights_out, dscores_out):
+        """Steps that compute the rows `block` of head n's matrices and append them to the lists."""
         plan = self.plan
         values = dict(scores=0.0, dweights=0.0)
 
         def add_scores(i):
-            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i))).astype(plan.dtype)
-            phi_k = _phi(_whole_tile(plan, self.kv_ref, i)).astype(plan.dtype)
-            values["scores"] += _dot(plan, phi_q, phi_k, (1, 1))
+            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i, block=block))).astype(plan.dtype)
+            values["scores"] += _dot(plan, phi_q, self.phi_k(i), (1, 1))
 
         def add_dweights(j):
-            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j).astype(jnp.float32)).astype(plan.dtype)
+            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j, block=block).astype(jnp.float32)).astype(plan.dtype)
             values["dweights"] += _dot(plan, do, _whole_tile(plan, self.kv_ref, j, plan.width), (1, 1))
 
         def normalise():
             mean = jnp.sum(values["scores"], axis=1, keepdims=True) * (1 / plan.tokens)
             z_mean = _reciprocal(plan, mean + EPSILON) * (1 / plan.tokens)
             weights = values["scores"] * z_mean
-            self.weights[n] = weights.astype(plan.dtype)
+            weights_out.append(weights.astype(plan.dtype))
             if self.do_ref is not None:
                 mean = jnp.sum(weights * values["dweights"], axis=1, keepdims=True)
-                self.dscores[n] = ((values["dweights"] - mean) * z_mean).astype(plan.dtype)
+                dscores_out.append(((values["dweights"] - mean) * z_mean).astype(plan.dtype))
 
         tiles = plan.tiles_of(n)
         steps = [functools.partial(add_scores, i) for i in tiles]
@@ -616,58 +657,64 @@ class _Heads:
         """Steps that compute the heads which tile i is the first to need."""
         return [step for n in self.plan.heads_of(i) if i == self.plan.tiles_of(n)[0] for step in self.steps(n)]
 
-    def product(self, i, matrices, x, contract=0):
-        """Tile i (T, lanes) of the heads' matrices times x (T, lanes): each lane by its own head's matrix."""
-        heads = self.plan.heads_of(i)
+    def product(self, i, matrices, x, block, transpose=False):
+        """The rows `block` of tile i (T, lanes) of the heads' matrices (or their transposes) times x (T, lanes).
+
+        Each lane is by its own head's matrix.
+        """
+        heads, rows = self.plan.heads_of(i), slice(block[0], block[0] + block[1])
         out = None
         for n in reversed(heads):
-            product = _dot(self.plan, matrices[n], x, (contract, 0))
+            matrix = matrices[n][:, rows] if transpose else matrices[n][rows]
+            product = _dot(self.plan, matrix, x, (0 if transpose else 1, 0))
             out = product if out is None else _only_head(self.plan, i, n, product, out)
         return out
 
 
 def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
-    """Writes out_ref (1, T, D). The matrix work of a tile goes beside the convolution of the one before."""
+    """Writes out_ref (1, T, D). The matrices of a head go beside the convolution of the tile before."""
     heads = _Heads(plan, q_ref, kv_ref)
-    attention = {}
 
-    def multiply(j):
-        attention[j] = heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), contract=1)
+    def attention(j):
+        return lambda *block: heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), block)
 
     vector_steps = []
     for j in range(len(plan.tiles)):
-        _interleave(vector_steps, [*heads.steps_of_tile(j), functools.partial(multiply, j)])
-        vector_steps = _write_steps(plan, conv, 0, j, attention.pop(j), out_ref)
+        _interleave(vector_steps, heads.steps_of_tile(j))
+        vector_steps = _write_steps(plan, conv, 0, j, attention(j), out_ref, block=0 if conv else plan.tokens)
     _interleave(vector_steps)
 
 
 def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref):
     """Writes dq_ref (1, T, D) and dkv_ref (1, T, 2 D), and adds to dtaps_ref."""
     heads = _Heads(plan, q_ref, kv_ref, do_ref)
-    dv = {}
+    columns = LANES if plan.tokens % LANES == 0 else plan.tokens  # a block of a transposed matrix: whole lane tiles
 
     def matrix_steps(i):
         start, size = plan.tiles[i]
 
-        def write_dq():
-            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
-            dphi_q = heads.product(i, heads.dscores, _phi(k).astype(plan.dtype), contract=1)
-            dq_ref[0, :, start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+        def write_dq(*block):
+            dphi_q = heads.product(i, heads.dscores, heads.phi_k(i), block)
+            q = _whole_tile(plan, q_ref, i, block=block).astype(jnp.float32)
+            dq_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
 
-        def write_dk():
-            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
-            dphi_k = heads.product(i, heads.dscores, _phi(q).astype(plan.dtype))
-            dkv_ref[0, :, start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
+        def write_dk(*block):
+            phi_q = _phi(_whole_tile(plan, q_ref, i)).astype(plan.dtype)
+            dphi_k = heads.product(i, heads.dscores, phi_q, block, transpose=True)
+            k = _whole_tile(plan, kv_ref, i, block=block).astype(jnp.float32)
+            dkv_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
 
-        def compute_dv():
-            dv[i] = heads.product(i, heads.weights, _whole_tile(plan, do_ref, i))
+        return [*heads.steps_of_tile(i),
+                *(functools.partial(write, first, columns) for first in range(0, plan.tokens, columns)
+                  for write in (write_dq, write_dk))]
 
-        return [*heads.steps_of_tile(i), write_dq, write_dk, compute_dv]
+    def dv(i):
+        return lambda *block: heads.product(i, heads.weights, _whole_tile(plan, do_ref, i), block, transpose=True)
 
     vector_steps = []
     for i in range(len(plan.tiles)):
         _interleave(vector_steps, matrix_steps(i))
-        vector_steps = _write_steps(plan, conv, 0, i, dv.pop(i), dkv_ref, plan.width)
+        vector_steps = _write_steps(plan, conv, 0, i, dv(i), dkv_ref, plan.width, block=columns)
         if conv is not None:
             vector_steps += _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, 0, i)
     _interleave(vector_steps)
