@@ -311,12 +311,13 @@ def _zero_margins(plan, windows_ref):
     """Nothing writes the margins later."""
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
-        def zero(j):
+        def zero(j, carry):
             side = jnp.zeros((windows_ref.shape[1], MARGIN, LANES), jnp.float32)
             windows_ref[j, :, :MARGIN] = side
             windows_ref[j, :, MARGIN + plan.w:] = side
+            return carry
 
-        _loop(len(plan.tiles), zero)
+        jax.lax.fori_loop(0, len(plan.tiles), zero, 0)
 
 
 def _image_row(plan, conv, chunk, r, j):
@@ -589,7 +590,7 @@ def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref,
 
 # ---------------------------------------------------------------- direct: by the T x T matrix of each head
 
-ROWS = 64  # of a head's matrices in one step: their float32 values then stay in registers
+ROWS = 64  # of a head's matrices in one step, so that few of their float32 values are spilled; the backward's 128 were best
 
 
 def _whole_tile(plan, ref, i, offset=0, block=None):
@@ -615,7 +616,8 @@ class _Heads:
 
     def steps(self, n):
         """Steps that compute head n."""
-        blocks = [(first, min(ROWS, self.plan.tokens - first)) for first in range(0, self.plan.tokens, ROWS)]
+        rows = ROWS if self.do_ref is None else 2 * ROWS
+        blocks = [(first, min(rows, self.plan.tokens - first)) for first in range(0, self.plan.tokens, rows)]
         weights, dscores = [], []
 
         def finish():
@@ -916,18 +918,19 @@ def _make_plan(q, conv_kernel, num_heads, grid, arrays):
     limit = _vmem_bytes()
     if _vmem_needed(plan, arrays) <= limit:
         return plan
-    # Bands: whole chunks, and whole halo blocks of the band's neighbours.
+    # Bands: whole chunks, and whole halo blocks of the band's neighbours. As few as fit, but rather more than rows added to
+    # fill the last: those cost a copy of every array.
     halo_rows = max(1, pl.next_power_of_2(K // 2))
-    chunk_rows = max(1, min(h, CHUNK_TOKENS // w))
+    chunk_rows = max(1, min(pl.cdiv(h, 2), CHUNK_TOKENS // w))
     step = math.lcm(chunk_rows, halo_rows)
-    for band_rows in range(pl.cdiv(h, step) * step, 0, -step):
-        bands = pl.cdiv(h, band_rows)
-        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step  # the least padding for this number of bands
-        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows,
-                                   bands=max(2, bands), direct=False)
+    rows = pl.cdiv(h, step) * step
+    fitting = []
+    for bands in range(2, max(2, rows // step) + 1):
+        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
+        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows, bands=bands, direct=False)
         if _vmem_needed(plan, arrays) <= limit:
-            break
-    return plan
+            fitting.append(plan)
+    return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands), default=plan)
 
 
 def _vmem_needed(plan, arrays):
