@@ -831,7 +831,7 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
 # ---------------------------------------------------------------- the calls
 
 def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="relu", interpret=False):
-    """The output (B, T, D) of `linear_attention.linear_attention`, whose arguments these are."""
+    """Returns the output (B, T, D) of `linear_attention`, whose arguments these are, and None: the backward needs no more."""
     plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=4)
     call = _Call(plan, q.shape[0], grid, interpret)
     q, kv = call.pad(q), call.pad(kv)
@@ -840,7 +840,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
         scratch = call.windows() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
         out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch,
                     products=2)
-        return call.unpad(out)
+        return call.unpad(out), None
     state, mean = call.state_of(kv)
     values = []
     if plan.K:
@@ -849,10 +849,10 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
     out, = call(functools.partial(_output_kernel, offset=0 if plan.K and aligned else plan.width),
                 [call.band(q), call.image(state), call.image(mean), *values, *taps],
                 [call.band_like(q)], call.windows(), products=1)
-    return call.unpad(out)
+    return call.unpad(out), None
 
 
-def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function="relu", interpret=False):
+def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function="relu", interpret=False):
     """The gradients (dq, dkv, dconv_kernel, dconv_bias) for the cotangent `do` (B, T, D); recomputes the state."""
     plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=7)
     call = _Call(plan, q.shape[0], grid, interpret)

@@ -115,7 +115,7 @@ def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: 
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # a kernel asks it for the chip's VMEM
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
 
@@ -148,7 +148,9 @@ def attention_program(D: int, num_heads: int, grid: tuple[int, int], batch: int,
     T, H = grid[0] * grid[1], D // num_heads
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     filters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K, K, H), (H,))] if K else [None, None]
-    args = (shape((batch, T, D)), shape((batch, T, 2 * D)), *filters, *([shape((batch, T, D))] * (name == "backward")))
+    args = (shape((batch, T, D)), shape((batch, T, 2 * D)), *filters)
+    if name == "backward":
+        args += (None, shape((batch, T, D)))  # nothing saved by the forward, and the cotangent
     return functools.partial(getattr(linear_attention_tpu, name), num_heads=num_heads, grid=grid), args
 
 
