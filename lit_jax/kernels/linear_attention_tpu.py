@@ -43,6 +43,7 @@ class _Plan:
     chunks: int        # chunks in a band
     bands: int         # 1: the image fits VMEM
     direct: bool       # by the T x T matrix rather than the state
+    slots: int         # tiles whose windows the convolution's scratch holds: all, or 2 where VMEM is short
     K: int             # 0: no convolution
     dtype: jnp.dtype
 
@@ -76,9 +77,9 @@ class _Plan:
 
     @property
     def windows_shape(self):
-        """All tiles' windows of a chunk; those of a plain sum share their rows."""
+        """The windows of a chunk, tile j in slot j modulo slots; those of a plain sum share their rows."""
         rows = self.chunk_rows + self.K - 1 if self.outputs == 1 else self.windows * self.points
-        return (len(self.tiles), rows, self.w + 2 * MARGIN, LANES)
+        return (self.slots, rows, self.w + 2 * MARGIN, LANES)
 
     @property
     def spread_rows(self):
@@ -291,7 +292,7 @@ class _Conv:
     x_ref: jax.Array                   # (1, band tokens, ...): what is convolved, D lanes from `offset` on
     offset: int
     halos: tuple                       # of bands: the blocks above and below, and whether those are in the image
-    windows_ref: jax.Array             # (tiles, rows, w + 2 MARGIN, 128)
+    windows_ref: jax.Array             # (slots, rows, w + 2 MARGIN, 128)
     taps_ref: jax.Array                # (n * K, D)
     bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
     spread_ref: jax.Array | None = None  # (2, rows, w, 128): of v, as A v; the backward's
@@ -317,7 +318,7 @@ def _zero_margins(plan, windows_ref):
             windows_ref[j, :, MARGIN + plan.w:] = side
             return carry
 
-        jax.lax.fori_loop(0, len(plan.tiles), zero, 0)
+        jax.lax.fori_loop(0, plan.slots, zero, 0)
 
 
 def _image_row(plan, conv, chunk, r, j):
@@ -361,7 +362,7 @@ def _window_steps(plan, conv, chunk, j):
             if plan.outputs == 1 and window > 0 and i < n - 1:
                 continue  # the window before has written it
             value = jnp.zeros((plan.w, size), jnp.float32) if values[i] is None else values[i]
-            conv.windows_ref[j, _window_row(plan, window, i), MARGIN:MARGIN + plan.w, :size] = value
+            conv.windows_ref[j % plan.slots, _window_row(plan, window, i), MARGIN:MARGIN + plan.w, :size] = value
 
     return [functools.partial(step, window) for window in range(plan.windows)]
 
@@ -369,8 +370,8 @@ def _window_steps(plan, conv, chunk, j):
 def _shifted(plan, conv, window, i, column, j):
     """The K shifted versions (segment, lanes) of row i of a window of tile j, from `column` on."""
     first = MARGIN - plan.pad + column
-    return [conv.windows_ref[j, _window_row(plan, window, i), first + dx:first + dx + plan.segment, :plan.tiles[j][1]]
-            for dx in range(plan.K)]
+    row, size = _window_row(plan, window, i), plan.tiles[j][1]
+    return [conv.windows_ref[j % plan.slots, row, first + dx:first + dx + plan.segment, :size] for dx in range(plan.K)]
 
 
 def _convolution_steps(plan, conv, j, window, emit):
@@ -914,10 +915,12 @@ def _make_plan(q, conv_kernel, num_heads, grid, arrays):
     K = 0 if conv_kernel is None else conv_kernel.shape[0]
     direct = chunks == 1 and h * w == T and D // num_heads >= LANES
     plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows,
-                 chunks=chunks, bands=1, direct=direct, K=K, dtype=q.dtype)
+                 chunks=chunks, bands=1, direct=direct, slots=pl.cdiv(D, LANES), K=K, dtype=q.dtype)
     limit = _vmem_bytes()
-    if _vmem_needed(plan, arrays) <= limit:
-        return plan
+    for slots in (plan.slots, 2):
+        plan = dataclasses.replace(plan, slots=slots)
+        if _vmem_needed(plan, arrays) <= limit:
+            return plan
     # Bands: whole chunks, and whole halo blocks of the band's neighbours. As few as fit, but rather more than rows added to
     # fill the last: those cost a copy of every array.
     halo_rows = max(1, pl.next_power_of_2(K // 2))
