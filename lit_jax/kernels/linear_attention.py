@@ -129,14 +129,14 @@ def _kernel_module(implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret):
-    return _kernel_module(implementation).forward(
-        q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
-        interpret=interpret)
+    return _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)[0]
 
 
 def _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret):
-    out = _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)
-    return out, (q, kv, conv_kernel, conv_bias)
+    out, saved = _kernel_module(implementation).forward(
+        q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
+        interpret=interpret)
+    return out, (q, kv, conv_kernel, conv_bias, saved)
 
 
 def _fused_bwd(num_heads, grid, kernel_function, implementation, interpret, residuals, do):

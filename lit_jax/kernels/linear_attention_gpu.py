@@ -1,7 +1,7 @@
 """Linear attention plus depth-wise convolution in Pallas-Triton kernels, for NVIDIA Hopper (and Ampere).
 
 Per image and head, with P = phi(q), K = phi(k) and E = do S^T, as four kernels; (B, T, D) arrays are read and
-written in place by strided loads, nothing is transposed, and only the inputs are kept for the backward pass:
+written in place by strided loads, nothing is transposed, and the backward pass is given the forward's S and s:
 
     state      S = K^T v / T, s = mean K                                        reads k, v; writes S
     forward    P S / (P . s + epsilon) + DWC(v) + bias                          reads q, v, S; writes out
@@ -14,8 +14,8 @@ gives the same bits. Sums are float32; S and dS travel in the dtype of q, becaus
 products.
 
 Bytes, in units of one (B, T, D) array (25 us at 3 TB/s for D = 1152, B T = 32768 in bfloat16), with S of H
-/ T such units: forward 5 + 2 H / T against a floor of 4, backward 12 + 4 H / T against 7. For XL that is
-forward 181 / 139 / 129 / 126 us and backward 414 / 328 / 307 / 302 us at T = 256 / 1024 / 4096 / 16384. The
+/ T such units: forward 5 + 2 H / T against a floor of 4, backward 10 + 3 H / T against 7. For XL that is
+forward 181 / 140 / 129 / 127 us and backward 336 / 273 / 257 / 253 us at T = 256 / 1024 / 4096 / 16384. The
 convolution is bound by instruction issue instead: 25 multiply-adds an element are 33 us, and one whose
 operand is loaded and widened anew for each tap costs three to four times that. Here a row of v is loaded K
 times, once per column of the filter, and feeds up to K rows of the output from registers.
@@ -58,14 +58,14 @@ class BlockSizes:
 
 def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, interpret=False,
             block_sizes=BlockSizes()):
-    """Returns linear attention plus convolution, (B, T, D) in the dtype of q; see `linear_attention`."""
+    """Returns linear attention plus convolution, (B, T, D) in the dtype of q, and (S, s) for `backward`."""
     H = _validate(q, kv, conv_kernel, num_heads, grid, kernel_function)
     B, T, D = q.shape
     state, key_mean = _state(kv, kv, None, None, num_heads, D, block_sizes, interpret)
     tile, tiles = _column_tiles(H)
     patch, patches = _patches(grid, block_sizes.tokens)
     has_conv = conv_kernel is not None
-    return pl.pallas_call(
+    out = pl.pallas_call(
         functools.partial(_forward_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv,
                           interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
@@ -74,15 +74,16 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
         interpret=interpret,
         name="linear_attention_forward",
     )(q, kv, state, key_mean, *((conv_kernel, conv_bias) if has_conv else ()))
+    return out, (state, key_mean)
 
 
-def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function, interpret=False,
+def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function, interpret=False,
              block_sizes=BlockSizes()):
     """Returns (dq, dkv, dconv_kernel, dconv_bias), each in its primal's shape and dtype."""
     H = _validate(q, kv, conv_kernel, num_heads, grid, kernel_function)
     B, T, D = q.shape
     has_conv = conv_kernel is not None
-    state, key_mean = _state(kv, kv, None, None, num_heads, D, block_sizes, interpret)
+    state, key_mean = saved
 
     block = _block(T, block_sizes.dq_tokens)
     row = jax.ShapeDtypeStruct((B, num_heads, T), jnp.float32)

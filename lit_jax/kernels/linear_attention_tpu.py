@@ -12,6 +12,9 @@ Two forms of the same sums, both on whole images in VMEM, where HBM sees each in
 Heads of 72, 192 or 288 lanes do not start on multiples of 128 lanes, and moving them there costs more than it
 saves. So a head is never sliced out: everything works on aligned tiles of 128 lanes, S is the list of the tile
 pairs (i, j) that share a head, and what belongs to another head is zeroed where tiles straddle two.
+
+The convolution is bound by the vector unit, which has no fused multiply-add. In bfloat16 its columns of K taps go by
+Cook and Toom's algorithm (Winograd's, in one dimension): m rows of output need m + K - 1 products in place of m K.
 """
 import dataclasses
 import functools
@@ -19,6 +22,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -39,6 +43,7 @@ class _Plan:
     chunks: int        # chunks in a band
     bands: int         # 1: the image fits VMEM
     direct: bool       # by the T x T matrix rather than the state
+    slots: int         # tiles whose windows the convolution's scratch holds: all, or 2 where VMEM is short
     K: int             # 0: no convolution
     dtype: jnp.dtype
 
@@ -54,6 +59,40 @@ class _Plan:
     def halo_rows(self):
         """Rows in a halo block: at least `pad`, and a divisor of the band's rows."""
         return 0 if self.bands == 1 else pl.next_power_of_2(self.pad) if self.pad else 0
+
+    @property
+    def outputs(self):
+        """m, the rows of output that one window of the convolution yields. One is the plain sum, exact in float32."""
+        return 1 if self.dtype == jnp.float32 else next(m for m in (4, 2, 1) if self.chunk_rows % m == 0)
+
+    @property
+    def points(self):
+        """n, the rows of a window of the convolution."""
+        return self.outputs + self.K - 1
+
+    @property
+    def windows(self):
+        """Windows in a column of a chunk."""
+        return self.chunk_rows // self.outputs
+
+    @property
+    def windows_shape(self):
+        """The windows of a chunk, tile j in slot j modulo slots; those of a plain sum share their rows."""
+        rows = self.chunk_rows + self.K - 1 if self.outputs == 1 else self.windows * self.points
+        return (self.slots, rows, self.w + 2 * MARGIN, LANES)
+
+    @property
+    def spread_rows(self):
+        """Rows of A v in a window; a plain sum's are all equal."""
+        return 1 if self.outputs == 1 else self.points
+
+    @property
+    def spread_shape(self):
+        return (2, self.windows * self.spread_rows, self.w, LANES)
+
+    @functools.cached_property
+    def matrices(self):
+        return _cook_toom(self.outputs, self.K)
 
     @property
     def band_rows(self):
@@ -188,134 +227,246 @@ def _interleave(*works):
 
 # ---------------------------------------------------------------- the convolution
 
+POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 4.0, -4.0)  # where Cook and Toom evaluate; and at infinity, last
+
+
+def _cook_toom(m, K):
+    """Matrices A (n, m), B (n, n), G (n, K), n = m + K - 1: m outputs of K taps g on n inputs x are A^T ((G g) * (B x)).
+
+    Rows 1 and 2, 3 and 4, ... belong to points p and -p: they are equal but for the sign of their odd columns.
+    """
+    if m == 1:
+        return np.ones((K, 1)), np.eye(K), np.eye(K)
+    n = m + K - 1
+    points = POINTS[:n - 1]
+    A, B, G = np.zeros((n, m)), np.zeros((n, n)), np.zeros((n, K))
+    for row, p in enumerate(points):
+        others = [q for q in points if q != p]
+        A[row] = p ** np.arange(m)
+        B[row, :n - 1] = np.poly(others)[::-1]     # the polynomial that vanishes at the others, lowest power first
+        G[row] = p ** np.arange(K) / np.prod([p - q for q in others])
+    A[-1, -1] = G[-1, -1] = 1.0
+    B[-1] = np.poly(points)[::-1]
+    return A, B, G
+
+
+def _weighted(weights, values):
+    """The sum of weights * values, or None if it is empty; a value of None is zero."""
+    total = None
+    for weight, value in zip(weights, values):
+        if weight == 0 or value is None:
+            continue
+        if total is None:
+            total = value if weight == 1 else value * float(weight)
+        elif weight == -1:
+            total = total - value
+        else:
+            total = total + (value if weight == 1 else value * float(weight))
+    return total
+
+
+def _evaluate(matrix, values):
+    """matrix times a list of rows, for A and B of _cook_toom: what p and -p share is computed once."""
+    out = [_weighted(matrix[0], values)]
+    for row in matrix[1:-1:2]:
+        even, odd = _weighted(row[::2], values[::2]), _weighted(row[1::2], values[1::2])
+        if even is None or odd is None:
+            out += [even, even] if odd is None else [odd, -odd]
+        else:
+            out += [even + odd, even - odd]
+    return out + [_weighted(matrix[-1], values)]
+
+
+def _interpolate(A, values):
+    """A^T times a list of rows."""
+    if A.shape[1] == 1:
+        return [_weighted(A[:, 0], values)]
+    pairs = [(x + y, x - y) for x, y in zip(values[1:-1:2], values[2:-1:2])]
+    return [_weighted([A[0, i], *A[1:-1:2, i], A[-1, i]], [values[0], *(pair[i % 2] for pair in pairs), values[-1]])
+            for i in range(A.shape[1])]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Conv:
-    """What the convolution needs in VMEM: the image being convolved, in float32 with its margins, and the taps."""
-    padded_ref: jax.Array              # (tiles, band rows + 2 pad, w + 2 MARGIN, 128)
-    taps_ref: jax.Array                # (K * K, D)
+    """What the convolution needs in VMEM: the windows of a chunk, as B x, in float32 with margins, and the taps, as G g."""
+    x_ref: jax.Array                   # (1, band tokens, ...): what is convolved, D lanes from `offset` on
+    offset: int
+    halos: tuple                       # of bands: the blocks above and below, and whether those are in the image
+    windows_ref: jax.Array             # (slots, rows, w + 2 MARGIN, 128)
+    taps_ref: jax.Array                # (n * K, D)
     bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
+    spread_ref: jax.Array | None = None  # (2, rows, w, 128): of v, as A v; the backward's
 
 
-def _fill(plan, padded_ref, x_ref, halos, offset):
-    """Fills padded_ref with the band x_ref (1, tokens, D from lane `offset` on), between its halos if it has any."""
-    rows, pad, w = plan.band_rows, plan.pad, plan.w
+def _window_row(plan, window, i):
+    """Where the scratch holds row i of a window; a plain sum's windows share their rows."""
+    return window + i if plan.outputs == 1 else window * plan.points + i
 
+
+def _halos(plan, refs):
+    band = pl.program_id(2)
+    return tuple(zip(refs, (band > 0, band < plan.bands - 1)))
+
+
+def _zero_margins(plan, windows_ref):
+    """Nothing writes the margins later."""
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
-    def _():  # nothing writes the margins later
-        def zero(j):
-            padded_ref[j, :, :MARGIN] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
-            padded_ref[j, :, MARGIN + w:] = jnp.zeros((rows + 2 * pad, MARGIN, LANES), jnp.float32)
-            padded_ref[j, :pad, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
-            padded_ref[j, rows + pad:, MARGIN:MARGIN + w] = jnp.zeros((pad, w, LANES), jnp.float32)
+    def _():
+        def zero(j, carry):
+            side = jnp.zeros((windows_ref.shape[1], MARGIN, LANES), jnp.float32)
+            windows_ref[j, :, :MARGIN] = side
+            windows_ref[j, :, MARGIN + plan.w:] = side
+            return carry
 
-        _loop(len(plan.tiles), zero)
-
-    if halos:
-        band = pl.program_id(2)
-        above = (halos[0], plan.halo_rows - pad, 0, band > 0)
-        below = (halos[1], 0, rows + pad, band < plan.bands - 1)
-        for j, (start, size) in enumerate(plan.tiles):
-            for ref, first, target, inside in (above, below):
-                tokens = slice(first * w, (first + pad) * w)
-                value = ref[0, tokens, offset + start:offset + start + size].astype(jnp.float32)
-                value = jnp.where(inside, value, 0.0).reshape(pad, w, size)
-                padded_ref[j, target:target + pad, MARGIN:MARGIN + w, :size] = value
-
-    def fill_chunk(chunk):
-        middle = pl.ds(chunk * plan.chunk_rows + pad, plan.chunk_rows)
-        for j, (_, size) in enumerate(plan.tiles):
-            value = _tile(plan, x_ref, chunk, j, offset).astype(jnp.float32)
-            padded_ref[j, middle, MARGIN:MARGIN + w, :size] = value.reshape(plan.chunk_rows, w, size)
-
-    _loop(plan.chunks, fill_chunk)
+        jax.lax.fori_loop(0, plan.slots, zero, 0)
 
 
-def _shifted_rows(plan, padded_ref, chunk, j, column, r):
-    """The K column-shifted versions (segment, lanes) of row r of the chunk's window, from `column` on."""
-    size, first = plan.tiles[j][1], MARGIN - plan.pad + column
-    return [padded_ref[j, chunk * plan.chunk_rows + r, first + dx:first + dx + plan.segment, :size]
-            for dx in range(plan.K)]
-
-
-def _convolution_steps(plan, conv, chunk, j, flip, emit):
-    """Steps that correlate one chunk of tile j with the taps and call emit(row, column, (segment, lanes)).
-
-    They walk the rows once: a row is loaded at its K shifts and added to the K output rows it touches.
-    """
-    K, rows = plan.K, plan.chunk_rows
+def _image_row(plan, conv, chunk, r, j):
+    """Row r of a chunk (w, lanes of tile j) float32; None where it lies outside the image for certain."""
     start, size = plan.tiles[j]
-    taps = [conv.taps_ref[t:t + 1, start:start + size] for t in range(K * K)]
-    if flip:
-        taps.reverse()
+    lanes = slice(conv.offset + start, conv.offset + start + size)
 
-    def step(column, r, sums):
-        shifted = _shifted_rows(plan, conv.padded_ref, chunk, j, column, r)
-        for dy in range(K):
-            y = r - dy
-            if 0 <= y < rows:
-                for dx in range(K):
-                    term = shifted[dx] * taps[dy * K + dx]
-                    sums[y] = sums[y] + term if y in sums else term
-        if r >= K - 1:
-            emit(r - K + 1, column, sums.pop(r - K + 1))
+    def read(ref, row):
+        token = row * plan.w
+        if not isinstance(row, int):
+            token = pl.multiple_of(token, plan.w)
+        return ref[0, pl.ds(token, plan.w), lanes].astype(jnp.float32)
 
-    return [functools.partial(step, column, r, sums)
-            for column in range(0, plan.w, plan.segment) for sums in [{}] for r in range(rows + K - 1)]
+    row = chunk * plan.chunk_rows + r
+    if 0 <= r < plan.chunk_rows:
+        return read(conv.x_ref, row)
+    if not conv.halos and isinstance(row, int):
+        return read(conv.x_ref, row) if 0 <= row < plan.band_rows else None
+    last = plan.band_rows - 1
+    outside, value = row < 0 if r < 0 else row > last, read(conv.x_ref, jnp.clip(row, 0, last))
+    beyond = jnp.zeros_like(value)
+    if conv.halos:
+        halo, inside = conv.halos[r >= 0]
+        row = row + plan.halo_rows if r < 0 else row - plan.band_rows
+        beyond = jnp.where(inside, read(halo, jnp.clip(row, 0, plan.halo_rows - 1)), 0.0)
+    return jnp.where(outside, beyond, value)
+
+
+def _window_steps(plan, conv, chunk, j):
+    """Steps that fill the windows of tile j of a chunk."""
+    n, size, rows = plan.points, plan.tiles[j][1], {}
+
+    def step(window):
+        for r in range(window * plan.outputs - plan.pad, window * plan.outputs - plan.pad + n):
+            if r not in rows:
+                rows[r] = _image_row(plan, conv, chunk, r, j)
+        values = [rows[window * plan.outputs - plan.pad + i] for i in range(n)]
+        if plan.outputs > 1:
+            values = _evaluate(plan.matrices[1], values)
+        for i in range(n):
+            if plan.outputs == 1 and window > 0 and i < n - 1:
+                continue  # the window before has written it
+            value = jnp.zeros((plan.w, size), jnp.float32) if values[i] is None else values[i]
+            conv.windows_ref[j % plan.slots, _window_row(plan, window, i), MARGIN:MARGIN + plan.w, :size] = value
+
+    return [functools.partial(step, window) for window in range(plan.windows)]
+
+
+def _shifted(plan, conv, window, i, column, j):
+    """The K shifted versions (segment, lanes) of row i of a window of tile j, from `column` on."""
+    first = MARGIN - plan.pad + column
+    row, size = _window_row(plan, window, i), plan.tiles[j][1]
+    return [conv.windows_ref[j % plan.slots, row, first + dx:first + dx + plan.segment, :size] for dx in range(plan.K)]
+
+
+def _convolution_steps(plan, conv, j, window, emit):
+    """Steps that correlate a window of tile j with the taps and call emit(row, column, (segment, lanes))."""
+    start, size = plan.tiles[j]
+
+    def point(column, i, sums):
+        total = None
+        for dx, value in enumerate(_shifted(plan, conv, window, i, column, j)):
+            tap = i * plan.K + dx
+            term = value * conv.taps_ref[tap:tap + 1, start:start + size]
+            total = term if total is None else total + term
+        sums.append(total)
+
+    def finish(column, sums):
+        for i, value in enumerate(_interpolate(plan.matrices[0], sums)):
+            emit(window * plan.outputs + i, column, value)
+
+    return [step for column in range(0, plan.w, plan.segment) for sums in [[]]
+            for step in [*(functools.partial(point, column, i, sums) for i in range(plan.points)),
+                         functools.partial(finish, column, sums)]]
 
 
 def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
-    """Steps that add a chunk of tile j to dtaps_ref (1, K * K + 1, 8, D): gradients of the taps, last of the bias.
+    """Steps that add a chunk of tile j to dtaps_ref (1, n * K + 1, 8, D): gradients of G g, last of the bias.
 
-    A tap's gradient is the sum of v times the cotangent shifted the opposite way, kept as 8 partial sums.
+    The gradient of (G g)[i] is the sum over windows of (A v)[i] times (B x)[i], x the cotangent shifted the opposite way;
+    kept as 8 partial sums.
     """
-    K, rows = plan.K, plan.chunk_rows
     start, size = plan.tiles[j]
-    sums = [None] * (K * K)
+    lanes = slice(start, start + size)
+    half = j % 2  # of the scratch: a tile need not wait for the one before
 
-    def step(column, r, v):
-        shifted = _shifted_rows(plan, conv.padded_ref, chunk, j, column, r)
-        if r < rows:
-            tokens = pl.ds(chunk * plan.chunk_tokens + r * plan.w + column, plan.segment)
-            lanes = slice(plan.width + start, plan.width + start + size)
-            v[r] = kv_ref[0, tokens, lanes].astype(jnp.float32)
-        for dy in range(K):
-            if 0 <= r - dy < rows:
-                for dx in range(K):
-                    tap = K * K - 1 - (dy * K + dx)
-                    term = v[r - dy] * shifted[dx]
+    def spread(window):
+        tokens = [pl.ds(chunk * plan.chunk_tokens + (window * plan.outputs + y) * plan.w, plan.w) for y in range(plan.outputs)]
+        rows = [kv_ref[0, t, plan.width + start:plan.width + start + size].astype(jnp.float32) for t in tokens]
+        for i, value in enumerate(rows if plan.outputs == 1 else _evaluate(plan.matrices[0], rows)):
+            conv.spread_ref[half, window * plan.spread_rows + i, :, :size] = value
+
+    def point(i):
+        sums = [None] * plan.K
+        for window in range(plan.windows):
+            for column in range(0, plan.w, plan.segment):
+                row = window * plan.spread_rows + i % plan.spread_rows
+                v = conv.spread_ref[half, row, column:column + plan.segment, :size]
+                for dx, x in enumerate(_shifted(plan, conv, window, i, column, j)):
+                    term = v * x
                     term = functools.reduce(jnp.add, [term[s:s + 8] for s in range(0, plan.segment, 8)])
-                    sums[tap] = term if sums[tap] is None else sums[tap] + term
-        v.pop(r - K + 1, None)
+                    sums[dx] = term if sums[dx] is None else sums[dx] + term
+        for dx, gradient in enumerate(sums):
+            dtaps_ref[0, i * plan.K + dx, :, lanes] += gradient
 
-    def finish():
-        do = _tile(plan, do_ref, chunk, j).astype(jnp.float32).reshape(-1, 8, size)
-        for tap, gradient in enumerate([*sums, jnp.sum(do, 0)]):
-            dtaps_ref[0, tap, :, start:start + size] += gradient
+    def bias():  # a product with eighths sums up the tokens, in the matrix unit
+        eighths = jnp.full((8, plan.chunk_tokens), 1 / 8, plan.dtype)
+        dtaps_ref[0, plan.points * plan.K, :, lanes] += _dot(plan, eighths, _tile(plan, do_ref, chunk, j), (1, 0))
 
-    return [functools.partial(step, column, r, v)
-            for column in range(0, plan.w, plan.segment) for v in [{}] for r in range(rows + K - 1)] + [finish]
+    return [*(functools.partial(spread, window) for window in range(plan.windows)),
+            *(functools.partial(point, i) for i in range(plan.points)), bias]
 
 
-def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, flip=False):
-    """Steps that write tile j of a chunk of out_ref: value (tokens, lanes), plus any convolution."""
+def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
+    """Steps that write tile j of a chunk of out_ref: value(first, count), tokens x lanes, plus any convolution.
+
+    They ask for `block` tokens at a time (0: one window's), just before the convolution adds to them: so little waits in
+    registers.
+    """
     start, size = plan.tiles[j]
+    window = plan.outputs * plan.w if conv else block
+    block = block if block % max(window, 1) == 0 and block else plan.chunk_tokens if plan.outputs == 1 else window
     lanes = slice(offset + start, offset + start + size)
+    values = {}
 
-    def write():
-        out_ref[0, _tokens(plan, chunk), lanes] = value.astype(out_ref.dtype)
+    def compute(first):
+        values[first] = value(first, block)
+        if conv is None:
+            out_ref[0, pl.ds(chunk * plan.chunk_tokens + first, block), lanes] = values.pop(first).astype(out_ref.dtype)
+        elif conv.bias_ref is not None:
+            values[first] += conv.bias_ref[:, start:start + size]
 
+    blocks = {first: functools.partial(compute, first) for first in range(0, plan.chunk_tokens, block)}
     if conv is None:
-        return [write]
-    if conv.bias_ref is not None:
-        value = value + conv.bias_ref[:, start:start + size]
+        return list(blocks.values())
 
     def emit(row, column, convolved):
         token = row * plan.w + column
-        total = value[token:token + plan.segment] + convolved
+        first = token // block * block
+        total = values[first][token - first:token - first + plan.segment] + convolved
         token = pl.ds(chunk * plan.chunk_tokens + token, plan.segment)
         out_ref[0, token, lanes] = total.astype(out_ref.dtype)
 
-    return _convolution_steps(plan, conv, chunk, j, flip, emit)
+    steps = _window_steps(plan, conv, chunk, j)
+    for i in range(plan.windows):
+        steps += [blocks[i * window]] if i * window in blocks else []
+        steps += _convolution_steps(plan, conv, j, i, emit)
+    return steps
 
 
 # ---------------------------------------------------------------- by state: the passes over a chunk
@@ -382,6 +533,10 @@ def _reciprocals(plan, phi_q, mean):
     return [_reciprocal(plan, total + EPSILON) for total in _head_sums(plan, products)]
 
 
+def _parts(value):
+    return lambda first, count: value[first:first + count]
+
+
 def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     """Writes one chunk of out_ref: phi(q) S z, plus the convolution of the padded v."""
     phi_q = [_phi(_tile(plan, q_ref, chunk, i)) for i in range(len(plan.tiles))]
@@ -389,7 +544,7 @@ def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     phi_q = [x.astype(plan.dtype) for x in phi_q]
     for j in range(len(plan.tiles)):
         attention = _product(plan, phi_q, state_ref, j, transpose=False) * _per_lane(plan, j, z)
-        _interleave(_write_steps(plan, conv, chunk, j, attention, out_ref))
+        _interleave(_write_steps(plan, conv, chunk, j, _parts(attention), out_ref))
 
 
 def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, chunk, first):
@@ -429,48 +584,71 @@ def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref,
     phi_k = [_phi(x).astype(plan.dtype) for x in k]
     for j in tiles:
         dv = _product(plan, phi_k, dstate_ref, j, transpose=False)
-        _interleave(_write_steps(plan, conv, chunk, j, dv, dkv_ref, plan.width, flip=True))
+        _interleave(_write_steps(plan, conv, chunk, j, _parts(dv), dkv_ref, plan.width))
         if conv is not None:
             _interleave(_filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j))
 
 
 # ---------------------------------------------------------------- direct: by the T x T matrix of each head
 
-def _whole_tile(plan, ref, i, offset=0):
+ROWS = 64  # of a head's matrices in one step, so that few of their float32 values are spilled; the backward's 128 were best
+
+
+def _whole_tile(plan, ref, i, offset=0, block=None):
+    """Tile i of all tokens, or of those of `block` (first, count)."""
     start, size = plan.tiles[i]
-    return ref[0, :, offset + start:offset + start + size]
+    first, count = block or (0, plan.tokens)
+    return ref[0, first:first + count, offset + start:offset + start + size]
 
 
 class _Heads:
-    """The attention matrices of the heads, and what the backward needs of them, computed in steps."""
+    """The attention matrices of the heads, and what the backward needs of them, computed in steps, by blocks of rows."""
 
     def __init__(self, plan, q_ref, kv_ref, do_ref=None):
         self.plan, self.q_ref, self.kv_ref, self.do_ref = plan, q_ref, kv_ref, do_ref
         self.weights = {}    # head -> normalised attention matrix (T, T), in the dtype of q
         self.dscores = {}    # head -> gradient of phi(q) phi(k)^T (T, T), in the dtype of q
+        self.phi_ks = {}     # tile -> phi(k) (T, lanes), in the dtype of q
+
+    def phi_k(self, i):
+        if i not in self.phi_ks:
+            self.phi_ks[i] = _phi(_whole_tile(self.plan, self.kv_ref, i)).astype(self.plan.dtype)
+        return self.phi_ks[i]
 
     def steps(self, n):
         """Steps that compute head n."""
+        rows = ROWS if self.do_ref is None else 2 * ROWS
+        blocks = [(first, min(rows, self.plan.tokens - first)) for first in range(0, self.plan.tokens, rows)]
+        weights, dscores = [], []
+
+        def finish():
+            self.weights[n] = jnp.concatenate(weights, axis=0)
+            if self.do_ref is not None:
+                self.dscores[n] = jnp.concatenate(dscores, axis=0)
+
+        return [step for block in blocks for step in self._block_steps(n, block, weights, dscores)] + [finish]
+
+    def _block_steps(self, n, block, weights_out, dscores_out):
+        """Steps that compute the rows `block` of head n's matrices and append them to the lists."""
         plan = self.plan
         values = dict(scores=0.0, dweights=0.0)
 
         def add_scores(i):
-            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i))).astype(plan.dtype)
-            phi_k = _phi(_whole_tile(plan, self.kv_ref, i)).astype(plan.dtype)
-            values["scores"] += _dot(plan, phi_q, phi_k, (1, 1))
+            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i, block=block))).astype(plan.dtype)
+            values["scores"] += _dot(plan, phi_q, self.phi_k(i), (1, 1))
 
         def add_dweights(j):
-            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j).astype(jnp.float32)).astype(plan.dtype)
+            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j, block=block).astype(jnp.float32)).astype(plan.dtype)
             values["dweights"] += _dot(plan, do, _whole_tile(plan, self.kv_ref, j, plan.width), (1, 1))
 
         def normalise():
             mean = jnp.sum(values["scores"], axis=1, keepdims=True) * (1 / plan.tokens)
             z_mean = _reciprocal(plan, mean + EPSILON) * (1 / plan.tokens)
             weights = values["scores"] * z_mean
-            self.weights[n] = weights.astype(plan.dtype)
+            weights_out.append(weights.astype(plan.dtype))
             if self.do_ref is not None:
                 mean = jnp.sum(weights * values["dweights"], axis=1, keepdims=True)
-                self.dscores[n] = ((values["dweights"] - mean) * z_mean).astype(plan.dtype)
+                dscores_out.append(((values["dweights"] - mean) * z_mean).astype(plan.dtype))
 
         tiles = plan.tiles_of(n)
         steps = [functools.partial(add_scores, i) for i in tiles]
@@ -482,58 +660,64 @@ class _Heads:
         """Steps that compute the heads which tile i is the first to need."""
         return [step for n in self.plan.heads_of(i) if i == self.plan.tiles_of(n)[0] for step in self.steps(n)]
 
-    def product(self, i, matrices, x, contract=0):
-        """Tile i (T, lanes) of the heads' matrices times x (T, lanes): each lane by its own head's matrix."""
-        heads = self.plan.heads_of(i)
+    def product(self, i, matrices, x, block, transpose=False):
+        """The rows `block` of tile i (T, lanes) of the heads' matrices (or their transposes) times x (T, lanes).
+
+        Each lane is by its own head's matrix.
+        """
+        heads, rows = self.plan.heads_of(i), slice(block[0], block[0] + block[1])
         out = None
         for n in reversed(heads):
-            product = _dot(self.plan, matrices[n], x, (contract, 0))
+            matrix = matrices[n][:, rows] if transpose else matrices[n][rows]
+            product = _dot(self.plan, matrix, x, (0 if transpose else 1, 0))
             out = product if out is None else _only_head(self.plan, i, n, product, out)
         return out
 
 
 def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
-    """Writes out_ref (1, T, D). The matrix work of a tile goes beside the convolution of the one before."""
+    """Writes out_ref (1, T, D). The matrices of a head go beside the convolution of the tile before."""
     heads = _Heads(plan, q_ref, kv_ref)
-    attention = {}
 
-    def multiply(j):
-        attention[j] = heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), contract=1)
+    def attention(j):
+        return lambda *block: heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), block)
 
     vector_steps = []
     for j in range(len(plan.tiles)):
-        _interleave(vector_steps, [*heads.steps_of_tile(j), functools.partial(multiply, j)])
-        vector_steps = _write_steps(plan, conv, 0, j, attention.pop(j), out_ref)
+        _interleave(vector_steps, heads.steps_of_tile(j))
+        vector_steps = _write_steps(plan, conv, 0, j, attention(j), out_ref, block=0 if conv else plan.tokens)
     _interleave(vector_steps)
 
 
 def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref):
     """Writes dq_ref (1, T, D) and dkv_ref (1, T, 2 D), and adds to dtaps_ref."""
     heads = _Heads(plan, q_ref, kv_ref, do_ref)
-    dv = {}
+    columns = LANES if plan.tokens % LANES == 0 else plan.tokens  # a block of a transposed matrix: whole lane tiles
 
     def matrix_steps(i):
         start, size = plan.tiles[i]
 
-        def write_dq():
-            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
-            dphi_q = heads.product(i, heads.dscores, _phi(k).astype(plan.dtype), contract=1)
-            dq_ref[0, :, start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+        def write_dq(*block):
+            dphi_q = heads.product(i, heads.dscores, heads.phi_k(i), block)
+            q = _whole_tile(plan, q_ref, i, block=block).astype(jnp.float32)
+            dq_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
 
-        def write_dk():
-            q, k = (_whole_tile(plan, ref, i).astype(jnp.float32) for ref in (q_ref, kv_ref))
-            dphi_k = heads.product(i, heads.dscores, _phi(q).astype(plan.dtype))
-            dkv_ref[0, :, start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
+        def write_dk(*block):
+            phi_q = _phi(_whole_tile(plan, q_ref, i)).astype(plan.dtype)
+            dphi_k = heads.product(i, heads.dscores, phi_q, block, transpose=True)
+            k = _whole_tile(plan, kv_ref, i, block=block).astype(jnp.float32)
+            dkv_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
 
-        def compute_dv():
-            dv[i] = heads.product(i, heads.weights, _whole_tile(plan, do_ref, i))
+        return [*heads.steps_of_tile(i),
+                *(functools.partial(write, first, columns) for first in range(0, plan.tokens, columns)
+                  for write in (write_dq, write_dk))]
 
-        return [*heads.steps_of_tile(i), write_dq, write_dk, compute_dv]
+    def dv(i):
+        return lambda *block: heads.product(i, heads.weights, _whole_tile(plan, do_ref, i), block, transpose=True)
 
     vector_steps = []
     for i in range(len(plan.tiles)):
         _interleave(vector_steps, matrix_steps(i))
-        vector_steps = _write_steps(plan, conv, 0, i, dv.pop(i), dkv_ref, plan.width, flip=True)
+        vector_steps = _write_steps(plan, conv, 0, i, dv(i), dkv_ref, plan.width, block=columns)
         if conv is not None:
             vector_steps += _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, 0, i)
     _interleave(vector_steps)
@@ -548,12 +732,12 @@ def _take(refs, *counts):
 
 
 def _forward_kernel(plan, *refs):
-    """Whole images: q, kv[, taps, bias] -> out; scratch [padded][, state, acc, sum]."""
+    """Whole images: q, kv[, taps, bias] -> out; scratch [windows][, state, acc, sum]."""
     k = bool(plan.K)
-    (q_ref, kv_ref), taps, (out_ref,), padded, scratch = _take(refs, 2, 2 * k, 1, k, 0 if plan.direct else 3)
-    conv = _Conv(*padded, *taps) if k else None
+    (q_ref, kv_ref), taps, (out_ref,), windows, scratch = _take(refs, 2, 2 * k, 1, k, 0 if plan.direct else 3)
+    conv = _Conv(kv_ref, plan.width, (), *windows, *taps) if k else None
     if k:
-        _fill(plan, conv.padded_ref, kv_ref, (), plan.width)
+        _zero_margins(plan, conv.windows_ref)
     if plan.direct:
         return _direct_forward(plan, q_ref, kv_ref, conv, out_ref)
     state_ref, acc_ref, sum_ref = scratch
@@ -564,15 +748,16 @@ def _forward_kernel(plan, *refs):
 
 
 def _backward_kernel(plan, *refs):
-    """Whole images: q, kv, do[, taps] -> dq, dkv[, dtaps]; scratch [padded][, state, dstate, acc, sum, dmean]."""
+    """Whole images: q, kv, do[, taps] -> dq, dkv[, dtaps]; scratch [windows, spread]
+    [, state, dstate, acc, sum, dmean]."""
     k = bool(plan.K)
-    (q_ref, kv_ref, do_ref), taps, (dq_ref, dkv_ref), dtaps, padded, scratch = _take(
-        refs, 3, k, 2, k, k, 0 if plan.direct else 5)
-    conv = _Conv(*padded, *taps) if k else None
+    (q_ref, kv_ref, do_ref), taps, (dq_ref, dkv_ref), dtaps, windows, scratch = _take(
+        refs, 3, k, 2, k, 2 * k, 0 if plan.direct else 5)
+    conv = _backward_conv(do_ref, (), *windows, *taps) if k else None
     dtaps_ref = dtaps[0] if k else None
     if k:
         _zero_first(dtaps_ref)
-        _fill(plan, conv.padded_ref, do_ref, (), 0)
+        _zero_margins(plan, conv.windows_ref)
     if plan.direct:
         return _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref)
     state_ref, dstate_ref, acc_ref, sum_ref, dmean_ref = scratch
@@ -584,6 +769,10 @@ def _backward_kernel(plan, *refs):
     _finish_state(plan, acc_ref, dstate_ref)
     dmean = dmean_ref[...]
     _loop(plan.chunks, lambda c: _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, c))
+
+
+def _backward_conv(do_ref, halos, windows_ref, spread_ref, taps_ref):
+    return _Conv(do_ref, 0, halos, windows_ref, taps_ref, spread_ref=spread_ref)
 
 
 def _zero_first(dtaps_ref):
@@ -604,12 +793,12 @@ def _state_kernel(plan, kv_ref, state_ref, mean_ref, acc_ref, sum_ref):
 
 
 def _output_kernel(plan, q_ref, state_ref, mean_ref, *refs, offset):
-    """A band: q, state, mean[, v, v above, v below, taps, bias] -> out; scratch [padded]."""
+    """A band: q, state, mean[, v, v above, v below, taps, bias] -> out; scratch [windows]."""
     k = bool(plan.K)
-    values, taps, (out_ref,), padded = _take(refs, 3 * k, 2 * k, 1, k)
-    conv = _Conv(*padded, *taps) if k else None
+    values, taps, (out_ref,), windows = _take(refs, 3 * k, 2 * k, 1, k)
+    conv = _Conv(values[0], offset, _halos(plan, values[1:]), *windows, *taps) if k else None
     if k:
-        _fill(plan, conv.padded_ref, values[0], values[1:], offset)
+        _zero_margins(plan, conv.windows_ref)
     mean = mean_ref[0]
     _loop(plan.chunks, lambda c: _output_pass(plan, q_ref, state_ref.at[0], mean, conv, out_ref, c))
 
@@ -627,14 +816,14 @@ def _query_kernel(plan, q_ref, do_ref, state_ref, mean_ref, dq_ref, dstate_ref, 
 
 
 def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
-    """A band: kv, do, dstate, dmean[, do above, do below, taps] -> dkv[, dtaps]; scratch [padded]."""
+    """A band: kv, do, dstate, dmean[, do above, do below, taps] -> dkv[, dtaps]; scratch [windows, spread]."""
     k = bool(plan.K)
-    halos, taps, (dkv_ref,), dtaps, padded = _take(refs, 2 * k, k, 1, k, k)
-    conv = _Conv(*padded, *taps) if k else None
+    halos, taps, (dkv_ref,), dtaps, windows = _take(refs, 2 * k, k, 1, k, 2 * k)
+    conv = _backward_conv(do_ref, _halos(plan, halos), *windows, *taps) if k else None
     dtaps_ref = dtaps[0] if k else None
     if k:
         _zero_first(dtaps_ref)
-        _fill(plan, conv.padded_ref, do_ref, halos, 0)
+        _zero_margins(plan, conv.windows_ref)
     dmean = dmean_ref[0]
     _loop(plan.chunks, lambda c: _key_pass(
         plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c))
@@ -643,16 +832,16 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
 # ---------------------------------------------------------------- the calls
 
 def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="relu", interpret=False):
-    """The output (B, T, D) of `linear_attention.linear_attention`, whose arguments these are."""
+    """Returns the output (B, T, D) of `linear_attention`, whose arguments these are, and None: the backward needs no more."""
     plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=4)
     call = _Call(plan, q.shape[0], grid, interpret)
     q, kv = call.pad(q), call.pad(kv)
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
     if plan.bands == 1:
-        scratch = call.padded() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
+        scratch = call.windows() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
         out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch,
                     products=2)
-        return call.unpad(out)
+        return call.unpad(out), None
     state, mean = call.state_of(kv)
     values = []
     if plan.K:
@@ -660,19 +849,19 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
         values = [call.band(kv, half=aligned), *call.halos(kv, half=aligned)]
     out, = call(functools.partial(_output_kernel, offset=0 if plan.K and aligned else plan.width),
                 [call.band(q), call.image(state), call.image(mean), *values, *taps],
-                [call.band_like(q)], call.padded(), products=1)
-    return call.unpad(out)
+                [call.band_like(q)], call.windows(), products=1)
+    return call.unpad(out), None
 
 
-def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function="relu", interpret=False):
+def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function="relu", interpret=False):
     """The gradients (dq, dkv, dconv_kernel, dconv_bias) for the cotangent `do` (B, T, D); recomputes the state."""
     plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=7)
     call = _Call(plan, q.shape[0], grid, interpret)
     q, kv, do = call.pad(q), call.pad(kv), call.pad(do)
-    taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, None)]
-    dtaps = [call.core_like((plan.K**2 + 1, 8, plan.width))] if plan.K else []
+    taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, None, flip=True)]
+    dtaps = [call.core_like((plan.points * plan.K + 1, 8, plan.width))] if plan.K else []
     if plan.bands == 1:
-        scratch = call.padded()
+        scratch = call.windows(spread=True)
         if not plan.direct:
             scratch += [call.state(), call.state(), call.acc(), call.row(), call.row()]
         dq, dkv, *dtaps = call(
@@ -686,18 +875,26 @@ def backward(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_funct
         dkv, *dtaps = call(
             _key_kernel, [call.band(kv), call.band(do), call.image(dstate), call.image(dmean),
                           *(call.halos(do) if plan.K else []), *taps],
-            [call.band_like(kv), *dtaps], call.padded(), products=2, convolutions=2)
+            [call.band_like(kv), *dtaps], call.windows(spread=True), products=2, convolutions=2)
     dq, dkv = call.unpad(dq), call.unpad(dkv)
     if not plan.K:
         return dq, dkv, None, None
-    # (cores, K * K + 1, 8 partial sums, D) -> (K * K + 1, H): all heads share the filters
-    dtaps = jnp.sum(dtaps[0], axis=(0, 2)).reshape(plan.K**2 + 1, num_heads, plan.head_width).sum(1)
-    dconv_kernel = dtaps[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype)
-    return dq, dkv, dconv_kernel, dtaps[-1].astype(conv_bias.dtype)
+    # (cores, n * K + 1, 8 partial sums, D) -> (n * K + 1, H): all heads share the filters
+    dtaps = jnp.sum(dtaps[0], axis=(0, 2)).reshape(-1, num_heads, plan.head_width).sum(1)
+    dconv_kernel = _times(plan.matrices[2].T, dtaps[:-1].reshape(plan.points, plan.K, plan.head_width))[::-1, ::-1]
+    return dq, dkv, dconv_kernel.astype(conv_kernel.dtype), dtaps[-1].astype(conv_bias.dtype)
 
 
-def _per_channel(plan, conv_kernel, conv_bias):
-    """The taps (K * K, D) and the bias (1, D), repeated for each head, float32; what is None is left out."""
+def _times(matrix, x):
+    """A constant matrix (i, j) times x (j, ...), float32."""
+    return jnp.einsum("ij,j...->i...", jnp.asarray(matrix, jnp.float32), x.astype(jnp.float32),
+                      precision=jax.lax.Precision.HIGHEST)
+
+
+def _per_channel(plan, conv_kernel, conv_bias, flip=False):
+    """The taps G g (n * K, D) and the bias (1, D), repeated for each head, float32; what is None is left out."""
+    if conv_kernel is not None:
+        conv_kernel = _times(plan.matrices[2], conv_kernel[::-1, ::-1] if flip else conv_kernel)
     return [jnp.tile(x.astype(jnp.float32).reshape(-1, plan.head_width), (1, plan.num_heads))
             for x in (conv_kernel, conv_bias) if x is not None]
 
@@ -718,22 +915,25 @@ def _make_plan(q, conv_kernel, num_heads, grid, arrays):
     K = 0 if conv_kernel is None else conv_kernel.shape[0]
     direct = chunks == 1 and h * w == T and D // num_heads >= LANES
     plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows,
-                 chunks=chunks, bands=1, direct=direct, K=K, dtype=q.dtype)
+                 chunks=chunks, bands=1, direct=direct, slots=pl.cdiv(D, LANES), K=K, dtype=q.dtype)
     limit = _vmem_bytes()
-    if _vmem_needed(plan, arrays) <= limit:
-        return plan
-    # Bands: whole chunks, and whole halo blocks of the band's neighbours.
-    halo_rows = max(1, pl.next_power_of_2(K // 2))
-    chunk_rows = max(1, min(h, CHUNK_TOKENS // w))
-    step = math.lcm(chunk_rows, halo_rows)
-    for band_rows in range(pl.cdiv(h, step) * step, 0, -step):
-        bands = pl.cdiv(h, band_rows)
-        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step  # the least padding for this number of bands
-        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows,
-                                   bands=max(2, bands), direct=False)
+    for slots in (plan.slots, 2):
+        plan = dataclasses.replace(plan, slots=slots)
         if _vmem_needed(plan, arrays) <= limit:
-            break
-    return plan
+            return plan
+    # Bands: whole chunks, and whole halo blocks of the band's neighbours. As few as fit, but rather more than rows added to
+    # fill the last: those cost a copy of every array.
+    halo_rows = max(1, pl.next_power_of_2(K // 2))
+    chunk_rows = max(1, min(pl.cdiv(h, 2), CHUNK_TOKENS // w))
+    step = math.lcm(chunk_rows, halo_rows)
+    rows = pl.cdiv(h, step) * step
+    fitting = []
+    for bands in range(2, max(2, rows // step) + 1):
+        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
+        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows, bands=bands, direct=False)
+        if _vmem_needed(plan, arrays) <= limit:
+            fitting.append(plan)
+    return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands), default=plan)
 
 
 def _vmem_needed(plan, arrays):
@@ -742,8 +942,10 @@ def _vmem_needed(plan, arrays):
     lanes = tiles * LANES
     blocks = 2 * arrays * plan.band_tokens * lanes * itemsize
     state = 0 if plan.direct else len(plan.pairs) * LANES * LANES * (4 + itemsize * (2 if plan.bands == 1 else 4))
-    padded = tiles * (plan.band_rows + 2 * plan.pad) * (plan.w + 2 * MARGIN) * LANES * 4 if plan.K else 0
-    taps = 2 * (plan.K**2 + 8) * lanes * 4 * (9 if arrays == 7 else 1)
+    padded = taps = 0
+    if plan.K:
+        padded = math.prod(plan.windows_shape) * 4 + (math.prod(plan.spread_shape) * 4 if arrays == 7 else 0)
+        taps = 2 * (plan.points * plan.K + 8) * lanes * 4 * (9 if arrays == 7 else 1)
     values = 3 * plan.chunk_tokens * lanes * 4
     return blocks + state + padded + taps + values + 2**20
 
@@ -806,11 +1008,10 @@ class _Call:
         return jax.ShapeDtypeStruct(shape, dtype), spec
 
     # Scratch.
-    def padded(self):
-        """The convolution's scratch, if there is a convolution."""
-        plan = self.plan
-        shape = (len(plan.tiles), plan.band_rows + 2 * plan.pad, plan.w + 2 * MARGIN, LANES)
-        return [pltpu.VMEM(shape, jnp.float32)] if plan.K else []
+    def windows(self, spread=False):
+        """The convolution's scratch, if there is a convolution; the backward's with `spread`."""
+        shapes = [self.plan.windows_shape, self.plan.spread_shape][:1 + spread] if self.plan.K else []
+        return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
     def state(self):
         return pltpu.VMEM((len(self.plan.pairs), LANES, LANES), self.plan.dtype)
@@ -850,7 +1051,8 @@ class _Call:
     def __call__(self, kernel, inputs, outputs, scratch, *, products, convolutions=1):
         """Runs kernel(plan, *refs). `products` and `convolutions` count its work over all tokens."""
         plan = self.plan
-        flops = 2 * self.batch * plan.tokens * plan.width * (products * plan.head_width + convolutions * plan.K**2)
+        taps = plan.points * plan.K / plan.outputs if plan.K else 0
+        flops = int(2 * self.batch * plan.tokens * plan.width * (products * plan.head_width + convolutions * taps))
         moved = sum(_bytes_moved(x, spec, self) for x, spec in [*inputs, *outputs])
         return pl.pallas_call(
             functools.partial(kernel, plan),

@@ -7,7 +7,11 @@ counted once: `loop_turns` multiplies it by hand.
 
     python -m lit_jax.kernels.static_cost --width=1152 --heads=4 --pixels=256 --topology=v5e:2x2
 
-prints the rows of docs/kernels_tpu.md for one size and resolution.
+prints the rows of docs/kernels_tpu.md for one size and resolution, and
+
+    python -m lit_jax.kernels.static_cost --product
+
+compiles the kernels for every chip, model size, resolution and pass, and prints what came of each.
 """
 import argparse
 import dataclasses
@@ -19,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 
 import jax
@@ -27,6 +32,13 @@ import numpy as np
 
 # device kind -> (clock in GHz, HBM in GB/s), the vendor's figures
 CHIPS = {"TPU v4": (1.05, 1228), "TPU v5 lite": (1.5, 819), "TPU v5": (1.75, 2765), "TPU v6 lite": (1.75, 1640)}
+
+# What the kernels have to compile for: LiT's S, B, L and XL by (width, heads), on a slice of each chip.
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+SIZES = {"S": (384, 2), "B": (768, 3), "L": (1024, 4), "XL": (1152, 4)}
+PIXELS = (256, 512, 1024, 2048)
+PIXELS_PER_TOKEN = 16  # an autoencoder of 8x, patches of 2
+PASSES = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +98,26 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
                       temporaries=temporaries)
 
 
-def _compile(fn, args, topology):
-    """Runs in the child: returns the device kind, bytes of arguments and outputs, bytes of temporaries."""
+def _compile_to(path):
+    """Runs in the child: compiles the program that stdin holds and writes what the parent wants of it to a file."""
+    fn, args, topology = pickle.load(sys.stdin.buffer)
+    compiled = compile_for(fn, args, topology)
+    memory = compiled.memory_analysis()
+    kind = compiled.input_shardings[0][0].mesh.devices.flat[0].device_kind
+    with open(path, "wb") as file:
+        pickle.dump((kind, memory.argument_size_in_bytes + memory.output_size_in_bytes, memory.temp_size_in_bytes), file)
+
+
+def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: str) -> jax.stages.Compiled:
+    """fn(*args) compiled for one chip of the topology, in this process."""
     from jax.experimental import topologies  # asks for libtpu
 
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # a kernel asks it for the chip's VMEM
-        compiled = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
-    memory = compiled.memory_analysis()
-    return (device.device_kind, memory.argument_size_in_bytes + memory.output_size_in_bytes, memory.temp_size_in_bytes)
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
 
 
 def _read_kernels(dump):
@@ -120,22 +140,63 @@ def _read(path):
         return file.read()
 
 
+def attention_program(D: int, num_heads: int, grid: tuple[int, int], batch: int, name: str, K: int = 5,
+                      dtype: str = "bfloat16") -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The linear attention's TPU kernels as (fn, args); name is forward or backward."""
+    from lit_jax.kernels import linear_attention_tpu
+
+    T, H = grid[0] * grid[1], D // num_heads
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    filters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K, K, H), (H,))] if K else [None, None]
+    args = (shape((batch, T, D)), shape((batch, T, 2 * D)), *filters)
+    if name == "backward":
+        args += (None, shape((batch, T, D)))  # nothing saved by the forward, and the cotangent
+    return functools.partial(getattr(linear_attention_tpu, name), num_heads=num_heads, grid=grid), args
+
+
 def attention_costs(D: int, num_heads: int, grid: tuple[int, int], batch: int, topology: str, K: int = 5,
                     dtype: str = "bfloat16") -> dict[str, StaticCost]:
     """The estimates of the linear attention's TPU kernels, {"forward": ..., "backward": ...}, each by itself."""
     from lit_jax.kernels import linear_attention_tpu
 
-    T, H = grid[0] * grid[1], D // num_heads
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-    inputs = [shape((batch, T, D)), shape((batch, T, 2 * D)), jax.ShapeDtypeStruct((K, K, H), jnp.float32),
-              jax.ShapeDtypeStruct((H,), jnp.float32)]
-    kwargs = dict(num_heads=num_heads, grid=grid)
-    costs = {}
-    for name, fn, args in (("forward", linear_attention_tpu.forward, inputs),
-                           ("backward", linear_attention_tpu.backward, [*inputs, inputs[0]])):
-        turns = -(-T // linear_attention_tpu.CHUNK_TOKENS)
-        costs[name] = estimate(functools.partial(fn, **kwargs), tuple(args), batch, topology, loop_turns=turns)
-    return costs
+    turns = -(-grid[0] * grid[1] // linear_attention_tpu.CHUNK_TOKENS)
+    return {name: estimate(*attention_program(D, num_heads, grid, batch, name, K, dtype), batch, topology, loop_turns=turns)
+            for name in PASSES}
+
+
+def compile_product(tokens: int) -> int:
+    """Compiles every chip, size, resolution and pass; prints a table and returns how many failed.
+
+    A cell: kernel launches, MB of HBM beside arguments and outputs, seconds of compiling; or the compiler's first words.
+    """
+    failures = 0
+    _row("chip", "size", *(f"{pixels} px {name}" for pixels in PIXELS for name in PASSES))
+    sys.stdout.write("|---" * (2 + len(PIXELS) * len(PASSES)) + "|\n")
+    for topology in TOPOLOGIES:
+        for size, (D, num_heads) in SIZES.items():
+            cells = []
+            for pixels in PIXELS:
+                side = pixels // PIXELS_PER_TOKEN
+                for name in PASSES:
+                    start = time.monotonic()
+                    try:
+                        program = attention_program(D, num_heads, (side, side), max(1, tokens // side**2), name)
+                        compiled = compile_for(*program, topology)
+                    except Exception as error:  # whatever the compiler raises is the result of this cell
+                        failures += 1
+                        cells.append(f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+                        continue
+                    launches = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+                    temporaries = compiled.memory_analysis().temp_size_in_bytes
+                    cells.append(f"{launches}, {temporaries / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
+            _row(topology.split(":")[0], size, *cells)
+    sys.stdout.write(f"{len(TOPOLOGIES) * len(SIZES) * len(PIXELS) * len(PASSES)} programs, {failures} failed\n")
+    return failures
+
+
+def _row(*cells):
+    sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -145,14 +206,15 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256, help="a token is 16 pixels wide")
     parser.add_argument("--tokens", type=int, default=8192, help="B * T")
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--product", action="store_true", help="compile for every chip, size, resolution and pass")
     parser.add_argument("--compile-to", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.compile_to:
-        result = _compile(*pickle.load(sys.stdin.buffer))
-        with open(flags.compile_to, "wb") as file:
-            pickle.dump(result, file)
+        _compile_to(flags.compile_to)
         return
-    side = flags.pixels // 16
+    if flags.product:
+        sys.exit(1 if compile_product(flags.tokens) else 0)
+    side = flags.pixels // PIXELS_PER_TOKEN
     batch = max(2, flags.tokens // side**2)
     costs = attention_costs(flags.width, flags.heads, (side, side), batch, flags.topology)
     sys.stdout.write("| width | pixels | chip | pass | bundles | vector unit | matrix unit | us | x floor |\n")

@@ -4,12 +4,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.kernels.split import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
+PROJECTED = "projected"  # what remat saves of the projections: the sum with the bias, which is what the attention reads
 FLASH_BLOCK = 128  # tokens: what the TPU flash kernel's default blocks divide
 
 
@@ -101,6 +103,7 @@ class LinearAttention(nn.Module):
         B, T, D = x.shape
         q = nn.Dense(D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="q")(x)
         kv = nn.Dense(2 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="kv")(x)
+        q, kv = checkpoint_name(q, PROJECTED), checkpoint_name(kv, PROJECTED)
         conv_kernel = conv_bias = None
         if self.conv_size:
             conv_kernel, conv_bias = DepthwiseConv(self.conv_size, D // self.num_heads, name="dwc")()

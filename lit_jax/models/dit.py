@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax.kernels.split import constrain_rows, gather_weights
-from lit_jax.models.attention import LinearAttention, SoftmaxAttention, xavier_uniform
+from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
 
 # size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
 SIZES = {
@@ -26,7 +26,9 @@ FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PROJECTED)),
 }
 
 
