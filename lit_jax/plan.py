@@ -145,7 +145,8 @@ class Planner:
             # Left to itself the op would look at this machine's devices.
             model = model.clone(implementation="pallas_tpu" if model.kernel_function == "relu" else "xla")
         self.model = model
-        source = porting.read_checkpoint(config.teacher.checkpoint) if config.teacher.checkpoint else None
+        stated = config.teacher
+        source = porting.read_checkpoint(stated.checkpoint, weights=stated.weights) if stated.checkpoint else None
         self.teacher = from_config.teacher(config, model, source and source.architecture)
 
     def heading(self) -> str:

@@ -337,6 +337,12 @@ class _Source:
         for file in self.files:
             file.release()
 
+    def verify(self):
+        """Compares the checksums that the files carry of the tensors; says so in the notes."""
+        count = sum(file.verify(self.tensors.values()) for file in self.files if file.records)
+        if count:
+            self.notes.append(f"the CRC-32 of {count} records is that of the archive")
+
 
 def _read_json(path):
     try:
@@ -379,7 +385,8 @@ def _state_dict(file, weights):
         if not inner:
             offer = [name for name in ("ema", "model") if isinstance(tree.get(name), dict)]
             raise PortingError(f"{file.path}: no {weights!r} weights in it, only {_abridged(map(repr, tree))}"
-                               + (f"; choose port.weights={offer[0]}" if offer else ""))
+                               + (f"; choose weights={offer[0]} (port.weights, teacher.weights or student.weights)"
+                                  if offer else ""))
         beside = [name for name in tree if name != inner[0]]
         notes.append(f"took {inner[0]!r} from a training checkpoint and left {', '.join(map(repr, beside[:8]))}")
         notes += _notes_of_arguments(tree.get("args"))
@@ -422,10 +429,16 @@ def _open(path, weights):
     return _Source(path, tensors, _check_stored(stored, path), None, notes, [file])
 
 
+def _component(path, *names):
+    """The first of the models `names` in a diffusers pipeline folder; any other path as it is."""
+    if (path / "config.json").is_file():
+        return path
+    return next((path / name for name in names if (path / name / "config.json").is_file()), path)
+
+
 def _open_folder(path):
     """A diffusers model folder, or the `transformer` of a pipeline folder."""
-    if not (path / "config.json").is_file() and (path / "transformer" / "config.json").is_file():
-        path = path / "transformer"
+    path = _component(path, "transformer")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: neither an Orbax checkpoint nor a diffusers folder (no config.json)")
     config = _read_json(path / "config.json")
@@ -699,6 +712,29 @@ def _autoencoder_architecture(shapes, path):
     }
 
 
+def _check_autoencoder(stored, path):
+    """Validates the architecture that an Orbax checkpoint names, so that its rules can be made of it."""
+    def is_number(value):
+        return isinstance(value, float | int) and not isinstance(value, bool)
+
+    checks = {
+        "block_out_channels": lambda v: isinstance(v, list) and 0 < len(v) < 100 and all(map(_is_count, v)),
+        "layers_per_block": lambda v: _is_count(v, 1, 1000),
+        "scaling_factor": lambda v: is_number(v) and 0 < v < 1e6, "shift_factor": lambda v: v is None or is_number(v),
+    } | dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), _is_count)
+    checks |= dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+                            lambda v: isinstance(v, bool))
+    if not isinstance(stored, dict) or stored.keys() != checks.keys():
+        raise PortingError(f"{path}: its metadata describe no autoencoder: {str(stored)[:80]}")
+    for field, value in stored.items():
+        if not checks[field](value):
+            raise PortingError(f"{path}: its metadata say {field} = {str(value)[:40]}")
+    groups, widths = stored["norm_num_groups"], stored["block_out_channels"]
+    if any(width % groups for width in widths):
+        raise PortingError(f"{path}: its metadata say norm_num_groups = {groups}, which does not divide the widths {widths}")
+    return stored | {"block_out_channels": tuple(widths)}
+
+
 def _diffusers_autoencoder_fields(source, architecture):
     """Checks config.json of an AutoencoderKL against the shapes; returns what only the config knows."""
     config, path = source.config, source.path
@@ -760,6 +796,7 @@ def _match(named, origin, rules, source, report, checked=()):
         parts = [f"{name}: {_abridged(keys)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
         raise PortingError(f"{source.path}: {'; '.join(parts)}", report)
+    source.verify()
     return params
 
 
@@ -799,7 +836,7 @@ def _resize_labels(params, architecture, num_classes, seed, report):
 # What the rest of the program calls.
 
 def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads: int = 0, num_classes: int = 0,
-                    grid: tuple[int, int] | None = None, timestep_freq_shift: int | None = None,
+                    input_size: tuple[int, int] | None = None, timestep_freq_shift: int | None = None,
                     mlp_norm_epsilon: float | None = None, seed: int = 0) -> Checkpoint:
     """Opens a DiT or LiT checkpoint of any layout; the leaves of a torch file are still in the file.
 
@@ -811,7 +848,8 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
         weights: "ema" or "model", where a training checkpoint has both.
         num_heads: where nothing in the file tells it; 0: as the file says, or the published size's.
         num_classes: resizes the label table; 0 keeps it.
-        grid: tokens (h, w) of the new position table, or of a stored one that is not square; None keeps it.
+        input_size: (h, w) of the images or latents that the new position table is for, or a stored one that is not
+            square; None keeps it.
         timestep_freq_shift, mlp_norm_epsilon: override how the source's own code computes (official DiT 0 and
             1e-6; diffusers 1 and norm_eps).
         seed: of new label rows.
@@ -821,14 +859,21 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
         torch_file.TensorFileError: the file is damaged or hostile. FileNotFoundError: it is not there.
     """
     if weights not in ("ema", "model"):
-        raise ValueError(f"port.weights must be ema or model; got {weights!r}")
+        raise ValueError(f"weights must be ema or model (port.weights, teacher.weights, student.weights); got {weights!r}")
+    for field, value in (("num_heads", num_heads), ("num_classes", num_classes), ("input_size", min(input_size or (0,)))):
+        if value < 0:
+            raise ValueError(f"port.{field} must not be negative; got {value}")
+    if timestep_freq_shift not in (None, 0, 1):
+        raise ValueError(f"port.timestep_freq_shift must be 0 or 1; got {timestep_freq_shift}")
+    if mlp_norm_epsilon is not None and not 0 < mlp_norm_epsilon < 1:
+        raise ValueError(f"port.mlp_norm_epsilon must be between 0 and 1; got {mlp_norm_epsilon}")
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if orbax.is_checkpoint(path):
-        params, architecture, report, own_grid = _read_orbax_dit(path, weights)
+        params, architecture, report = _read_orbax_dit(path, weights)
     else:
-        params, architecture, report, own_grid = _read_torch_dit(path, weights, grid)
+        params, architecture, report = _read_torch_dit(path, weights, input_size)
     asked = {"timestep_freq_shift": timestep_freq_shift, "mlp_norm_epsilon": mlp_norm_epsilon,
              "num_heads": num_heads or None}
     for field, value in asked.items():
@@ -843,10 +888,11 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
                            f"{architecture['width']}")
     if num_classes and num_classes != architecture["num_classes"]:
         _resize_labels(params, architecture, num_classes, seed, report)
-    if grid and tuple(grid) != own_grid:
+    grid, own_grid = input_size and _grid(input_size, architecture, path), architecture["grid"]
+    if grid and grid != own_grid:
         report.notes.append(f"the position table is recomputed for the {grid[0]} x {grid[1]} grid"
                             + (f", the source has {own_grid[0]} x {own_grid[1]}" if own_grid else ""))
-        architecture["grid"] = tuple(grid)
+        architecture["grid"] = grid
     return _checkpoint(params, architecture, report)
 
 
@@ -861,7 +907,14 @@ def _checkpoint(params, architecture, report):
     return Checkpoint(params, architecture, report)
 
 
-def _read_torch_dit(path, weights, grid):
+def _grid(input_size, architecture, path):
+    p = architecture["patch_size"]
+    if any(side % p for side in input_size):
+        raise PortingError(f"{path}: input_size = {_plain(input_size)} was asked for, its patches are {p} wide")
+    return tuple(side // p for side in input_size)
+
+
+def _read_torch_dit(path, weights, input_size):
     source = _open(path, weights)
     report = Report(str(path), "dit", notes=source.notes)
     if any(key.startswith("transformer_blocks.") for key in source.tensors):
@@ -881,17 +934,19 @@ def _read_torch_dit(path, weights, grid):
             "timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
         _merge_fields(architecture, fields, path, "config.json")
     _merge_fields(architecture, source.stored, path, "its metadata")
+    if architecture["attention"] == "linear" and "kernel_function" not in source.stored:
+        report.notes.append("nothing in the file tells the kernel function: relu is taken")
     if "pos_embed" in shapes:
-        own_grid = architecture["grid"]
-        if grid and grid[0] * grid[1] == shapes["pos_embed"][1]:
-            own_grid = tuple(grid)
+        own_grid, asked = architecture["grid"], input_size and _grid(input_size, architecture, path)
+        if asked and asked[0] * asked[1] == shapes["pos_embed"][1]:
+            own_grid = asked
         report.keys[origin["pos_embed"][0]] = _check_pos_embed(named["pos_embed"][0], own_grid,
                                                                architecture["width"], path)
         architecture["grid"] = own_grid
     if architecture["attention"] == "linear" and architecture["conv_size"] == 0 and not architecture["num_heads"]:
         report.notes.append("without convolution nothing in the file tells the number of heads")
     params = _match(named, origin, dit_rules(architecture), source, report, ("pos_embed",))
-    return params, architecture, report, architecture["grid"]
+    return params, architecture, report
 
 
 def _read_orbax_dit(path, weights):
@@ -915,7 +970,7 @@ def _read_orbax_dit(path, weights):
     _merge_fields(architecture, stored, path, "its metadata")
     expected = tree_shapes(dit_rules(architecture))
     _check_tree(flat, expected, path, report)
-    return flat, architecture, report, architecture["grid"]
+    return flat, architecture, report
 
 
 def _check_tree(flat, expected, path, report):
@@ -923,6 +978,7 @@ def _check_tree(flat, expected, path, report):
     report.unexpected = sorted(flat.keys() - expected.keys())
     wrong = [f"{name} {flat[name].shape}, expected {shape}" for name, shape in expected.items()
              if name in flat and tuple(flat[name].shape) != shape]
+    wrong += [f"{name} of {leaf.dtype}, expected a float" for name, leaf in flat.items() if leaf.dtype not in _FLOATS]
     if report.missing or report.unexpected or wrong:
         parts = [f"{name}: {_abridged(keys)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
@@ -936,6 +992,8 @@ def is_autoencoder(path: str | pathlib.Path) -> bool:
     if orbax.is_checkpoint(path):
         params = path / "params"
         return params.is_dir() and "decoder/conv_in/kernel" in orbax.shapes_of(params)
+    if path.is_dir() and _component(path, "transformer", "vae") == path / "vae":
+        return True
     keys = _open(path, "ema" if path.is_dir() else _some_weights(path)).tensors
     return any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", key) for key in keys)
 
@@ -955,6 +1013,8 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
 
     Raises: as `read_checkpoint`.
     """
+    if scaling_factor < 0:
+        raise ValueError(f"scaling_factor must not be negative; got {scaling_factor}")
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -963,13 +1023,10 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
         flat, report = flatten_dict(params, sep="/"), Report(str(path), "orbax")
         if "autoencoder" not in metadata:
             raise PortingError(f"{path}: not the checkpoint of an autoencoder")
-        architecture = {name: tuple(value) if isinstance(value, list) else value
-                        for name, value in metadata["autoencoder"].items()}
+        architecture = _check_autoencoder(metadata["autoencoder"], path)
         _check_tree(flat, tree_shapes(autoencoder_rules(architecture)), path, report)
     else:
-        if path.is_dir() and not (path / "config.json").is_file() and (path / "vae" / "config.json").is_file():
-            path = path / "vae"
-        source = _open(path, weights)
+        source = _open(_component(path, "vae"), weights)
         report = Report(str(path), "diffusers", notes=source.notes)
         named, origin = _autoencoder_names(source, report)
         shapes = {key: pieces[0].shape for key, pieces in named.items()}
@@ -990,7 +1047,7 @@ def require_architecture(checkpoint: Checkpoint, expected: dict) -> None:
     for field, value in expected.items():
         if checkpoint.architecture[field] != value:
             raise PortingError(f"{checkpoint.report.source} has {field} = {_plain(checkpoint.architecture[field])}, "
-                               f"the config asks for {_plain(value)}")
+                               f"the config's model has {_plain(value)}; name its model, or set port.check_model=False")
 
 
 # Out.
@@ -1037,26 +1094,32 @@ def export_official(params: Any, path: str | pathlib.Path, architecture: dict) -
         params: the tree of `models.dit`, arrays or leaves.
         architecture: as in `Checkpoint`, with num_heads and grid.
     Raises: PortingError if official DiT code would compute another function (timestep_freq_shift,
-        mlp_norm_epsilon).
+        mlp_norm_epsilon), or what goes beside it would replace another file.
     """
     path = pathlib.Path(path)
     linear = architecture["attention"] == "linear"
     _require_for_export(architecture, path, **({} if linear else {
         "timestep_freq_shift": 0, "mlp_norm_epsilon": 1e-6}))
-    tensors = official_tensors(params, architecture)
-    written = [path]
-    if path.suffix == ".safetensors":
-        torch_file.write_safetensors(path, tensors, {"format": "pt", "architecture": json.dumps(architecture)})
-    elif path.suffix == ".pt":
-        torch_file.write_torch(path, tensors)
-        written.append(path.with_name(path.name + ".json"))
-        written[-1].write_text(json.dumps({"architecture": architecture}, indent=1) + "\n")
-    else:
+    if path.suffix not in (".safetensors", ".pt"):
         raise PortingError(f"{path}: the official layout is written as .safetensors or .pt, not {path.suffix!r}")
+    beside = {}
+    if path.suffix == ".pt":
+        beside[path.name + ".json"] = json.dumps({"architecture": architecture}, indent=1) + "\n"
     if linear:
-        module = pathlib.Path(__file__).parent / "assets" / "lit_torch.py"
-        written.append(pathlib.Path(shutil.copyfile(module, path.with_name(module.name))))
-    return written
+        beside["lit_torch.py"] = (pathlib.Path(__file__).parent / "assets" / "lit_torch.py").read_text()
+    beside = {path.with_name(name): text for name, text in beside.items()}
+    for file, text in beside.items():
+        if file.exists() and file.read_bytes() != text.encode():
+            raise PortingError(f"{file} exists and is another than would be written beside {path.name}; "
+                               "a port never overwrites")
+    tensors = official_tensors(params, architecture)
+    if path.suffix == ".pt":
+        torch_file.write_torch(path, tensors)
+    else:
+        torch_file.write_safetensors(path, tensors, {"format": "pt", "architecture": json.dumps(architecture)})
+    for file, text in beside.items():
+        file.write_text(text)
+    return [path, *beside]
 
 
 def export_diffusers(params: Any, path: str | pathlib.Path, architecture: dict) -> None:
@@ -1099,6 +1162,7 @@ def export_diffusers(params: Any, path: str | pathlib.Path, architecture: dict) 
         else:
             tensors.append((f"{_DIFFUSERS_TOP[module]}.{leaf}", shape, read))
     partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)      # of an export that was killed
     try:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
