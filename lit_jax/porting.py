@@ -161,16 +161,17 @@ class Leaf:
 
     def __getitem__(self, index) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
-        if not self._stacked:
-            out = np.array(self._layer(0)[index], np.float32, order="C")
-        elif isinstance(index[0], slice):
-            layers = range(*index[0].indices(len(self._layers)))
-            shape = np.broadcast_to(np.False_, self.shape[1:])[index[1:]].shape
-            out = np.empty((len(layers), *shape), np.float32)
-            for row, layer in enumerate(layers):
-                out[row] = self._layer(layer)[index[1:]]
-        else:
-            out = np.array(self._layer(index[0])[index[1:]], np.float32, order="C")
+        with np.errstate(over="ignore"):    # a float64 that becomes infinite: `checksum` finds it
+            if not self._stacked:
+                out = np.array(self._layer(0)[index], np.float32, order="C")
+            elif isinstance(index[0], slice):
+                layers = range(*index[0].indices(len(self._layers)))
+                shape = np.broadcast_to(np.False_, self.shape[1:])[index[1:]].shape
+                out = np.empty((len(layers), *shape), np.float32)
+                for row, layer in enumerate(layers):
+                    out[row] = self._layer(layer)[index[1:]]
+            else:
+                out = np.array(self._layer(index[0])[index[1:]], np.float32, order="C")
         self._release()     # a mapped page that stays counts as memory in use
         return out
 

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.torch import load_file, save_file
+from tiny_autoencoder import write_autoencoder
 from torch_dit import DiT, randomise_
 
+from configs import debug
 from lit_jax import checkpoint as orbax
-from lit_jax import diffusion, losses, port, porting, sharding, torch_file
+from lit_jax import diffusion, from_config, losses, port, porting, sharding, torch_file, train
 from lit_jax.models import dit
 from lit_jax.models.dit import make_dit
 
@@ -116,7 +118,7 @@ def folder(tmp_path):
 def test_official_checkpoints_compute_the_same_function(folder, name):
     fields = VARIANTS[name]
     model = make_torch(**fields)
-    known = {"num_heads": fields["num_heads"], "grid": fields["grid"]}
+    known = {"num_heads": fields["num_heads"], "grid": fields["grid"], "kernel_function": "relu"}
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
     assert checkpoint.architecture == architecture_of(fields)
     report = checkpoint.report
@@ -209,7 +211,7 @@ def test_a_wrong_port_is_noticed(folder):
         flat = {key: np.asarray(leaf) for key, leaf in flatten_dict(checkpoint.params, sep="/").items()}
         parts = np.split(flat[path], chunks, axis=-1)
         flat[path] = np.concatenate(parts[:-2] + [parts[-1], parts[-2]], axis=-1)
-        params = porting.unflatten_dict(flat, sep="/")
+        params = unflatten_dict(flat, sep="/")
         assert rel(run_ours(dataclasses.replace(checkpoint, params=params), x, t, y), expected) > 1e-3, path
 
 
@@ -236,13 +238,13 @@ def test_training_checkpoints_give_ema_or_model(folder, prefix, legacy):
         same = porting.read_checkpoint(save(expected, folder / f"{weights}.pt"))
         assert checkpoint.report.checksum == same.report.checksum
         assert any("model=DiT-S/2" in note for note in checkpoint.report.notes)
-    with pytest.raises(ValueError, match="port.weights must be ema or model; got 'best'"):
+    with pytest.raises(ValueError, match="weights must be ema or model .*; got 'best'"):
         porting.read_checkpoint(folder / "a.pt", weights="best")
 
 
 def test_a_checkpoint_without_ema_says_what_to_choose(folder):
     torch.save({"model": make_torch().state_dict(), "steps": 3}, folder / "a.pt")
-    message = "no 'ema' weights in it, only 'model', 'steps'; choose port.weights=model"
+    message = "no 'ema' weights in it, only 'model', 'steps'; choose weights=model .port.weights, teacher.weights or"
     with pytest.raises(porting.PortingError, match=message):
         porting.read_checkpoint(folder / "a.pt")
 
@@ -651,21 +653,26 @@ def test_label_table_is_resized_only_when_asked(folder):
 
 
 def test_position_table_is_recomputed_only_when_asked(folder):
-    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"), grid=(8, 6), num_heads=3)
+    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"), input_size=(16, 12), num_heads=3)
     assert checkpoint.architecture["grid"] == (8, 6)
     assert "recomputed for the 8 x 6 grid, the source has 4 x 4" in " ".join(checkpoint.report.notes)
     porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
     state = torch.load(folder / "b.pt", weights_only=True)
     assert torch.equal(state["pos_embed"], make_torch(grid=(8, 6)).pos_embed)
+    with pytest.raises(porting.PortingError, match="input_size = 16x15 was asked for, its patches are 2 wide"):
+        porting.read_checkpoint(folder / "a.pt", input_size=(16, 15))
+    orbax_checkpoint = porting.read_checkpoint(folder / "a.pt")
+    porting.export_orbax(orbax_checkpoint, folder / "orbax")
+    assert porting.read_checkpoint(folder / "orbax", input_size=(16, 12)).architecture["grid"] == (8, 6)
 
 
 def test_a_grid_that_is_not_square_can_be_named(folder):
     save(make_torch(grid=(3, 5)), folder / "a.pt")
-    assert porting.read_checkpoint(folder / "a.pt", grid=(3, 5)).architecture["grid"] == (3, 5)
+    assert porting.read_checkpoint(folder / "a.pt", input_size=(6, 10)).architecture["grid"] == (3, 5)
     with pytest.raises(porting.PortingError, match="15 positions"):
         porting.read_checkpoint(folder / "a.pt")
     with pytest.raises(porting.PortingError, match="pos_embed differs from the computed 5 x 3 table"):
-        porting.read_checkpoint(folder / "a.pt", grid=(5, 3))
+        porting.read_checkpoint(folder / "a.pt", input_size=(10, 6))
 
 
 # Out.
@@ -866,6 +873,21 @@ def test_autoencoder_goes_to_orbax_and_back(folder, torch_autoencoder):
     assert again.architecture == report.architecture
     with pytest.raises(porting.PortingError, match="not a DiT or LiT checkpoint"):
         porting.read_checkpoint(folder / "out")
+    assert porting.is_autoencoder(folder / "pipe")      # a pipeline without a transformer, as Stable Diffusion's
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(layers_per_block=10**9), "layers_per_block = 1000000000"), (dict(block_out_channels=[]), "block_out_channels = "),
+    (dict(norm_num_groups=3), "norm_num_groups = 3, which does not divide"), (dict(scaling_factor=0), "scaling_factor = 0"),
+    (dict(use_quant_conv="yes"), "use_quant_conv = yes"), (dict(extra=1), "describe no autoencoder"),
+    (dict(latent_channels=8), r"encoder/conv_out/kernel \(3, 3, 8, 8\), expected \(3, 3, 8, 16\)")])
+def test_metadata_of_an_orbax_autoencoder_that_lie_are_refused(folder, change, message):
+    write_autoencoder(folder / "a")
+    path = folder / "a" / "metadata" / "metadata"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"autoencoder": content["autoencoder"] | change}))
+    with pytest.raises(porting.PortingError, match=message):
+        porting.read_autoencoder(folder / "a")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -932,18 +954,25 @@ def test_the_job_goes_there_and_back_again(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model=dict(depth=4)), "has depth = 3, the config asks for 4"),
-    (dict(model=dict(width=64)), "has width = 48, the config asks for 64"),
-    (dict(model=dict(patch_size=4)), "has patch_size = 2, the config asks for 4"),
-    (dict(model=dict(num_classes=1000)), "has num_classes = 10, the config asks for 1000"),
-    (dict(model=dict(learn_sigma=False)), "has learn_sigma = True, the config asks for False"),
-    (dict(model=dict(input_size=16)), "has grid = 4x4, the config asks for 8x8"),
+    (dict(model=dict(depth=4)), "has depth = 3, the config's model has 4; name its model, or set port.check_model=False"),
+    (dict(model=dict(width=64)), "has width = 48, the config's model has 64"),
+    (dict(model=dict(patch_size=4)), "has patch_size = 2, the config's model has 4"),
+    (dict(model=dict(num_classes=1000)), "has num_classes = 10, the config's model has 1000"),
+    (dict(model=dict(learn_sigma=False)), "has learn_sigma = True, the config's model has False"),
+    (dict(model=dict(input_size=16)), "has grid = 4x4, the config's model has 8x8"),
     (dict(port=dict(target="")), "port.target is empty"), (dict(port=dict(source="")), "port.source is empty"),
     (dict(port=dict(source="/nowhere")), "port.source = /nowhere: no such file"),
     (dict(port=dict(layout="onnx")), "port.layout must be one of orbax, dit, diffusers; got 'onnx'"),
-    (dict(port=dict(weights="best")), "port.weights must be ema or model"),
+    (dict(port=dict(weights="best")), "weights must be ema or model"),
+    (dict(port=dict(target="new.pth")), "port.target = new.pth: files are written as .pt or .safetensors, not .pth"),
+    (dict(port=dict(layout="dit")), "is written as .safetensors or .pt, not ''"),
+    (dict(port=dict(num_heads=-3)), "port.num_heads must not be negative; got -3"),
+    (dict(port=dict(num_classes=-1)), "port.num_classes must not be negative; got -1"),
+    (dict(port=dict(input_size=-8)), "port.input_size must not be negative; got -8"),
+    (dict(port=dict(timestep_freq_shift=2)), "port.timestep_freq_shift must be 0 or 1; got 2"),
+    (dict(port=dict(mlp_norm_epsilon=0.0)), "port.mlp_norm_epsilon must be between 0 and 1; got 0.0"),
     (dict(port=dict(layout="diffusers")), "timestep_freq_shift = 0"),
-    (dict(port=dict(input_size=7)), "port.input_size = 7 is not a multiple"),
+    (dict(port=dict(input_size=7)), "input_size = 7x7 was asked for, its patches are 2 wide"),
 ])
 def test_the_job_says_what_is_wrong_and_writes_nothing(folder, change, message):
     source = save(make_torch(), folder / "a.pt")
@@ -953,6 +982,44 @@ def test_the_job_says_what_is_wrong_and_writes_nothing(folder, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         port.run(settings, folder / "work")
     assert os.listdir(folder) == ["a.pt"]
+
+
+def test_a_damaged_file_is_named_before_anything_is_written(folder):
+    """One bit in one weight: still finite, still of the right shape."""
+    model = make_torch()
+    source = save(model, folder / "a.pt")
+    content = model.blocks[1].mlp.fc2.weight.detach().numpy().tobytes()
+    data = source.read_bytes()
+    place = data.index(content) + 1000
+    source.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+    with pytest.raises(torch_file.TensorFileError, match=r"record 'a/data/\d+' is damaged: its CRC-32 is"):
+        port.run(config(port=dict(source=str(source), target=str(folder / "out"), num_heads=3)), folder / "work")
+    assert os.listdir(folder) == ["a.pt"]
+    source.write_bytes(data)
+    assert any("the CRC-32 of 42 records" in note for note in porting.read_checkpoint(source).report.notes)
+
+
+def test_what_goes_beside_an_export_replaces_nothing(folder):
+    source = save(make_torch(attention="linear"), folder / "a.safetensors", kernel_function="relu")
+    checkpoint = porting.read_checkpoint(source)
+    for name in ("lit_torch.py", "b.pt.json"):
+        (folder / name).write_text("mine")
+        with pytest.raises(porting.PortingError, match=f"{name} exists and is another than would be written beside b.pt"):
+            porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+        assert (folder / name).read_text() == "mine" and not (folder / "b.pt").exists()
+        (folder / name).unlink()
+    porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+    porting.export_official(checkpoint.params, folder / "c.pt", checkpoint.architecture)    # the same lit_torch.py
+
+
+def test_a_killed_export_does_not_stand_in_the_way(folder):
+    fields = dict(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)
+    checkpoint = porting.read_checkpoint(save(make_torch(**fields), folder / "a.safetensors", num_heads=3, **fields))
+    (folder / ".out.partial").mkdir()
+    (folder / ".out.partial" / "half").write_text("x")
+    porting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
+    assert sorted(os.listdir(folder / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "out"]
 
 
 def test_the_job_never_overwrites_and_can_skip_the_check(folder):
@@ -966,6 +1033,10 @@ def test_the_job_never_overwrites_and_can_skip_the_check(folder):
     port.run(settings, folder / "work")
     lit = config(model=dict(attention="linear", num_heads=2), port=dict(source=str(source), target=str(folder / "c")))
     port.run(lit, folder / "work")      # the teacher of a LiT config
+    # The position table is counted in the source's patches, not the config's.
+    settings = config(model=dict(patch_size=4), port=dict(source=str(source), target=str(folder / "d"), check_model=False,
+                                                          input_size=16))
+    assert port.run(settings, folder / "work").architecture["grid"] == (8, 8)
 
 
 def test_a_training_checkpoint_of_ours_is_read(folder):
@@ -983,6 +1054,55 @@ def test_a_training_checkpoint_of_ours_is_read(folder):
     model = porting.read_checkpoint(folder / "work", weights="model")
     assert model.report.checksum != ema.report.checksum
     assert_same_tree(model.params, raw)
+
+
+def test_integers_in_an_orbax_checkpoint_are_refused(folder):
+    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"))
+    flat = flatten_dict(porting.load_params(checkpoint.params), sep="/")
+    flat["blocks/mlp/fc1/bias"] = flat["blocks/mlp/fc1/bias"].astype(jnp.int32)
+    orbax.save_params(folder / "b", unflatten_dict(flat, sep="/"), {})
+    with pytest.raises(porting.PortingError, match="wrong: blocks/mlp/fc1/bias of int32, expected a float"):
+        porting.read_checkpoint(folder / "b")
+
+
+def training_config(**changes):
+    settings = debug.get_config()
+    settings.model.update(num_heads=2, width=32, depth=2)
+    for name, value in changes.items():
+        settings.update_from_flattened_dict({name: value})
+    return settings
+
+
+def test_the_main_job_chooses_ema_or_raw(folder):
+    """teacher.weights and student.weights, of a DiT training checkpoint."""
+    fields = dict(depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, grid=(7, 7))
+    model, ema = make_torch(1, **fields), make_torch(2, **fields)
+    torch.save(training_checkpoint(model, ema), folder / "a.pt")
+    expected = {name: porting.read_checkpoint(save(weights, folder / f"{name}.pt")).report.checksum
+                for name, weights in (("model", model), ("ema", ema))}
+    for weights in expected:
+        settings = training_config(**{"teacher.checkpoint": str(folder / "a.pt"), "teacher.weights": weights,
+                                      "teacher.num_heads": 2, "student.init": str(folder / "a.pt")})
+        settings.student.weights = "model" if weights == "ema" else "ema"
+        student = from_config.student(settings)
+        _, source = train.open_teacher(settings, student)
+        assert source.report.checksum == expected[weights]
+        assert train.open_init_source(settings, student, source).report.checksum == expected[settings.student.weights]
+
+
+def test_the_main_job_inherits_no_convention_unseen(folder):
+    """Weights of a diffusers folder are for other timestep frequencies than the student's."""
+    make_diffusers(num_layers=2, num_attention_heads=2, patch_size=4, in_channels=1, out_channels=2,
+                   sample_size=28).save_pretrained(folder)
+    settings = training_config(**{"teacher.checkpoint": str(folder)})
+    student = from_config.student(settings)
+    _, source = train.open_teacher(settings, student)
+    with pytest.raises(ValueError, match="model.timestep_freq_shift = 0, but .* inherits from, computes with 1; set model"):
+        train.open_init_source(settings, student, source)
+    settings.model.update(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)
+    assert train.open_init_source(settings, from_config.student(settings), source) is source
+    settings.student.init = "random"
+    assert train.open_init_source(settings, student, source) is None
 
 
 def test_opening_a_file_costs_no_memory_for_its_tensors(folder):
