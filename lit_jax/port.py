@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lit_jax import porting, sharding
+from lit_jax import exporting, porting, sharding
 from lit_jax.models import dit
 
 LAYOUTS = ("orbax", "dit", "diffusers")
@@ -48,11 +48,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
     writes = jax.process_index() == 0
     if layout == "orbax":
         shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
-        porting.export_orbax(checkpoint, target, shardings=shardings)
+        exporting.export_orbax(checkpoint, target, shardings=shardings)
     elif layout == "diffusers" and writes:
-        porting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
+        exporting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
     elif writes:
-        written = porting.export_official(checkpoint.params, target, checkpoint.architecture)
+        written = exporting.export_official(checkpoint.params, target, checkpoint.architecture)
         checkpoint.report.notes.append(f"wrote {', '.join(path.name for path in written)}")
 
     if writes:

@@ -24,7 +24,7 @@ from torch_dit import DiT, randomise_
 
 from configs import debug
 from lit_jax import checkpoint as orbax
-from lit_jax import diffusion, from_config, losses, port, porting, sharding, torch_file, train
+from lit_jax import diffusion, exporting, from_config, losses, port, porting, sharding, torch_file, train
 from lit_jax.models import dit
 from lit_jax.models.dit import make_dit
 
@@ -275,7 +275,7 @@ def test_published_head_counts_are_known_and_others_asked_for(folder):
     checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"))
     assert checkpoint.architecture["num_heads"] is None
     with pytest.raises(porting.PortingError, match="the export needs num_heads.*set port.num_heads"):
-        porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+        exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
     with pytest.raises(porting.PortingError, match="num_heads = 5 does not divide the width 48"):
         porting.read_checkpoint(folder / "a.pt", num_heads=5)
     small = porting.read_checkpoint(save(DiT(12, 384, 6, 8, 4, 10, (2, 2)), folder / "s.pt"))
@@ -656,13 +656,13 @@ def test_position_table_is_recomputed_only_when_asked(folder):
     checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"), input_size=(16, 12), num_heads=3)
     assert checkpoint.architecture["grid"] == (8, 6)
     assert "recomputed for the 8 x 6 grid, the source has 4 x 4" in " ".join(checkpoint.report.notes)
-    porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
     state = torch.load(folder / "b.pt", weights_only=True)
     assert torch.equal(state["pos_embed"], make_torch(grid=(8, 6)).pos_embed)
     with pytest.raises(porting.PortingError, match="input_size = 16x15 was asked for, its patches are 2 wide"):
         porting.read_checkpoint(folder / "a.pt", input_size=(16, 15))
     orbax_checkpoint = porting.read_checkpoint(folder / "a.pt")
-    porting.export_orbax(orbax_checkpoint, folder / "orbax")
+    exporting.export_orbax(orbax_checkpoint, folder / "orbax")
     assert porting.read_checkpoint(folder / "orbax", input_size=(16, 12)).architecture["grid"] == (8, 6)
 
 
@@ -685,7 +685,7 @@ def test_official_layout_comes_back_bit_for_bit(folder, name):
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
     for out, load in ((folder / "out.safetensors", load_file),
                       (folder / "out.pt", functools.partial(torch.load, weights_only=True))):
-        porting.export_official(checkpoint.params, out, checkpoint.architecture)
+        exporting.export_official(checkpoint.params, out, checkpoint.architecture)
         assert_same_state(load(out), model)
         again = porting.read_checkpoint(out)
         assert again.report.checksum == checkpoint.report.checksum
@@ -699,16 +699,16 @@ def test_orbax_comes_back_bit_for_bit(folder, name):
     checkpoint = porting.read_checkpoint(save(make_torch(**fields), folder / "a.safetensors", **known))
     mesh = sharding.make_mesh(1, 8)
     shardings = sharding.fsdp_sharding(checkpoint.params, mesh, min_size=1)
-    porting.export_orbax(checkpoint, folder / "orbax", shardings=shardings)
+    exporting.export_orbax(checkpoint, folder / "orbax", shardings=shardings)
     again = porting.read_checkpoint(folder / "orbax")
     assert again.report.checksum == checkpoint.report.checksum
     assert again.architecture == checkpoint.architecture
-    porting.export_official(again.params, folder / "b.safetensors", again.architecture)
+    exporting.export_official(again.params, folder / "b.safetensors", again.architecture)
     assert (folder / "b.safetensors").read_bytes() == _official_bytes(checkpoint, folder / "c.safetensors")
 
 
 def _official_bytes(checkpoint, path):
-    porting.export_official(checkpoint.params, path, checkpoint.architecture)
+    exporting.export_official(checkpoint.params, path, checkpoint.architecture)
     return path.read_bytes()
 
 
@@ -738,7 +738,7 @@ def test_diffusers_loads_what_we_export_and_computes_the_same(folder):
     fields = dict(timestep_freq_shift=1, mlp_norm_epsilon=3e-5)
     model = make_torch(**fields)
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", num_heads=3, **fields))
-    porting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
+    exporting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
     loaded, info = DiTTransformer2DModel.from_pretrained(folder / "out", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x, t, y = inputs({})
@@ -754,13 +754,13 @@ def test_diffusers_loads_what_we_export_and_computes_the_same(folder):
 def test_an_export_never_changes_the_function_silently(folder):
     official = porting.read_checkpoint(save(make_torch(), folder / "a.safetensors", num_heads=3))
     with pytest.raises(porting.PortingError, match="timestep_freq_shift = 0, code of that layout computes with 1; set port"):
-        porting.export_diffusers(official.params, folder / "out", official.architecture)
+        exporting.export_diffusers(official.params, folder / "out", official.architecture)
     shifted = porting.read_checkpoint(folder / "a.safetensors", timestep_freq_shift=1)
     with pytest.raises(porting.PortingError, match="timestep_freq_shift = 1, code of that layout computes with 0"):
-        porting.export_official(shifted.params, folder / "b.pt", shifted.architecture)
+        exporting.export_official(shifted.params, folder / "b.pt", shifted.architecture)
     lit = porting.read_checkpoint(save(make_torch(attention="linear"), folder / "l.safetensors"))
     with pytest.raises(porting.PortingError, match="diffusers has no LiT"):
-        porting.export_diffusers(lit.params, folder / "out", lit.architecture)
+        exporting.export_diffusers(lit.params, folder / "out", lit.architecture)
     assert sorted(os.listdir(folder)) == ["a.safetensors", "l.safetensors"]
 
 
@@ -771,7 +771,7 @@ def test_the_torch_module_beside_an_export_computes_the_same(folder, kernel_func
     model = make_torch(**fields)
     known = {"grid": (3, 5), "kernel_function": kernel_function, "timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
-    written = porting.export_official(checkpoint.params, folder / "out" / f"lit{suffix}", checkpoint.architecture)
+    written = exporting.export_official(checkpoint.params, folder / "out" / f"lit{suffix}", checkpoint.architecture)
     assert {path.name for path in written} == set(os.listdir(folder / "out"))
     torch_model = lit_torch(folder / "out" / "lit_torch.py").load(folder / "out" / f"lit{suffix}")
     x, t, y = inputs(fields)
@@ -787,7 +787,7 @@ def test_the_torch_module_beside_an_export_computes_the_same(folder, kernel_func
 def test_the_torch_module_runs_a_dit_too(folder):
     model = make_torch()
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", num_heads=3))
-    porting.export_official(checkpoint.params, folder / "b.safetensors", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "b.safetensors", checkpoint.architecture)
     torch_model = lit_torch(pathlib.Path(porting.__file__).parent / "assets" / "lit_torch.py").load(folder / "b.safetensors")
     x, t, y = inputs({})
     assert rel(run_torch(torch_model, x, t, y), run_torch(model, x, t, y)) < 2e-5
@@ -1005,11 +1005,11 @@ def test_what_goes_beside_an_export_replaces_nothing(folder):
     for name in ("lit_torch.py", "b.pt.json"):
         (folder / name).write_text("mine")
         with pytest.raises(porting.PortingError, match=f"{name} exists and is another than would be written beside b.pt"):
-            porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+            exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
         assert (folder / name).read_text() == "mine" and not (folder / "b.pt").exists()
         (folder / name).unlink()
-    porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
-    porting.export_official(checkpoint.params, folder / "c.pt", checkpoint.architecture)    # the same lit_torch.py
+    exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "c.pt", checkpoint.architecture)    # the same lit_torch.py
 
 
 def test_a_killed_export_does_not_stand_in_the_way(folder):
@@ -1017,7 +1017,7 @@ def test_a_killed_export_does_not_stand_in_the_way(folder):
     checkpoint = porting.read_checkpoint(save(make_torch(**fields), folder / "a.safetensors", num_heads=3, **fields))
     (folder / ".out.partial").mkdir()
     (folder / ".out.partial" / "half").write_text("x")
-    porting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
+    exporting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
     assert sorted(os.listdir(folder / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(os.listdir(folder)) == ["a.safetensors", "out"]
 
