@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax import checkpoint as orbax
-from lit_jax import layouts, sources
+from lit_jax import layouts, sources, torch_file
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
 from lit_jax.models.dit import SIZES, position_embedding
 from lit_jax.sources import PortingError
@@ -70,7 +70,7 @@ class Report:
         reasons = collections.Counter(self.left_out.values())
         lines += [f"  left out: {count} keys, {reason}" for reason, count in reasons.items()]
         lines += [f"  re-initialised: {name}" for name in self.reinitialised]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(map(torch_file.one_line, lines + [f"  note: {note}" for note in self.notes]))
 
 
 def plain(value):
@@ -408,15 +408,16 @@ def _autoencoder_architecture(shapes, path):
     }
 
 
+def _is_shift(value):
+    return value is None or (isinstance(value, float | int) and abs(value) < 1e6)
+
+
 def _check_autoencoder(stored, path):
     """Validates the architecture that an Orbax checkpoint names, so that its rules can be made of it."""
-    def is_number(value):
-        return isinstance(value, float | int) and not isinstance(value, bool)
-
     checks = {
         "block_out_channels": lambda v: isinstance(v, list) and 0 < len(v) < 100 and all(map(sources.is_count, v)),
         "layers_per_block": lambda v: sources.is_count(v, 1, 1000),
-        "scaling_factor": lambda v: is_number(v) and 0 < v < 1e6, "shift_factor": lambda v: v is None or is_number(v),
+        "scaling_factor": lambda v: isinstance(v, float | int) and 0 < v < 1e6, "shift_factor": _is_shift,
     } | dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), sources.is_count)
     checks |= dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
                             lambda v: isinstance(v, bool))
@@ -449,7 +450,7 @@ def _diffusers_autoencoder_fields(source, architecture):
     if not sources.is_count(groups) or any(width % groups for width in architecture["block_out_channels"]):
         raise PortingError(f"{path}: config.json says norm_num_groups = {str(groups)[:20]}, which does not divide "
                            f"the widths {architecture['block_out_channels']}")
-    if not isinstance(scale, float | int) or not 0 < scale < 1e6 or not isinstance(shift, float | int | None):
+    if not isinstance(scale, float | int) or not 0 < scale < 1e6 or not _is_shift(shift):
         raise PortingError(f"{path}: config.json says scaling_factor = {str(scale)[:20]}, shift_factor = "
                            f"{str(shift)[:20]}")
     if "scaling_factor" not in config:
@@ -732,6 +733,10 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
         architecture = _autoencoder_architecture(shapes, path)
         if source.config is not None:
             architecture |= _diffusers_autoencoder_fields(source, architecture)
+        elif any(width % architecture["norm_num_groups"] for width in architecture["block_out_channels"]):
+            raise PortingError(f"{path}: nothing in it tells the groups of its norms, and {architecture['norm_num_groups']}, "
+                               f"what published ones have, does not divide the widths {architecture['block_out_channels']}; "
+                               "put it into a folder with its config.json")
         flat = _match(named, origin, layouts.autoencoder_rules(architecture), source, report)
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor

@@ -16,7 +16,7 @@ class PortingError(ValueError):
     """A checkpoint that cannot be taken as it is; `report` says what was found, key by key."""
 
     def __init__(self, message: str, report: Any = None):
-        super().__init__(message)
+        super().__init__(torch_file.one_line(message))
         self.report = report
 
 

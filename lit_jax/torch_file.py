@@ -36,8 +36,16 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def one_line(text):
+    """`text` with line breaks and what else moves a terminal's cursor escaped: names in a file are not ours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class TensorFileError(ValueError):
     """A file that is not what it claims to be; the message names the file and what is wrong."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 class Record(typing.NamedTuple):
