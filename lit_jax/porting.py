@@ -741,8 +741,8 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor
     if architecture["scaling_factor"] is None:
-        raise PortingError(f"{path}: nothing in it tells the scale of the latents; set autoencoder.scaling_factor "
-                           "(Stable Diffusion 0.18215, SDXL 0.13025)")
+        raise PortingError(f"{path}: nothing in it tells the scale of the latents; set autoencoder.scaling_factor, in a port "
+                           "port.scaling_factor (Stable Diffusion 0.18215, SDXL 0.13025)")
     return _checkpoint(flat, architecture, report)
 
 

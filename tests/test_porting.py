@@ -838,6 +838,11 @@ def torch_autoencoder():
     return randomise_(model, 5)
 
 
+@pytest.fixture(scope="module")
+def orbax_autoencoder(tmp_path_factory):
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder") / "a")
+
+
 def test_three_spellings_give_one_autoencoder(folder, torch_autoencoder):
     torch_autoencoder.save_pretrained(folder / "new")
     state = torch_autoencoder.state_dict()
@@ -875,8 +880,8 @@ def test_autoencoder_goes_to_orbax_and_back(folder, torch_autoencoder):
     (dict(norm_num_groups=3), "norm_num_groups = 3, which does not divide"), (dict(scaling_factor=0), "scaling_factor = 0"),
     (dict(use_quant_conv="yes"), "use_quant_conv = yes"), (dict(extra=1), "describe no autoencoder"),
     (dict(latent_channels=8), r"encoder/conv_out/kernel \(3, 3, 8, 8\), expected \(3, 3, 8, 16\)")])
-def test_metadata_of_an_orbax_autoencoder_that_lie_are_refused(folder, change, message):
-    write_autoencoder(folder / "a")
+def test_metadata_of_an_orbax_autoencoder_that_lie_are_refused(folder, orbax_autoencoder, change, message):
+    shutil.copytree(orbax_autoencoder, folder / "a")
     path = folder / "a" / "metadata" / "metadata"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({"autoencoder": content["autoencoder"] | change}))
@@ -983,6 +988,20 @@ def test_the_job_says_what_is_wrong_and_writes_nothing(folder, change, message):
         settings[section].update(fields)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         port.run(settings, folder / "work")
+    assert os.listdir(folder) == ["a.pt"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "the file is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer"),
+    (b"<!DOCTYPE html>", "a web page"), (b"\x80\x02cposix\nsystem\nX\x0c\0\0\0touch canary\x85R.", "asks to run posix.system"),
+    (None, "neither an Orbax checkpoint nor a diffusers folder")])
+def test_the_job_refuses_what_is_no_checkpoint(folder, monkeypatch, content, message):
+    """And runs nothing of it, writes nothing."""
+    monkeypatch.chdir(folder)
+    source = folder / "a.pt"
+    source.mkdir() if content is None else source.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        port.run(config(port=dict(source=str(source), target=str(folder / "out"))), folder / "work")
     assert os.listdir(folder) == ["a.pt"]
 
 
