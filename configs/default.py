@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     # The frozen model that is inherited from and distilled. No checkpoint: plain diffusion training.
     config.teacher = ConfigDict(dict(
         checkpoint="",                          # official DiT .pt or .safetensors, diffusers folder, Orbax folder, workdir
+        weights="ema",                          # ema or model, where a training checkpoint has both
         size="",                                # the checkpoint must be of it; a plan without one: empty is model.size
         num_heads=0,                            # softmax heads; 0: the size's, or what the checkpoint says
         dtype="bfloat16",                       # it is kept and run in this
@@ -46,6 +47,7 @@ def get_config() -> ConfigDict:
 
     config.student = ConfigDict(dict(
         init="teacher",                         # teacher, random, or a checkpoint path: what the student inherits from
+        weights="ema",                          # ema or model, where the training checkpoint of that path has both
     ))
     config.inherit = ConfigDict(dict(
         load=(),                                # attention parts that are loaded too: any of q, k, v, o, conv
@@ -76,6 +78,7 @@ def get_config() -> ConfigDict:
         scaling_factor=0.0,                     # of the latents; 0: as the checkpoint says (SD 0.18215)
         dtype="float32",                        # it runs in this: float32 or bfloat16
         slice_size=8,                           # images a device passes through it at once; 0: all of its share
+        tile_size=0,                            # latent cells a side of the tiles of larger images, 64 or more; 0: whole
     ))
 
     # --mode=prepare: source -> ADM centre crop -> autoencoder -> the data set data.name in data.dir, split data.split.

@@ -224,10 +224,13 @@ def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool
             args["metadata"] = ocp.args.JsonRestore()
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, ocp.args.Composite(**args))
+        metadata = restored.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise TypeError(f"its metadata is a {type(metadata).__name__}, not an object")
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
-    return restored[item], (restored.get("metadata") or {}) | {"weights": item, "path": str(folder)}
+    return restored[item], metadata | {"weights": item, "path": str(folder)}
 
 
 def parameter_count(tree: Any) -> int:

@@ -113,10 +113,11 @@ def autoencoder(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Autoencode
                          f"{wanted.checkpoint} have {channels} channels")
     encoder = {name: tree for name, tree in source.params.items() if name in ("encoder", "quant_conv")}
     params = porting.load_params(source.params, jax.tree.map(lambda _: sharding.replicated(mesh), source.params))
-    built = make_autoencoder(params, source.architecture, dtype=wanted.dtype, slice_size=wanted.slice_size)
+    built = make_autoencoder(params, source.architecture, dtype=wanted.dtype, slice_size=wanted.slice_size,
+                             tile_size=wanted.tile_size)
     return built, {"name": pathlib.Path(wanted.checkpoint).name, "sha256": source.report.checksum,
                    "encoder_sha256": porting.checksum(encoder), "scaling_factor": built.scaling_factor,
-                   "shift_factor": built.shift_factor, "dtype": wanted.dtype}
+                   "shift_factor": built.shift_factor, "dtype": wanted.dtype, "tile_size": wanted.tile_size}
 
 
 def check_data(config: ConfigDict, source: data.ImageSource | data.LatentSource, identity: dict[str, Any] | None) -> None:

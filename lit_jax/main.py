@@ -14,7 +14,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, a Python file with get_config().", lock_config=True)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "port", "prepare", "plan", "benchmark"],
                          "The job.")
-RUN_BY_SEVERAL = ("train", "sample", "evaluate", "prepare", "benchmark")  # jobs that several processes run together
+RUN_BY_SEVERAL = ("train", "sample", "evaluate", "port", "prepare", "benchmark")  # jobs that several processes run together
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given.")
 
 

@@ -148,7 +148,8 @@ class Planner:
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         from_config.check_batches(config, self.mesh)
         model = from_config.student(config)
-        source = porting.read_checkpoint(config.teacher.checkpoint) if config.teacher.checkpoint else None
+        stated = config.teacher
+        source = porting.read_checkpoint(stated.checkpoint, weights=stated.weights) if stated.checkpoint else None
         teacher = from_config.teacher(config, model, source and source.architecture)
         self.model, self.teacher = (on_tpu(m, config.model.input_size) for m in (model, teacher))
 

@@ -6,23 +6,33 @@
 Nothing is written unless the whole source is read, explained, finite and what the config describes.
 """
 import pathlib
+import resource
+import time
 
+import jax
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lit_jax import porting, sharding
+from lit_jax import exporting, porting, sharding
 from lit_jax.models import dit
 
 LAYOUTS = ("orbax", "dit", "diffusers")
+TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
-    """Ports `port.source` to `port.target`; leaves port_report.json in the workdir and logs its summary."""
-    port = config.port
+    """Ports `port.source` to `port.target`; leaves port_report.json in the workdir and logs its summary.
+
+    Several processes write an Orbax folder together, each its shards; process 0 writes everything else.
+    """
+    port, start = config.port, time.monotonic()
     source, target = _path(port.source, "port.source"), _path(port.target, "port.target")
     layout = port.layout or ("dit" if target.suffix in (".safetensors", ".pt") else "orbax")
     if layout not in LAYOUTS:
         raise ValueError(f"port.layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if not port.layout and target.suffix in TORCH_SUFFIXES:
+        raise ValueError(f"port.target = {target}: files are written as .pt or .safetensors, not {target.suffix}")
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ValueError(f"port.target = {target} exists; a port never overwrites")
     if not source.exists():
@@ -35,19 +45,24 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
     else:
         checkpoint = _read_dit(config, source)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    writes = jax.process_index() == 0
     if layout == "orbax":
         shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
-        porting.export_orbax(checkpoint, target, shardings=shardings)
-    elif layout == "diffusers":
-        porting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
-    else:
-        written = porting.export_official(checkpoint.params, target, checkpoint.architecture)
+        exporting.export_orbax(checkpoint, target, shardings=shardings)
+    elif layout == "diffusers" and writes:
+        exporting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
+    elif writes:
+        written = exporting.export_official(checkpoint.params, target, checkpoint.architecture)
         checkpoint.report.notes.append(f"wrote {', '.join(path.name for path in written)}")
 
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
-    logging.info("ported to %s (%s)\n%s", target, layout, checkpoint.report.summary())
+    if writes:
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
+        size, peak = 4 * checkpoint.report.parameters, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        logging.info("ported to %s (%s) in %.1f s, peak memory %.2f GB for %.2f GB of float32 parameters\n%s", target, layout,
+                     time.monotonic() - start, peak / 1e9, size / 1e9, checkpoint.report.summary())
+    multihost_utils.sync_global_devices("ported")
     return checkpoint.report
 
 
@@ -59,16 +74,11 @@ def _path(value, field):
 
 def _read_dit(config, source):
     """Reads a DiT or LiT with what the config asks for, and checks it against `model`."""
-    port, model = config.port, config.model
-    grid = None
-    if port.input_size:
-        if port.input_size % model.patch_size:
-            raise ValueError(f"port.input_size = {port.input_size} is not a multiple of model.patch_size = "
-                             f"{model.patch_size}")
-        grid = (port.input_size // model.patch_size,) * 2
+    port = config.port
     checkpoint = porting.read_checkpoint(
-        source, weights=port.weights, num_heads=port.num_heads, num_classes=port.num_classes, grid=grid,
-        timestep_freq_shift=port.timestep_freq_shift, mlp_norm_epsilon=port.mlp_norm_epsilon, seed=config.seed)
+        source, weights=port.weights, num_heads=port.num_heads, num_classes=port.num_classes,
+        input_size=(port.input_size,) * 2 if port.input_size else None, timestep_freq_shift=port.timestep_freq_shift,
+        mlp_norm_epsilon=port.mlp_norm_epsilon, seed=config.seed)
     if port.check_model:
         porting.require_architecture(checkpoint, _expected(config, checkpoint.architecture))
     return checkpoint

@@ -1,24 +1,19 @@
-"""Checkpoints of the PyTorch world into our parameter trees and back, every key accounted for.
+"""Checkpoints of the PyTorch world, and our own, into our parameter trees, every key accounted for.
 
-A checkpoint is read as views of a mapped file (`torch_file`). Its keys are first renamed to one spelling: that of
-the official DiT checkpoints, or of today's diffusers for autoencoders. Rules then lead from there to the tree:
-
-    Linear         weight (out, in)      <-> kernel (in, out)
-    convolution    weight (O, I, h, w)   <-> kernel (h, w, I, O)
-    blocks.i.*                           <-> blocks/*, stacked on a leading layer axis
+A checkpoint is read as views of a mapped file (`torch_file`, `sources`). Its keys are first renamed to one spelling: that of
+the official DiT checkpoints, or of today's diffusers for autoencoders. The rules of `layouts` then lead from there to the
+tree; `exporting` goes the other way.
 
 Leaves stay in their file until they are indexed, so a sharded load reads only what each device holds.
 """
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,67 +23,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax import checkpoint as orbax
-from lit_jax import torch_file
+from lit_jax import layouts, sources, torch_file
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
-from lit_jax.models.dit import FREQUENCIES, SIZES, position_embedding
+from lit_jax.models.dit import SIZES, position_embedding
+from lit_jax.sources import PortingError
 
-# Our module, its name in an official checkpoint, and the kind of its weight.
-_DIT_MODULES = (
-    ("x_embedder/proj", "x_embedder.proj", "conv"),
-    ("t_embedder/mlp_0", "t_embedder.mlp.0", "linear"),
-    ("t_embedder/mlp_2", "t_embedder.mlp.2", "linear"),
-    ("y_embedder/embedding_table", "y_embedder.embedding_table", "embedding"),
-    ("blocks/attn/qkv", "blocks.{}.attn.qkv", "linear"),
-    ("blocks/attn/q", "blocks.{}.attn.q", "linear"),
-    ("blocks/attn/kv", "blocks.{}.attn.kv", "linear"),
-    ("blocks/attn/proj", "blocks.{}.attn.proj", "linear"),
-    ("blocks/attn/dwc", "blocks.{}.attn.dwc", "conv"),
-    ("blocks/mlp/fc1", "blocks.{}.mlp.fc1", "linear"),
-    ("blocks/mlp/fc2", "blocks.{}.mlp.fc2", "linear"),
-    ("blocks/adaLN_modulation", "blocks.{}.adaLN_modulation.1", "linear"),
-    ("final_layer/adaLN_modulation", "final_layer.adaLN_modulation.1", "linear"),
-    ("final_layer/linear", "final_layer.linear", "linear"),
-)
-# The official module and its name in diffusers' DiTTransformer2DModel.
-_DIFFUSERS_TOP = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-_DIFFUSERS_BLOCK = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
-}
-_DIFFUSERS_EMBEDDERS = {    # stored again in every block
-    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
-}
-_DIFFUSERS_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 _DIFFUSERS_CLASSES = {      # of config.json; Transformer2DModel is what DiT was before it had a class of its own
     "dit": ("DiTTransformer2DModel", "Transformer2DModel"),
     "autoencoder": ("AutoencoderKL",),
 }
-
-_WEIGHT_NAME = {"conv": "kernel", "linear": "kernel", "embedding": "embedding", "norm": "scale"}
-# From torch's axis order to ours, and back.
-_TO_FLAX = {"conv": (2, 3, 1, 0), "linear": (1, 0), "embedding": (0, 1), "norm": (0,), "bias": (0,)}
-_TO_TORCH = {"conv": (3, 2, 0, 1), "linear": (1, 0), "embedding": (0, 1), "norm": (0,), "bias": (0,)}
 _HOW = {"conv": "axes to (h, w, I, O)", "linear": "transposed"}
 _FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)))
 _LABEL_STD = 0.02           # of new label rows, as DiT draws them
 # What no shape tells: how the source's own code computes, or what it says of itself.
 _CONVENTIONS = ("timestep_freq_shift", "mlp_norm_epsilon", "kernel_function")
-
-
-class PortingError(ValueError):
-    """A checkpoint that cannot be taken as it is; `report` says what was found, key by key."""
-
-    def __init__(self, message: str, report: "Report | None" = None):
-        super().__init__(message)
-        self.report = report
 
 
 @dataclasses.dataclass
@@ -114,7 +62,7 @@ class Report:
     def summary(self) -> str:
         """The report in a few lines for a terminal."""
         lines = [f"{self.source} ({self.layout} layout)",
-                 "  " + ", ".join(f"{name} {_plain(value)}" for name, value in self.architecture.items()),
+                 "  " + ", ".join(f"{name} {plain(value)}" for name, value in self.architecture.items()),
                  f"  {len(self.keys)} keys matched, {len(self.left_out)} left out, {len(self.missing)} missing, "
                  f"{len(self.unexpected)} unexpected, {len(self.reinitialised)} re-initialised; "
                  f"{self.parameters:,} parameters",
@@ -122,10 +70,10 @@ class Report:
         reasons = collections.Counter(self.left_out.values())
         lines += [f"  left out: {count} keys, {reason}" for reason, count in reasons.items()]
         lines += [f"  re-initialised: {name}" for name in self.reinitialised]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(map(torch_file.one_line, lines + [f"  note: {note}" for note in self.notes]))
 
 
-def _plain(value):
+def plain(value):
     return "x".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
@@ -161,16 +109,17 @@ class Leaf:
 
     def __getitem__(self, index) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
-        if not self._stacked:
-            out = np.array(self._layer(0)[index], np.float32, order="C")
-        elif isinstance(index[0], slice):
-            layers = range(*index[0].indices(len(self._layers)))
-            shape = np.broadcast_to(np.False_, self.shape[1:])[index[1:]].shape
-            out = np.empty((len(layers), *shape), np.float32)
-            for row, layer in enumerate(layers):
-                out[row] = self._layer(layer)[index[1:]]
-        else:
-            out = np.array(self._layer(index[0])[index[1:]], np.float32, order="C")
+        with np.errstate(over="ignore"):    # a float64 that becomes infinite: `checksum` finds it
+            if not self._stacked:
+                out = np.array(self._layer(0)[index], np.float32, order="C")
+            elif isinstance(index[0], slice):
+                layers = range(*index[0].indices(len(self._layers)))
+                shape = np.broadcast_to(np.False_, self.shape[1:])[index[1:]].shape
+                out = np.empty((len(layers), *shape), np.float32)
+                for row, layer in enumerate(layers):
+                    out[row] = self._layer(layer)[index[1:]]
+            else:
+                out = np.array(self._layer(index[0])[index[1:]], np.float32, order="C")
         self._release()     # a mapped page that stays counts as memory in use
         return out
 
@@ -220,265 +169,6 @@ def checksum(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _abridged(names, limit=6):
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-# Rules: (path in the tree, key of each layer, kind, torch shape of one layer) for every leaf of an architecture.
-
-Rule = tuple[str, list[str], str, tuple[int, ...]]
-
-
-def dit_rules(architecture: dict) -> Iterator[Rule]:
-    """The rules of DiT and LiT; keys are those of the official checkpoints."""
-    D, L, p = architecture["width"], architecture["depth"], architecture["patch_size"]
-    C, K = architecture["in_channels"], architecture["conv_size"]
-    linear = architecture["attention"] == "linear"
-    shapes = {
-        "x_embedder/proj": (D, C, p, p), "t_embedder/mlp_0": (D, FREQUENCIES), "t_embedder/mlp_2": (D, D),
-        "y_embedder/embedding_table": (architecture["num_classes"] + 1, D),
-        "blocks/attn/proj": (D, D), "blocks/mlp/fc1": (4 * D, D), "blocks/mlp/fc2": (D, 4 * D),
-        "blocks/adaLN_modulation": (6 * D, D), "final_layer/adaLN_modulation": (2 * D, D),
-        "final_layer/linear": (p * p * C * (2 if architecture["learn_sigma"] else 1), D),
-    }
-    if linear:
-        shapes |= {"blocks/attn/q": (D, D), "blocks/attn/kv": (2 * D, D)}
-    else:
-        shapes["blocks/attn/qkv"] = (3 * D, D)
-    if linear and K:
-        shapes["blocks/attn/dwc"] = (D // architecture["num_heads"], 1, K, K)
-    unbiased = () if architecture["qkv_bias"] else ("blocks/attn/qkv", "blocks/attn/q", "blocks/attn/kv")
-    for module, official, kind in _DIT_MODULES:
-        if module not in shapes:
-            continue
-        names = [official.format(layer) for layer in range(L)] if "{}" in official else [official]
-        yield f"{module}/{_WEIGHT_NAME[kind]}", [f"{name}.weight" for name in names], kind, shapes[module]
-        if kind != "embedding" and module not in unbiased:
-            yield f"{module}/bias", [f"{name}.bias" for name in names], "bias", shapes[module][:1]
-
-
-def autoencoder_rules(architecture: dict) -> Iterator[Rule]:
-    """The rules of AutoencoderKL; keys are those of today's diffusers."""
-    widths, layers = architecture["block_out_channels"], architecture["layers_per_block"]
-    Z = architecture["latent_channels"]
-
-    def module(name, kind, shape):
-        path = re.sub(r"\.(\d+)", r"_\1", name).replace(".", "/")
-        yield f"{path}/{_WEIGHT_NAME[kind]}", [f"{name}.weight"], kind, shape
-        yield f"{path}/bias", [f"{name}.bias"], "bias", shape[:1]
-
-    def resnet(name, width_in, width):
-        yield from module(f"{name}.norm1", "norm", (width_in,))
-        yield from module(f"{name}.conv1", "conv", (width, width_in, 3, 3))
-        yield from module(f"{name}.norm2", "norm", (width,))
-        yield from module(f"{name}.conv2", "conv", (width, width, 3, 3))
-        if width_in != width:
-            yield from module(f"{name}.conv_shortcut", "conv", (width, width_in, 1, 1))
-
-    def mid(name, width):
-        yield from resnet(f"{name}.resnets.0", width, width)
-        if architecture["mid_block_add_attention"]:
-            yield from module(f"{name}.attentions.0.group_norm", "norm", (width,))
-            for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                yield from module(f"{name}.attentions.0.{part}", "linear", (width, width))
-        yield from resnet(f"{name}.resnets.1", width, width)
-
-    yield from module("encoder.conv_in", "conv", (widths[0], architecture["in_channels"], 3, 3))
-    width_in = widths[0]
-    for i, width in enumerate(widths):
-        for j in range(layers):
-            yield from resnet(f"encoder.down_blocks.{i}.resnets.{j}", width_in, width)
-            width_in = width
-        if i < len(widths) - 1:
-            yield from module(f"encoder.down_blocks.{i}.downsamplers.0.conv", "conv", (width, width, 3, 3))
-    yield from mid("encoder.mid_block", widths[-1])
-    yield from module("encoder.conv_norm_out", "norm", (widths[-1],))
-    yield from module("encoder.conv_out", "conv", (2 * Z, widths[-1], 3, 3))
-    if architecture["use_quant_conv"]:
-        yield from module("quant_conv", "conv", (2 * Z, 2 * Z, 1, 1))
-    if architecture["use_post_quant_conv"]:
-        yield from module("post_quant_conv", "conv", (Z, Z, 1, 1))
-    yield from module("decoder.conv_in", "conv", (widths[-1], Z, 3, 3))
-    yield from mid("decoder.mid_block", widths[-1])
-    width_in = widths[-1]
-    for i, width in enumerate(widths[::-1]):
-        for j in range(layers + 1):
-            yield from resnet(f"decoder.up_blocks.{i}.resnets.{j}", width_in, width)
-            width_in = width
-        if i < len(widths) - 1:
-            yield from module(f"decoder.up_blocks.{i}.upsamplers.0.conv", "conv", (width, width, 3, 3))
-    yield from module("decoder.conv_norm_out", "norm", (widths[0],))
-    yield from module("decoder.conv_out", "conv", (architecture["out_channels"], widths[0], 3, 3))
-
-
-def tree_shapes(rules: Iterator[Rule]) -> dict[str, tuple[int, ...]]:
-    """Path -> shape in our layout."""
-    shapes = {}
-    for path, keys, kind, shape in rules:
-        ours = tuple(shape[axis] for axis in _TO_FLAX[kind])
-        shapes[path] = (len(keys), *ours) if path.startswith("blocks/") else ours
-    return shapes
-
-
-# Opening a source.
-
-@dataclasses.dataclass
-class _Source:
-    """Tensors by key, with what was stored beside them."""
-    path: pathlib.Path
-    tensors: dict[str, np.ndarray]
-    stored: dict            # architecture fields that the file itself names
-    config: dict | None     # a diffusers config.json
-    notes: list[str]
-    files: list[torch_file.TensorFile]
-
-    def release(self):
-        for file in self.files:
-            file.release()
-
-
-def _read_json(path):
-    try:
-        if path.stat().st_size > torch_file.MAX_HEADER_BYTES:
-            raise ValueError(f"larger than {torch_file.MAX_HEADER_BYTES} bytes")
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=torch_file.unique_keys)
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}, not an object")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise PortingError(f"{path}: not valid JSON: {error}") from error
-
-
-def _inside(folder, name, index):
-    """The file `name` of a folder; an index must not lead out of it (the Hub cache's own links may)."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise PortingError(f"{index}: names the file {name!r:.80}, which is not a plain file name")
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{index}: names {name}, which is not in the folder")
-    roots = [folder.resolve()]
-    roots += [parent.parent.resolve() / "blobs" for parent in folder.absolute().parents
-              if parent.name == "snapshots"]
-    if not any(path.resolve().is_relative_to(root) for root in roots):
-        raise PortingError(f"{path}: a link to {path.resolve()}, outside the folder")
-    return path
-
-
-def _open_file(path):
-    return torch_file.read_safetensors(path) if path.suffix == ".safetensors" else torch_file.read_torch(path)
-
-
-def _state_dict(file, weights):
-    """The flat dict of tensors in a file, and notes; `weights` picks "ema" or "model" where both are there."""
-    tree, notes = file.tensors, []
-    if not tree:
-        raise PortingError(f"{file.path}: no tensors")
-    if not all(isinstance(value, np.ndarray) for value in tree.values()):
-        inner = [name for name in (weights, "state_dict") if isinstance(tree.get(name), dict)]
-        if not inner:
-            offer = [name for name in ("ema", "model") if isinstance(tree.get(name), dict)]
-            raise PortingError(f"{file.path}: no {weights!r} weights in it, only {_abridged(map(repr, tree))}"
-                               + (f"; choose port.weights={offer[0]}" if offer else ""))
-        beside = [name for name in tree if name != inner[0]]
-        notes.append(f"took {inner[0]!r} from a training checkpoint and left {', '.join(map(repr, beside[:8]))}")
-        notes += _notes_of_arguments(tree.get("args"))
-        tree = tree[inner[0]]
-    for key, value in tree.items():
-        if not isinstance(key, str) or not isinstance(value, np.ndarray):
-            raise PortingError(f"{file.path}: {str(key)[:80]!r} is a {type(value).__name__}, not a tensor")
-    if not tree:
-        raise PortingError(f"{file.path}: no tensors")
-    for prefix in ("module.", "_orig_mod.", "module.", "_orig_mod."):   # wrappers may be nested either way
-        if all(key.startswith(prefix) for key in tree):
-            tree = {key.removeprefix(prefix): value for key, value in tree.items()}
-            notes.append(f"removed the prefix {prefix!r} of every key")
-    return tree, notes
-
-
-def _notes_of_arguments(arguments):
-    if not isinstance(arguments, dict):
-        return []
-    known = [f"{name}={arguments[name]}" for name in ("model", "image_size", "resolution", "num_classes", "vae")
-             if isinstance(arguments.get(name), str | int)]
-    return [f"its training arguments: {', '.join(known)}"] if known else []
-
-
-def _open(path, weights):
-    path = pathlib.Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    file = _open_file(path)
-    tensors, notes = _state_dict(file, weights)
-    stored = {}
-    sidecar = path.with_name(path.name + ".json")
-    if "architecture" in file.metadata:
-        try:
-            stored = json.loads(file.metadata["architecture"])
-        except (ValueError, RecursionError) as error:
-            raise PortingError(f"{path}: its architecture is not valid JSON: {error}") from error
-    elif path.suffix != ".safetensors" and sidecar.is_file():
-        stored = _read_json(sidecar).get("architecture", {})
-    return _Source(path, tensors, _check_stored(stored, path), None, notes, [file])
-
-
-def _open_folder(path):
-    """A diffusers model folder, or the `transformer` of a pipeline folder."""
-    if not (path / "config.json").is_file() and (path / "transformer" / "config.json").is_file():
-        path = path / "transformer"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: neither an Orbax checkpoint nor a diffusers folder (no config.json)")
-    config = _read_json(path / "config.json")
-    stem = "diffusion_pytorch_model"
-    files, tensors = [], {}
-    for suffix in (".safetensors", ".bin"):
-        index = path / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise PortingError(f"{index}: no weight_map")
-            for name in weight_map.values():
-                _inside(path, name, index)
-            for name in sorted(set(weight_map.values())):
-                files.append(_open_file(_inside(path, name, index)))
-                shard, _ = _state_dict(files[-1], "model")
-                listed = {key for key, value in weight_map.items() if value == name}
-                if listed != set(shard):
-                    raise PortingError(f"{index} and {name} disagree on {_abridged(sorted(listed ^ set(shard)))}")
-                tensors |= shard
-            break
-        if (path / f"{stem}{suffix}").exists():
-            files.append(_open_file(_inside(path, f"{stem}{suffix}", path)))
-            tensors, _ = _state_dict(files[-1], "model")
-            break
-    else:
-        raise FileNotFoundError(f"{path}: no {stem}.safetensors or .bin, single or with an index")
-    return _Source(path, tensors, {}, config, [], files)
-
-
-def _is_count(value, low=1, high=10**6):
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_stored(stored, path):
-    """Validates architecture fields that a file names; unknown fields are refused."""
-    checks = {
-        "attention": lambda v: v in ("softmax", "linear"), "kernel_function": lambda v: v in KERNEL_FUNCTIONS,
-        "learn_sigma": lambda v: isinstance(v, bool), "qkv_bias": lambda v: isinstance(v, bool),
-        "conv_size": lambda v: _is_count(v, 0), "timestep_freq_shift": lambda v: _is_count(v, 0, 1),
-        "mlp_norm_epsilon": lambda v: isinstance(v, float) and 0 < v < 1,
-        "grid": lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(_is_count, v)),
-    } | dict.fromkeys(("depth", "width", "num_heads", "patch_size", "in_channels", "num_classes"), _is_count)
-    if not isinstance(stored, dict):
-        raise PortingError(f"{path}: its architecture is a {type(stored).__name__}, not an object")
-    for field, value in stored.items():
-        optional = field in ("num_heads", "grid") and value is None
-        if field not in checks or not (optional or checks[field](value)):
-            raise PortingError(f"{path}: its architecture says {str(field)[:40]} = {str(value)[:40]}")
-    return {field: tuple(value) if field == "grid" else value for field, value in stored.items()
-            if value is not None}
-
-
 # From a source's keys to the one spelling: names to lists of arrays that are concatenated on axis 0.
 
 def _check_config(config, fields, path):
@@ -490,18 +180,18 @@ def _check_config(config, fields, path):
 
 def _from_diffusers(source, report):
     """Official DiT names from a DiTTransformer2DModel's; the embedders of all blocks must be equal."""
-    top = {theirs: ours for ours, theirs in _DIFFUSERS_TOP.items()}
-    block = {theirs: ours for ours, theirs in _DIFFUSERS_BLOCK.items()}
-    embedders = {theirs: ours for ours, theirs in _DIFFUSERS_EMBEDDERS.items()}
+    top = {theirs: ours for ours, theirs in layouts.DIFFUSERS_TOP.items()}
+    block = {theirs: ours for ours, theirs in layouts.DIFFUSERS_BLOCK.items()}
+    embedders = {theirs: ours for ours, theirs in layouts.DIFFUSERS_EMBEDDERS.items()}
     named, origin = {}, {}
     depth = _indices(source.tensors, r"transformer_blocks\.(\d{1,6})\.", source.path)
     for key, tensor in source.tensors.items():
         module, _, leaf = key.rpartition(".")
         match = re.fullmatch(r"transformer_blocks\.(\d{1,6})\.(.+)", module)
-        if match and match[2] in _DIFFUSERS_QKV:
-            name, place = f"blocks.{int(match[1])}.attn.qkv.{leaf}", _DIFFUSERS_QKV.index(match[2])
+        if match and match[2] in layouts.DIFFUSERS_QKV:
+            name, place = f"blocks.{int(match[1])}.attn.qkv.{leaf}", layouts.DIFFUSERS_QKV.index(match[2])
             named.setdefault(name, [None] * 3)[place] = tensor
-            origin.setdefault(name, [f"{key.replace(match[2], part)}" for part in _DIFFUSERS_QKV])
+            origin.setdefault(name, [f"{key.replace(match[2], part)}" for part in layouts.DIFFUSERS_QKV])
             continue
         if match and match[2] in embedders:
             if int(match[1]) > 0:
@@ -536,7 +226,7 @@ def _diffusers_dit_fields(source, architecture):
     config, path, D = source.config, source.path, architecture["width"]
     _check_class(config, "dit", path)
     heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
-    if not _is_count(heads) or not _is_count(head_dim) or heads * head_dim != D:
+    if not sources.is_count(heads) or not sources.is_count(head_dim) or heads * head_dim != D:
         raise PortingError(f"{path}: config.json says {str(heads)[:20]} heads of {str(head_dim)[:20]}, "
                            f"the width is {D}")
     C = architecture["in_channels"]
@@ -550,7 +240,7 @@ def _diffusers_dit_fields(source, architecture):
                            f"the tensors have {C * (2 if architecture['learn_sigma'] else 1)}")
     size, p = config.get("sample_size", 32), architecture["patch_size"]
     epsilon = config.get("norm_eps", 1e-5)
-    if not _is_count(size) or size % p:
+    if not sources.is_count(size) or size % p:
         raise PortingError(f"{path}: config.json says sample_size = {str(size)[:20]}, the patch size is {p}")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise PortingError(f"{path}: config.json says norm_eps = {str(epsilon)[:20]}")
@@ -607,10 +297,29 @@ def _autoencoder_names(source, report):
 
 # Architectures from shapes.
 
+def _check_stored(stored, path):
+    """Validates architecture fields that a file names; unknown fields are refused."""
+    checks = {
+        "attention": lambda v: v in ("softmax", "linear"), "kernel_function": lambda v: v in KERNEL_FUNCTIONS,
+        "learn_sigma": lambda v: isinstance(v, bool), "qkv_bias": lambda v: isinstance(v, bool),
+        "conv_size": lambda v: sources.is_count(v, 0), "timestep_freq_shift": lambda v: sources.is_count(v, 0, 1),
+        "mlp_norm_epsilon": lambda v: isinstance(v, float) and 0 < v < 1,
+        "grid": lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(sources.is_count, v)),
+    } | dict.fromkeys(("depth", "width", "num_heads", "patch_size", "in_channels", "num_classes"), sources.is_count)
+    if not isinstance(stored, dict):
+        raise PortingError(f"{path}: its architecture is a {type(stored).__name__}, not an object")
+    for field, value in stored.items():
+        optional = field in ("num_heads", "grid") and value is None
+        if field not in checks or not (optional or checks[field](value)):
+            raise PortingError(f"{path}: its architecture says {str(field)[:40]} = {str(value)[:40]}")
+    return {field: tuple(value) if field == "grid" else value for field, value in stored.items()
+            if value is not None}
+
+
 def _shape_of(shapes, key, ndim, path, what):
     if key not in shapes:
         raise PortingError(f"{path}: not {what}: {key} is missing "
-                           f"(found {len(shapes)} keys: {_abridged(sorted(shapes), 4)})")
+                           f"(found {len(shapes)} keys: {sources.abridged(sorted(shapes), 4)})")
     if len(shapes[key]) != ndim or not all(shapes[key]):
         raise PortingError(f"{path}: {key} has shape {shapes[key]}, expected {ndim} non-empty dimensions")
     return shapes[key]
@@ -621,7 +330,7 @@ def _indices(shapes, pattern, path):
     found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
     if found != set(range(len(found))) or not found:
         raise PortingError(f"{path}: the numbers in {pattern.replace(chr(92), '')} do not count up from 0: "
-                           f"{_abridged(map(str, sorted(found)))}")
+                           f"{sources.abridged(map(str, sorted(found)))}")
     return len(found)
 
 
@@ -699,6 +408,30 @@ def _autoencoder_architecture(shapes, path):
     }
 
 
+def _is_shift(value):
+    return value is None or (isinstance(value, float | int) and abs(value) < 1e6)
+
+
+def _check_autoencoder(stored, path):
+    """Validates the architecture that an Orbax checkpoint names, so that its rules can be made of it."""
+    checks = {
+        "block_out_channels": lambda v: isinstance(v, list) and 0 < len(v) < 100 and all(map(sources.is_count, v)),
+        "layers_per_block": lambda v: sources.is_count(v, 1, 1000),
+        "scaling_factor": lambda v: isinstance(v, float | int) and 0 < v < 1e6, "shift_factor": _is_shift,
+    } | dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), sources.is_count)
+    checks |= dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+                            lambda v: isinstance(v, bool))
+    if not isinstance(stored, dict) or stored.keys() != checks.keys():
+        raise PortingError(f"{path}: its metadata describe no autoencoder: {str(stored)[:80]}")
+    for field, value in stored.items():
+        if not checks[field](value):
+            raise PortingError(f"{path}: its metadata say {field} = {str(value)[:40]}")
+    groups, widths = stored["norm_num_groups"], stored["block_out_channels"]
+    if any(width % groups for width in widths):
+        raise PortingError(f"{path}: its metadata say norm_num_groups = {groups}, which does not divide the widths {widths}")
+    return stored | {"block_out_channels": tuple(widths)}
+
+
 def _diffusers_autoencoder_fields(source, architecture):
     """Checks config.json of an AutoencoderKL against the shapes; returns what only the config knows."""
     config, path = source.config, source.path
@@ -714,10 +447,10 @@ def _diffusers_autoencoder_fields(source, architecture):
     }, path)
     groups = config.get("norm_num_groups", 32)
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
-    if not _is_count(groups) or any(width % groups for width in architecture["block_out_channels"]):
+    if not sources.is_count(groups) or any(width % groups for width in architecture["block_out_channels"]):
         raise PortingError(f"{path}: config.json says norm_num_groups = {str(groups)[:20]}, which does not divide "
                            f"the widths {architecture['block_out_channels']}")
-    if not isinstance(scale, float | int) or not 0 < scale < 1e6 or not isinstance(shift, float | int | None):
+    if not isinstance(scale, float | int) or not 0 < scale < 1e6 or not _is_shift(shift):
         raise PortingError(f"{path}: config.json says scaling_factor = {str(scale)[:20]}, shift_factor = "
                            f"{str(shift)[:20]}")
     if "scaling_factor" not in config:
@@ -754,12 +487,13 @@ def _match(named, origin, rules, source, report, checked=()):
                 report.keys[name] = f"{where}{part}: {_HOW.get(kind, 'as it is')}{cast}"
             layers.append(pieces)
         if len(layers) == len(keys):
-            params[path] = Leaf(layers, _TO_FLAX[kind], path.startswith("blocks/"), source.release)
+            params[path] = Leaf(layers, layouts.TO_FLAX[kind], path.startswith("blocks/"), source.release)
     report.unexpected = sorted(name for key in set(named) - used for name in origin[key])
     if report.missing or report.unexpected or wrong:
-        parts = [f"{name}: {_abridged(keys)}" for name, keys in (
+        parts = [f"{name}: {sources.abridged(keys)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
         raise PortingError(f"{source.path}: {'; '.join(parts)}", report)
+    source.verify()
     return params
 
 
@@ -799,7 +533,7 @@ def _resize_labels(params, architecture, num_classes, seed, report):
 # What the rest of the program calls.
 
 def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads: int = 0, num_classes: int = 0,
-                    grid: tuple[int, int] | None = None, timestep_freq_shift: int | None = None,
+                    input_size: tuple[int, int] | None = None, timestep_freq_shift: int | None = None,
                     mlp_norm_epsilon: float | None = None, seed: int = 0) -> Checkpoint:
     """Opens a DiT or LiT checkpoint of any layout; the leaves of a torch file are still in the file.
 
@@ -811,7 +545,8 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
         weights: "ema" or "model", where a training checkpoint has both.
         num_heads: where nothing in the file tells it; 0: as the file says, or the published size's.
         num_classes: resizes the label table; 0 keeps it.
-        grid: tokens (h, w) of the new position table, or of a stored one that is not square; None keeps it.
+        input_size: (h, w) of the images or latents that the new position table is for, or a stored one that is not
+            square; None keeps it.
         timestep_freq_shift, mlp_norm_epsilon: override how the source's own code computes (official DiT 0 and
             1e-6; diffusers 1 and norm_eps).
         seed: of new label rows.
@@ -821,14 +556,21 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
         torch_file.TensorFileError: the file is damaged or hostile. FileNotFoundError: it is not there.
     """
     if weights not in ("ema", "model"):
-        raise ValueError(f"port.weights must be ema or model; got {weights!r}")
+        raise ValueError(f"weights must be ema or model (port.weights, teacher.weights, student.weights); got {weights!r}")
+    for field, value in (("num_heads", num_heads), ("num_classes", num_classes), ("input_size", min(input_size or (0,)))):
+        if value < 0:
+            raise ValueError(f"port.{field} must not be negative; got {value}")
+    if timestep_freq_shift not in (None, 0, 1):
+        raise ValueError(f"port.timestep_freq_shift must be 0 or 1; got {timestep_freq_shift}")
+    if mlp_norm_epsilon is not None and not 0 < mlp_norm_epsilon < 1:
+        raise ValueError(f"port.mlp_norm_epsilon must be between 0 and 1; got {mlp_norm_epsilon}")
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if orbax.is_checkpoint(path):
-        params, architecture, report, own_grid = _read_orbax_dit(path, weights)
+        params, architecture, report = _read_orbax_dit(path, weights)
     else:
-        params, architecture, report, own_grid = _read_torch_dit(path, weights, grid)
+        params, architecture, report = _read_torch_dit(path, weights, input_size)
     asked = {"timestep_freq_shift": timestep_freq_shift, "mlp_norm_epsilon": mlp_norm_epsilon,
              "num_heads": num_heads or None}
     for field, value in asked.items():
@@ -843,10 +585,11 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
                            f"{architecture['width']}")
     if num_classes and num_classes != architecture["num_classes"]:
         _resize_labels(params, architecture, num_classes, seed, report)
-    if grid and tuple(grid) != own_grid:
+    grid, own_grid = input_size and _grid(input_size, architecture, path), architecture["grid"]
+    if grid and grid != own_grid:
         report.notes.append(f"the position table is recomputed for the {grid[0]} x {grid[1]} grid"
                             + (f", the source has {own_grid[0]} x {own_grid[1]}" if own_grid else ""))
-        architecture["grid"] = tuple(grid)
+        architecture["grid"] = grid
     return _checkpoint(params, architecture, report)
 
 
@@ -861,8 +604,15 @@ def _checkpoint(params, architecture, report):
     return Checkpoint(params, architecture, report)
 
 
-def _read_torch_dit(path, weights, grid):
-    source = _open(path, weights)
+def _grid(input_size, architecture, path):
+    p = architecture["patch_size"]
+    if any(side % p for side in input_size):
+        raise PortingError(f"{path}: input_size = {plain(input_size)} was asked for, its patches are {p} wide")
+    return tuple(side // p for side in input_size)
+
+
+def _read_torch_dit(path, weights, input_size):
+    source = sources.open_source(path, weights)
     report = Report(str(path), "dit", notes=source.notes)
     if any(key.startswith("transformer_blocks.") for key in source.tensors):
         report.layout = "diffusers"
@@ -880,18 +630,21 @@ def _read_torch_dit(path, weights, grid):
         fields = _diffusers_dit_fields(source, architecture) if source.config is not None else {
             "timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
         _merge_fields(architecture, fields, path, "config.json")
-    _merge_fields(architecture, source.stored, path, "its metadata")
+    stored = _check_stored(source.stored, path)
+    _merge_fields(architecture, stored, path, "its metadata")
+    if architecture["attention"] == "linear" and "kernel_function" not in stored:
+        report.notes.append("nothing in the file tells the kernel function: relu is taken")
     if "pos_embed" in shapes:
-        own_grid = architecture["grid"]
-        if grid and grid[0] * grid[1] == shapes["pos_embed"][1]:
-            own_grid = tuple(grid)
+        own_grid, asked = architecture["grid"], input_size and _grid(input_size, architecture, path)
+        if asked and asked[0] * asked[1] == shapes["pos_embed"][1]:
+            own_grid = asked
         report.keys[origin["pos_embed"][0]] = _check_pos_embed(named["pos_embed"][0], own_grid,
                                                                architecture["width"], path)
         architecture["grid"] = own_grid
     if architecture["attention"] == "linear" and architecture["conv_size"] == 0 and not architecture["num_heads"]:
         report.notes.append("without convolution nothing in the file tells the number of heads")
-    params = _match(named, origin, dit_rules(architecture), source, report, ("pos_embed",))
-    return params, architecture, report, architecture["grid"]
+    params = _match(named, origin, layouts.dit_rules(architecture), source, report, ("pos_embed",))
+    return params, architecture, report
 
 
 def _read_orbax_dit(path, weights):
@@ -899,13 +652,13 @@ def _read_orbax_dit(path, weights):
     flat = flatten_dict(params, sep="/")
     report = Report(str(path), "orbax", notes=[f"read {metadata['weights']} of {metadata['path']}"])
     shapes = {}
-    for module, official, kind in _DIT_MODULES:
-        for ours, theirs in ((_WEIGHT_NAME[kind], "weight"), ("bias", "bias")):
+    for module, official, kind in layouts.DIT_MODULES:
+        for ours, theirs in ((layouts.WEIGHT_NAME[kind], "weight"), ("bias", "bias")):
             leaf = flat.get(f"{module}/{ours}")
             if leaf is None:
                 continue
             one = leaf.shape[1:] if module.startswith("blocks/") else leaf.shape
-            axes = _TO_TORCH[kind] if theirs == "weight" else (0,)
+            axes = layouts.TO_TORCH[kind] if theirs == "weight" else (0,)
             if len(one) != len(axes):
                 raise PortingError(f"{path}: {module}/{ours} has shape {leaf.shape}")
             for layer in range(leaf.shape[0] if module.startswith("blocks/") else 1):
@@ -913,18 +666,21 @@ def _read_orbax_dit(path, weights):
     architecture = _dit_architecture(shapes, path)
     stored = _check_stored(metadata.get("model") or {}, path)
     _merge_fields(architecture, stored, path, "its metadata")
-    expected = tree_shapes(dit_rules(architecture))
-    _check_tree(flat, expected, path, report)
-    return flat, architecture, report, architecture["grid"]
+    expected = layouts.tree_shapes(layouts.dit_rules(architecture))
+    check_tree(flat, expected, path, report)
+    return flat, architecture, report
 
 
-def _check_tree(flat, expected, path, report):
+def check_tree(flat, expected, path, report=None):
+    """Raises PortingError listing both sides unless the leaves have the expected paths and shapes, and are floats."""
+    report = report or Report(str(path), "")
     report.missing = sorted(expected.keys() - flat.keys())
     report.unexpected = sorted(flat.keys() - expected.keys())
     wrong = [f"{name} {flat[name].shape}, expected {shape}" for name, shape in expected.items()
              if name in flat and tuple(flat[name].shape) != shape]
+    wrong += [f"{name} of {leaf.dtype}, expected a float" for name, leaf in flat.items() if leaf.dtype not in _FLOATS]
     if report.missing or report.unexpected or wrong:
-        parts = [f"{name}: {_abridged(keys)}" for name, keys in (
+        parts = [f"{name}: {sources.abridged(keys)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
         raise PortingError(f"{path}: {'; '.join(parts)}", report)
     report.keys = dict.fromkeys(sorted(flat), "as it is")
@@ -936,12 +692,14 @@ def is_autoencoder(path: str | pathlib.Path) -> bool:
     if orbax.is_checkpoint(path):
         params = path / "params"
         return params.is_dir() and "decoder/conv_in/kernel" in orbax.shapes_of(params)
-    keys = _open(path, "ema" if path.is_dir() else _some_weights(path)).tensors
+    if path.is_dir() and sources.component(path, "transformer", "vae") == path / "vae":
+        return True
+    keys = sources.open_source(path, "ema" if path.is_dir() else _some_weights(path)).tensors
     return any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.conv_in\.", key) for key in keys)
 
 
 def _some_weights(path):
-    tree = _open_file(path).tensors
+    tree = sources.open_file(path).tensors
     return "ema" if isinstance(tree.get("ema"), dict) else "model"
 
 
@@ -955,6 +713,8 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
 
     Raises: as `read_checkpoint`.
     """
+    if scaling_factor < 0:
+        raise ValueError(f"scaling_factor must not be negative; got {scaling_factor}")
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -963,25 +723,26 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
         flat, report = flatten_dict(params, sep="/"), Report(str(path), "orbax")
         if "autoencoder" not in metadata:
             raise PortingError(f"{path}: not the checkpoint of an autoencoder")
-        architecture = {name: tuple(value) if isinstance(value, list) else value
-                        for name, value in metadata["autoencoder"].items()}
-        _check_tree(flat, tree_shapes(autoencoder_rules(architecture)), path, report)
+        architecture = _check_autoencoder(metadata["autoencoder"], path)
+        check_tree(flat, layouts.tree_shapes(layouts.autoencoder_rules(architecture)), path, report)
     else:
-        if path.is_dir() and not (path / "config.json").is_file() and (path / "vae" / "config.json").is_file():
-            path = path / "vae"
-        source = _open(path, weights)
+        source = sources.open_source(sources.component(path, "vae"), weights)
         report = Report(str(path), "diffusers", notes=source.notes)
         named, origin = _autoencoder_names(source, report)
         shapes = {key: pieces[0].shape for key, pieces in named.items()}
         architecture = _autoencoder_architecture(shapes, path)
         if source.config is not None:
             architecture |= _diffusers_autoencoder_fields(source, architecture)
-        flat = _match(named, origin, autoencoder_rules(architecture), source, report)
+        elif any(width % architecture["norm_num_groups"] for width in architecture["block_out_channels"]):
+            raise PortingError(f"{path}: nothing in it tells the groups of its norms, and {architecture['norm_num_groups']}, "
+                               f"what published ones have, does not divide the widths {architecture['block_out_channels']}; "
+                               "put it into a folder with its config.json")
+        flat = _match(named, origin, layouts.autoencoder_rules(architecture), source, report)
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor
     if architecture["scaling_factor"] is None:
-        raise PortingError(f"{path}: nothing in it tells the scale of the latents; set autoencoder.scaling_factor "
-                           "(Stable Diffusion 0.18215, SDXL 0.13025)")
+        raise PortingError(f"{path}: nothing in it tells the scale of the latents; set autoencoder.scaling_factor, in a port "
+                           "port.scaling_factor (Stable Diffusion 0.18215, SDXL 0.13025)")
     return _checkpoint(flat, architecture, report)
 
 
@@ -989,130 +750,5 @@ def require_architecture(checkpoint: Checkpoint, expected: dict) -> None:
     """Raises PortingError naming the first field in which a checkpoint is not what is expected."""
     for field, value in expected.items():
         if checkpoint.architecture[field] != value:
-            raise PortingError(f"{checkpoint.report.source} has {field} = {_plain(checkpoint.architecture[field])}, "
-                               f"the config asks for {_plain(value)}")
-
-
-# Out.
-
-def official_tensors(params: Any, architecture: dict) -> list[tuple[str, tuple[int, ...], Callable]]:
-    """(key, shape, read) of every tensor of the official layout; `read()` gives the array.
-
-    A LiT has `attn.q`, `attn.kv` and `attn.dwc` (H, 1, K, K) where a DiT has `attn.qkv`.
-    """
-    flat = flatten_dict(params, sep="/")
-    rules = list(dit_rules(architecture))
-    _check_tree(flat, tree_shapes(rules), "the parameters", Report("", ""))
-    D, grid = architecture["width"], architecture["grid"]
-    result = [("pos_embed", (1, grid[0] * grid[1], D), lambda: position_embedding(grid, D)[None])]
-    for path, keys, kind, shape in rules:
-        for layer, key in enumerate(keys):
-            result.append((key, shape, functools.partial(_read_layer, flat[path], path, layer, kind)))
-    return result
-
-
-def _read_layer(leaf, path, layer, kind):
-    """One layer of a leaf in torch's axis order."""
-    return np.asarray(leaf[layer] if path.startswith("blocks/") else leaf).transpose(_TO_TORCH[kind])
-
-
-def _require_for_export(architecture, path, **needed):
-    for field in ("num_heads", "grid"):
-        if not architecture.get(field):
-            raise PortingError(f"{path}: the export needs {field}, which the source does not tell; set port."
-                               f"{'num_heads' if field == 'num_heads' else 'input_size'}")
-    for field, value in needed.items():
-        if architecture[field] != value:
-            raise PortingError(f"{path}: the model has {field} = {_plain(architecture[field])}, code of that layout "
-                               f"computes with {_plain(value)}; set port.{field}={_plain(value)} to accept that")
-
-
-def export_official(params: Any, path: str | pathlib.Path, architecture: dict) -> list[pathlib.Path]:
-    """Writes the official DiT layout as .safetensors or .pt (a flat state dict); returns the files written.
-
-    A .safetensors names the architecture in its metadata, a .pt in PATH.json. Beside a LiT goes `lit_torch.py`, the
-    PyTorch module that computes the same function.
-
-    Args:
-        params: the tree of `models.dit`, arrays or leaves.
-        architecture: as in `Checkpoint`, with num_heads and grid.
-    Raises: PortingError if official DiT code would compute another function (timestep_freq_shift,
-        mlp_norm_epsilon).
-    """
-    path = pathlib.Path(path)
-    linear = architecture["attention"] == "linear"
-    _require_for_export(architecture, path, **({} if linear else {
-        "timestep_freq_shift": 0, "mlp_norm_epsilon": 1e-6}))
-    tensors = official_tensors(params, architecture)
-    written = [path]
-    if path.suffix == ".safetensors":
-        torch_file.write_safetensors(path, tensors, {"format": "pt", "architecture": json.dumps(architecture)})
-    elif path.suffix == ".pt":
-        torch_file.write_torch(path, tensors)
-        written.append(path.with_name(path.name + ".json"))
-        written[-1].write_text(json.dumps({"architecture": architecture}, indent=1) + "\n")
-    else:
-        raise PortingError(f"{path}: the official layout is written as .safetensors or .pt, not {path.suffix!r}")
-    if linear:
-        module = pathlib.Path(__file__).parent / "assets" / "lit_torch.py"
-        written.append(pathlib.Path(shutil.copyfile(module, path.with_name(module.name))))
-    return written
-
-
-def export_diffusers(params: Any, path: str | pathlib.Path, architecture: dict) -> None:
-    """Writes a folder that diffusers.DiTTransformer2DModel.from_pretrained loads.
-
-    Raises: PortingError if the model is no DiT, its grid is not square, or diffusers would compute another function:
-        it shifts the timestep frequencies by 1.
-    """
-    path = pathlib.Path(path)
-    if architecture["attention"] != "softmax":
-        raise PortingError(f"{path}: diffusers has no LiT; export it as .safetensors with its torch module")
-    _require_for_export(architecture, path, timestep_freq_shift=1)
-    grid, C, D = architecture["grid"], architecture["in_channels"], architecture["width"]
-    if grid[0] != grid[1]:
-        raise PortingError(f"{path}: diffusers needs a square grid, the model has {grid[0]} x {grid[1]}")
-    config = {
-        "_class_name": "DiTTransformer2DModel", "activation_fn": "gelu-approximate",
-        "attention_bias": architecture["qkv_bias"], "attention_head_dim": D // architecture["num_heads"],
-        "dropout": 0.0, "in_channels": C, "norm_elementwise_affine": False,
-        "norm_eps": architecture["mlp_norm_epsilon"], "norm_num_groups": 32, "norm_type": "ada_norm_zero",
-        "num_attention_heads": architecture["num_heads"], "num_embeds_ada_norm": architecture["num_classes"],
-        "num_layers": architecture["depth"], "out_channels": C * (2 if architecture["learn_sigma"] else 1),
-        "patch_size": architecture["patch_size"], "sample_size": grid[0] * architecture["patch_size"],
-        "upcast_attention": False,
-    }
-    tensors = []
-    for key, shape, read in official_tensors(params, architecture)[1:]:
-        module, _, leaf = key.rpartition(".")
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-        if module in _DIFFUSERS_EMBEDDERS:
-            tensors += [(f"transformer_blocks.{i}.{_DIFFUSERS_EMBEDDERS[module]}.{leaf}", shape, read)
-                        for i in range(architecture["depth"])]
-        elif match and match[2] == "attn.qkv":
-            third = (D, *shape[1:])
-            for part, name in enumerate(_DIFFUSERS_QKV):
-                tensors.append((f"transformer_blocks.{match[1]}.{name}.{leaf}", third,
-                                lambda read=read, part=part: read()[part * D : (part + 1) * D]))
-        elif match:
-            tensors.append((f"transformer_blocks.{match[1]}.{_DIFFUSERS_BLOCK[match[2]]}.{leaf}", shape, read))
-        else:
-            tensors.append((f"{_DIFFUSERS_TOP[module]}.{leaf}", shape, read))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        torch_file.write_safetensors(partial / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
-        if path.is_dir():
-            path.rmdir()    # only an empty one goes
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def export_orbax(checkpoint: Checkpoint, path: str | pathlib.Path, *, shardings: Any = None) -> None:
-    """Writes an Orbax parameter checkpoint, float32; `shardings` spreads the arrays over devices on the way."""
-    kind = "autoencoder" if "latent_channels" in checkpoint.architecture else "model"
-    metadata = {kind: checkpoint.architecture, "source": checkpoint.report.source,
-                "checksum": checkpoint.report.checksum}
-    orbax.save_params(path, load_params(checkpoint.params, shardings), metadata)
+            raise PortingError(f"{checkpoint.report.source} has {field} = {plain(checkpoint.architecture[field])}, "
+                               f"the config's model has {plain(value)}; name its model, or set port.check_model=False")

@@ -6,6 +6,7 @@ nothing and reading one tensor costs that tensor. Every size a file claims is ch
 A .pt file is a pickle, that is a program. `_Unpickler` interprets the few opcodes that tensor files use by
 itself: it has no way to import or call anything, whatever the file asks for.
 """
+import bisect
 import collections
 import dataclasses
 import io
@@ -16,13 +17,15 @@ import os
 import pathlib
 import pickletools
 import struct
+import typing
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
 
 MAX_HEADER_BYTES = 100 << 20    # of a safetensors header, the library's own limit
-MAX_PICKLE_BYTES = 64 << 20     # of a pickle; it holds names and shapes, a training checkpoint needs 1 MB
+MAX_PICKLE_BYTES = 16 << 20     # of a pickle; it holds names and shapes, a training checkpoint needs 1 MB
 MAX_RECORDS = 1 << 20           # of a zip archive
 MAX_DIMENSIONS = 16             # more than any weight has; keeps products of hostile shapes short
 
@@ -33,8 +36,30 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def one_line(text):
+    """`text` with line breaks and what else moves a terminal's cursor escaped: names in a file are not ours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class TensorFileError(ValueError):
     """A file that is not what it claims to be; the message names the file and what is wrong."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+class Record(typing.NamedTuple):
+    """A stored file of a zip archive; a CRC-32 of 0 is none (torch.serialization.set_crc32_options(False))."""
+    begin: int
+    num_bytes: int
+    crc: int
+    name: str
+
+    def check(self, buffer, fail):
+        """torch.load does not look at the CRC, so a byte that flipped on a disk or on the way goes unnoticed there."""
+        actual = zlib.crc32(memoryview(buffer)[self.begin : self.begin + self.num_bytes])
+        if self.crc and actual != self.crc:
+            fail(f"record {self.name[:80]!r} is damaged: its CRC-32 is {actual:08x}, the archive says {self.crc:08x}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +67,29 @@ class TensorFile:
     """An open file of tensors, as read-only views of the map.
 
     `tensors` is the flat dict of a safetensors file, or whatever tree of dicts, lists and values a .pt file
-    holds (an argparse.Namespace comes as a dict); `metadata` is the string dict of a safetensors file.
+    holds (an argparse.Namespace comes as a dict); `metadata` is the string dict of a safetensors file. `records`
+    are those of a zip archive in the order of the file.
     """
     path: pathlib.Path
     tensors: dict
     metadata: dict[str, str]
     map: mmap.mmap
+    records: tuple[Record, ...] = ()
+
+    def verify(self, arrays):
+        """Reads the records that hold `arrays`, and compares their CRC-32; returns how many have one.
+
+        Raises TensorFileError naming the first record that is not what was written.
+        """
+        base = np.frombuffer(self.map, np.uint8).ctypes.data
+        places = [array.ctypes.data - base for array in arrays if array.size]
+        starts = [record.begin for record in self.records]
+        found = {bisect.bisect_right(starts, place) - 1 for place in places if 0 <= place < len(self.map)}
+        checked = [self.records[index] for index in sorted(found) if self.records[index].crc]
+        for record in checked:
+            record.check(self.map, _failure(self.path))
+            self.release()
+        return len(checked)
 
     def release(self):
         """Gives the pages read so far back to the system; they are read again from disk when needed."""
@@ -55,7 +97,7 @@ class TensorFile:
 
 
 def map_file(path):
-    """Maps a non-empty regular file read-only; a Git LFS pointer is refused with what to do about it."""
+    """Maps a non-empty regular file read-only; what a download often leaves instead of it is named."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -63,8 +105,11 @@ def map_file(path):
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise TensorFileError(f"{path}: the file is empty")
-        if file.read(40).startswith(b"version https://git-lfs"):
+        start = file.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
             raise TensorFileError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` there")
+        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            raise TensorFileError(f"{path}: a web page, not the weights: the download got a login or an error page")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -456,7 +501,7 @@ def _viewer(buffer, places, fail):
 
 
 def _read_zip(path, buffer, fail):
-    """The pickled object of torch's zip format (torch 1.6 and later)."""
+    """The pickled object of torch's zip format (torch 1.6 and later), and the records of `TensorFile`."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -493,20 +538,21 @@ def _read_zip(path, buffer, fail):
         if begin + record.file_size > len(buffer) or total > len(buffer):
             fail(f"{what} of {record.file_size} bytes does not fit in the file of {len(buffer)} bytes "
                  "beside the others")
-        places[record.filename] = (begin, record.file_size)
+        places[record.filename] = Record(begin, record.file_size, record.CRC, record.filename)
 
-    begin, num_bytes = places.get(f"{root}byteorder", (0, 0))
-    if num_bytes and buffer[begin : begin + min(num_bytes, 16)] != b"little":
+    order = places.get(f"{root}byteorder")
+    if order and buffer[order.begin : order.begin + min(order.num_bytes, 16)] != b"little":
         fail("the tensors are not little-endian")
-    begin, num_bytes = places[pickles[0]]
+    begin, num_bytes, *_ = places[pickles[0]]
     if num_bytes > MAX_PICKLE_BYTES:
         fail(f"data.pkl has {num_bytes} bytes, the limit is {MAX_PICKLE_BYTES}")
+    places[pickles[0]].check(buffer, fail)
     unpickler = _Unpickler(io.BytesIO(buffer[begin : begin + num_bytes]), fail)
     value = unpickler.load()
     prefix = f"{root}data/"
-    places = {name[len(prefix) :]: place for name, place in places.items() if name.startswith(prefix)}
-    unpickler.replace_tensors(_viewer(buffer, places, fail))
-    return value
+    storages = {name[len(prefix) :]: record[:2] for name, record in places.items() if name.startswith(prefix)}
+    unpickler.replace_tensors(_viewer(buffer, storages, fail))
+    return value, tuple(sorted(places.values()))
 
 
 def _read_legacy(buffer, fail):
@@ -555,14 +601,14 @@ def read_torch(path):
     fail = _failure(path)
     start = buffer[:4]
     if start == b"PK\x03\x04":
-        value = _read_zip(path, buffer, fail)
+        value, records = _read_zip(path, buffer, fail)
     elif start[:1] == b"\x80":
-        value = _read_legacy(buffer, fail)
+        value, records = _read_legacy(buffer, fail), ()
     else:
         fail(f"not a torch file: it starts with {start!r}")
     if not isinstance(value, dict):
         fail(f"holds {_describe(value)}, not a dict of tensors")
-    return TensorFile(path, value, {}, buffer)
+    return TensorFile(path, value, {}, buffer, records)
 
 
 def _pickled_state_dict(tensors):

@@ -180,19 +180,29 @@ def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, porting.
     """The teacher's model and its checkpoint, still on disk; (None, None) for plain training."""
     if not config.teacher.checkpoint:
         return None, None
-    source = porting.read_checkpoint(config.teacher.checkpoint)
+    source = porting.read_checkpoint(config.teacher.checkpoint, weights=config.teacher.weights)
     return from_config.teacher(config, student, source.architecture), source
 
 
 def open_init_source(config: ConfigDict, student: DiT, teacher_source: porting.Checkpoint | None) -> porting.Checkpoint | None:
-    """What the student inherits from; None: nothing."""
+    """What the student inherits from; None: nothing.
+
+    Raises: ValueError where the weights' own code computes by another convention than the student, which no shape tells.
+    """
     if config.student.init == "random":
         return None
-    if config.student.init == "teacher":
-        if teacher_source is None:
-            raise ValueError("student.init = teacher, but teacher.checkpoint is empty; name one, or set student.init=random")
-        return teacher_source
-    return porting.read_checkpoint(config.student.init)
+    source = teacher_source
+    if config.student.init != "teacher":
+        source = porting.read_checkpoint(config.student.init, weights=config.student.weights)
+    elif source is None:
+        raise ValueError("student.init = teacher, but teacher.checkpoint is empty; name one, or set student.init=random")
+    for name in ("timestep_freq_shift", "mlp_norm_epsilon"):
+        ours, theirs = getattr(student, name), source.architecture[name]
+        if ours != theirs:
+            raise ValueError(f"model.{name} = {ours}, but {source.report.source}, which the student inherits from, computes "
+                             f"with {theirs}; set model.{name}={theirs} or, if it was trained with {ours}, port it with "
+                             f"port.{name}={ours} first")
+    return source
 
 
 def decisive_fields(config: ConfigDict, source: data.ImageSource,

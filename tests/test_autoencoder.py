@@ -112,14 +112,18 @@ def test_every_module_equals_diffusers(tmp_path):
 
 
 def test_downsampling_pads_below_and_right_only():
-    module = autoencoder.Downsample(jnp.float32)
-    x = np.zeros((1, 4, 4, 1), np.float32)
-    x[0, 0, 0] = 1
-    params = {"conv": {"kernel": np.ones((3, 3, 1, 1), np.float32), "bias": np.zeros(1, np.float32)}}
-    out = module.apply({"params": params}, x)[0, :, :, 0]
-    np.testing.assert_array_equal(out, [[1, 0], [0, 0]])
-    x = np.roll(x, (3, 3), (1, 2))      # the last pixel is in the last window only
-    np.testing.assert_array_equal(module.apply({"params": params}, x)[0, :, :, 0], [[0, 0], [0, 1]])
+    """Output (i, j) is the 3 x 3 window whose upper left corner is pixel (2i, 2j)."""
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(3, 3)).astype(np.float32)
+    params = {"conv": {"kernel": kernel[:, :, None, None], "bias": np.zeros(1, np.float32)}}
+    out = autoencoder.Downsample(jnp.float32).apply({"params": params}, x[None, :, :, None])[0, :, :, 0]
+
+    def windows(before, after):
+        padded = np.pad(x.astype(np.float64), (before, after))
+        return np.array([[np.sum(padded[2 * i:2 * i + 3, 2 * j:2 * j + 3] * kernel) for j in range(2)] for i in range(3)])
+
+    assert_close(out, windows(0, 1), reduction=9)
+    assert np.abs(out - windows(1, 1)).max() > 1    # what SAME in torch, padding=1, would give
 
 
 def test_log_variance_is_clipped():
@@ -152,6 +156,56 @@ def test_tiling_computes_what_diffusers_tiles(tmp_path):
     with torch.no_grad():
         untiled = model.decode(to_torch(z)).sample
     assert rel(to_numpy(untiled), to_numpy(decoded)) > 1e-3     # and not the untiled result
+
+
+def attend(T):
+    """The attention of a square of T tokens, jitted, with random parameters and an input."""
+    rng = np.random.default_rng(7)
+    module = autoencoder.Attention(4, jnp.float32)
+    x = rng.normal(size=(2, T // 64, 64, 8)).astype(np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    return jax.jit(lambda x: module.apply({"params": params}, x)), x
+
+
+def test_attention_in_blocks_of_queries_is_the_same_in_less_memory(monkeypatch):
+    run, x = attend(1152)       # a block of 1024 and one of 128
+    blocks = run(x)
+    monkeypatch.setattr(autoencoder, "QUERIES_AT_ONCE", 10**9)
+    assert_close(blocks, attend(1152)[0](x), reduction=1152)
+
+    def megabytes(T):
+        run, x = attend(T)
+        return run.lower(x).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    whole = megabytes(8192)
+    monkeypatch.setattr(autoencoder, "QUERIES_AT_ONCE", 1024)
+    assert whole > 500 and megabytes(8192) < whole / 4      # 2 x 8192^2 products are 512 MiB
+
+
+def test_tiles_take_the_memory_of_a_tile(tmp_path):
+    make_torch(mid_block_add_attention=False).save_pretrained(tmp_path)
+    z = jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32)
+
+    def program(tile_size):
+        ours = port(tmp_path, tile_size=tile_size)
+        return jax.jit(ours.decode).lower(z).compile()
+
+    whole, tiles = program(0), program(32)
+    image = 256 * 256 * 3 * 4       # the tiles' outputs are there at once, overlaps included
+    assert tiles.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes / 8 + 6 * image
+    assert tiles.as_text().count(" convolution(") <= 4 * whole.as_text().count(" convolution(")     # 25 tiles of 4 shapes
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_means_float32_on_every_device(tmp_path, dtype, precision):
+    make_torch().save_pretrained(tmp_path)
+    ours = port(tmp_path, dtype=dtype)
+    for run, shape in ((ours.decode, (1, 8, 8, 4)), (ours.encode, (1, 16, 16, 3))):
+        text = jax.jit(run).lower(np.zeros(shape, np.float32)).as_text()
+        products = re.findall(r"stablehlo.(?:convolution|dot_general).*", text)
+        assert len(products) > 12 and all(f"precision {precision}" in p or f"precision = [{precision}, {precision}]" in p
+                                          for p in products), products[0]
 
 
 def test_slices_and_shards_do_not_change_the_result(tmp_path):
@@ -194,8 +248,11 @@ def test_wrong_shapes_are_named(tmp_path):
         ours.decode(np.zeros((1, 4, 4, 3)))
     with pytest.raises(ValueError, match="sides that 2 divides"):
         ours.encode(np.zeros((1, 31, 32, 3)))
-    with pytest.raises(ValueError, match="tile_size must be a multiple of 4"):
-        port(tmp_path, tile_size=6)
+    for wrong in (6, -4):
+        with pytest.raises(ValueError, match=f"autoencoder.tile_size must be a multiple of 4.*got {wrong}"):
+            port(tmp_path, tile_size=wrong)
+    with pytest.raises(ValueError, match="autoencoder.slice_size must not be negative; got -1"):
+        port(tmp_path, slice_size=-1)
 
 
 def test_full_size_has_the_published_parameters_and_equals_diffusers(tmp_path):

@@ -1,4 +1,6 @@
 """Preparing and sampling by real processes: two give what one gives, and a killed one goes on."""
+import json
+import pathlib
 import signal
 import time
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, from_config, sample, step, train
+from lit_jax import checkpoint, from_config, porting, sample, step, train
 
 IMAGES, SHARD = 120, 4
 
@@ -100,3 +102,18 @@ def test_two_processes_sample_what_one_samples(server, tmp_path):
     np.testing.assert_array_equal(results[0]["label"], results[1]["label"])
     assert str(results[0]["protocol"]) == str(results[1]["protocol"])
     assert np.abs(results[0]["arr_0"].astype(int) - results[1]["arr_0"]).max() <= 1
+
+
+def test_two_processes_port_together(server, tmp_path):
+    """Into an Orbax folder, each its shards; into a file, process 0 alone; one report."""
+    source = pathlib.Path(porting.__file__).parent / "assets" / "quickstart_teacher.safetensors"
+    expected = porting.read_checkpoint(source).report.checksum
+    for name, read in (("orbax", source), ("b.safetensors", tmp_path / "orbax")):
+        work = tmp_path / f"work_{name}"
+        pair = server.run_together(work, 2, "--mode=port", f"--config.port.source={read}",
+                                   f"--config.port.target={tmp_path / name}", "--config.port.check_model=False",
+                                   "--config.mesh.data=1", "--config.mesh.fsdp=2")
+        assert [life.wait() for life in pair] == [0, 0], "".join(life.text() for life in pair)
+        assert json.loads((work / "port_report.json").read_text())["checksum"] == expected
+        assert sum("ported to" in life.text() for life in pair) == 1
+        assert porting.read_checkpoint(tmp_path / name).report.checksum == expected

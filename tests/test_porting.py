@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.torch import load_file, save_file
+from tiny_autoencoder import write_autoencoder
 from torch_dit import DiT, randomise_
 
+from configs import debug
 from lit_jax import checkpoint as orbax
-from lit_jax import diffusion, losses, port, porting, sharding, torch_file
+from lit_jax import diffusion, exporting, from_config, losses, port, porting, sharding, torch_file, train
 from lit_jax.models import dit
 from lit_jax.models.dit import make_dit
 
@@ -116,7 +118,7 @@ def folder(tmp_path):
 def test_official_checkpoints_compute_the_same_function(folder, name):
     fields = VARIANTS[name]
     model = make_torch(**fields)
-    known = {"num_heads": fields["num_heads"], "grid": fields["grid"]}
+    known = {"num_heads": fields["num_heads"], "grid": fields["grid"], "kernel_function": "relu"}
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
     assert checkpoint.architecture == architecture_of(fields)
     report = checkpoint.report
@@ -209,7 +211,7 @@ def test_a_wrong_port_is_noticed(folder):
         flat = {key: np.asarray(leaf) for key, leaf in flatten_dict(checkpoint.params, sep="/").items()}
         parts = np.split(flat[path], chunks, axis=-1)
         flat[path] = np.concatenate(parts[:-2] + [parts[-1], parts[-2]], axis=-1)
-        params = porting.unflatten_dict(flat, sep="/")
+        params = unflatten_dict(flat, sep="/")
         assert rel(run_ours(dataclasses.replace(checkpoint, params=params), x, t, y), expected) > 1e-3, path
 
 
@@ -236,13 +238,13 @@ def test_training_checkpoints_give_ema_or_model(folder, prefix, legacy):
         same = porting.read_checkpoint(save(expected, folder / f"{weights}.pt"))
         assert checkpoint.report.checksum == same.report.checksum
         assert any("model=DiT-S/2" in note for note in checkpoint.report.notes)
-    with pytest.raises(ValueError, match="port.weights must be ema or model; got 'best'"):
+    with pytest.raises(ValueError, match="weights must be ema or model .*; got 'best'"):
         porting.read_checkpoint(folder / "a.pt", weights="best")
 
 
 def test_a_checkpoint_without_ema_says_what_to_choose(folder):
     torch.save({"model": make_torch().state_dict(), "steps": 3}, folder / "a.pt")
-    message = "no 'ema' weights in it, only 'model', 'steps'; choose port.weights=model"
+    message = "no 'ema' weights in it, only 'model', 'steps'; choose weights=model .port.weights, teacher.weights or"
     with pytest.raises(porting.PortingError, match=message):
         porting.read_checkpoint(folder / "a.pt")
 
@@ -273,7 +275,7 @@ def test_published_head_counts_are_known_and_others_asked_for(folder):
     checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"))
     assert checkpoint.architecture["num_heads"] is None
     with pytest.raises(porting.PortingError, match="the export needs num_heads.*set port.num_heads"):
-        porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+        exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
     with pytest.raises(porting.PortingError, match="num_heads = 5 does not divide the width 48"):
         porting.read_checkpoint(folder / "a.pt", num_heads=5)
     small = porting.read_checkpoint(save(DiT(12, 384, 6, 8, 4, 10, (2, 2)), folder / "s.pt"))
@@ -651,21 +653,26 @@ def test_label_table_is_resized_only_when_asked(folder):
 
 
 def test_position_table_is_recomputed_only_when_asked(folder):
-    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"), grid=(8, 6), num_heads=3)
+    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"), input_size=(16, 12), num_heads=3)
     assert checkpoint.architecture["grid"] == (8, 6)
     assert "recomputed for the 8 x 6 grid, the source has 4 x 4" in " ".join(checkpoint.report.notes)
-    porting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
     state = torch.load(folder / "b.pt", weights_only=True)
     assert torch.equal(state["pos_embed"], make_torch(grid=(8, 6)).pos_embed)
+    with pytest.raises(porting.PortingError, match="input_size = 16x15 was asked for, its patches are 2 wide"):
+        porting.read_checkpoint(folder / "a.pt", input_size=(16, 15))
+    orbax_checkpoint = porting.read_checkpoint(folder / "a.pt")
+    exporting.export_orbax(orbax_checkpoint, folder / "orbax")
+    assert porting.read_checkpoint(folder / "orbax", input_size=(16, 12)).architecture["grid"] == (8, 6)
 
 
 def test_a_grid_that_is_not_square_can_be_named(folder):
     save(make_torch(grid=(3, 5)), folder / "a.pt")
-    assert porting.read_checkpoint(folder / "a.pt", grid=(3, 5)).architecture["grid"] == (3, 5)
+    assert porting.read_checkpoint(folder / "a.pt", input_size=(6, 10)).architecture["grid"] == (3, 5)
     with pytest.raises(porting.PortingError, match="15 positions"):
         porting.read_checkpoint(folder / "a.pt")
     with pytest.raises(porting.PortingError, match="pos_embed differs from the computed 5 x 3 table"):
-        porting.read_checkpoint(folder / "a.pt", grid=(5, 3))
+        porting.read_checkpoint(folder / "a.pt", input_size=(10, 6))
 
 
 # Out.
@@ -678,7 +685,7 @@ def test_official_layout_comes_back_bit_for_bit(folder, name):
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
     for out, load in ((folder / "out.safetensors", load_file),
                       (folder / "out.pt", functools.partial(torch.load, weights_only=True))):
-        porting.export_official(checkpoint.params, out, checkpoint.architecture)
+        exporting.export_official(checkpoint.params, out, checkpoint.architecture)
         assert_same_state(load(out), model)
         again = porting.read_checkpoint(out)
         assert again.report.checksum == checkpoint.report.checksum
@@ -692,16 +699,16 @@ def test_orbax_comes_back_bit_for_bit(folder, name):
     checkpoint = porting.read_checkpoint(save(make_torch(**fields), folder / "a.safetensors", **known))
     mesh = sharding.make_mesh(1, 8)
     shardings = sharding.fsdp_sharding(checkpoint.params, mesh, min_size=1)
-    porting.export_orbax(checkpoint, folder / "orbax", shardings=shardings)
+    exporting.export_orbax(checkpoint, folder / "orbax", shardings=shardings)
     again = porting.read_checkpoint(folder / "orbax")
     assert again.report.checksum == checkpoint.report.checksum
     assert again.architecture == checkpoint.architecture
-    porting.export_official(again.params, folder / "b.safetensors", again.architecture)
+    exporting.export_official(again.params, folder / "b.safetensors", again.architecture)
     assert (folder / "b.safetensors").read_bytes() == _official_bytes(checkpoint, folder / "c.safetensors")
 
 
 def _official_bytes(checkpoint, path):
-    porting.export_official(checkpoint.params, path, checkpoint.architecture)
+    exporting.export_official(checkpoint.params, path, checkpoint.architecture)
     return path.read_bytes()
 
 
@@ -731,7 +738,7 @@ def test_diffusers_loads_what_we_export_and_computes_the_same(folder):
     fields = dict(timestep_freq_shift=1, mlp_norm_epsilon=3e-5)
     model = make_torch(**fields)
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", num_heads=3, **fields))
-    porting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
+    exporting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
     loaded, info = DiTTransformer2DModel.from_pretrained(folder / "out", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x, t, y = inputs({})
@@ -747,13 +754,13 @@ def test_diffusers_loads_what_we_export_and_computes_the_same(folder):
 def test_an_export_never_changes_the_function_silently(folder):
     official = porting.read_checkpoint(save(make_torch(), folder / "a.safetensors", num_heads=3))
     with pytest.raises(porting.PortingError, match="timestep_freq_shift = 0, code of that layout computes with 1; set port"):
-        porting.export_diffusers(official.params, folder / "out", official.architecture)
+        exporting.export_diffusers(official.params, folder / "out", official.architecture)
     shifted = porting.read_checkpoint(folder / "a.safetensors", timestep_freq_shift=1)
     with pytest.raises(porting.PortingError, match="timestep_freq_shift = 1, code of that layout computes with 0"):
-        porting.export_official(shifted.params, folder / "b.pt", shifted.architecture)
+        exporting.export_official(shifted.params, folder / "b.pt", shifted.architecture)
     lit = porting.read_checkpoint(save(make_torch(attention="linear"), folder / "l.safetensors"))
     with pytest.raises(porting.PortingError, match="diffusers has no LiT"):
-        porting.export_diffusers(lit.params, folder / "out", lit.architecture)
+        exporting.export_diffusers(lit.params, folder / "out", lit.architecture)
     assert sorted(os.listdir(folder)) == ["a.safetensors", "l.safetensors"]
 
 
@@ -764,7 +771,7 @@ def test_the_torch_module_beside_an_export_computes_the_same(folder, kernel_func
     model = make_torch(**fields)
     known = {"grid": (3, 5), "kernel_function": kernel_function, "timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", **known))
-    written = porting.export_official(checkpoint.params, folder / "out" / f"lit{suffix}", checkpoint.architecture)
+    written = exporting.export_official(checkpoint.params, folder / "out" / f"lit{suffix}", checkpoint.architecture)
     assert {path.name for path in written} == set(os.listdir(folder / "out"))
     torch_model = lit_torch(folder / "out" / "lit_torch.py").load(folder / "out" / f"lit{suffix}")
     x, t, y = inputs(fields)
@@ -780,7 +787,7 @@ def test_the_torch_module_beside_an_export_computes_the_same(folder, kernel_func
 def test_the_torch_module_runs_a_dit_too(folder):
     model = make_torch()
     checkpoint = porting.read_checkpoint(save(model, folder / "a.safetensors", num_heads=3))
-    porting.export_official(checkpoint.params, folder / "b.safetensors", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "b.safetensors", checkpoint.architecture)
     torch_model = lit_torch(pathlib.Path(porting.__file__).parent / "assets" / "lit_torch.py").load(folder / "b.safetensors")
     x, t, y = inputs({})
     assert rel(run_torch(torch_model, x, t, y), run_torch(model, x, t, y)) < 2e-5
@@ -827,8 +834,13 @@ def to_ldm_names(state, prefix=""):
 @pytest.fixture(scope="module")
 def torch_autoencoder():
     model = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                          block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=2)
+                          block_out_channels=(32, 64, 64), norm_num_groups=32, layers_per_block=2)
     return randomise_(model, 5)
+
+
+@pytest.fixture(scope="module")
+def orbax_autoencoder(tmp_path_factory):
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder") / "a")
 
 
 def test_three_spellings_give_one_autoencoder(folder, torch_autoencoder):
@@ -846,13 +858,7 @@ def test_three_spellings_give_one_autoencoder(folder, torch_autoencoder):
                 for name in ("old", "ldm.ckpt", "sd.ckpt")}
     for name, reading in readings.items():
         assert reading.report.checksum == reference.report.checksum, name
-        # Without config.json nothing tells the groups; 32 is what every published one has.
-        ours, theirs = dict(reading.architecture), dict(reference.architecture)
-        if name != "old":
-            assert ours.pop("norm_num_groups") == 32
-            theirs.pop("norm_num_groups")
-            theirs["shift_factor"] = None
-        assert ours == theirs, name
+        assert reading.architecture == reference.architecture, name
     assert readings["ldm.ckpt"].report.layout == "LDM"
     assert readings["ldm.ckpt"].report.left_out == {"loss.logvar": "loss of its training"}
     assert readings["sd.ckpt"].report.left_out == {"model.x": "not of the autoencoder"}
@@ -866,13 +872,30 @@ def test_autoencoder_goes_to_orbax_and_back(folder, torch_autoencoder):
     assert again.architecture == report.architecture
     with pytest.raises(porting.PortingError, match="not a DiT or LiT checkpoint"):
         porting.read_checkpoint(folder / "out")
+    assert porting.is_autoencoder(folder / "pipe")      # a pipeline without a transformer, as Stable Diffusion's
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(layers_per_block=10**9), "layers_per_block = 1000000000"), (dict(block_out_channels=[]), "block_out_channels = "),
+    (dict(norm_num_groups=3), "norm_num_groups = 3, which does not divide"), (dict(scaling_factor=0), "scaling_factor = 0"),
+    (dict(use_quant_conv="yes"), "use_quant_conv = yes"), (dict(extra=1), "describe no autoencoder"),
+    (dict(latent_channels=8), r"encoder/conv_out/kernel \(3, 3, 8, 8\), expected \(3, 3, 8, 16\)")])
+def test_metadata_of_an_orbax_autoencoder_that_lie_are_refused(folder, orbax_autoencoder, change, message):
+    shutil.copytree(orbax_autoencoder, folder / "a")
+    path = folder / "a" / "metadata" / "metadata"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"autoencoder": content["autoencoder"] | change}))
+    with pytest.raises(porting.PortingError, match=message):
+        porting.read_autoencoder(folder / "a")
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(scaling_factor=-1.0), "scaling_factor = -1.0"), (dict(norm_num_groups=5), "norm_num_groups = 5"),
+    (dict(scaling_factor=float("nan")), "scaling_factor = nan"), (dict(shift_factor=float("inf")), "shift_factor = inf"),
+    (dict(act_fn="re\nlu\x1b[2J"), r"act_fn = re\\nlu\\x1b\[2J, expected silu"),
     (dict(act_fn="relu"), "act_fn = relu"), (dict(latent_channels=8), "latent_channels = 8, expected 4"),
     (dict(_class_name="VQModel"), "describes a VQModel"), (dict(latents_mean=[0.0]), "latents_mean"),
-    (dict(block_out_channels=[8, 16, 32]), "block_out_channels"),
+    (dict(block_out_channels=[32, 64, 128]), "block_out_channels"),
     (dict(down_block_types=["X", "Y", "Z"]), "down_block_types")])
 def test_autoencoder_config_that_lies_is_refused(folder, torch_autoencoder, change, message):
     torch_autoencoder.save_pretrained(folder)
@@ -893,6 +916,12 @@ def test_autoencoder_without_scale_or_with_odd_keys_is_refused(folder, torch_aut
     torch.save(state | to_old_names(state), folder / "c.pt")
     with pytest.raises(porting.PortingError, match="both mean encoder.mid_block.attentions.0.to_q.weight"):
         porting.read_autoencoder(folder / "c.pt", scaling_factor=1.0)
+    narrow = AutoencoderKL(block_out_channels=(16,), norm_num_groups=4)
+    torch.save(narrow.state_dict(), folder / "d.pt")
+    with pytest.raises(porting.PortingError, match=r"32, what published ones have, does not divide the widths \(16,\)"):
+        porting.read_autoencoder(folder / "d.pt", scaling_factor=1.0)
+    with pytest.raises(ValueError, match="scaling_factor must not be negative; got -1.0"):
+        porting.read_autoencoder(folder / "d.pt", scaling_factor=-1.0)
 
 
 # The job.
@@ -932,18 +961,25 @@ def test_the_job_goes_there_and_back_again(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model=dict(depth=4)), "has depth = 3, the config asks for 4"),
-    (dict(model=dict(width=64)), "has width = 48, the config asks for 64"),
-    (dict(model=dict(patch_size=4)), "has patch_size = 2, the config asks for 4"),
-    (dict(model=dict(num_classes=1000)), "has num_classes = 10, the config asks for 1000"),
-    (dict(model=dict(learn_sigma=False)), "has learn_sigma = True, the config asks for False"),
-    (dict(model=dict(input_size=16)), "has grid = 4x4, the config asks for 8x8"),
+    (dict(model=dict(depth=4)), "has depth = 3, the config's model has 4; name its model, or set port.check_model=False"),
+    (dict(model=dict(width=64)), "has width = 48, the config's model has 64"),
+    (dict(model=dict(patch_size=4)), "has patch_size = 2, the config's model has 4"),
+    (dict(model=dict(num_classes=1000)), "has num_classes = 10, the config's model has 1000"),
+    (dict(model=dict(learn_sigma=False)), "has learn_sigma = True, the config's model has False"),
+    (dict(model=dict(input_size=16)), "has grid = 4x4, the config's model has 8x8"),
     (dict(port=dict(target="")), "port.target is empty"), (dict(port=dict(source="")), "port.source is empty"),
     (dict(port=dict(source="/nowhere")), "port.source = /nowhere: no such file"),
     (dict(port=dict(layout="onnx")), "port.layout must be one of orbax, dit, diffusers; got 'onnx'"),
-    (dict(port=dict(weights="best")), "port.weights must be ema or model"),
+    (dict(port=dict(weights="best")), "weights must be ema or model"),
+    (dict(port=dict(target="new.pth")), "port.target = new.pth: files are written as .pt or .safetensors, not .pth"),
+    (dict(port=dict(layout="dit")), "is written as .safetensors or .pt, not ''"),
+    (dict(port=dict(num_heads=-3)), "port.num_heads must not be negative; got -3"),
+    (dict(port=dict(num_classes=-1)), "port.num_classes must not be negative; got -1"),
+    (dict(port=dict(input_size=-8)), "port.input_size must not be negative; got -8"),
+    (dict(port=dict(timestep_freq_shift=2)), "port.timestep_freq_shift must be 0 or 1; got 2"),
+    (dict(port=dict(mlp_norm_epsilon=0.0)), "port.mlp_norm_epsilon must be between 0 and 1; got 0.0"),
     (dict(port=dict(layout="diffusers")), "timestep_freq_shift = 0"),
-    (dict(port=dict(input_size=7)), "port.input_size = 7 is not a multiple"),
+    (dict(port=dict(input_size=7)), "input_size = 7x7 was asked for, its patches are 2 wide"),
 ])
 def test_the_job_says_what_is_wrong_and_writes_nothing(folder, change, message):
     source = save(make_torch(), folder / "a.pt")
@@ -953,6 +989,58 @@ def test_the_job_says_what_is_wrong_and_writes_nothing(folder, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         port.run(settings, folder / "work")
     assert os.listdir(folder) == ["a.pt"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "the file is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer"),
+    (b"<!DOCTYPE html>", "a web page"), (b"\x80\x02cposix\nsystem\nX\x0c\0\0\0touch canary\x85R.", "asks to run posix.system"),
+    (None, "neither an Orbax checkpoint nor a diffusers folder")])
+def test_the_job_refuses_what_is_no_checkpoint(folder, monkeypatch, content, message):
+    """And runs nothing of it, writes nothing."""
+    monkeypatch.chdir(folder)
+    source = folder / "a.pt"
+    source.mkdir() if content is None else source.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        port.run(config(port=dict(source=str(source), target=str(folder / "out"))), folder / "work")
+    assert os.listdir(folder) == ["a.pt"]
+
+
+def test_a_damaged_file_is_named_before_anything_is_written(folder):
+    """One bit in one weight: still finite, still of the right shape."""
+    model = make_torch()
+    source = save(model, folder / "a.pt")
+    content = model.blocks[1].mlp.fc2.weight.detach().numpy().tobytes()
+    data = source.read_bytes()
+    place = data.index(content) + 1000
+    source.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+    with pytest.raises(torch_file.TensorFileError, match=r"record 'a/data/\d+' is damaged: its CRC-32 is"):
+        port.run(config(port=dict(source=str(source), target=str(folder / "out"), num_heads=3)), folder / "work")
+    assert os.listdir(folder) == ["a.pt"]
+    source.write_bytes(data)
+    assert any("the CRC-32 of 42 records" in note for note in porting.read_checkpoint(source).report.notes)
+
+
+def test_what_goes_beside_an_export_replaces_nothing(folder):
+    source = save(make_torch(attention="linear"), folder / "a.safetensors", kernel_function="relu")
+    checkpoint = porting.read_checkpoint(source)
+    for name in ("lit_torch.py", "b.pt.json"):
+        (folder / name).write_text("mine")
+        with pytest.raises(porting.PortingError, match=f"{name} exists and is another than would be written beside b.pt"):
+            exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+        assert (folder / name).read_text() == "mine" and not (folder / "b.pt").exists()
+        (folder / name).unlink()
+    exporting.export_official(checkpoint.params, folder / "b.pt", checkpoint.architecture)
+    exporting.export_official(checkpoint.params, folder / "c.pt", checkpoint.architecture)    # the same lit_torch.py
+
+
+def test_a_killed_export_does_not_stand_in_the_way(folder):
+    fields = dict(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)
+    checkpoint = porting.read_checkpoint(save(make_torch(**fields), folder / "a.safetensors", num_heads=3, **fields))
+    (folder / ".out.partial").mkdir()
+    (folder / ".out.partial" / "half").write_text("x")
+    exporting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
+    assert sorted(os.listdir(folder / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "out"]
 
 
 def test_the_job_never_overwrites_and_can_skip_the_check(folder):
@@ -966,6 +1054,10 @@ def test_the_job_never_overwrites_and_can_skip_the_check(folder):
     port.run(settings, folder / "work")
     lit = config(model=dict(attention="linear", num_heads=2), port=dict(source=str(source), target=str(folder / "c")))
     port.run(lit, folder / "work")      # the teacher of a LiT config
+    # The position table is counted in the source's patches, not the config's.
+    settings = config(model=dict(patch_size=4), port=dict(source=str(source), target=str(folder / "d"), check_model=False,
+                                                          input_size=16))
+    assert port.run(settings, folder / "work").architecture["grid"] == (8, 8)
 
 
 def test_a_training_checkpoint_of_ours_is_read(folder):
@@ -983,6 +1075,58 @@ def test_a_training_checkpoint_of_ours_is_read(folder):
     model = porting.read_checkpoint(folder / "work", weights="model")
     assert model.report.checksum != ema.report.checksum
     assert_same_tree(model.params, raw)
+
+
+def test_integers_in_an_orbax_checkpoint_are_refused(folder):
+    checkpoint = porting.read_checkpoint(save(make_torch(), folder / "a.pt"))
+    flat = flatten_dict(porting.load_params(checkpoint.params), sep="/")
+    flat["blocks/mlp/fc1/bias"] = flat["blocks/mlp/fc1/bias"].astype(jnp.int32)
+    orbax.save_params(folder / "b", unflatten_dict(flat, sep="/"), {})
+    with pytest.raises(porting.PortingError, match="wrong: blocks/mlp/fc1/bias of int32, expected a float"):
+        porting.read_checkpoint(folder / "b")
+    (folder / "b" / "metadata" / "metadata").write_text("[1]")
+    with pytest.raises(ValueError, match="b cannot be read: its metadata is a list, not an object"):
+        porting.read_checkpoint(folder / "b")
+
+
+def training_config(**changes):
+    settings = debug.get_config()
+    settings.model.update(num_heads=2, width=32, depth=2)
+    for name, value in changes.items():
+        settings.update_from_flattened_dict({name: value})
+    return settings
+
+
+def test_the_main_job_chooses_ema_or_raw(folder):
+    """teacher.weights and student.weights, of a DiT training checkpoint."""
+    fields = dict(depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, grid=(7, 7))
+    model, ema = make_torch(1, **fields), make_torch(2, **fields)
+    torch.save(training_checkpoint(model, ema), folder / "a.pt")
+    expected = {name: porting.read_checkpoint(save(weights, folder / f"{name}.pt")).report.checksum
+                for name, weights in (("model", model), ("ema", ema))}
+    for weights in expected:
+        settings = training_config(**{"teacher.checkpoint": str(folder / "a.pt"), "teacher.weights": weights,
+                                      "teacher.num_heads": 2, "student.init": str(folder / "a.pt")})
+        settings.student.weights = "model" if weights == "ema" else "ema"
+        student = from_config.student(settings)
+        _, source = train.open_teacher(settings, student)
+        assert source.report.checksum == expected[weights]
+        assert train.open_init_source(settings, student, source).report.checksum == expected[settings.student.weights]
+
+
+def test_the_main_job_inherits_no_convention_unseen(folder):
+    """Weights of a diffusers folder are for other timestep frequencies than the student's."""
+    make_diffusers(num_layers=2, num_attention_heads=2, patch_size=4, in_channels=1, out_channels=2,
+                   sample_size=28).save_pretrained(folder)
+    settings = training_config(**{"teacher.checkpoint": str(folder)})
+    student = from_config.student(settings)
+    _, source = train.open_teacher(settings, student)
+    with pytest.raises(ValueError, match="model.timestep_freq_shift = 0, but .* inherits from, computes with 1; set model"):
+        train.open_init_source(settings, student, source)
+    settings.model.update(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)
+    assert train.open_init_source(settings, from_config.student(settings), source) is source
+    settings.student.init = "random"
+    assert train.open_init_source(settings, student, source) is None
 
 
 def test_opening_a_file_costs_no_memory_for_its_tensors(folder):

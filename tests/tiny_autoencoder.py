@@ -2,7 +2,7 @@
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from lit_jax import checkpoint, porting
+from lit_jax import checkpoint, layouts
 
 ARCHITECTURE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
                     norm_num_groups=4, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=False)
@@ -14,7 +14,7 @@ def write_autoencoder(path, seed=0, decoder_seed=None):
     architecture = ARCHITECTURE | {"scaling_factor": 0.5, "shift_factor": 0.1}
     rngs = {True: np.random.default_rng(seed), False: np.random.default_rng(seed if decoder_seed is None else decoder_seed)}
     params = {}
-    for name, shape in porting.tree_shapes(porting.autoencoder_rules(architecture)).items():
+    for name, shape in layouts.tree_shapes(layouts.autoencoder_rules(architecture)).items():
         rng = rngs[name.startswith(("encoder", "quant_conv"))]
         fan_in = int(np.prod(shape[:-1]))
         params[name] = (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)

@@ -4,6 +4,8 @@ Module names are those of diffusers, with `_` before an index, so that porting i
 (B, H, W, 3) in [-1, 1]; latents are (B, h, w, Z) with h = H / 8 for four widths. `Autoencoder` holds module,
 parameters and scale; with none configured a diffusion model works on pixels.
 """
+import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 LOGVAR_RANGE = (-30.0, 20.0)    # of the posterior's log-variance, as in the original
+QUERIES_AT_ONCE = 1024          # of the attention: at 2048 pixels it has 65,536, whose products would take 17 GB
 
 
 class GroupNorm(nn.Module):
@@ -65,8 +68,12 @@ class Attention(nn.Module):
         B, h, w, C = x.shape
         tokens = GroupNorm(self.groups, silu=False, name="group_norm")(x).reshape(B, h * w, C)
         q, k, v = (nn.Dense(C, dtype=self.dtype, name=name)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
-        out = jax.nn.dot_product_attention(q, k, v)[:, :, 0]    # (B, T, 1, C) -> (B, T, C)
-        return x + nn.Dense(C, dtype=self.dtype, name="to_out_0")(out).reshape(B, h, w, C)
+        if h * w <= QUERIES_AT_ONCE:
+            out = jax.nn.dot_product_attention(q, k, v)
+        else:       # the same, rows of the softmax being independent
+            out = jax.lax.map(lambda q: jax.nn.dot_product_attention(q[:, None], k, v)[:, 0], q.swapaxes(0, 1),
+                              batch_size=QUERIES_AT_ONCE).swapaxes(0, 1)
+        return x + nn.Dense(C, dtype=self.dtype, name="to_out_0")(out[:, :, 0]).reshape(B, h, w, C)
 
 
 class MidBlock(nn.Module):
@@ -172,6 +179,11 @@ class Decoder(nn.Module):
         return conv(self.out_channels, "conv_out", self.dtype)(x)
 
 
+def precision_of(dtype: Any) -> contextlib.AbstractContextManager:
+    """Within it float32 means float32: by default a TPU rounds its products to bfloat16, a GPU to TF32."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else None)
+
+
 class AutoencoderKL(nn.Module):
     """The pair, with torch-exact parameters; Stable Diffusion and SDXL are the defaults, SD3 and Flux have 16
     latent channels and no quant convolutions.
@@ -206,17 +218,19 @@ class AutoencoderKL(nn.Module):
 
     def moments(self, images: jax.Array) -> jax.Array:
         """Mean | log-variance as the network gives them, (B, h, w, 2Z) float32."""
-        moments = self.encoder(images.astype(self.dtype))
-        if self.use_quant_conv:
-            moments = self.quant_conv(moments)
+        with precision_of(self.dtype):
+            moments = self.encoder(images.astype(self.dtype))
+            if self.use_quant_conv:
+                moments = self.quant_conv(moments)
         return moments.astype(jnp.float32)
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Unscaled latents (B, h, w, Z) -> images (B, H, W, 3), about [-1, 1], not clipped."""
-        z = z.astype(self.dtype)
-        if self.use_post_quant_conv:
-            z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        with precision_of(self.dtype):
+            z = z.astype(self.dtype)
+            if self.use_post_quant_conv:
+                z = self.post_quant_conv(z)
+            return self.decoder(z).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.decode(self.encode(images)[0])
@@ -245,10 +259,11 @@ class Autoencoder:
     Latents of a diffusion model are (latent - shift_factor) * scaling_factor. Calls are jitted; the batch may be
     sharded over any mesh, and one image at a time passes through the network if `slice_size` is 1.
 
-    Large images: with `tile_size` (latent cells; 64 for models trained at 512 pixels) an input that exceeds it
-    goes through the network in overlapping tiles, as diffusers tiles: neighbours share a quarter of a tile and
-    are blended linearly across it. Every tile sees only itself, in the group norms' statistics, the attention
-    and the convolutions' borders: the result is close to the untiled one, not equal to it.
+    Large images: memory grows with the image's area (the attention's too: it takes its queries in blocks). With
+    `tile_size` (latent cells; 64 for models trained at 512 pixels) an input that exceeds it goes through the network
+    one overlapping tile after the other, as diffusers tiles: neighbours share a quarter of a tile and are blended
+    linearly across it. Every tile sees only itself, in the group norms' statistics, the attention and the
+    convolutions' borders: the result is close to the untiled one, not equal to it.
     """
     module: AutoencoderKL
     params: Any
@@ -258,8 +273,11 @@ class Autoencoder:
     tile_size: int = 0      # latent cells a side of a tile; 0: no tiling
 
     def __post_init__(self):
-        if self.tile_size % 4:
-            raise ValueError(f"tile_size must be a multiple of 4, for a quarter of it overlaps; got {self.tile_size}")
+        if self.slice_size < 0:
+            raise ValueError(f"autoencoder.slice_size must not be negative; got {self.slice_size}")
+        if self.tile_size < 0 or self.tile_size % 4:
+            raise ValueError("autoencoder.tile_size must be a multiple of 4, for a quarter of it overlaps, or 0 for no tiles; "
+                             f"got {self.tile_size}")
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images (B, H, W, 3) -> unscaled posterior mean and log-variance, (B, h, w, Z) float32 each."""
@@ -268,24 +286,13 @@ class Autoencoder:
                 images.shape[1] % factor or images.shape[2] % factor):
             raise ValueError(f"images must be (B, H, W, {self.module.in_channels}) with sides that {factor} "
                              f"divides; got {images.shape}")
-        run = functools.partial(_encode_slices, self.module, self.slice_size, self.params)
-        if self.tile_size and max(images.shape[1:3]) > self.tile_size * factor:
-            # Tiles are blended before the clip, as there.
-            tile, blend = self.tile_size * factor, self.tile_size // 4
-            moments = _run_tiled(run, images, tile, tile * 3 // 4, blend, self.tile_size - blend)
-        else:
-            moments = run(images)
-        return split_moments(moments)
+        return split_moments(_encode(self.module, self.slice_size, self.tile_size, self.params, images))
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Unscaled latents (B, h, w, Z) -> images (B, H, W, 3) float32, about [-1, 1], not clipped."""
         if z.ndim != 4 or z.shape[-1] != self.module.latent_channels:
             raise ValueError(f"latents must be (B, h, w, {self.module.latent_channels}); got {z.shape}")
-        run = functools.partial(_decode_slices, self.module, self.slice_size, self.params)
-        if self.tile_size and max(z.shape[1:3]) > self.tile_size:
-            tile = self.tile_size * self.module.factor
-            return _run_tiled(run, z, self.tile_size, self.tile_size * 3 // 4, tile // 4, tile * 3 // 4)
-        return run(z)
+        return _decode(self.module, self.slice_size, self.tile_size, self.params, z)
 
     def to_latents(self, mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:
         """A scaled draw from the posterior: what the diffusion model is trained on."""
@@ -311,34 +318,51 @@ def _in_slices(run, batch, slice_size):
     return run(batch) if not slice_size else jax.lax.map(lambda x: run(x[None])[0], batch, batch_size=slice_size)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode_slices(module, slice_size, params, z):
-    return _in_slices(lambda z: module.apply({"params": params}, z, method="decode"), z, slice_size)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(module, slice_size, tile_size, params, z):
+    def run(z):
+        return _in_slices(lambda z: module.apply({"params": params}, z, method="decode"), z, slice_size)
+
+    return _in_tiles(run, z, tile_size, tile_size * module.factor) if tile_size else run(z)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_slices(module, slice_size, params, images):
-    """mean | log-variance, not yet clipped."""
-    return _in_slices(lambda x: module.apply({"params": params}, x, method="moments"), images, slice_size)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(module, slice_size, tile_size, params, images):
+    """mean | log-variance, not yet clipped: tiles are blended before the clip, as in diffusers."""
+    def run(images):
+        return _in_slices(lambda x: module.apply({"params": params}, x, method="moments"), images, slice_size)
+
+    return _in_tiles(run, images, tile_size * module.factor, tile_size) if tile_size else run(images)
 
 
-def _run_tiled(run: Callable, x: jax.Array, tile: int, stride: int, blend: int, keep: int) -> jax.Array:
-    """Runs overlapping tiles and blends them.
+def _in_tiles(run: Callable, x: jax.Array, tile: int, tile_out: int) -> jax.Array:
+    """Runs overlapping tiles, one after the other, and blends them; an x that one tile covers is run whole.
 
     Args:
-        run: (B, a, b, C) -> (B, a f, b f, C') for some factor f.
-        x: (B, h, w, C). tile, stride: of the input. blend, keep: of the output; keep = stride * f.
+        run: (B, a, b, C) -> (B, a f, b f, C') for f = tile_out / tile.
+        x: (B, h, w, C). tile, tile_out: side of a tile of the input, and of the output.
     """
-    starts = [range(0, size, stride) for size in x.shape[1:3]]
-    rows = [[run(x[:, i : i + tile, j : j + tile]) for j in starts[1]] for i in starts[0]]
-    for i, row in enumerate(rows):      # in place: a tile is blended with its blended neighbours
-        for j in range(len(row)):
+    h, w = x.shape[1:3]
+    if max(h, w) <= tile:
+        return run(x)
+    blend, keep = tile_out // 4, tile_out * 3 // 4
+    rows, columns = (range(0, size, tile * 3 // 4) for size in (h, w))
+    places = collections.defaultdict(list)      # tiles at the lower and right border may be smaller
+    for i in rows:
+        for j in columns:
+            places[min(tile, h - i), min(tile, w - j)].append((i, j))
+    done = {}
+    for (a, b), corners in places.items():
+        tiles = jnp.stack([x[:, i:i + a, j:j + b] for i, j in corners])
+        done |= zip(corners, jax.lax.map(run, tiles))
+    for i in rows:      # in place: a tile is blended with its blended neighbours
+        for j in columns:
             if i > 0:
-                row[j] = _blend(rows[i - 1][j], row[j], blend, axis=1)
+                done[i, j] = _blend(done[i - rows.step, j], done[i, j], blend, axis=1)
             if j > 0:
-                row[j] = _blend(row[j - 1], row[j], blend, axis=2)
-    rows = [jnp.concatenate([out[:, :keep, :keep] for out in row], axis=2) for row in rows]
-    return jnp.concatenate(rows, axis=1)
+                done[i, j] = _blend(done[i, j - columns.step], done[i, j], blend, axis=2)
+    lines = [jnp.concatenate([done[i, j][:, :keep, :keep] for j in columns], axis=2) for i in rows]
+    return jnp.concatenate(lines, axis=1)
 
 
 def _blend(before: jax.Array, after: jax.Array, extent: int, axis: int) -> jax.Array:
