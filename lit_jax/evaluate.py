@@ -463,13 +463,14 @@ def make_reference(reference: str, data_dir: str, workdir: pathlib.Path, extract
 
 def compare(files: Iterable[str], across: tuple[str, ...], workdir: pathlib.Path) -> None:
     """Puts earlier evaluations side by side, if their protocols allow it."""
-    results = {}
-    for file in files:
-        path = pathlib.Path(file)
+    paths = [pathlib.Path(file) for file in files]
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"evaluate.compare: {path} not found")
-        name = path.stem if path.stem not in results else str(path)
-        results[name] = read_result(path)
+    # By the file's name, its folder's too, or the whole path: whatever tells them apart.
+    namings = ([path.stem for path in paths], [f"{path.parent.name}/{path.stem}" for path in paths], [str(p) for p in paths])
+    names = next((names for names in namings if len(set(names)) == len(names)), namings[-1])
+    results = {name: read_result(path) for name, path in zip(names, paths)}
     check_comparable(results, across)
     write_comparison(workdir / "comparison", results, across)
     logging.info("compared %d evaluations in %s", len(results), workdir / "comparison.md")

@@ -314,6 +314,16 @@ def test_training_scores_what_sampling_and_evaluation_score_after_it(tmp_path, m
     evaluate.check_comparable({"first": during[0], "second": during[1]}, ("samples.step",))
 
 
+def test_runs_are_called_by_what_tells_them_apart(tmp_path):
+    files = [tmp_path / folder / name for folder, name in (("a", "x.json"), ("b", "x.json"), ("b", "y.json"))]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result_of()))
+    for chosen, names in ((files[1:], ["x", "y"]), (files, ["a/x", "b/x", "b/y"])):
+        evaluate.compare(map(str, chosen), (), tmp_path)
+        assert list(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == names
+
+
 def result_of(**protocol):
     protocol = {"features": "inception_adm", "samples": {"cfg_scale": 1.5}} | protocol
     return {"scores": {"fid_adm_50k": 2.0}, "protocol": protocol}
