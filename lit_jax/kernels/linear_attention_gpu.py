@@ -15,7 +15,7 @@ products.
 
 Bytes, in units of one (B, T, D) array (25 us at 3 TB/s for D = 1152, B T = 32768 in bfloat16), with S of H
 / T such units: forward 5 + 2 H / T against a floor of 4, backward 10 + 3 H / T against 7. For XL that is
-forward 181 / 140 / 129 / 127 us and backward 336 / 273 / 257 / 253 us at T = 256 / 1024 / 4096 / 16384. The
+forward 183 / 140 / 129 / 127 us and backward 336 / 273 / 257 / 253 us at T = 256 / 1024 / 4096 / 16384. The
 convolution is bound by instruction issue instead: 25 multiply-adds an element are 33 us, and one whose
 operand is loaded and widened anew for each tap costs three to four times that. Here a row of v is loaded K
 times, once per column of the filter, and feeds up to K rows of the output from registers.
