@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,9 @@ from lit_jax import data, from_config, sharding, step
 from lit_jax.diffusion import make_diffusion
 from lit_jax.kernels import static_cost
 from lit_jax.kernels.linear_attention import linear_attention
+from lit_jax.kernels.static_cost import PIXELS_PER_TOKEN
 from lit_jax.models.attention import softmax_attention
 from lit_jax.models.dit import SIZES, forward_flops, make_dit
-
-PIXELS_PER_TOKEN = 16  # an autoencoder of 8x, patches of 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,15 @@ class Timing:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints the table and writes workdir/benchmark.json; config.benchmark says what is timed."""
-    device = jax.devices()[0]
     wanted = config.benchmark
     unknown = set(wanted.what) - {"attention", "model", "data"}
-    if unknown:
-        raise ValueError(f"benchmark.what names {', '.join(sorted(unknown))}; it may name attention, model, data")
+    if unknown or not wanted.what:
+        raise ValueError(f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; it may name attention, model, data")
+    if not wanted.pixels or any(pixels < 1 or pixels % PIXELS_PER_TOKEN for pixels in wanted.pixels):
+        raise ValueError(f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {PIXELS_PER_TOKEN} pixels")
+    if wanted.repeats < 1:
+        raise ValueError(f"benchmark.repeats = {wanted.repeats} must be at least 1")
+    device = jax.devices()[0]
     rows = []
     if device.platform == "cpu" and {"attention", "model"} & set(wanted.what):
         rows += static_estimates(config)
@@ -58,19 +62,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     head = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__,
             "date": time.strftime("%Y-%m-%d")}
     (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
-    logging.info("%s\n%s", head, table(rows))
+    sys.stdout.write(f"{head}\n{table(rows)}\n")
+
+
+def attention_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Width, linear heads and softmax heads of the config's model; raises ValueError for a model that cannot be."""
+    model = make_dit(size=config.model.size, width=config.model.width, num_heads=config.model.num_heads, attention="linear",
+                     patch_size=2, in_channels=4, num_classes=1)
+    return model.width, model.num_heads, SIZES[config.model.size][2]
 
 
 def static_estimates(config: ConfigDict) -> list[dict[str, Any]]:
     """The linear attention's TPU kernels by their compiler's schedule, next to the HBM floor; see kernels/static_cost.py."""
     wanted = config.benchmark
-    _, D, _, linear_heads = SIZES[config.model.size]
+    D, heads, _ = attention_shape(config)
     rows = []
     for pixels in wanted.pixels:
         side = pixels // PIXELS_PER_TOKEN
         batch = max(2, wanted.attention_tokens // side**2)
-        costs = static_cost.attention_costs(D, config.model.num_heads or linear_heads, (side, side), batch, wanted.topology,
-                                            config.model.conv_size)
+        costs = static_cost.attention_costs(D, heads, (side, side), batch, wanted.topology, config.model.conv_size)
         for name, cost in costs.items():
             rows.append({"what": "static estimate", "chip": cost.device_kind, "pixels": pixels, "pass": name, "batch": batch,
                          "bundles": sum(kernel.bundles for kernel in cost.kernels), "us": cost.compute * 1e6,
@@ -117,8 +127,7 @@ def time_attention(config: ConfigDict, bandwidth: float) -> list[dict[str, Any]]
     Floors: 4 B T D elements forward, 7 B T D more backward, at the measured bandwidth of a copy.
     """
     wanted, platform = config.benchmark, jax.devices()[0].platform
-    _, D, softmax_heads, linear_heads = SIZES[config.model.size]
-    heads = config.model.num_heads or linear_heads
+    D, heads, softmax_heads = attention_shape(config)
     fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform)
     rows = []
     for pixels in wanted.pixels:
@@ -128,8 +137,10 @@ def time_attention(config: ConfigDict, bandwidth: float) -> list[dict[str, Any]]
         keys = jax.random.split(jax.random.key(0), 5)
         q = jax.random.normal(keys[0], (B, T, D), jnp.bfloat16)
         kv = jax.random.normal(keys[1], (B, T, 2 * D), jnp.bfloat16)
-        filters = jax.random.normal(keys[2], (config.model.conv_size,) * 2 + (D // heads,)) / config.model.conv_size
-        bias = jax.random.normal(keys[3], (D // heads,))
+        filters = bias = None
+        if K := config.model.conv_size:
+            filters = jax.random.normal(keys[2], (K, K, D // heads)) / K
+            bias = jax.random.normal(keys[3], (D // heads,))
         do = jax.random.normal(keys[4], (B, T, D), jnp.bfloat16)
         cases = {f"linear, {name}": functools.partial(linear_attention, num_heads=heads, grid=(side, side), implementation=name)
                  for name in ("xla", fused) if name}

@@ -1,6 +1,7 @@
 """The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -173,12 +174,31 @@ def test_none_chooses_xla_on_a_cpu_and_logs_it_once(caplog):
         "linear_attention: xla for kernel function relu on cpu"]
 
 
+@pytest.mark.parametrize("platform,capability,kernel_function,K,H,expected", [
+    ("tpu", None, "relu", 5, 288, "pallas_tpu"),
+    ("tpu", None, "focused", 5, 288, "xla"),
+    ("tpu", None, "relu", 9, 288, "xla"),
+    ("gpu", "9.0", "relu", 0, 288, "pallas_gpu"),
+    ("gpu", "9.0", "relu", 5, 600, "xla"),
+    ("gpu", "8.0", "relu", 5, 288, "xla"),
+])
+def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
+        monkeypatch, platform, capability, kernel_function, K, H, expected):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="a device")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert module._choose(kernel_function, K, H) == expected
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(num_heads=3), "width 16 and num_heads 3"),
     (dict(grid=(4, 4)), r"grid \(4, 4\) and 15 tokens"),
     (dict(kernel_function="elu"), "got 'elu'"),
     (dict(implementation="cuda"), "got 'cuda'"),
     (dict(implementation="pallas_tpu", kernel_function="focused"), "pallas_tpu offers .* got 'focused'"),
+    (dict(implementation="pallas_tpu", conv_kernel=jnp.zeros((9, 9, 8))), "pallas_tpu offers .* 3, 5 or 7; got 9"),
+    (dict(implementation="pallas_gpu", num_heads=1, q=jnp.zeros((2, 15, 600)), kv=jnp.zeros((2, 15, 1200)), conv_kernel=None,
+          conv_bias=None), "pallas_gpu offers heads of at most 512 columns; got 600"),
+    (dict(implementation="pallas_tpu"), "interpret mode"),    # a named one does not fall back
     (dict(kv=jnp.zeros((2, 15, 16))), r"q \(2, 15, 16\) and kv \(2, 15, 16\)"),
     (dict(kv=jnp.zeros((2, 15, 32), jnp.bfloat16)), "q float32 and kv bfloat16"),
     (dict(conv_kernel=jnp.zeros((4, 4, 8))), r"got \(4, 4, 8\)"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import export
 from oracles import assert_close
+from test_linear_attention import check, make_inputs
 
 from lit_jax.kernels import linear_attention_gpu as gpu
 
@@ -124,21 +125,9 @@ def test_rows_and_keys_of_zero_features_match_the_oracle():
     _check((q, kv, conv_kernel, conv_bias, do), 2, (4, 4))
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"kernel_function": "gelu"}, "relu.*gelu"),
-    ({"grid": (3, 4)}, r"\(3, 4\).*16 tokens"),
-    ({"H": 1040}, "512.*1040"),
-    ({"K": 9}, "3, 5 or 7.*9"),
-    ({"dtype": "float16"}, "bfloat16.*float16"),
-])
-def test_cases_not_offered_raise(change, match):
-    case = {"kernel_function": "relu", "grid": (4, 4), "H": 32, "K": 3, "dtype": "float32"} | change
-    inputs = _inputs(1, (4, 4), 1, case["H"], case["K"], case["dtype"])
-    kwargs = dict(num_heads=1, grid=case["grid"], kernel_function=case["kernel_function"], interpret=True)
-    with pytest.raises(ValueError, match=match):
-        gpu.forward(*inputs[:4], **kwargs)
-    with pytest.raises(ValueError, match=match):
-        gpu.backward(*inputs[:4], None, inputs[4], **kwargs)
+def test_the_public_op_hands_the_forwards_state_to_the_backward():
+    check(make_inputs(B=1, num_heads=2, head_width=16, grid=(3, 5), K=3), num_heads=2, grid=(3, 5),
+          implementation="pallas_gpu", interpret=True)
 
 
 @pytest.mark.parametrize("name, B, side, N, H, K, dtype", [

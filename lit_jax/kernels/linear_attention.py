@@ -18,7 +18,9 @@ from lit_jax.kernels.split import split_rows
 EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
 FOCUSING_FACTOR = 3  # the power of FLatten-Transformer's focused kernel function
 KERNEL_FUNCTIONS = ("relu", "gelu", "focused", "focused_gelu")
-IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+FUSED = {"pallas_tpu": float("inf"), "pallas_gpu": 512}  # and the widest heads that each offers
+FUSED_CONV_SIZES = (3, 5, 7)
+IMPLEMENTATIONS = ("xla", *FUSED)
 
 
 def linear_attention(
@@ -62,7 +64,7 @@ def linear_attention(
     """
     _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation)
     if implementation is None:
-        implementation = _choose(kernel_function)
+        implementation = _choose(kernel_function, 0 if conv_kernel is None else conv_kernel.shape[0], q.shape[2] // num_heads)
     if implementation == "xla":
         return _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function)
 
@@ -85,8 +87,9 @@ def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, i
     if (conv_kernel is None) != (conv_bias is None):
         present = "conv_bias" if conv_kernel is None else "conv_kernel"
         raise ValueError(f"give conv_kernel and conv_bias together or not at all; got only {present}")
+    H = D // num_heads
     if conv_kernel is not None:
-        K, H = conv_kernel.shape[0], D // num_heads
+        K = conv_kernel.shape[0]
         if conv_kernel.shape != (K, K, H) or K % 2 == 0 or conv_bias.shape != (H,):
             raise ValueError(f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
                              f"got {conv_kernel.shape} and {conv_bias.shape}")
@@ -94,20 +97,22 @@ def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, i
         raise ValueError(f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}; got {implementation!r}")
-    if implementation in ("pallas_tpu", "pallas_gpu") and kernel_function != "relu":
-        raise ValueError(f"{implementation} offers kernel_function 'relu'; got {kernel_function!r}")
+    if implementation in FUSED:
+        if kernel_function != "relu":
+            raise ValueError(f"{implementation} offers kernel_function 'relu'; got {kernel_function!r}")
+        if conv_kernel is not None and K not in FUSED_CONV_SIZES:
+            raise ValueError(f"{implementation} offers convolutions of 3, 5 or 7; got {K}")
+        if H > FUSED[implementation]:
+            raise ValueError(f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {H}")
 
 
-def _choose(kernel_function):
+def _choose(kernel_function, K, H):
     """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
     device = jax.devices()[0]
-    if kernel_function != "relu":
-        implementation = "xla"
-    elif device.platform == "tpu":
-        implementation = "pallas_tpu"
-    elif device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0":
-        implementation = "pallas_gpu"  # written for Hopper's TMA and wgmma
-    else:
+    # The GPU kernels are written for Hopper; on Ampere they spill, and XLA's form is left to run.
+    hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+    implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_gpu" if hopper else "xla"
+    if kernel_function != "relu" or K not in (0, *FUSED_CONV_SIZES) or H > FUSED.get(implementation, H):
         implementation = "xla"
     _log_choice(implementation, kernel_function, device.device_kind)
     return implementation

@@ -76,7 +76,8 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
         topology: "v5e:2x2", "v4:2x2x1", ...
         loop_turns: turns of the loops inside the kernels. What stands outside the loops is then counted too often.
 
-    Raises: RuntimeError with the compiler's words if the program does not compile. FileNotFoundError without libtpu.
+    Raises: RuntimeError with the compiler's words if the program does not compile; ValueError for a topology that libtpu or
+    this file does not know; FileNotFoundError without libtpu.
     """
     with tempfile.TemporaryDirectory(prefix="static_cost_") as dump:
         environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -86,6 +87,8 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
                                input=pickle.dumps((fn, args, topology)), env=environment, capture_output=True)
         if child.returncode:
             words = child.stderr.decode(errors="replace").strip().splitlines()
+            if words[-1].startswith("ValueError: "):
+                raise ValueError(words[-1].removeprefix("ValueError: "))
             if any("libtpu" in line and "not installed" in line for line in words):
                 raise FileNotFoundError("a static estimate needs libtpu, the TPU compiler: pip install libtpu")
             raise RuntimeError("\n".join(words[-10:]))
@@ -112,7 +115,14 @@ def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: 
     """fn(*args) compiled for one chip of the topology, in this process."""
     from jax.experimental import topologies  # asks for libtpu
 
-    device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+    try:
+        device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise
+        raise ValueError(f"topology {topology!r} (for example v5e:2x2, v4:2x2x1): {str(error).splitlines()[0]}") from error
+    if device.device_kind not in CHIPS:
+        raise ValueError(f"topology {topology!r} is of {device.device_kind} chips; known are {', '.join(CHIPS)}")
     mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
