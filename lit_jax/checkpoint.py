@@ -180,7 +180,9 @@ def save_params(path: str | pathlib.Path, params: Any, metadata: dict) -> None:
     path = pathlib.Path(path).absolute()
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} already holds files; a checkpoint needs a new or empty folder")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    # Orbax copies what it writes; no more than 1 GB of it at once, or a port would hold two trees.
+    handlers = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=1), "metadata": ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(path, ocp.args.Composite(params=ocp.args.StandardSave(params),
                                                    metadata=ocp.args.JsonSave(metadata)), force=True)
 
