@@ -27,6 +27,9 @@ def main(workdir: pathlib.Path) -> None:
                             f"--config.mesh.fsdp={fsdp}", f"--config.train.batch_size={batch}",
                             f"--config.model.input_size={pixels // 8}", "--config.plan.programs=('distill',)"],
                            stdout=subprocess.DEVNULL, check=False)  # status 1: does not fit, which is a row too
+        if not (folder / "plan.json").exists():  # it has said why on stderr; the next rows may do
+            sys.stdout.write(f"| {pixels} | {topology} | not planned: the compiler fails |" + " |" * (len(head) - 3) + "\n")
+            continue
         plan = json.loads((folder / "plan.json").read_text())
         e, mesh = plan["programs"]["distill"], plan["mesh"]
         name = f"{slices} x {topology}" if slices > 1 else topology

@@ -201,7 +201,8 @@ class Planner:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if not (found := memory_shortage(str(error))):
-                raise
+                raise ValueError(f"the TPU compiler fails on {program} at batch {batch_size}: {str(error).splitlines()[0]}. "
+                                 f"Another mesh.fsdp, train.remat or libtpu may do") from error
             used, capacity = found
             return Estimate(program, batch_size, False, used, capacity, compile_seconds=time.monotonic() - started)
         memory = compiled.memory_analysis()
