@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
         scaling_factor=0.0,                     # of the latents; 0: as the checkpoint says (SD 0.18215)
         dtype="float32",                        # it runs in this: float32 or bfloat16
         slice_size=8,                           # images a device passes through it at once; 0: all of its share
-        tile_size=0,                            # latent cells a side of the tiles of larger images, 64 or more; 0: whole
+        tile_size=0,                            # latent cells a side of the tiles of larger images, a multiple of 4 (64 is
+                                                #   what the models were trained at); 0: whole
     ))
 
     # --mode=prepare: source -> ADM centre crop -> autoencoder -> the data set data.name in data.dir, split data.split.

@@ -26,6 +26,7 @@ NUMBERS = (
         "port.num_heads", "port.num_classes", "port.input_size", "evaluate.every", "evaluate.num_images",
         "report.num_images")),
     ("at least 1, or -1", lambda x: x >= 1 or x == -1, ("mesh.data", "mesh.fsdp")),
+    ("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0, ("autoencoder.tile_size",)),
     ("odd, or 0", lambda x: x == 0 or x > 0 and x % 2, ("model.conv_size",)),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("train.label_dropout", "optimizer.b1", "optimizer.b2", "ema.decay")),
@@ -51,7 +52,7 @@ WORDS = {
     "sample.order": (1, 2, 3),
     "sample.labels": ("random", "balanced"),
     "sample.cfg_channels": ("3", "all"),
-    "port.weights": ("ema", "model"),
+    **dict.fromkeys(("port.weights", "teacher.weights", "student.weights"), ("ema", "model")),
 }
 
 

@@ -59,6 +59,9 @@ def plan_merge(loaded: Any, init: Any, *, load: tuple[str, ...],
     unknown = [part for part in load if part not in PARTS]
     if unknown:
         raise ValueError(f"inherit.load names {', '.join(unknown)}; it may name {', '.join(PARTS)}")
+    if "conv" in load and not any(path.startswith("blocks/attn/dwc/") for path in target):
+        raise ValueError(f"inherit.load names conv, but the student has no convolution: its attention is "
+                         f"{', '.join(sorted(p for p in target if p.startswith('blocks/attn/')))}")
     for kept in keep_init:
         if not any(_under(path, kept) for path in target):
             raise ValueError(f"inherit.keep_init names {kept!r}, which is no parameter of the student; "

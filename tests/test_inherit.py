@@ -150,6 +150,11 @@ def test_misspelt_names_are_refused(kwargs, message):
         inherit.merge_params(make_params("softmax"), make_student(), **kwargs)
 
 
+def test_a_convolution_is_not_loaded_into_a_student_without_one():
+    with pytest.raises(ValueError, match="inherit.load names conv, but the student has no convolution: .*blocks/attn/kv/bias"):
+        inherit.merge_params(make_params("linear"), make_student(conv_size=0), load=("conv",))
+
+
 def test_a_width_that_differs_names_the_attention_part_too():
     with pytest.raises(ValueError, match=r"blocks/attn/q/kernel: \(2, 32, 32\) in the student, \(2, 48, 48\) in the source"):
         inherit.merge_params(make_params("softmax", width=48), make_student(), load=("q",))
