@@ -23,6 +23,5 @@ def get_config():
     config.optimizer.update(learning_rate=1.5e-3, warmup=25)
     config.ema.decay = 0.98
     config.checkpoint.update(every=400, keep=1)
-    config.sample.cfg_scale = 3.5
-    config.report.update(num_images=120, read_labels=True)
+    config.report.update(num_images=200, read_labels=True)
     return config
