@@ -277,6 +277,22 @@ def test_rematerialisation_changes_no_gradient(grads, policy):
         assert_close(grad, grads("none")[path], reduction=100, what=path)
 
 
+def test_dots_saves_q_and_kv_once_and_with_their_bias():
+    """The attention reads the sums; saved without the bias, the backward pass would write them anew."""
+    _, model, params = make_pair("linear", conv_size=0)
+    model, inputs, biases = model.clone(remat="dots"), make_inputs(), {"q": 1000.0, "kv": 2000.0}
+    for name, bias in biases.items():  # so that a mean tells what is saved; no other activation is near
+        params["blocks"]["attn"][name]["bias"] += bias
+    vjp = jax.jit(lambda params: jax.vjp(lambda params: model.apply({"params": params}, *inputs), params)[1])(params)
+    B, T = len(inputs[0]), 16
+    saved = [(x.shape[3], float(jnp.mean(x))) for x in jax.tree.leaves(vjp) if x.shape[:3] == (DEPTH, B, T)]
+    wide = [mean for width, mean in saved if width == 2 * WIDTH]
+    assert wide == [pytest.approx(biases["kv"], rel=0.01)], saved
+    # x, q, and the products of proj and fc2.
+    narrow = [mean for width, mean in saved if width == WIDTH]
+    assert len(narrow) == 4 and sum(mean == pytest.approx(biases["q"], rel=0.01) for mean in narrow) == 1, saved
+
+
 # Sizes. ---------------------------------------------------------------------------------------------------------------
 
 # DiT with its position table at 32 x 32 x 4 and 1,000 classes, as the official checkpoints hold it.
