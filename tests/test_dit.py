@@ -437,3 +437,16 @@ def test_a_checkpoint_of_another_architecture_is_refused():
     dit.check_architecture(model, same, "there")
     with pytest.raises(ValueError, match=r"model.num_heads = 2, but the checkpoint there has 4"):
         dit.check_architecture(model, same | {"num_heads": 4}, "there")
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_the_forward_and_the_backward_loop_share_no_condition(remat):
+    """libtpu 0.0.52 fails on an activation that enters both, where it is small: XL/2's condition at 8 images a chip."""
+    model = dit.DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear", remat=remat)
+    x, t = jnp.zeros((3, 8, 8, 1)), jnp.zeros(3, int)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, t)["params"])
+    gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply({"params": params}, x, t, t).sum()))(params)
+    loops = [equation for equation in gradient.eqns if equation.primitive.name == "scan"]
+    assert [loop.params["reverse"] for loop in loops] == [False, True]
+    for loop in loops:
+        assert not [v.aval for v in loop.invars[:loop.params["num_consts"]] if v.aval.shape]

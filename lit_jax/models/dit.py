@@ -124,7 +124,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D); scanned over the depth."""
+    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D), carried as (x, c); scanned over the depth."""
 
     attention: type[nn.Module]
     attention_kwargs: dict
@@ -133,16 +133,16 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, c = map(constrain_rows, carry)
         D = x.shape[-1]
-        x, c = constrain_rows(x), constrain_rows(c)
         modulation = nn.Dense(6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation")(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
         x = x + gate_msa[:, None] * attn(modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid)
         mlp = Mlp(self.dtype, name="mlp")
         x = x + gate_mlp[:, None] * mlp(modulate(LayerNorm(self.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp))
-        return x, None
+        return (x, c), None
 
 
 class FinalLayer(nn.Module):
@@ -205,9 +205,10 @@ class DiT(nn.Module):
                                  init=self.is_initializing(), mutable=self.is_initializing())
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=self.depth)
-        x, _ = blocks(*self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks")(x, c)
+        # c never changes, yet is carried: as an input that the forward and the backward loop share, libtpu 0.0.52 places it
+        # twice in the same vector memory and fails ("Value while ... overlaps with another chunk") from 8 rows a chip down.
+        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        (x, c), _ = blocks(*self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks")((x, c), None)
 
         out_channels = C * (2 if self.learn_sigma else 1)
         x = FinalLayer(p * p * out_channels, self.dtype, name="final_layer")(x, c)
