@@ -35,6 +35,8 @@ _DIFFUSERS_CLASSES = {      # of config.json; Transformer2DModel is what DiT was
 _HOW = {"conv": "axes to (h, w, I, O)", "linear": "transposed"}
 _FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)))
 _LABEL_STD = 0.02           # of new label rows, as DiT draws them
+_INDEX = "(0|[1-9][0-9]{0,5})"  # in a key; "01" and other scripts' digits are other names
+_MAX_POSITIONS = 1 << 20    # of a grid: images of 16384 x 16384 at 16 pixels a patch
 # What no shape tells: how the source's own code computes, or what it says of itself.
 _CONVENTIONS = ("timestep_freq_shift", "mlp_norm_epsilon", "kernel_function")
 
@@ -179,43 +181,46 @@ def _check_config(config, fields, path):
 
 
 def _from_diffusers(source, report):
-    """Official DiT names from a DiTTransformer2DModel's; the embedders of all blocks must be equal."""
+    """Official DiT names from a DiTTransformer2DModel's; the embedders of all blocks must be equal.
+
+    A key that is not of diffusers gets a name that no rule has, so that it can neither replace another nor be lost.
+    """
     top = {theirs: ours for ours, theirs in layouts.DIFFUSERS_TOP.items()}
     block = {theirs: ours for ours, theirs in layouts.DIFFUSERS_BLOCK.items()}
     embedders = {theirs: ours for ours, theirs in layouts.DIFFUSERS_EMBEDDERS.items()}
     named, origin = {}, {}
-    depth = _indices(source.tensors, r"transformer_blocks\.(\d{1,6})\.", source.path)
+    depth = _indices(source.tensors, rf"transformer_blocks\.{_INDEX}\.", source.path)
     for key, tensor in source.tensors.items():
         module, _, leaf = key.rpartition(".")
-        match = re.fullmatch(r"transformer_blocks\.(\d{1,6})\.(.+)", module)
-        if match and match[2] in layouts.DIFFUSERS_QKV:
-            name, place = f"blocks.{int(match[1])}.attn.qkv.{leaf}", layouts.DIFFUSERS_QKV.index(match[2])
+        match = re.fullmatch(rf"transformer_blocks\.{_INDEX}\.(.+)", module)
+        layer, part = (int(match[1]), match[2]) if match and leaf in ("weight", "bias") else (0, None)
+        first = f"transformer_blocks.0.{part}.{leaf}"
+        if part in layouts.DIFFUSERS_QKV:
+            name, place = f"blocks.{layer}.attn.qkv.{leaf}", layouts.DIFFUSERS_QKV.index(part)
             named.setdefault(name, [None] * 3)[place] = tensor
-            origin.setdefault(name, [f"{key.replace(match[2], part)}" for part in layouts.DIFFUSERS_QKV])
+            origin[name] = [f"transformer_blocks.{layer}.{each}.{leaf}" for each in layouts.DIFFUSERS_QKV]
             continue
-        if match and match[2] in embedders:
-            if int(match[1]) > 0:
-                continue
-            name = f"{embedders[match[2]]}.{leaf}"
-        elif match and match[2] in block:
-            name = f"blocks.{int(match[1])}.{block[match[2]]}.{leaf}"
+        if part in embedders and layer > 0 and first in source.tensors:
+            if not np.array_equal(tensor, source.tensors[first]):
+                raise PortingError(f"{source.path}: {key} differs from block 0's; DiT has one for all blocks")
+            report.left_out[key] = "equal to block 0's"
+            source.release()
+            continue
+        if part in embedders and layer == 0:
+            name = f"{embedders[part]}.{leaf}"
+        elif part in block:
+            name = f"blocks.{layer}.{block[part]}.{leaf}"
         elif key == "pos_embed.pos_embed":
             name = "pos_embed"
+        elif module in top:
+            name = f"{top[module]}.{leaf}"
         else:
-            name = f"{top.get(module, module)}.{leaf}"
+            name = f"{key} (not of diffusers)"
         named[name], origin[name] = [tensor], [key]
     for theirs in embedders:
         for leaf in ("weight",) if "class" in theirs else ("weight", "bias"):
-            first = source.tensors.get(f"transformer_blocks.0.{theirs}.{leaf}")
-            for layer in range(1, depth):
-                key = f"transformer_blocks.{layer}.{theirs}.{leaf}"
-                if key not in source.tensors:
-                    report.missing.append(key)
-                elif first is not None and not np.array_equal(source.tensors[key], first):
-                    raise PortingError(f"{source.path}: {key} differs from block 0's; DiT has one for all blocks")
-                else:
-                    report.left_out[key] = "equal to block 0's"
-                source.release()
+            keys = [f"transformer_blocks.{layer}.{theirs}.{leaf}" for layer in range(1, depth)]
+            report.missing += [key for key in keys if key not in source.tensors]
     for name in [name for name, pieces in named.items() if any(piece is None for piece in pieces)]:
         report.missing += [key for key, piece in zip(origin[name], named.pop(name)) if piece is None]
     return named, origin
@@ -266,7 +271,7 @@ def _autoencoder_names(source, report):
         report.left_out |= {key: "loss of its training" for key in tensors if key.startswith("loss.")}
         prefix = ""
     tensors = {key: tensor for key, tensor in tensors.items() if key not in report.left_out}
-    ups = [int(match[1]) for key in tensors if (match := re.match(rf"{prefix}decoder\.up\.(\d{{1,4}})\.", key))]
+    ups = [int(match[1]) for key in tensors if (match := re.match(rf"{prefix}decoder\.up\.{_INDEX}\.", key))]
     ldm, last_up = bool(ups), max(ups, default=0)
     named, origin = {}, {}
     for key, tensor in tensors.items():
@@ -274,7 +279,7 @@ def _autoencoder_names(source, report):
         if ldm:
             name = re.sub(r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", name)
             name = re.sub(r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
-            name = re.sub(r"^decoder\.up\.(\d{1,4})\.", lambda m: f"decoder.up_blocks.{last_up - int(m[1])}.", name)
+            name = re.sub(rf"^decoder\.up\.{_INDEX}\.", lambda m: f"decoder.up_blocks.{last_up - int(m[1])}.", name)
             name = re.sub(r"^(decoder\.up_blocks\.\d+)\.block\.", r"\1.resnets.", name)
             name = re.sub(r"^(decoder\.up_blocks\.\d+)\.upsample\.", r"\1.upsamplers.0.", name)
             name = re.sub(r"\.mid\.block_(1|2)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
@@ -329,7 +334,8 @@ def _indices(shapes, pattern, path):
     """The numbers at the start of matching keys, which must count up from 0."""
     found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
     if found != set(range(len(found))) or not found:
-        raise PortingError(f"{path}: the numbers in {pattern.replace(chr(92), '')} do not count up from 0: "
+        what = pattern.replace("\\", "").replace(_INDEX, "N")
+        raise PortingError(f"{path}: the numbers in {what} do not count up from 0: "
                            f"{sources.abridged(map(str, sorted(found)))}")
     return len(found)
 
@@ -346,7 +352,7 @@ def _dit_architecture(shapes, path):
         raise PortingError(f"{path}: a label table of {rows} row has no room for a class and the null class")
     if D % 4:
         raise PortingError(f"{path}: the width is {D}; the position table needs one that 4 divides")
-    depth = _indices(shapes, r"blocks\.(\d{1,6})\.", path)
+    depth = _indices(shapes, rf"blocks\.{_INDEX}\.", path)
     out_features = shape("final_layer.linear.weight", 2)[0]
     if out_features not in (p * p * C, 2 * p * p * C):
         raise PortingError(f"{path}: final_layer.linear has {out_features} outputs; patch {p} and {C} channels "
@@ -395,8 +401,8 @@ def _autoencoder_architecture(shapes, path):
     def shape(key, ndim=4):
         return _shape_of(shapes, key, ndim, path, "an AutoencoderKL checkpoint")
 
-    blocks = _indices(shapes, r"encoder\.down_blocks\.(\d{1,4})\.", path)
-    layers = _indices(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d{1,4})\.", path)
+    blocks = _indices(shapes, rf"encoder\.down_blocks\.{_INDEX}\.", path)
+    layers = _indices(shapes, rf"encoder\.down_blocks\.0\.resnets\.{_INDEX}\.", path)
     widths = [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(blocks)]
     return {
         "in_channels": shape("encoder.conv_in.weight")[1], "out_channels": shape("decoder.conv_out.weight")[0],
@@ -408,8 +414,12 @@ def _autoencoder_architecture(shapes, path):
     }
 
 
+def _is_scale(value):
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1e6
+
+
 def _is_shift(value):
-    return value is None or (isinstance(value, float | int) and abs(value) < 1e6)
+    return value is None or (isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < 1e6)
 
 
 def _check_autoencoder(stored, path):
@@ -417,7 +427,7 @@ def _check_autoencoder(stored, path):
     checks = {
         "block_out_channels": lambda v: isinstance(v, list) and 0 < len(v) < 100 and all(map(sources.is_count, v)),
         "layers_per_block": lambda v: sources.is_count(v, 1, 1000),
-        "scaling_factor": lambda v: isinstance(v, float | int) and 0 < v < 1e6, "shift_factor": _is_shift,
+        "scaling_factor": _is_scale, "shift_factor": _is_shift,
     } | dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), sources.is_count)
     checks |= dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
                             lambda v: isinstance(v, bool))
@@ -450,7 +460,7 @@ def _diffusers_autoencoder_fields(source, architecture):
     if not sources.is_count(groups) or any(width % groups for width in architecture["block_out_channels"]):
         raise PortingError(f"{path}: config.json says norm_num_groups = {str(groups)[:20]}, which does not divide "
                            f"the widths {architecture['block_out_channels']}")
-    if not isinstance(scale, float | int) or not 0 < scale < 1e6 or not _is_shift(shift):
+    if not _is_scale(scale) or not _is_shift(shift):
         raise PortingError(f"{path}: config.json says scaling_factor = {str(scale)[:20]}, shift_factor = "
                            f"{str(shift)[:20]}")
     if "scaling_factor" not in config:
@@ -490,9 +500,11 @@ def _match(named, origin, rules, source, report, checked=()):
             params[path] = Leaf(layers, layouts.TO_FLAX[kind], path.startswith("blocks/"), source.release)
     report.unexpected = sorted(name for key in set(named) - used for name in origin[key])
     if report.missing or report.unexpected or wrong:
-        parts = [f"{name}: {sources.abridged(keys)}" for name, keys in (
+        parts = [f"{name}: {sources.abridged(keys, width=240 if name == 'wrong' else 80)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
         raise PortingError(f"{source.path}: {'; '.join(parts)}", report)
+    if unexplained := sorted(source.tensors.keys() - report.keys.keys() - report.left_out.keys()):
+        raise PortingError(f"{source.path}: nothing explains {sources.abridged(unexplained)}", report)
     source.verify()
     return params
 
@@ -590,6 +602,8 @@ def read_checkpoint(path: str | pathlib.Path, *, weights: str = "ema", num_heads
         report.notes.append(f"the position table is recomputed for the {grid[0]} x {grid[1]} grid"
                             + (f", the source has {own_grid[0]} x {own_grid[1]}" if own_grid else ""))
         architecture["grid"] = grid
+    if math.prod(architecture["grid"] or ()) > _MAX_POSITIONS:
+        raise PortingError(f"{path}: a grid of {plain(architecture['grid'])} positions, the limit is {_MAX_POSITIONS}")
     return _checkpoint(params, architecture, report)
 
 
@@ -624,13 +638,20 @@ def _read_torch_dit(path, weights, input_size):
         report.left_out = dict.fromkeys(aside, "projectors of REPA's training loss")
         if aside:
             report.notes.append("a REPA model: it predicts the velocity of SiT's linear path, at times in [0, 1]")
-    shapes = {key: _joined_shape(pieces) for key, pieces in named.items() if all(p.ndim for p in pieces)}
+    shapes = {key: _joined_shape(pieces) for key, pieces in named.items()
+              if len(pieces) == 1 or all(piece.ndim for piece in pieces)}
     architecture = _dit_architecture(shapes, path)
     if report.layout == "diffusers":
         fields = _diffusers_dit_fields(source, architecture) if source.config is not None else {
             "timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
         _merge_fields(architecture, fields, path, "config.json")
+        if source.config is None:
+            report.notes.append("no config.json beside it: diffusers' defaults are taken, "
+                                + ", ".join(f"{field} = {value}" for field, value in fields.items()))
     stored = _check_stored(source.stored, path)
+    if architecture["num_heads"] and architecture["attention"] == "softmax" and source.config is None and (
+            "num_heads" not in stored):
+        report.notes.append(f"num_heads = {architecture['num_heads']} is that of the published size of this depth and width")
     _merge_fields(architecture, stored, path, "its metadata")
     if architecture["attention"] == "linear" and "kernel_function" not in stored:
         report.notes.append("nothing in the file tells the kernel function: relu is taken")
@@ -643,7 +664,7 @@ def _read_torch_dit(path, weights, input_size):
         architecture["grid"] = own_grid
     if architecture["attention"] == "linear" and architecture["conv_size"] == 0 and not architecture["num_heads"]:
         report.notes.append("without convolution nothing in the file tells the number of heads")
-    params = _match(named, origin, layouts.dit_rules(architecture), source, report, ("pos_embed",))
+    params = _match(named, origin, layouts.dit_rules(architecture), source, report, {"pos_embed"} & shapes.keys())
     return params, architecture, report
 
 
@@ -680,7 +701,7 @@ def check_tree(flat, expected, path, report=None):
              if name in flat and tuple(flat[name].shape) != shape]
     wrong += [f"{name} of {leaf.dtype}, expected a float" for name, leaf in flat.items() if leaf.dtype not in _FLOATS]
     if report.missing or report.unexpected or wrong:
-        parts = [f"{name}: {sources.abridged(keys)}" for name, keys in (
+        parts = [f"{name}: {sources.abridged(keys, width=240 if name == 'wrong' else 80)}" for name, keys in (
             ("missing", report.missing), ("unexpected", report.unexpected), ("wrong", wrong)) if keys]
         raise PortingError(f"{path}: {'; '.join(parts)}", report)
     report.keys = dict.fromkeys(sorted(flat), "as it is")
@@ -737,6 +758,9 @@ def read_autoencoder(path: str | pathlib.Path, *, weights: str = "ema", scaling_
             raise PortingError(f"{path}: nothing in it tells the groups of its norms, and {architecture['norm_num_groups']}, "
                                f"what published ones have, does not divide the widths {architecture['block_out_channels']}; "
                                "put it into a folder with its config.json")
+        elif architecture["latent_channels"] == 16:
+            raise PortingError(f"{path}: 16 latent channels, as those of SD3 and Flux, which also shift their latents, and "
+                               "nothing in it tells by how much; give the diffusers folder with its config.json")
         flat = _match(named, origin, layouts.autoencoder_rules(architecture), source, report)
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor

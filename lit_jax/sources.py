@@ -85,7 +85,7 @@ def _state_dict(file, weights):
                                + (f"; choose weights={offer[0]} (port.weights, teacher.weights or student.weights)"
                                   if offer else ""))
         beside = [name for name in tree if name != inner[0]]
-        notes.append(f"took {inner[0]!r} from a training checkpoint and left {', '.join(map(repr, beside[:8]))}")
+        notes.append(f"took {inner[0]!r} from a training checkpoint and left {abridged(map(repr, beside), 8)}")
         notes += _notes_of_arguments(tree.get("args"))
         tree = tree[inner[0]]
     for key, value in tree.items():
@@ -119,11 +119,11 @@ def open_source(path, weights):
     sidecar = path.with_name(path.name + ".json")
     if "architecture" in file.metadata:
         try:
-            stored = json.loads(file.metadata["architecture"])
+            stored = json.loads(file.metadata["architecture"], object_pairs_hook=torch_file.unique_keys)
         except (ValueError, RecursionError) as error:
             raise PortingError(f"{path}: its architecture is not valid JSON: {error}") from error
     elif path.suffix != ".safetensors" and sidecar.is_file():
-        stored = _read_json(sidecar).get("architecture", {})
+        stored = _read_json(_inside(path.parent, sidecar.name, path)).get("architecture", {})
     return Source(path, tensors, stored, None, notes, [file])
 
 
@@ -139,13 +139,13 @@ def _open_folder(path):
     path = component(path, "transformer")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: neither an Orbax checkpoint nor a diffusers folder (no config.json)")
-    config = _read_json(path / "config.json")
+    config = _read_json(_inside(path, "config.json", path))
     stem = "diffusion_pytorch_model"
     files, tensors = [], {}
     for suffix in (".safetensors", ".bin"):
         index = path / f"{stem}{suffix}.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = _read_json(_inside(path, index.name, path)).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise PortingError(f"{index}: no weight_map")
             for name in weight_map.values():
@@ -163,7 +163,9 @@ def _open_folder(path):
             tensors, _ = _state_dict(files[-1], "model")
             break
     else:
-        raise FileNotFoundError(f"{path}: no {stem}.safetensors or .bin, single or with an index")
+        variants = sorted(each.name for suffix in ("safetensors", "bin") for each in path.glob(f"{stem}.*.{suffix}"))
+        raise FileNotFoundError(f"{path}: no {stem}.safetensors or .bin, single or with an index"
+                                + (f"; {abridged(variants)} is a variant or a shard, rename it to take it" if variants else ""))
     return Source(path, tensors, {}, config, [], files)
 
 
@@ -171,6 +173,6 @@ def is_count(value, low=1, high=10**6):
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def abridged(names, limit=6):
-    names = list(names)
+def abridged(names, limit=6, width=80):
+    names = [name if len(name) <= width else f"{name[:width - 3]}..." for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

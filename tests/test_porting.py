@@ -280,6 +280,7 @@ def test_published_head_counts_are_known_and_others_asked_for(folder):
         porting.read_checkpoint(folder / "a.pt", num_heads=5)
     small = porting.read_checkpoint(save(DiT(12, 384, 6, 8, 4, 10, (2, 2)), folder / "s.pt"))
     assert small.architecture["num_heads"] == 6
+    assert "num_heads = 6 is that of the published size of this depth and width" in small.report.notes
     assert not (folder / "b.pt").exists()
 
 
@@ -316,6 +317,20 @@ def test_diffusers_folders_compute_what_diffusers_computes(folder, form):
     official = porting.read_checkpoint(folder, timestep_freq_shift=0)
     assert rel(run_ours(official, x, t, y), expected) > 1e-3    # the convention matters
     assert any("timestep_freq_shift = 0 was asked for" in note for note in official.report.notes)
+
+
+def test_what_is_assumed_without_a_config_is_noted(folder):
+    make_diffusers().save_pretrained(folder)
+    notes = porting.read_checkpoint(folder / "diffusion_pytorch_model.safetensors", num_heads=3).report.notes
+    assert "no config.json beside it: diffusers' defaults are taken, timestep_freq_shift = 1, mlp_norm_epsilon = 1e-05" in notes
+
+
+def test_a_linked_sidecar_is_not_followed_out_of_its_folder(folder):
+    (folder / "elsewhere.json").write_text(json.dumps({"architecture": {"num_heads": 3}}))
+    (folder / "in").mkdir()
+    (folder / "in" / "a.pt.json").symlink_to(folder / "elsewhere.json")
+    with pytest.raises(porting.PortingError, match="a.pt.json: a link to .* outside the folder"):
+        porting.read_checkpoint(save(make_torch(), folder / "in" / "a.pt"))
 
 
 def test_old_diffusers_configs_are_taken(folder):
@@ -483,6 +498,58 @@ def _block_number_huge(folder):
     edit(folder, lambda state: state.update({"transformer_blocks.999999.ff.net.2.bias": torch.zeros(48)}))
 
 
+def _unknown_embedder_leaf(folder):
+    edit(folder, _set("transformer_blocks.1.norm1.emb.class_embedder.embedding_table.bias", torch.zeros(48)))
+
+
+def _unknown_embedder_part(folder):
+    edit(folder, _set("transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.lora_A", torch.zeros(48)))
+
+
+def _leading_zero(folder):
+    edit(folder, _set("transformer_blocks.01.attn1.to_out.0.weight", torch.full((48, 48), 9.0)))
+
+
+def _other_digits(folder):
+    edit(folder, _set("transformer_blocks.\u0661.attn1.to_out.0.weight", torch.full((48, 48), 9.0)))
+
+
+def _official_block(folder):
+    edit(folder, _set("blocks.0.mlp.fc1.weight", torch.full((192, 48), 9.0)))
+
+
+def _official_top(folder):
+    edit(folder, _set("x_embedder.proj.weight", torch.full((48, 4, 2, 2), 9.0)))
+
+
+def _config_link_out(folder):
+    make_diffusers().save_pretrained(folder)
+    outside = folder.parent / f"{folder.name}_outside.json"
+    (folder / "config.json").rename(outside)
+    (folder / "config.json").symlink_to(outside)
+
+
+def _index_link_out(folder):
+    index, _ = sharded(folder)
+    outside = folder.parent / f"{folder.name}_index.json"
+    index.rename(outside)
+    index.symlink_to(outside)
+
+
+def _variant(folder):
+    make_diffusers().save_pretrained(folder, variant="fp16")
+
+
+def _grid_huge(folder):
+    edit(folder, lambda state: None)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 10**6}))
+
+
+def _long_key(folder):
+    edit(folder, _set("k" * 10**5, torch.zeros(1)))
+
+
 def edit(folder, change):
     make_diffusers().save_pretrained(folder)
     path = folder / "diffusion_pytorch_model.safetensors"
@@ -503,6 +570,14 @@ FOLDERS = {
     _projection_uneven: r"\(40, 48\).*expected \(144, 48\)",
     _embedder_missing: "missing: transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias",
     _extra_key: "unexpected: transformer_blocks.1.attn2.to_q.weight", _block_number_huge: "do not count up from 0",
+    _unknown_embedder_leaf: "unexpected: transformer_blocks.1.norm1.emb.class_embedder.embedding_table.bias",
+    _unknown_embedder_part: "unexpected: transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.lora_A",
+    _leading_zero: "unexpected: transformer_blocks.01.attn1.to_out.0.weight", _other_digits: "unexpected: transformer_blocks",
+    _official_block: "unexpected: blocks.0.mlp.fc1.weight", _official_top: "unexpected: x_embedder.proj.weight",
+    _config_link_out: "config.json: a link to .* outside the folder", _index_link_out: "index.json: a link to",
+    _variant: "diffusion_pytorch_model.fp16.safetensors is a variant",
+    _grid_huge: "grid of 500000x500000 positions, the limit is",
+    _long_key: r"unexpected: k{77}\.\.\.$",
 }
 
 
@@ -573,6 +648,9 @@ STATES = {
     "transposed_pos_embed": (lambda s: s.update(pos_embed=s["pos_embed"].unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)),
                              "pos_embed differs"),
     "nan_pos_embed": (_poison("pos_embed", float("nan")), "pos_embed differs .* by nan"),
+    "scalar_pos_embed": (_set("pos_embed", torch.zeros(())), r"pos_embed has shape \(\), expected 3"),
+    "one_key_of_diffusers": (_set("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight", torch.zeros(48, 256)),
+                             r"x_embedder.proj.weight is missing .*\(not of diffusers\)"),
     "odd_pos_embed": (_set("pos_embed", torch.zeros(1, 15, 48)), "15 positions, the grid is unknown"),
     "narrow_pos_embed": (_set("pos_embed", torch.zeros(1, 16, 40)), "needs"),
     "output_channels": (_set("final_layer.linear.weight", torch.zeros(48, 48)),
@@ -606,6 +684,7 @@ def test_state_dicts_that_lie_are_refused(folder, name):
 METADATA = {
     "not_json": ("{", "not valid JSON"),
     "a_list": ("[]", "a list, not an object"),
+    "the_same_field_twice": ('{"num_heads": 3, "num_heads": 2}', "'num_heads' appears twice"),
     "unknown_field": ('{"depht": 3}', "says depht = 3"),
     "heads_do_not_divide": ('{"num_heads": 5}', "num_heads = 5, which does not divide the width 48"),
     "negative_heads": ('{"num_heads": -3}', "says num_heads = -3"),
@@ -891,6 +970,7 @@ def test_metadata_of_an_orbax_autoencoder_that_lie_are_refused(folder, orbax_aut
 
 @pytest.mark.parametrize("change, message", [
     (dict(scaling_factor=-1.0), "scaling_factor = -1.0"), (dict(norm_num_groups=5), "norm_num_groups = 5"),
+    (dict(scaling_factor=True), "scaling_factor = True"), (dict(shift_factor=False), "shift_factor = False"),
     (dict(scaling_factor=float("nan")), "scaling_factor = nan"), (dict(shift_factor=float("inf")), "shift_factor = inf"),
     (dict(act_fn="re\nlu\x1b[2J"), r"act_fn = re\\nlu\\x1b\[2J, expected silu"),
     (dict(act_fn="relu"), "act_fn = relu"), (dict(latent_channels=8), "latent_channels = 8, expected 4"),
@@ -920,6 +1000,10 @@ def test_autoencoder_without_scale_or_with_odd_keys_is_refused(folder, torch_aut
     torch.save(narrow.state_dict(), folder / "d.pt")
     with pytest.raises(porting.PortingError, match=r"32, what published ones have, does not divide the widths \(16,\)"):
         porting.read_autoencoder(folder / "d.pt", scaling_factor=1.0)
+    flux = AutoencoderKL(block_out_channels=(32,), latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+    torch.save(flux.state_dict(), folder / "e.pt")
+    with pytest.raises(porting.PortingError, match="16 latent channels, .* shift their latents"):
+        porting.read_autoencoder(folder / "e.pt", scaling_factor=0.3611)
     with pytest.raises(ValueError, match="scaling_factor must not be negative; got -1.0"):
         porting.read_autoencoder(folder / "d.pt", scaling_factor=-1.0)
 
