@@ -124,9 +124,14 @@ def unique_keys(pairs):
     result = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key!r} appears twice")
+            raise ValueError(f"key {key[:80]!r} appears twice")
         result[key] = value
     return result
+
+
+def _fits(shape, itemsize):
+    """Whether NumPy can make such an array: it multiplies the sizes that are not zero, even of an empty one."""
+    return math.prod(n for n in shape if n) * itemsize < 2**63
 
 
 def _is_size(value):
@@ -168,28 +173,30 @@ def read_safetensors(path):
     tensors, spans = {}, []
     for key, entry in header.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            fail(f"{key}: the entry is not {{dtype, shape, data_offsets}}")
+            fail(f"{key[:80]}: the entry is not {{dtype, shape, data_offsets}}")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in _SAFETENSORS_DTYPES:
-            fail(f"{key}: dtype {_describe(entry['dtype'])} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
+            fail(f"{key[:80]}: dtype {_describe(entry['dtype'])} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-            fail(f"{key}: {json.dumps(shape)[:80]} is not a shape")
+            fail(f"{key[:80]}: {json.dumps(shape)[:80]} is not a shape")
+        if not _fits(shape, dtype.itemsize):
+            fail(f"{key[:80]}: shape {tuple(shape)} of {entry['dtype']} needs 2^63 bytes or more")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-            fail(f"{key}: {json.dumps(offsets)[:80]} are not data offsets")
+            fail(f"{key[:80]}: {json.dumps(offsets)[:80]} are not data offsets")
         begin, end = offsets
         if begin > end or end > data_bytes:
-            fail(f"{key}: data offsets {begin}..{end} are outside the {data_bytes} bytes of data")
+            fail(f"{key[:80]}: data offsets {begin}..{end} are outside the {data_bytes} bytes of data")
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes != end - begin:
-            fail(f"{key}: shape {tuple(shape)} of {entry['dtype']} needs {num_bytes} bytes, "
+            fail(f"{key[:80]}: shape {tuple(shape)} of {entry['dtype']} needs {num_bytes} bytes, "
                  f"the offsets span {end - begin}")
         spans.append((begin, end, key))
         tensors[key] = np.frombuffer(buffer, dtype, math.prod(shape), 8 + header_bytes + begin).reshape(shape)
     position = 0
     for begin, end, key in sorted(spans):
         if begin != position:
-            fail(f"{key}: starts at byte {begin} of the data, expected {position}: "
+            fail(f"{key[:80]}: starts at byte {begin} of the data, expected {position}: "
                  "tensors overlap or leave a gap")
         position = end
     if position != data_bytes:
@@ -220,7 +227,7 @@ def write_safetensors(path, tensors, metadata):
     write_atomically(path, write)
 
 
-# What a tensor file may name: storages by dtype, and the few constructors that `_Unpickler._reduce` knows.
+# The storages that a tensor file names, by dtype.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32),
@@ -228,18 +235,13 @@ _STORAGE_DTYPES = {
     "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
 }
-_CONSTRUCTORS = {
-    "collections.OrderedDict", "argparse.Namespace", "torch.Size", "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
-}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 @dataclasses.dataclass(frozen=True)
-class _Name:
-    """A global that the pickle names; it stays a name."""
+class Global:
+    """A global that the pickle names; it stays a name, whatever it is: nothing imports it."""
     name: str
 
 
@@ -267,13 +269,15 @@ _MARK = object()
 class _Unpickler:
     """Interprets one pickle from a stream; anything beyond tensors and plain containers fails.
 
-    No opcode imports or calls: GLOBAL makes a `_Name`, and REDUCE and BUILD know what each of the few allowed
-    names means. Lists and dicts hold references only, so the result is never much larger than the pickle.
+    No opcode imports or calls: GLOBAL makes a `Global`, and REDUCE and BUILD know what each of the few names that may
+    be called means. Opcodes make no more than they read, and REDUCE and BUILD, which may be given one memoised object again
+    and again, together make no more than the stream is long: time and memory are at most a fixed multiple of its length.
     """
 
     def __init__(self, stream, fail):
         self._stream, self._fail = stream, fail
         self._stack, self._memo, self._dicts = [], {}, []
+        self._budget = stream.getbuffer().nbytes    # characters and entries that REDUCE and BUILD may make
         self.storages = {}      # key -> dtype of every storage that was named
 
     def replace_tensors(self, view_of):
@@ -281,7 +285,12 @@ class _Unpickler:
         for entries in self._dicts:
             for key, value in entries.items():
                 if isinstance(value, _Tensor):
-                    entries[key] = view_of(value)
+                    entries[key] = view_of(key, value)
+
+    def _spend(self, amount):
+        self._budget -= amount
+        if self._budget < 0:
+            self._fail("the pickle makes more out of its objects than it holds, which no tensor file does")
 
     def _new_dict(self):
         self._dicts.append({})
@@ -294,7 +303,8 @@ class _Unpickler:
                     if len(self._stack) != 1:
                         self._fail("the pickle is damaged: it ends with a stack of "
                                    f"{len(self._stack)} objects instead of one")
-                    return self._stack.pop()
+                    value = self._stack.pop()
+                    return self._refuse(value) if isinstance(value, Global) else value
                 self._step(opcode.name, argument)
         except TensorFileError:
             raise
@@ -366,7 +376,7 @@ class _Unpickler:
                 stack.append(self._reduce(function, arguments))
             case "NEWOBJ":
                 arguments, function = self._pop(), self._pop()
-                if function != _Name("argparse.Namespace") or arguments != ():
+                if function != Global("argparse.Namespace") or arguments != ():
                     self._refuse(function)
                 stack.append(self._new_dict())
             case "BUILD":
@@ -374,8 +384,9 @@ class _Unpickler:
                 # A state_dict carries its module versions as an attribute; a Namespace is all attributes.
                 if not isinstance(state, dict):
                     self._fail(f"the pickle sets a {type(state).__name__} as the state of an object")
-                if set(state) != {"_metadata"}:
-                    target.update(state)
+                if state.keys() != {"_metadata"}:
+                    self._spend(len(state))
+                    self._fill(target, [item for entry in state.items() for item in entry])
             case _:
                 self._fail(f"the pickle uses the opcode {opcode}, which no tensor file needs")
 
@@ -400,8 +411,10 @@ class _Unpickler:
         if len(items) % 2:
             self._fail("the pickle is damaged: a key without a value")
         for key, value in zip(items[::2], items[1::2]):
-            if not isinstance(key, str | int | float | bytes | None):
+            if not isinstance(key, str | int | float | bytes | Global | None):
                 self._fail(f"the pickle uses a {type(key).__name__} as a key")
+            if isinstance(key, int) and abs(key) >= 2**32:      # larger ones can be chosen to have one hash
+                self._fail("the pickle uses an integer of more than 32 bits as a key")
             if key in target:
                 self._fail(f"the key {str(key)[:80]!r} appears twice")
             target[key] = value
@@ -412,13 +425,11 @@ class _Unpickler:
             self._fail("the pickle is damaged: a global that is not named by strings")
         full = f"{module}.{name}"
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
-            return _Name(name)
-        if full not in _CONSTRUCTORS:
-            self._refuse(_Name(full))
-        return _Name(full)
+            return Global(name)
+        return Global(full)
 
     def _refuse(self, function):
-        what = function.name if isinstance(function, _Name) else type(function).__name__
+        what = function.name if isinstance(function, Global) else type(function).__name__
         self._fail(f"asks to run {what[:120]}, which is refused: only tensors in plain containers are read "
                    "(save the state_dict alone)")
 
@@ -426,7 +437,7 @@ class _Unpickler:
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             self._fail("a persistent object that is not a tensor storage")
         _, kind, key, _, numel = identity[:5]
-        if not isinstance(kind, _Name) or not isinstance(key, str) or not _is_size(numel):
+        if not isinstance(kind, Global) or not isinstance(key, str) or not _is_size(numel):
             self._fail("a storage without type, name and size")
         if kind.name not in _STORAGE_DTYPES:
             self._refuse(kind)
@@ -441,32 +452,39 @@ class _Unpickler:
         return _Storage(key, dtype, view[1], view[2], numel)
 
     def _reduce(self, function, arguments):
-        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
             self._refuse(function)
         match function.name:
             case "collections.OrderedDict":
                 pairs = arguments[0] if arguments else []
                 if len(arguments) > 1 or not isinstance(pairs, list):
                     self._fail("an OrderedDict of something else than a list")
+                self._spend(len(pairs))
                 return self._fill(self._new_dict(), [item for key, value in pairs for item in (key, value)])
+            case "collections.defaultdict" if len(arguments) <= 1:
+                return self._new_dict()
             case "argparse.Namespace" if not arguments:
                 return self._new_dict()
             case "torch.Size" if len(arguments) == 1 and isinstance(arguments[0], tuple):
                 return arguments[0]
-            case "pathlib.PosixPath" | "pathlib.PurePosixPath" if all(isinstance(a, str) for a in arguments):
-                return str(pathlib.PurePosixPath(*arguments))
+            case "pathlib.PosixPath" | "pathlib.PurePosixPath":
+                self._spend(len(arguments))
+                if all(isinstance(argument, str) for argument in arguments):
+                    self._spend(sum(map(len, arguments)))
+                    return str(pathlib.PurePosixPath(*arguments))
             case "torch._utils._rebuild_parameter" if arguments and isinstance(arguments[0], _Tensor):
                 return arguments[0]
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" if len(arguments) >= 4:
                 storage, offset, shape, strides = arguments[:4]
                 if not isinstance(storage, _Storage):
                     self._fail("a tensor without a storage")
-                for value in (shape, strides):
-                    if not isinstance(value, tuple) or not all(map(_is_size, value)):
-                        self._fail("a tensor whose shape or strides are not a tuple of sizes")
+                if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+                    self._fail("a tensor whose shape or strides are not a tuple of sizes")
                 if not _is_size(offset) or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
                     self._fail(f"a tensor at {_describe(offset)} with {len(shape)} dimensions and "
                                f"{len(strides)} strides (limit {MAX_DIMENSIONS})")
+                if not all(map(_is_size, shape + strides)):
+                    self._fail("a tensor whose shape or strides are not a tuple of sizes")
                 return _Tensor(storage, offset, shape, strides)
         self._refuse(function)
 
@@ -474,28 +492,31 @@ class _Unpickler:
 def _viewer(buffer, places, fail):
     """Returns a function from `_Tensor` to array; `places`: storage key -> (first byte, number of bytes)."""
 
-    def view_of(tensor):
+    def view_of(key, tensor):
         storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
         if storage.key not in places:
             fail(f"storage {storage.key[:80]!r} is not in the file")
         begin, num_bytes = places[storage.key]
         itemsize = storage.dtype.itemsize
         if storage.record_numel * itemsize != num_bytes:
-            fail(f"storage {storage.key!r} claims {storage.record_numel} x {itemsize} bytes, "
+            fail(f"storage {storage.key[:80]!r} claims {storage.record_numel} x {itemsize} bytes, "
                  f"the file holds {num_bytes}")
         if storage.start + storage.numel > storage.record_numel:
-            fail(f"storage {storage.key!r} has {storage.record_numel} elements, a view takes "
+            fail(f"storage {storage.key[:80]!r} has {storage.record_numel} elements, a view takes "
                  f"{storage.start}..{storage.start + storage.numel}")
+        if not _fits(shape, itemsize):
+            fail(f"{str(key)[:80]}: shape {shape} of {storage.dtype} needs 2^63 bytes or more")
         size = math.prod(shape)
         last = tensor.offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
         if size > storage.numel or (size and last >= storage.numel):
-            fail(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset} does not fit in its "
-                 f"storage {storage.key!r} of {storage.numel} elements")
+            fail(f"{str(key)[:80]}: shape {shape}, strides {strides}, offset {tensor.offset} does not fit in its "
+                 f"storage {storage.key[:80]!r} of {storage.numel} elements")
         flat = np.frombuffer(buffer, storage.dtype, storage.numel, begin + storage.start * itemsize)
         if size == 0:
             return np.empty(shape, storage.dtype)
         return np.lib.stride_tricks.as_strided(
-            flat[tensor.offset :], shape, [stride * itemsize for stride in strides], writeable=False)
+            flat[tensor.offset :], shape, [stride * itemsize if n > 1 else 0 for n, stride in zip(shape, strides)],
+            writeable=False)
 
     return view_of
 
@@ -540,6 +561,11 @@ def _read_zip(path, buffer, fail):
                  "beside the others")
         places[record.filename] = Record(begin, record.file_size, record.CRC, record.filename)
 
+    spans = sorted(places.values())
+    for one, other in zip(spans, spans[1:]):
+        if one.begin + one.num_bytes > other.begin:
+            fail(f"the records {one.name[:80]!r} and {other.name[:80]!r} overlap")
+
     order = places.get(f"{root}byteorder")
     if order and buffer[order.begin : order.begin + min(order.num_bytes, 16)] != b"little":
         fail("the tensors are not little-endian")
@@ -552,7 +578,7 @@ def _read_zip(path, buffer, fail):
     prefix = f"{root}data/"
     storages = {name[len(prefix) :]: record[:2] for name, record in places.items() if name.startswith(prefix)}
     unpickler.replace_tensors(_viewer(buffer, storages, fail))
-    return value, tuple(sorted(places.values()))
+    return value, tuple(spans)
 
 
 def _read_legacy(buffer, fail):
