@@ -142,9 +142,12 @@ def export_diffusers(params: Any, path: str | pathlib.Path, architecture: dict) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def export_orbax(checkpoint: Checkpoint, path: str | pathlib.Path, *, shardings: Any = None) -> None:
-    """Writes an Orbax parameter checkpoint, float32; `shardings` spreads the arrays over devices on the way."""
+def export_orbax(checkpoint: Checkpoint, path: str | pathlib.Path, *, shardings: Any = None, consume: bool = False) -> None:
+    """Writes an Orbax parameter checkpoint, float32; `shardings` spreads the arrays over devices on the way.
+
+    `consume` empties `checkpoint.params` as they are loaded: for the last use of a checkpoint that is held in memory.
+    """
     kind = "autoencoder" if "latent_channels" in checkpoint.architecture else "model"
     metadata = {kind: checkpoint.architecture, "source": checkpoint.report.source,
                 "checksum": checkpoint.report.checksum}
-    orbax.save_params(path, load_params(checkpoint.params, shardings), metadata)
+    orbax.save_params(path, load_params(checkpoint.params, shardings, consume=consume), metadata)

@@ -5,6 +5,7 @@
 
 Nothing is written unless the whole source is read, explained, finite and what the config describes.
 """
+import os
 import pathlib
 import resource
 import time
@@ -38,17 +39,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
     if not source.exists():
         raise FileNotFoundError(f"port.source = {source}: no such file or folder")
 
+    workdir = pathlib.Path(workdir)     # made at the end; a port whose report has no place is not begun
+    above = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
+
     if porting.is_autoencoder(source):
         if layout != "orbax":
             raise ValueError(f"port.layout = {layout}, but {source} is an autoencoder, which is ported to orbax only")
         checkpoint = porting.read_autoencoder(source, weights=port.weights, scaling_factor=port.scaling_factor)
     else:
         checkpoint = _read_dit(config, source)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     writes = jax.process_index() == 0
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     if layout == "orbax":
         shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
-        exporting.export_orbax(checkpoint, target, shardings=shardings)
+        exporting.export_orbax(checkpoint, target, shardings=shardings, consume=True)
     elif layout == "diffusers" and writes:
         exporting.export_diffusers(checkpoint.params, target, checkpoint.architecture)
     elif writes:
@@ -56,7 +62,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> porting.Report:
         checkpoint.report.notes.append(f"wrote {', '.join(path.name for path in written)}")
 
     if writes:
-        workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
         size, peak = 4 * checkpoint.report.parameters, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

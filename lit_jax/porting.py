@@ -8,6 +8,7 @@ Leaves stay in their file until they are indexed, so a sharded load reads only w
 """
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -137,20 +138,29 @@ def _joined_shape(pieces):
     return shape if len(pieces) == 1 else (sum(piece.shape[0] for piece in pieces), *shape[1:])
 
 
-def load_params(params: Any, shardings: Any = None) -> Any:
+def load_params(params: Any, shardings: Any = None, *, consume: bool = False) -> Any:
     """Reads a tree of leaves into device arrays, one leaf at a time.
 
     Args:
         params: nested dict of `Leaf` or arrays.
         shardings: the same tree of shardings; each device then reads only its part. None: the default device.
+        consume: takes each leaf out of `params` once it is loaded, so that those in memory are not there twice.
     """
-    if shardings is None:
-        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
+    loaded = {}
+    for name in list(params):
+        leaf = params.pop(name) if consume else params[name]
+        sharding = None if shardings is None else shardings[name]
+        if isinstance(leaf, dict):
+            loaded[name] = load_params(leaf, sharding, consume=consume)
+        elif sharding is None:
+            loaded[name] = jnp.asarray(np.asarray(leaf))
+        else:
+            loaded[name] = jax.make_array_from_callback(leaf.shape, sharding, functools.partial(_read_part, leaf))
+    return loaded
 
-    def load(leaf, sharding):
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
 
-    return jax.tree.map(load, params, shardings)
+def _read_part(leaf, index):
+    return np.asarray(leaf[index])
 
 
 def checksum(params: Any) -> str:

@@ -783,6 +783,9 @@ def test_orbax_comes_back_bit_for_bit(folder, name):
     assert again.report.checksum == checkpoint.report.checksum
     assert again.architecture == checkpoint.architecture
     exporting.export_official(again.params, folder / "b.safetensors", again.architecture)
+    loaded = porting.load_params(again.params, shardings, consume=True)
+    assert not jax.tree.leaves(again.params)    # each was let go as it was loaded
+    assert_same_tree(loaded, checkpoint.params)
     assert (folder / "b.safetensors").read_bytes() == _official_bytes(checkpoint, folder / "c.safetensors")
 
 
@@ -1125,6 +1128,15 @@ def test_a_killed_export_does_not_stand_in_the_way(folder):
     exporting.export_diffusers(checkpoint.params, folder / "out", checkpoint.architecture)
     assert sorted(os.listdir(folder / "out")) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(os.listdir(folder)) == ["a.safetensors", "out"]
+
+
+def test_a_report_without_a_place_stops_the_job_before_it_writes(folder):
+    source = save(make_torch(), folder / "a.pt")
+    (folder / "file").write_text("x")
+    settings = config(port=dict(source=str(source), target=str(folder / "out"), num_heads=3))
+    with pytest.raises(ValueError, match="workdir = .*file/work: .*file is not a folder"):
+        port.run(settings, folder / "file" / "work")
+    assert sorted(os.listdir(folder)) == ["a.pt", "file"]
 
 
 def test_the_job_never_overwrites_and_can_skip_the_check(folder):
