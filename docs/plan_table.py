@@ -1,6 +1,6 @@
 """Plans LiT-XL/2 with its DiT-XL/2 teacher on one slice after the other and prints the table of docs/scaling.md.
 
-    python docs/plan_table.py [WORKDIR]         (64 to 85 CPU seconds a row; rows already in WORKDIR are not planned again)
+    python docs/plan_table.py [WORKDIR]         (64 to 120 CPU seconds a row; rows already in WORKDIR are not planned again)
 """
 import json
 import pathlib
