@@ -4,6 +4,7 @@ A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, 
 (the iterator's state, JSON) and metadata (JSON). A parameter checkpoint is a folder of the same form with params and
 metadata only, so everything that reads parameters reads both.
 """
+import contextlib
 import itertools
 import json
 import pathlib
@@ -171,8 +172,13 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def shapes_of(item: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays of one saved item, without reading them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: tuple(leaf.shape) for name, leaf in flatten(checkpointer.metadata(item).item_metadata.tree).items()}
+    return {name: tuple(leaf.shape) for name, leaf in flatten(_saved_tree(item)).items()}
+
+
+def _saved_tree(item: pathlib.Path) -> Any:
+    """The tree of one saved item; leaves have shape and dtype."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:  # a Checkpointer would miss the item's own commit mark
+        return handler.metadata(item).tree
 
 
 def save_params(path: str | pathlib.Path, params: Any, metadata: dict) -> None:
@@ -212,10 +218,10 @@ def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool
     folder = _find(pathlib.Path(path).absolute())
     if folder is None:
         raise FileNotFoundError(f"{path} holds no Orbax checkpoint (a folder with `params`)")
-    item = "ema_params" if ema and (folder / "ema_params").is_dir() else "params"
+    trained = (folder / "opt_state").is_dir() or (folder / "ema_params").is_dir()
+    item = "ema_params" if ema and trained else "params"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder / item).item_metadata.tree
+        tree = _saved_tree(folder / item)
         if shardings is None:
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
         else:

@@ -117,9 +117,11 @@ class LatentSource(Source):
 def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.DatasetBuilder:
     """The prepared TFDS data set `name` under `directory`; writes `mnist_digits` there if it is not yet.
 
-    Raises: FileNotFoundError, in the words of the config's `field`.name and .dir, when it is not prepared there.
+    Raises: FileNotFoundError, in the words of the config's `field`.name and .dir, when it is not prepared there; ValueError
+      when it is there and cannot be opened.
     """
     if name == "mnist_digits":
+        tfds.disable_progress_bar()  # 5,000 records are there at once
         with distributed.process_zero_first("mnist_digits"):
             builder = MnistDigits(data_dir=directory, file_format="array_record")
             builder.download_and_prepare()  # does nothing when the files are there
@@ -129,6 +131,9 @@ def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.Da
         prepared = builder.is_prepared()
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError):
         prepared = False
+    except Exception as error:  # a name TFDS cannot parse, another version, damaged metadata: each its own exception
+        raise ValueError(f"{field}: the TFDS data set {name!r} in data.dir {directory!r} cannot be opened: "
+                         f"{(str(error).splitlines() or [repr(error)])[0]}") from error
     if not prepared:
         if any(pathlib.Path(directory).glob(f"{name}/*/{PREPARED}")):
             raise FileNotFoundError(f"{field}: {name!r} in data.dir {directory!r} is not finished; run the --mode=prepare "
@@ -154,14 +159,23 @@ def open_source(name: str, directory: str, split: str) -> ImageSource | LatentSo
         if not {"image", "label"} <= set(features) or None in features["image"].shape:
             raise ValueError(f"data.name {name}: needs an image of one shape and a label, it has {dict(features)}; "
                              f"--mode=prepare makes such a data set of it")
-        return ImageSource(name, split, builder.as_data_source(split=split), tuple(features["image"].shape),
+        return ImageSource(name, split, _records(builder, split), tuple(features["image"].shape),
                            features["label"].num_classes)
     if not about.exists():
         raise ValueError(f"data.name {name}: its latents say nothing of their autoencoder, for {about} is missing")
     autoencoder = json.loads(about.read_text())["autoencoder"]
-    return LatentSource(name, split, builder.as_data_source(split=split), tuple(features["mean"].shape[1:]),
+    return LatentSource(name, split, _records(builder, split), tuple(features["mean"].shape[1:]),
                         features["label"].num_classes, autoencoder["scaling_factor"], autoencoder["shift_factor"],
                         autoencoder)
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+    """The records of a split by number. Raises: ValueError for a data set in a format without random access."""
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise ValueError(f"data.name {builder.info.full_name} is stored as {builder.info.file_format.value}, which has no "
+                         f"random access; build it with --file_format=array_record, or `tfds convert_format` it") from error
 
 
 class _ProcessRows(grain.MapDataset):

@@ -39,6 +39,7 @@ NUMBERS = (
     ("two numbers, the first not above the second",
      lambda x: len(x) == 2 and all(isinstance(end, (int, float)) for end in x) and x[0] <= x[1], ("sample.cfg_interval",)),
 )
+NAMES = ("inherit.load", "inherit.keep_init", "evaluate.compare", "evaluate.compare_across", "plan.programs", "benchmark.what")
 WORDS = {
     "model.kernel_function": KERNEL_FUNCTIONS,
     "model.timestep_freq_shift": (0, 1),
@@ -58,13 +59,16 @@ WORDS = {
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for the first value that can never work, naming the field, the value and what it may be."""
-    missing = [name for *_, names in NUMBERS for name in (*names, *WORDS) if not _has(config, name)]
+    missing = [name for *_, names in NUMBERS for name in (*names, *NAMES, *WORDS) if not _has(config, name)]
     if missing:
         raise ValueError(f"the config has no field {missing[0]}; get_config() starts from that of configs/default.py")
     for words, allowed, names in NUMBERS:
         for name in names:
-            if not allowed(value := _read(config, name)):
+            if (value := _read(config, name)) is None or not allowed(value):
                 raise ValueError(f"{name} must be {words}; got {value!r}")
+    for name in NAMES:
+        if not isinstance(value := _read(config, name), (tuple, list)) or not all(isinstance(x, str) for x in value):
+            raise ValueError(f"{name} must be a tuple of names, such as ('a', 'b'); got {value!r}")
     words = WORDS | {"model.implementation": (None, *(
         IMPLEMENTATIONS if config.model.attention == "linear" else SOFTMAX_IMPLEMENTATIONS))}
     for name, choices in words.items():

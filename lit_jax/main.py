@@ -75,7 +75,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    # The text of a KeyError is the repr of what it was raised with.
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def _config_of(argv: list[str]) -> str:

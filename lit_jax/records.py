@@ -38,7 +38,6 @@ class Records:
         self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
         self._active = jax.process_index() == 0
         self._terminal = self._active and sys.stderr.isatty()
-        self._terminal = self._active and sys.stderr.isatty()
         self._clock = None
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
@@ -127,7 +126,7 @@ def forget_after(path: pathlib.Path, step: int) -> None:
         return
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     part = path.with_suffix(".part")
-    part.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    part.write_text("".join(line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step))
     os.replace(part, path)
 
 
@@ -187,15 +186,25 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The training lines of metrics.jsonl; evaluations are lines of their own and left out."""
-    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "train/loss" in line]
+    path = workdir / "metrics.jsonl"
+    return [line for line in _parse(path, path.read_text().splitlines()) if "train/loss" in line]
+
+
+def _parse(path: pathlib.Path, lines: list[str]) -> list[dict[str, float]]:
+    """The lines of a metrics file. Raises: ValueError naming the file and the line that is none."""
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is no JSON: {error.doc.strip()[:80]}; remove it") from error
 
 
 def plot_curves(workdir: pathlib.Path) -> None:
-    """Draws workdir/curves.png: each loss term of metrics.jsonl over the steps."""
+    """Draws workdir/curves.png: each loss term of metrics.jsonl over the steps; nothing if it has no steps."""
     from matplotlib.figure import Figure  # here: it takes a second; no pyplot, which would look for a display
 
     lines = read_training(workdir)
+    if not lines:
+        return
     terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in lines[-1]]
     figure = Figure(figsize=(3 * len(terms), 2.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):

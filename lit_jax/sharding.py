@@ -28,7 +28,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
         raise ValueError(f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices")
     axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
     if slices == 1:
-        return jax.make_mesh(tuple(shape), devices=devices, **axes)
+        try:
+            return jax.make_mesh(tuple(shape), devices=devices, **axes)
+        except NotImplementedError as error:  # on a TPU torus an axis of the mesh is made of whole axes of the slice
+            raise ValueError(f"mesh.data = {shape[0]} and mesh.fsdp = {shape[1]} cannot be laid on the axes of this slice: "
+                             f"{str(error).splitlines()[0]}") from error
     data, fsdp = shape
     if data % slices:
         raise ValueError(f"mesh.data = {data} is not a multiple of the {slices} slices that the {count} devices are in")

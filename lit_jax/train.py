@@ -176,11 +176,18 @@ def architecture(model: DiT, config: ConfigDict) -> dict[str, Any]:
     return fields | ({"conv_size": 0} if model.attention == "softmax" else {})
 
 
+def read_checkpoint(field: str, path: str, weights: str) -> porting.Checkpoint:
+    """The checkpoint that a field of the config names. Raises: FileNotFoundError naming the field when it is not there."""
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"{field} = {path}: no such file or folder; it is what another training or download leaves")
+    return porting.read_checkpoint(path, weights=weights)
+
+
 def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, porting.Checkpoint | None]:
     """The teacher's model and its checkpoint, still on disk; (None, None) for plain training."""
     if not config.teacher.checkpoint:
         return None, None
-    source = porting.read_checkpoint(config.teacher.checkpoint, weights=config.teacher.weights)
+    source = read_checkpoint("teacher.checkpoint", config.teacher.checkpoint, config.teacher.weights)
     return from_config.teacher(config, student, source.architecture), source
 
 
@@ -193,7 +200,7 @@ def open_init_source(config: ConfigDict, student: DiT, teacher_source: porting.C
         return None
     source = teacher_source
     if config.student.init != "teacher":
-        source = porting.read_checkpoint(config.student.init, weights=config.student.weights)
+        source = read_checkpoint("student.init", config.student.init, config.student.weights)
     elif source is None:
         raise ValueError("student.init = teacher, but teacher.checkpoint is empty; name one, or set student.init=random")
     for name in ("timestep_freq_shift", "mlp_norm_epsilon"):
@@ -324,7 +331,7 @@ def report(config: ConfigDict, generators: dict[str, generate.Generator], params
     for name, generator in generators.items():
         labels = generator.labels(index, "balanced")
         images[name] = records.to_uint8(generator(params[name], index, labels))
-    lines = records.read_training(workdir)
+    lines = records.read_training(workdir) or [{"step": config.train.steps}]  # a finished run whose metrics are gone
     first, last = lines[0], lines[-1]
     terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in last]
     result["loss"] = {name: {"start": first[f"train/{name}"], "end": last[f"train/{name}"]} for name in terms}

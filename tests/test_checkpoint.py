@@ -221,6 +221,15 @@ def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
 
+def test_a_training_checkpoint_without_its_ema_is_not_sampled_from_raw_weights(copy, states):
+    shutil.rmtree(copy / "6" / "ema_params")
+    with pytest.raises(ValueError, match="6 cannot be read: .*ema_params"):
+        checkpoint.restore_params(copy / "6")
+    params, metadata = checkpoint.restore_params(copy / "6", ema=False)
+    assert metadata["weights"] == "params"
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(states[6].params))
+
+
 def test_parameters_are_read_onto_shards(saved, states):
     mesh = sharding.make_mesh(1, 8)
     shardings = sharding.fsdp_sharding(states[6].params, mesh, min_size=64)

@@ -1,6 +1,7 @@
 """The data sets, the order of their records and its independence of the processes, and what happens to damaged files."""
 import itertools
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -244,3 +245,19 @@ def test_cifar10_is_read_through_the_same_path():
     batch, = take(data.make_batches(source, batch_size=32, seed=0, flip=True, num_threads=2, prefetch=2), 1)
     assert batch["image"].shape == (32, 32, 32, 3) and 60 < batch["image"].mean() < 180
     assert len(set(batch["label"].tolist())) > 4
+
+
+def test_a_data_set_that_cannot_be_opened_is_named(tmp_path):
+    """Damaged metadata, and TFDS's default format, which has no random access."""
+    data.open_source("mnist_digits", str(tmp_path / "whole"), "test")
+    whole = tmp_path / "whole" / "mnist_digits" / "1.0.0"
+    for name, change, message in (
+            ("damaged", lambda text: "{" + text, "data.name: the TFDS data set 'damaged' .* cannot be opened"),
+            ("stream", lambda text: text.replace("array_record", "tfrecord"),
+             "data.name stream/1.0.0 is stored as tfrecord, .*file_format=array_record")):
+        folder = tmp_path / "copies" / name / "1.0.0"
+        shutil.copytree(whole, folder)
+        about = folder / "dataset_info.json"
+        about.write_text(change(about.read_text().replace("mnist_digits", name)))
+        with pytest.raises(ValueError, match=message):
+            data.open_source(name, str(tmp_path / "copies"), "test")

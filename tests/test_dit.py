@@ -187,7 +187,8 @@ def apply_block(kind, block, x, c, mlp_norm_epsilon):
     """Our Block, float32, on the (4, 4) grid with the torch block's weights; c is the condition before its SiLU."""
     classes = {"softmax": attention.SoftmaxAttention, "linear": attention.LinearAttention}
     ours = dit.Block(classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32)
-    return ours.apply({"params": params_from(block)}, x, nn.silu(jnp.asarray(c)))[0]
+    (x, _), _ = ours.apply({"params": params_from(block)}, (x, nn.silu(jnp.asarray(c))), None)
+    return x
 
 
 # Whole. ---------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
 #   python -m lit_jax.kernels.static_cost --product
 @pytest.mark.parametrize("topology,size,pixels,name", [
     ("v4:2x2x1", "S", 256, "forward"),
-    ("v4:2x2x1", "S", 512, "backward"),     # bands: v4 has 16 MiB of VMEM
+    ("v4:2x2x1", "XL", 512, "backward"),    # bands: v4 has 16 MiB of VMEM, the hardest fit of all
     ("v5e:2x2", "S", 2048, "forward"),
     ("v5e:2x2", "S", 1024, "backward"),
     ("v5p:2x2x1", "S", 1024, "forward"),

@@ -22,7 +22,7 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     before = sorted(folder.rglob("*"))
     code = command.run(monkeypatch, *arguments)
     assert isinstance(code, str), f"the command ended with {code!r}"    # a string: Python prints it and exits with 1
-    assert code.startswith("error: ") and "\n" not in code, code
+    assert code.startswith("error: ") and "\n" not in code and "\\n" not in code, code
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
     assert sorted(folder.rglob("*")) == before
@@ -36,6 +36,7 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     (["--config=configs/debug.py", "--config.train.batch_size=many"], ["train.batch_size", "many"]),
     (["--config=configs/debug.py", "--config.train.batch_size=8.5"], ["train.batch_size", "8.5"]),
     (["--config=configs/debug.py", "--config.data.flip=maybe"], ["data.flip", "maybe"]),
+    (["--config=configs/debug.py", "--config.inherit.load=3"], ["inherit.load", "(3,)"]),
     (["--config=configs/debug.py", "--config.optimizer.learning_rate=fast"], ["optimizer.learning_rate", "fast"]),
     (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
     (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
@@ -65,8 +66,9 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
 
 @pytest.mark.parametrize("overrides, parts", [
     # what is not there
-    (["teacher.checkpoint=no/such/teacher.pt"], ["no/such/teacher.pt"]),
-    (["student.init=no/such/init.pt"], ["no/such/init.pt"]),
+    (["teacher.checkpoint=no/such/teacher.pt"], ["teacher.checkpoint", "no/such/teacher.pt"]),
+    (["student.init=no/such/init.pt"], ["student.init", "no/such/init.pt"]),
+    (["data.name=cifar10:9.9.9"], ["data.name", "'cifar10:9.9.9'"]),
     (["data.name=cifar10"], ["data.name", "'cifar10'", "mnist_digits"]),
     (["data.name=no_such_set"], ["data.name", "'no_such_set'", "mnist_digits"]),
     (["data.split=validation"], ["data.split", "'validation'", "train"]),

@@ -218,6 +218,14 @@ def _loop(count, body):
         jax.lax.fori_loop(0, count, lambda c, carry: (body(c), carry)[1], 0)
 
 
+def _alone(once, body):
+    """Runs body(); if `once`, a traced 1, in a loop of as many turns: little is moved across its ends, and little spilled."""
+    if once is None:
+        body()
+    else:
+        jax.lax.fori_loop(0, once, lambda _, carry: (body(), carry)[1], 0)
+
+
 def _interleave(*works):
     """Runs lists of steps, evenly mixed: the scheduler overlaps what stands close together in the program."""
     steps = [((i + 0.5) / len(work), step) for work in works for i, step in enumerate(work)]
@@ -571,22 +579,30 @@ def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref
         _accumulate(acc_ref, (p, slice(plan.tiles[i][1]), slice(plan.tiles[j][1])), product, first)
 
 
-def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, chunk):
-    """Writes one chunk of dk and dv and adds to the filter's gradients."""
-    tiles = range(len(plan.tiles))
-    k = [_tile(plan, kv_ref, chunk, i).astype(jnp.float32) for i in tiles]
-    v = [_tile(plan, kv_ref, chunk, j, plan.width) for j in tiles]
-    for i, (start, size) in enumerate(plan.tiles):
+def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, chunk, once=None):
+    """Writes one chunk of dk and dv and adds to the filter's gradients; `once` as in _alone, a tile at a time."""
+    def k(i):
+        return _tile(plan, kv_ref, chunk, i).astype(jnp.float32)
+
+    def write_dk(i):
+        start, size = plan.tiles[i]
+        v = {j: _tile(plan, kv_ref, chunk, j, plan.width) for row, j in plan.pairs if row == i}
         dphi_k = _product(plan, v, dstate_ref, i, transpose=True)
         dphi_k = dphi_k + dmean[:, start:start + size] * (1 / plan.tokens)
-        dk = jnp.where(k[i] > 0, dphi_k, 0.0)
+        dk = jnp.where(k(i) > 0, dphi_k, 0.0)
         dkv_ref[0, _tokens(plan, chunk), start:start + size] = dk.astype(dkv_ref.dtype)
-    phi_k = [_phi(x).astype(plan.dtype) for x in k]
-    for j in tiles:
+
+    def write_dv(j):
+        phi_k = {i: _phi(k(i)).astype(plan.dtype) for i, column in plan.pairs if column == j}
         dv = _product(plan, phi_k, dstate_ref, j, transpose=False)
         _interleave(_write_steps(plan, conv, chunk, j, _parts(dv), dkv_ref, plan.width))
         if conv is not None:
             _interleave(_filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j))
+
+    for i in range(len(plan.tiles)):
+        _alone(once, functools.partial(write_dk, i))
+    for j in range(len(plan.tiles)):
+        _alone(once, functools.partial(write_dv, j))
 
 
 # ---------------------------------------------------------------- direct: by the T x T matrix of each head
@@ -825,8 +841,9 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
         _zero_first(dtaps_ref)
         _zero_margins(plan, conv.windows_ref)
     dmean = dmean_ref[0]
+    once = jnp.minimum(pl.program_id(2) + 1, 1)  # one, but the compiler does not know
     _loop(plan.chunks, lambda c: _key_pass(
-        plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c))
+        plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c, once))
 
 
 # ---------------------------------------------------------------- the calls
