@@ -2,8 +2,10 @@
 import hashlib
 import io
 import json
+import os
 import pathlib
 import shutil
+import signal
 import struct
 import sys
 import zlib
@@ -17,7 +19,7 @@ from PIL import Image
 from tiny_autoencoder import FACTOR, write_autoencoder
 
 from configs import debug
-from lit_jax import data, from_config, prepare, sharding
+from lit_jax import data, distributed, from_config, prepare, sharding
 
 SIZE = 16
 
@@ -231,6 +233,24 @@ def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("prepared-*")}
     assert len(after) == 5 and {name: after[name] for name in before} == before
     assert shard_files(out) == shard_files(run(make_config(tmp_path / "whole", folder)))
+
+
+def test_sigterm_ends_it_with_75_and_the_same_command_goes_on(folder, tmp_path, monkeypatch):
+    config, previous = make_config(tmp_path, folder), signal.getsignal(signal.SIGTERM)
+    encoded = []
+
+    def encode(images):
+        encoded.append(len(images))
+        if len(encoded) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"image": images}
+
+    monkeypatch.setattr(prepare, "make_encoder", lambda *_: encode)
+    with pytest.raises(SystemExit) as stopped, distributed.shared_fate(1.0), distributed.sigterm_stops():
+        run(config)
+    assert stopped.value.code == distributed.EXIT_TRY_AGAIN and signal.getsignal(signal.SIGTERM) is previous
+    assert len(encoded) == 4
+    assert shard_files(run(config)) == shard_files(run(make_config(tmp_path / "whole", folder)))
 
 
 def test_a_finished_preparation_is_left_as_it_is(latents):
