@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/imagenet256_dit_b.py
     python -m lit_jax.main --config=configs/imagenet256_dit_b.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_dit_b.py --mode=evaluate
 
 The same command with --config.train.steps=800000 goes on to what LiT-B/2 inherits from.
 

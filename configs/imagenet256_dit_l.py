@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_dit_l.py --mode=evaluate
 
 The same command with --config.train.steps=800000 goes on to what LiT-L/2 inherits from.
 

@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_dit_s.py --mode=evaluate
 
 The same command with --config.train.steps=800000 goes on to what LiT-S/2 inherits from. Its
 checkpoints at 200,000 to 800,000 steps are what configs/ablation/inherit_*.py start from.

@@ -3,6 +3,7 @@
     python -m lit_jax.main --config=configs/imagenet256_dit_b.py --config.train.steps=800000
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_lit_b.py --mode=evaluate
 
 Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 43.47, which is DiT-B/2's after 400,000;
 the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.38 TFLOP an image, teacher

@@ -3,6 +3,7 @@
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py --config.train.steps=800000
     python -m lit_jax.main --config=configs/imagenet256_lit_l.py
     python -m lit_jax.main --config=configs/imagenet256_lit_l.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet256_lit_l.py --mode=evaluate
 
 Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 23.33, which is DiT-L/2's after 400,000;
 the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.72 TFLOP an image, teacher

@@ -3,6 +3,7 @@
     python -m lit_jax.main --config=configs/imagenet512_lit_xl.py --mode=prepare
     python -m lit_jax.main --config=configs/imagenet512_lit_xl.py
     python -m lit_jax.main --config=configs/imagenet512_lit_xl.py --mode=sample
+    python -m lit_jax.main --config=configs/imagenet512_lit_xl.py --mode=evaluate
 
 Expected (LiT, table of ImageNet 512): FID 3.69, IS 208.0, precision 0.85, recall 0.53 with guidance 1.5; 14.00, 92.84,
 0.76, 0.62 with none. 700,000 steps of batch 128 are 70 epochs, 23 % of the teacher's 3M steps. That DiT-XL/2-512 is both

@@ -232,6 +232,19 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
         sys.exit(status)
 
 
+@contextlib.contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends what is inside by TryAgainError, for jobs that lose nothing so; training has `Preemption`."""
+    def stop(*_):
+        raise TryAgainError("stopped by SIGTERM; run the same command again to go on")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class Preemption:
     """Tells the training loop to save and stop: on SIGTERM, and at the same step on every process.
 

@@ -14,7 +14,7 @@ import pathlib
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,8 @@ def score_images(extractor: features.Extractor, images: np.ndarray, reference: S
 
 # Files of images.
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)     # what the bytes of a broken archive provoke
+# What the bytes of a broken archive provoke; the last two: a member flagged as encrypted or compressed in an unknown way.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
 def npz_shape(path: pathlib.Path) -> tuple[int, ...]:
@@ -128,7 +129,7 @@ def _open_member(path, name):
         raise FileNotFoundError(f"{path} not found")
     try:
         return zipfile.ZipFile(path).open(f"{name}.npy")
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (KeyError, *DAMAGE) as error:
         raise ValueError(f"{path} is not an npz with an array {name!r}: {error}") from error
 
 
@@ -139,7 +140,7 @@ def _read_npy_header(member, path):
         shape, fortran_order, dtype = read(member)
     except (ValueError, *DAMAGE) as error:
         raise ValueError(f"{path}: the header of arr_0 cannot be read: {error}") from error
-    if dtype != np.uint8 or len(shape) != 4 or fortran_order or shape[-1] not in (1, 3):
+    if dtype != np.uint8 or len(shape) != 4 or fortran_order or shape[-1] not in (1, 3) or 0 in shape[1:]:
         raise ValueError(f"{path}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}, "
                          "expected uint8 (N, H, W, 1 or 3)")
     return shape
@@ -240,8 +241,7 @@ def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, b
             raise ValueError(f"evaluate.reference {path} holds statistics of {owner} and no images; they do not compare "
                              f"with evaluate.features = {extractor.name}" if owner else
                              f"evaluate.reference {path} holds neither statistics nor images, but {sorted(keys)}")
-    with path.open("rb") as file:
-        identity = {"file": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+    identity = {"file": file_hash(path)}
     if "arr_0" not in keys:
         return Statistics(0, moments, None, None, identity)
     num_images = npz_shape(path)[0]
@@ -253,6 +253,11 @@ def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, b
     if not moments:
         return dataclasses.replace(computed, identity=identity | {"count": num_images})
     return Statistics(0, moments, computed.features, None, identity)
+
+
+def file_hash(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
@@ -268,7 +273,11 @@ def dataset_reference(name: str, split: str, directory: str, extractor: features
         raise ValueError(f"evaluate.reference {name}:{split} holds latents, images are needed")
     count = len(source)
     keep = spread(count, num_neighbour_images)
-    identity = {"data": f"{name}:{split}", "count": count, "neighbour_images": len(keep)}
+    read = hashlib.sha256()     # of the images that precision and recall look at: another data set may bear the same name
+    for i in keep:
+        read.update(source[int(i)]["image"].tobytes())
+    identity = {"data": f"{name}:{split}", "count": count, "image_shape": list(source.image_shape),
+                "sha256": read.hexdigest()[:16], "neighbour_images": len(keep)}
     if cache.is_file():
         with _open_archive(cache) as archive:
             reference = _read_own_statistics(cache, archive, extractor)
@@ -496,10 +505,10 @@ def check_settings(settings: ml_collections.ConfigDict, num_images: int) -> None
 
 
 def make_result(extractor: features.Extractor, scores: dict[str, float], reference: Statistics, *, num_images: int,
-                neighbours: int, split_size: int, sampling: dict[str, Any]) -> dict[str, Any]:
+                image_shape: Sequence[int], neighbours: int, split_size: int, sampling: dict[str, Any]) -> dict[str, Any]:
     """Scores with the protocol that they were made by; `sampling` says how the images were drawn."""
-    protocol = extractor.protocol | {"num_images": num_images, "reference": reference.identity, "neighbours": neighbours,
-                                     "samples": sampling}
+    protocol = extractor.protocol | {"num_images": num_images, "image_shape": list(image_shape),
+                                     "reference": reference.identity, "neighbours": neighbours, "samples": sampling}
     if extractor.scores_classes:
         protocol["inception_score_split_size"] = split_size
     return {"scores": scores, "protocol": protocol, "device": jax.local_devices()[0].device_kind}
@@ -534,10 +543,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     images_per_second = num_images / (time.monotonic() - start)
     scores = score(extractor, samples, reference, neighbours=settings.neighbours, split_size=settings.split_size)
 
-    result = make_result(extractor, scores, reference, num_images=num_images, neighbours=settings.neighbours,
-                         split_size=settings.split_size, sampling=sampling or {"file": samples_file.name})
-    result |= {"samples_file": str(samples_file), "image_shape": shape, "images_per_second": images_per_second}
-    if speed := npz_json(samples_file, "speed"):
+    result = make_result(extractor, scores, reference, num_images=num_images, image_shape=shape,
+                         neighbours=settings.neighbours, split_size=settings.split_size,
+                         sampling=sampling or {"file": file_hash(samples_file)})
+    result |= {"samples_file": str(samples_file), "images_per_second": images_per_second}
+    speed = npz_json(samples_file, "speed")
+    if speed.keys() >= {"images_per_second", "devices", "device"} and isinstance(speed["images_per_second"], int | float):
         result["sampling_speed"] = speed
     if settings.self_check:
         result["self_check"] = self_check(scores)

@@ -19,13 +19,14 @@ SETTINGS = ("sampler", "steps", "spacing", "variance", "eta", "order", "cfg_scal
 LABEL_STREAM = 2**31 - 1  # sampling steps fold small numbers into an image's key; its label takes one far away
 
 
-def protocol(settings: Mapping[str, Any], *, seed: int, dtype: str, weights: str, autoencoder: dict[str, Any] | None,
-             labels: str) -> dict[str, Any]:
+def protocol(settings: Mapping[str, Any], *, input_size: int, seed: int, dtype: str, weights: str,
+             autoencoder: dict[str, Any] | None, labels: str) -> dict[str, Any]:
     """Everything that the uint8 images of a generator depend on: what has to be equal for their scores to be comparable.
 
-    Args: settings: config.sample. weights: the hash of the model's. autoencoder: what identifies it, None for pixels.
+    Args: settings: config.sample. input_size: height = width in the model's space. weights: the hash of the model's.
+        autoencoder: what identifies it, None for pixels.
     """
-    return {"weights": weights, "seed": seed, "dtype": dtype, "autoencoder": autoencoder or "none",
+    return {"weights": weights, "input_size": input_size, "seed": seed, "dtype": dtype, "autoencoder": autoencoder or "none",
             "uint8": "clip(127.5 x + 128) truncated", "labels": labels} | {name: settings[name] for name in SETTINGS}
 
 

@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
 """
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
             distributed.initialize(shared | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
                                    heartbeat=config.mesh.heartbeat)
         job = importlib.import_module(f"lit_jax.{MODE.value}")
-        job.run(config, workdir)
+        with contextlib.nullcontext() if MODE.value == "train" else distributed.sigterm_stops():
+            job.run(config, workdir)
 
 
 def only_libtpu() -> bool:

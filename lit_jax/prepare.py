@@ -52,8 +52,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name) or not re.fullmatch(r"[a-z]\w*", target.split):
         raise ValueError(f"data.name = {target.name!r} and data.split = {target.split!r} name what is written: letters, "
                          f"digits and _ only, a lower-case letter first")
-    if prepare.source == target.name and (prepare.dir or target.dir) == target.dir:
+    if prepare.source == target.name and same_path(prepare.dir or target.dir, target.dir):
         raise ValueError(f"data.name = {target.name} is what is written, and also prepare.source; give it another name")
+    check_name(target.name, pathlib.Path(target.dir))
+    if "/" in prepare.source and prepare.split:
+        raise ValueError(f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = {prepare.source} is an image "
+                         f"folder, all of which becomes data.split = {target.split}")
     autoencoder, identity = from_config.autoencoder(config, mesh)
     images = open_images(prepare.source, prepare.dir or target.dir, prepare.split or target.split, prepare.image_size,
                          channels=autoencoder.module.in_channels if autoencoder else 0)
@@ -63,8 +67,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     folder = pathlib.Path(target.dir) / target.name / VERSION
     about = {"source": images.name, "crop": "adm", "image_size": prepare.image_size, "num_classes": images.num_classes,
-             "autoencoder": identity}
-    split = {"source_split": images.split, "records": len(images), "shard_records": prepare.shard_records}
+             "class_names": hash_of(images.class_names), "autoencoder": identity}
+    split = {"source_split": images.split, "source_list": images.listing, "records": len(images),
+             "shard_records": prepare.shard_records}
     claim(folder, about, target.split, split)
     shards = Shards(folder, target.name, target.split, len(images), prepare.shard_records)
     features = make_features(images, autoencoder)
@@ -78,6 +83,30 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         logging.info("%s: %d records of %s in %d verified shards; train on it with data.name=%s", folder, len(images),
                      images.name, shards.count, target.name)
     multihost_utils.sync_global_devices("prepared")
+
+
+def same_path(a: str, b: str) -> bool:
+    return pathlib.Path(a).resolve() == pathlib.Path(b).resolve()
+
+
+def hash_of(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def check_name(name: str, directory: pathlib.Path) -> None:
+    """Raises ValueError where TFDS would open another data set by the name that is to be written."""
+    try:
+        tfds.builder_cls(name)
+    except tfds.core.registered.DatasetNotFoundError:
+        pass
+    else:
+        raise ValueError(f"data.name = {name} is the name of a data set of TFDS itself, which training would look for instead; "
+                         f"give it another name, {name}_prepared for instance")
+    others = sorted(path.name for path in (directory / name).glob("*") if path.is_dir() and path.name != VERSION)
+    if others:
+        raise ValueError(f"data.name = {name}: {directory / name} holds {', '.join(others[:3])} beside the version {VERSION} "
+                         f"that is written, and training could open another; use another data.name")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -113,7 +142,9 @@ class Images:
     class_names: tuple[str, ...] | None
     num_classes: int
     count: int
+    listing: str    # tells this source from another of its name
     read: Callable[[int], tuple[Image.Image, int, str]]
+    file_of: Callable[[int], str] = lambda index: ""
 
     def __len__(self) -> int:
         return self.count
@@ -122,8 +153,9 @@ class Images:
         try:
             image, label, name = self.read(int(index))
             image = center_crop(image.convert("L" if self.channels == 1 else "RGB"), self.size)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            raise ValueError(f"prepare.source {self.name}: image {index} of {self.split} cannot be read: {error}") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
+            raise ValueError(f"prepare.source {self.name}: image {index} of {self.split} cannot be read: "
+                             f"{self.file_of(index)}{error}") from error
         if not 0 <= label < self.num_classes:
             raise ValueError(f"prepare.source {self.name}: image {index} of {self.split} has label {label}, there are "
                              f"{self.num_classes} classes")
@@ -163,7 +195,7 @@ def open_images(source: str, directory: str, split: str, size: int, channels: in
 
     label = features["label"]
     return Images(source, split, size, channels or image.shape[-1], tuple(label.names) if label.names else None,
-                  label.num_classes, len(records), read)
+                  label.num_classes, len(records), builder.info.full_name, read)
 
 
 def _without_grey_axis(image: np.ndarray) -> np.ndarray:
@@ -177,6 +209,10 @@ def _open_folder(folder: pathlib.Path, split: str, size: int, channels: int) -> 
     files = [(name, label) for label, class_name in enumerate(classes)
              for name in sorted(f"{class_name}/{path.name}" for path in (folder / class_name).iterdir()
                                 if path.suffix.lower() in IMAGE_FILES)]
+    skipped = sum(1 for name in classes for path in (folder / name).iterdir() if path.suffix.lower() not in IMAGE_FILES)
+    if skipped:
+        logging.warning("prepare.source %s: %d files are skipped, for they do not end in %s", folder, skipped,
+                        ", ".join(IMAGE_FILES))
     if not files:
         raise ValueError(f"prepare.source {folder} holds no class folders of images ({', '.join(IMAGE_FILES)})")
 
@@ -184,7 +220,9 @@ def _open_folder(folder: pathlib.Path, split: str, size: int, channels: int) -> 
         name, label = files[index]
         return Image.open(folder / name), label, name
 
-    return Images(folder.name, split, size, channels, tuple(classes), len(classes), len(files), read)
+    return Images(folder.name, split, size, channels, tuple(classes), len(classes), len(files),
+                  hash_of([(name, label, (folder / name).stat().st_size) for name, label in files]), read,
+                  lambda index: f"{files[index][0]}: ")
 
 
 def make_features(images: Images, autoencoder: Autoencoder | None) -> tfds.features.FeaturesDict:
@@ -364,8 +402,8 @@ def claim(folder: pathlib.Path, about: dict[str, Any], split: str, plan: dict[st
     if there:
         old, new = {**there, **there["splits"].get(split, plan)}, about | plan
         for name, value in json.loads(json.dumps(new)).items():
-            if old[name] != value:
-                raise ValueError(f"{folder} was begun with {name} = {old[name]}, this run has {value}; use another "
+            if old.get(name) != value:
+                raise ValueError(f"{folder} was begun with {name} = {old.get(name)}, this run has {value}; use another "
                                  f"data.name or remove the folder")
     elif used:
         raise ValueError(f"{folder} holds files but no {data.PREPARED}; use another data.name")

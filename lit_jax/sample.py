@@ -19,6 +19,8 @@ from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import check_architecture
 
 GRID_IMAGES = 100
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"   # the last chunk: no content, its name, its CRC
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -41,9 +43,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     labels = generator.labels(index, sample.labels)
 
     folder = workdir / "samples"
-    claim(folder, generate.protocol(sample.to_dict(), seed=config.seed, dtype=config.model.dtype,
-                                    weights=source.report.checksum, autoencoder=identity, labels=sample.labels))
-    missing = np.array([not image_path(folder, i).exists() for i in index], np.int32)
+    claim(folder, generate.protocol(sample.to_dict(), input_size=config.model.input_size, seed=config.seed,
+                                    dtype=config.model.dtype, weights=source.report.checksum, autoencoder=identity,
+                                    labels=sample.labels))
+    missing = np.array([not is_whole(image_path(folder, i)) for i in index], np.int32)
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))  # one list for all: they draw a batch together
     params = porting.load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
     with records.progress("sampling", len(index), len(index) - len(todo)) as advance:
@@ -114,24 +117,49 @@ def image_path(folder: pathlib.Path, i: int) -> pathlib.Path:
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes a PNG under its final name only when it is whole: (h, w, 1 or 3) uint8."""
     part = path.with_suffix(".part")
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(part, format="png")
+    with part.open("wb") as file:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
+        file.flush()
+        os.fsync(file.fileno())     # a machine that dies after the renaming would else leave an empty file of that name
     os.replace(part, path)
 
 
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether the PNG is there up to its last chunk, which a file cut short lacks."""
+    if not path.is_file() or path.stat().st_size < len(PNG_START + PNG_END):
+        return False
+    with path.open("rb") as file:
+        start = file.read(len(PNG_START))
+        file.seek(-len(PNG_END), os.SEEK_END)
+        return (start, file.read()) == (PNG_START, PNG_END)
+
+
 def read_image(path: pathlib.Path) -> np.ndarray:
-    image = np.asarray(Image.open(path))
+    """(h, w, 1 or 3) uint8. Raises: ValueError naming the file."""
+    try:
+        image = np.asarray(Image.open(path))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; remove it, the same command draws it again") from error
     return image[..., None] if image.ndim == 2 else image
 
 
 def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray, about: dict[str, dict[str, Any]]) -> None:
-    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label and `about` beside it."""
+    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label and `about` beside it.
+
+    Raises: ValueError naming an image that cannot be read or is not of the first one's shape; the npz is as it was.
+    """
     part = path.with_suffix(".part")
-    shape = (len(images), *read_image(images[0]).shape)
+    first = read_image(images[0]).shape
+    shape = (len(images), *first)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for image in images:
-                file.write(np.ascontiguousarray(read_image(image)).tobytes())
+            for path_of_image in images:
+                image = read_image(path_of_image)
+                if image.shape != first or image.dtype != np.uint8:
+                    raise ValueError(f"{path_of_image} is {image.dtype} {image.shape}, {images[0].name} is uint8 {first}; "
+                                     f"remove the one that is not of this run")
+                file.write(np.ascontiguousarray(image).tobytes())
         for name, value in {"label": labels, **{name: np.array(json.dumps(text)) for name, text in about.items()}}.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value)

@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -74,7 +75,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                         workdir)
     evaluation = None
     if config.evaluate.every:
-        evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, identity, workdir)
+        evaluation = Evaluation(config, model, diffusion, mesh, autoencoder, identity,
+                                run_hash(config, source, teacher_source, init_source), workdir)
         start_up.lap("reference")
     rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
     train_step = from_config.train_step(config, model, teacher, optimizer, diffusion, mesh, source.scaling_factor,
@@ -228,6 +230,14 @@ def decisive_fields(config: ConfigDict, source: data.ImageSource,
     return fields | {f"teacher.{name}": config.teacher[name] for name in ("num_heads", "dtype")}
 
 
+def run_hash(config: ConfigDict, source: data.ImageSource, teacher_source: porting.Checkpoint | None,
+             init_source: porting.Checkpoint | None) -> str:
+    """Tells runs apart whose weights, step by step, are not the same."""
+    fields = decisive_fields(config, source, teacher_source) | {
+        "init": init_source.report.checksum if init_source else "random", "inherit": config.inherit.to_dict()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def load_teacher(teacher: DiT, source: porting.Checkpoint, dtype: str, mesh: jax.sharding.Mesh) -> Any:
     """The teacher's parameters on the mesh, sharded by shape, kept in `dtype`."""
     shardings = sharding.fsdp_sharding(source.params, mesh)
@@ -291,11 +301,12 @@ class Evaluation:
     """Scores a few images of the EMA weights during training, against evaluate.reference."""
 
     def __init__(self, config: ConfigDict, model: DiT, diffusion: Any, mesh: jax.sharding.Mesh, autoencoder: Any,
-                 identity: dict[str, Any] | None, workdir: pathlib.Path):
+                 identity: dict[str, Any] | None, run: str, workdir: pathlib.Path):
         evaluate.check_settings(config.evaluate, config.evaluate.every_images)
         self._workdir = workdir
-        self._sampling = generate.protocol(config.sample.to_dict(), seed=config.seed, dtype=config.model.dtype,
-                                           weights="EMA in training", autoencoder=identity, labels="balanced")
+        self._sampling = generate.protocol(config.sample.to_dict(), input_size=config.model.input_size, seed=config.seed,
+                                           dtype=config.model.dtype, weights=f"EMA in training of run {run}",
+                                           autoencoder=identity, labels="balanced")
         self._settings, self._index = config.evaluate, np.arange(config.evaluate.every_images)
         self._generator = from_config.generators(config, {"model": model}, diffusion, mesh, config.sample.batch_size,
                                                  autoencoder)["model"]
@@ -315,6 +326,7 @@ class Evaluation:
         scores = evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size, **counts)
         if jax.process_index() == 0:
             result = evaluate.make_result(self._extractor, scores, self._reference, num_images=len(images), **counts,
+                                          image_shape=images.shape[1:],
                                           sampling=self._sampling | {"step": now})
             evaluate.write_report(self._workdir / f"evaluation_{now:07d}", result)
         return scores

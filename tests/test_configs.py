@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from lit_jax import diffusion, fields, from_config, sharding, step
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+ALL = NAMES + sorted(f"ablation.{path.stem}" for path in (ROOT / "configs" / "ablation").glob("*.py"))
 
 
 def load(name):
@@ -33,7 +34,7 @@ def leaves(config, prefix=""):
 DEFAULTS = leaves(load("default"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_config_has_the_fields_of_the_default_and_no_others(name):
     config = leaves(load(name))
     assert set(config) == set(DEFAULTS)
@@ -42,13 +43,16 @@ def test_a_config_has_the_fields_of_the_default_and_no_others(name):
         assert default is None or isinstance(value, type(default)), f"{field} = {value!r}, the default is {default!r}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_config_is_a_recipe(name):
-    """The docstring says what to type."""
-    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__ or name == "debug"
+    """The docstring says what to type, and how to get the FID that it promises."""
+    text = importlib.import_module(f"configs.{name}").__doc__
+    commands = [line for line in text.splitlines() if f"--config=configs/{name.replace('.', '/')}.py" in line]
+    assert commands or name == "debug"
+    assert "FID" not in text or any("--mode=evaluate" in command for command in commands)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"])
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
     config = load(name)
@@ -133,7 +137,7 @@ def test_every_number_has_a_range():
     assert ranged <= set(DEFAULTS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
     fields.check(load(name))
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import debug
-from lit_jax import evaluate, features, sample, train
+from lit_jax import data, evaluate, features, sample, train
 
 
 def make_extractor(name="tiny", weights="w1"):
@@ -182,6 +182,18 @@ def test_a_hostile_or_damaged_npz_is_refused_and_runs_nothing(tmp_path, monkeypa
     path.write_bytes(content)
     with pytest.raises(ValueError, match="arr_0 is damaged after|Bad CRC"):
         load(path, adm)
+    np.savez(path, arr_0=images)
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2")
+    for offset, value in ((8, 1), (10, 77)):                            # encrypted; compressed in an unknown way
+        broken = bytearray(content)
+        broken[at + offset] = broken[offset - 2] = value
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="reference.npz"):
+            load(path, adm)
+    np.savez(path, arr_0=np.zeros((4, 0, 0, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"arr_0 is uint8 \(4, 0, 0, 3\)"):
+        load(path, adm)
     with path.open("wb") as file:
         np.save(file, pickled)
     with pytest.raises(ValueError, match="not an npz file"):
@@ -214,11 +226,42 @@ def test_dataset_statistics_are_kept_and_belong_to_their_protocol(tmp_path, monk
     assert len(more.features) == 60
 
 
+def test_statistics_kept_of_another_data_set_of_the_same_name_are_not_used(tmp_path, monkeypatch):
+    def reference(images):
+        source = data.ImageSource("x", "test", [{"image": image, "label": 0} for image in images], images.shape[1:], 1)
+        monkeypatch.setattr(data, "open_source", lambda *_: source)
+        return evaluate.dataset_reference("x", "test", "", make_extractor(), batch_size=8, num_neighbour_images=5,
+                                          cache=tmp_path / "reference.npz")
+
+    images = random_images(10)
+    first = reference(images)
+    for other in (random_images(10, seed=1), random_images(10, size=16)):
+        changed = reference(other)
+        assert changed.identity != first.identity and not np.array_equal(changed.features, first.features)
+    assert reference(images).identity == first.identity
+
+
 def make_config(**evaluate_fields):
     defaults = dict(features="efficientnet_lite0", weights="", samples="", reference="", num_images=0, batch_size=8,
                     num_neighbour_images=10_000, neighbours=3, split_size=5000, self_check=False, compare=(),
                     compare_across=("samples.cfg_scale",))
     return ml_collections.ConfigDict({"evaluate": defaults | evaluate_fields, "data": {"dir": "data"}})
+
+
+def test_samples_from_elsewhere_are_known_by_their_bytes(tmp_path, monkeypatch):
+    """Neither the file's name nor the number of images tells two sets apart, or makes two of one."""
+    monkeypatch.setattr(features, "make_extractor", lambda name, weights: make_extractor())
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8))
+    results = []
+    for folder, seed in (("a", 0), ("b", 1), ("c", 0)):
+        workdir = tmp_path / folder
+        workdir.mkdir()
+        np.savez(workdir / "samples.npz", arr_0=random_images(8, seed), speed=json.dumps({"devices": 2}))
+        evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), workdir)
+        results.append(json.loads((workdir / "evaluation_samples.json").read_text()))
+    assert results[0]["protocol"] == results[2]["protocol"] and results[0]["protocol"]["image_shape"] == [8, 8, 3]
+    with pytest.raises(ValueError, match="a and b were not made by the same protocol: samples.file is"):
+        evaluate.check_comparable(dict(zip("ab", results)))
 
 
 def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
@@ -308,7 +351,7 @@ def test_training_scores_what_sampling_and_evaluation_score_after_it(tmp_path, m
     assert logged == [{f"eval/{name}": value for name, value in result["scores"].items()} | {"step": step}
                       for step, result in enumerate(during, 1)]
     assert during[1]["scores"] == pytest.approx(after["scores"], rel=1e-4) and during[0]["scores"] != during[1]["scores"]
-    with pytest.raises(ValueError, match="samples.weights is 'EMA in training' and"):
+    with pytest.raises(ValueError, match="samples.weights is 'EMA in training of run .*' and"):
         evaluate.check_comparable({"during": during[1], "after": after}, ("samples.step",))
     evaluate.check_comparable({"during": during[1], "after": after}, ("samples.step", "samples.weights"))
     evaluate.check_comparable({"first": during[0], "second": during[1]}, ("samples.step",))

@@ -2,8 +2,13 @@
 import hashlib
 import io
 import json
+import os
 import pathlib
+import shutil
+import signal
+import struct
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -14,7 +19,7 @@ from PIL import Image
 from tiny_autoencoder import FACTOR, write_autoencoder
 
 from configs import debug
-from lit_jax import data, from_config, prepare, sharding
+from lit_jax import data, distributed, from_config, prepare, sharding
 
 SIZE = 16
 
@@ -178,8 +183,9 @@ def write_as_one_of(config, process_index, process_count, images=None):
     images = images or prepare.open_images(config.prepare.source, "", "train", SIZE)
     folder = pathlib.Path(target.dir) / target.name / prepare.VERSION
     shards = prepare.Shards(folder, target.name, "train", len(images), config.prepare.shard_records)
-    plan = {"source_split": "train", "records": len(images), "shard_records": shards.size}
-    about = {"source": images.name, "crop": "adm", "image_size": SIZE, "num_classes": 3, "autoencoder": None}
+    plan = {"source_split": "train", "source_list": images.listing, "records": len(images), "shard_records": shards.size}
+    about = {"source": images.name, "crop": "adm", "image_size": SIZE, "num_classes": 3,
+             "class_names": prepare.hash_of(images.class_names), "autoencoder": None}
     prepare.claim(folder, about, "train", plan)
     features = prepare.make_features(images, None)
     prepare.write_shards(shards, images, features, prepare.make_encoder(None, sharding.make_mesh()), num_threads=1,
@@ -206,7 +212,7 @@ def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written
 
     class Damaged:
         name, split, size, channels = images.name, images.split, images.size, images.channels
-        class_names, num_classes = images.class_names, images.num_classes
+        class_names, num_classes, listing = images.class_names, images.num_classes, images.listing
 
         def __len__(self):
             return len(images)
@@ -227,6 +233,24 @@ def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("prepared-*")}
     assert len(after) == 5 and {name: after[name] for name in before} == before
     assert shard_files(out) == shard_files(run(make_config(tmp_path / "whole", folder)))
+
+
+def test_sigterm_ends_it_with_75_and_the_same_command_goes_on(folder, tmp_path, monkeypatch):
+    config, previous = make_config(tmp_path, folder), signal.getsignal(signal.SIGTERM)
+    encoded = []
+
+    def encode(images):
+        encoded.append(len(images))
+        if len(encoded) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"image": images}
+
+    monkeypatch.setattr(prepare, "make_encoder", lambda *_: encode)
+    with pytest.raises(SystemExit) as stopped, distributed.shared_fate(1.0), distributed.sigterm_stops():
+        run(config)
+    assert stopped.value.code == distributed.EXIT_TRY_AGAIN and signal.getsignal(signal.SIGTERM) is previous
+    assert len(encoded) == 4
+    assert shard_files(run(config)) == shard_files(run(make_config(tmp_path / "whole", folder)))
 
 
 def test_a_finished_preparation_is_left_as_it_is(latents):
@@ -270,6 +294,39 @@ def test_a_folder_takes_one_preparation(latents, change, message):
         run(config)
 
 
+def test_another_folder_of_the_same_name_is_refused(folder, tmp_path):
+    """Another list, other files under the same names, or other classes: each would put new labels over old images."""
+    config = make_config(tmp_path, folder)
+    before = shard_files(run(config))
+    for number, (old, new, message) in enumerate((("n01", "n09", "class_names"),
+                                                  ("n01/19.jpeg", "n01/99.jpeg", "source_list"))):
+        other = tmp_path / str(number) / folder.name
+        shutil.copytree(folder, other)
+        (other / old).rename(other / new)
+        with pytest.raises(ValueError, match=f"was begun with {message} = "):
+            run(make_config(tmp_path, other))
+    other = tmp_path / "2" / folder.name
+    shutil.copytree(folder, other)
+    next(other.glob("n02/*.png")).write_bytes(next(other.glob("n03/*.png")).read_bytes())
+    with pytest.raises(ValueError, match="was begun with source_list = "):
+        run(make_config(tmp_path, other))
+    shutil.move(other, tmp_path / "3")
+    shutil.copytree(folder, other)                          # the same folder, elsewhere
+    assert shard_files(run(make_config(tmp_path, other))) == before
+
+
+def test_a_name_that_training_would_open_otherwise_is_refused(folder, tmp_path):
+    config = make_config(tmp_path, folder)
+    config.data.name = "cifar10"
+    with pytest.raises(ValueError, match="data.name = cifar10 is the name of a data set of TFDS itself"):
+        run(config)
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data" / "prepared" / "2.0.0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="data.name = prepared: .* holds 2.0.0 beside the version 1.0.0"):
+        run(make_config(tmp_path, folder))
+    assert not (tmp_path / "data" / "prepared" / "1.0.0").exists()
+
+
 def test_another_autoencoder_is_refused(latents, tmp_path):
     config = latents[0].copy_and_resolve_references()
     config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "other", seed=1))
@@ -283,6 +340,8 @@ def test_bad_input_is_named(folder, autoencoder, tmp_path):
             ({"source": "/no/such/"}, FileNotFoundError, "no folder /no/such"),
             ({"source": "nothing"}, FileNotFoundError, "prepare.source: no prepared TFDS data set 'nothing'"),
             ({"source": f"{tmp_path}/"}, ValueError, "no class folders of images"),
+            ({"split": "test"}, ValueError, "prepare.split = test is of TFDS data sets; .* is an image folder"),
+            ({"source": "prepared", "dir": f"{tmp_path}/./data"}, ValueError, "and also prepare.source"),
             ({"source": "prepared"}, ValueError, "data.name = prepared is what is written, and also prepare.source"),
             ({"shard_records": 0}, ValueError, "prepare.shard_records must be at least 1, got 0"),
             ({"batch_size": 9}, ValueError, "prepare.batch_size = 9 is not a multiple of the 8 devices")):
@@ -300,8 +359,14 @@ def test_a_damaged_image_is_named(folder, tmp_path):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / "images" / name)
     (tmp_path / "images" / "a/1.png").write_bytes((tmp_path / "images" / "a/1.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match="image 1 of train cannot be read"):
+    with pytest.raises(ValueError, match="image 1 of train cannot be read: a/1.png"):
         run(make_config(tmp_path, tmp_path / "images"))
+    bomb = bytearray((tmp_path / "images" / "a/0.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)        # the header's width and height, and its CRC
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (tmp_path / "images" / "a/1.png").write_bytes(bomb)
+    with pytest.raises(ValueError, match="image 1 of train cannot be read: a/1.png: .*decompression bomb"):
+        run(make_config(tmp_path / "again", tmp_path / "images"))
 
 
 def write_source(folder, features, examples):

@@ -17,7 +17,7 @@ COUNT = 50
 def config():
     config = debug.get_config()
     config.model.update(attention="softmax", input_size=8, patch_size=4, in_channels=3, num_classes=10)
-    config.sample.update(steps=3, num_images=COUNT, batch_size=16, cfg_scale=1.5)
+    config.sample.update(sampler="ddpm", steps=3, num_images=COUNT, batch_size=16, cfg_scale=1.5)
     return config
 
 
@@ -116,6 +116,38 @@ def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path
         with pytest.raises(ValueError, match=message):
             draw(config, tmp_path / "workdir", **change)
         assert not (tmp_path / "workdir").exists()
+
+
+def test_torn_pngs_are_drawn_again(config, drawn, tmp_path):
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    for i, content in ((0, b""), (3, images["000003.png"][:60]), (5, images["000005.png"][:-1]), (9, b"\0" * 100)):
+        (tmp_path / "samples" / f"{i:06d}.png").write_bytes(content)
+    assert draw(config, tmp_path) == images
+
+
+def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(config, drawn, tmp_path):
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    (tmp_path / "samples.npz").write_text("the old one")
+    path = tmp_path / "samples" / "000007.png"
+    middle = len(images[path.name]) // 2
+    damaged = images[path.name][:middle] + b"\xff" + images[path.name][middle + 1:]
+    sample.save_image(tmp_path / "larger.png", np.zeros((16, 16, 3), np.uint8))
+    larger = (tmp_path / "larger.png").read_bytes()
+    for content, message in ((larger, r"000007.png is uint8 \(16, 16, 3\), 000000.png is uint8 \(8, 8, 3\)"),
+                             (damaged, "000007.png cannot be read")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            draw(config, tmp_path)
+        assert (tmp_path / "samples.npz").read_text() == "the old one"
+
+
+def test_images_of_another_size_are_not_mixed_in(config, drawn):
+    other = config.copy_and_resolve_references()
+    other.model.input_size = 16
+    with pytest.raises(ValueError, match="holds images drawn with input_size = 8, this run has 16"):
+        draw(other, drawn[1])
 
 
 @pytest.mark.parametrize("field, value", [("cfg_scale", 2.0), ("steps", 4), ("labels", "balanced")])

@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/ablation/conv.py --workdir=workdir/ablation/conv
     python -m lit_jax.main --config=configs/ablation/conv.py --workdir=workdir/ablation/conv --mode=sample
+    python -m lit_jax.main --config=configs/ablation/conv.py --workdir=workdir/ablation/conv --mode=evaluate
 """
 from configs.ablation import scratch
 

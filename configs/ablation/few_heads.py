@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads
     python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=sample
+    python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=evaluate
 """
 from configs.ablation import conv
 

@@ -4,6 +4,7 @@ inheritance; see scratch.py).
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py --config.train.steps=800000
     python -m lit_jax.main --config=configs/ablation/inherit_800k.py --workdir=workdir/ablation/inherit_800k
     python -m lit_jax.main --config=configs/ablation/inherit_800k.py --workdir=workdir/ablation/inherit_800k --mode=sample
+    python -m lit_jax.main --config=configs/ablation/inherit_800k.py --workdir=workdir/ablation/inherit_800k --mode=evaluate
 """
 from configs.ablation import inherit_200k
 

@@ -3,6 +3,7 @@ see scratch.py).
 
     python -m lit_jax.main --config=configs/ablation/noise_kd.py --workdir=workdir/ablation/noise_kd
     python -m lit_jax.main --config=configs/ablation/noise_kd.py --workdir=workdir/ablation/noise_kd --mode=sample
+    python -m lit_jax.main --config=configs/ablation/noise_kd.py --workdir=workdir/ablation/noise_kd --mode=evaluate
 
 A teacher of the student's own size hurts instead: FID 55.11 with DiT-S/2 and weight 0.1 (the same table).
 """

@@ -2,6 +2,7 @@
 
     python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch
     python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch --mode=sample
+    python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch --mode=evaluate
 
 The path of the paper at ImageNet 256, S/2, 400,000 steps of batch 256, no guidance, FID-50K; each file is the one before
 it and one change:

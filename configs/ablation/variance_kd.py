@@ -3,6 +3,7 @@ scratch.py).
 
     python -m lit_jax.main --config=configs/ablation/variance_kd.py --workdir=workdir/ablation/variance_kd
     python -m lit_jax.main --config=configs/ablation/variance_kd.py --workdir=workdir/ablation/variance_kd --mode=sample
+    python -m lit_jax.main --config=configs/ablation/variance_kd.py --workdir=workdir/ablation/variance_kd --mode=evaluate
 
 The variance alone (--config.distill.noise_weight=0.0) gives FID 53.49.
 """
