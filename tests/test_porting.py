@@ -250,6 +250,15 @@ def test_a_checkpoint_without_ema_says_what_to_choose(folder):
         porting.read_checkpoint(folder / "a.pt")
 
 
+def test_a_name_is_no_weight_and_beside_the_weights_no_obstacle(folder):
+    state = make_torch().state_dict()
+    torch.save({"ema": state, "args": argparse.Namespace(dtype=torch.float32), "callbacks": {os.system: 1}}, folder / "a.pt")
+    assert len(porting.read_checkpoint(folder / "a.pt").report.keys) == len(state)
+    torch.save({"ema": state | {"blocks.0.attn.proj.bias": os.system}}, folder / "b.pt")
+    with pytest.raises(porting.PortingError, match="'blocks.0.attn.proj.bias' is a Global, not a tensor"):
+        porting.read_checkpoint(folder / "b.pt")
+
+
 def test_repa_projectors_are_left_out_and_named(folder):
     model = make_torch(learn_sigma=False)
     state = model.state_dict()
