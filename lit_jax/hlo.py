@@ -226,7 +226,7 @@ def shape_bytes(shape: str, *, all_spaces: bool = False) -> float:
 
 def _called(instruction: Instruction) -> dict[str, list[str]]:
     found = {}
-    for key, many, one in re.findall(r"(calls|body|condition|to_apply|branch_computations|\w+_computation)="
+    for key, many, one in re.findall(r"\b(calls|body|condition|to_apply|branch_computations|\w+_computation)="
                                      r"(?:\{([^}]*)\}|%?([\w.\-]+))", instruction.attributes):
         if key != "to_apply" or instruction.opcode == "call":
             found[key] = [name.strip().lstrip("%") for name in many.split(",")] if many else [one]

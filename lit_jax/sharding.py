@@ -26,17 +26,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
         shape[shape.index(-1)] = count // known if known else 0
     if min(shape) < 1 or int(np.prod(shape)) != count:
         raise ValueError(f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices")
-    axes = dict(axis_names=("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
-    if slices == 1:
-        try:
-            return jax.make_mesh(tuple(shape), devices=devices, **axes)
-        except NotImplementedError as error:  # on a TPU torus an axis of the mesh is made of whole axes of the slice
-            raise ValueError(f"mesh.data = {shape[0]} and mesh.fsdp = {shape[1]} cannot be laid on the axes of this slice: "
-                             f"{str(error).splitlines()[0]}") from error
     data, fsdp = shape
     if data % slices:
         raise ValueError(f"mesh.data = {data} is not a multiple of the {slices} slices that the {count} devices are in")
-    return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices), **axes)
+    # On a TPU torus a size that is no product of whole axes of the slice takes a part of one.
+    how = dict(devices=devices, allow_split_physical_axes=True)
+    grid = (mesh_utils.create_device_mesh((data, fsdp), **how) if slices == 1 else
+            mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), **how))
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -274,6 +274,14 @@ def test_slices_split_the_data_axis_and_never_a_copy_of_the_parameters():
         sharding.make_mesh(1, 16, plan.topology_devices("v5e:2x4", 2))
 
 
+def test_a_mesh_need_not_be_made_of_whole_axes_of_the_torus():
+    """The same command on any slice: of 4 x 4 x 4, 8 takes one axis and half of the next."""
+    mesh = sharding.make_mesh(-1, 8, plan.topology_devices("v5p:4x4x4", 1))
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 8}
+    for row in mesh.devices:    # neighbours: the eight that share a copy lie in a box of 8 chips
+        assert np.prod(np.ptp([device.coords for device in row], axis=0) + 1) == 8
+
+
 def test_an_unknown_topology_is_one_clear_line(tmp_path):
     config = tiny_config()
     config.plan.topology = "v5e:3x7"

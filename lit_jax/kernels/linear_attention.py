@@ -137,16 +137,31 @@ def _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, impl
     return _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)[0]
 
 
+# Inlined: the kernels are long, and a model asks for the same one in its initialisation, forward pass and rematerialisation. Each
+# is traced once.
+_traced_once = functools.partial(jax.jit, inline=True,
+                                 static_argnames=("num_heads", "grid", "kernel_function", "implementation", "interpret"))
+
+
+@_traced_once
+def _forward(*arrays, implementation, **kwargs):
+    return _kernel_module(implementation).forward(*arrays, **kwargs)
+
+
+@_traced_once
+def _backward(*arrays, implementation, **kwargs):
+    return _kernel_module(implementation).backward(*arrays, **kwargs)
+
+
 def _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret):
-    out, saved = _kernel_module(implementation).forward(
-        q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
-        interpret=interpret)
+    out, saved = _forward(q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
+                          implementation=implementation, interpret=interpret)
     return out, (q, kv, conv_kernel, conv_bias, saved)
 
 
 def _fused_bwd(num_heads, grid, kernel_function, implementation, interpret, residuals, do):
-    return _kernel_module(implementation).backward(
-        *residuals, do, num_heads=num_heads, grid=grid, kernel_function=kernel_function, interpret=interpret)
+    return _backward(*residuals, do, num_heads=num_heads, grid=grid, kernel_function=kernel_function,
+                     implementation=implementation, interpret=interpret)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
