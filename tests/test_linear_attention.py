@@ -154,6 +154,26 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(magnitude, zero):
     check((q, kv, *rest), num_heads=2, grid=(4, 4), implementation="xla")
 
 
+def test_the_gradient_of_v_is_summed_in_float32():
+    """49 positive terms: a sum in bfloat16 would round at each of them, here the result alone is rounded."""
+    q, kv, _, _, do = make_inputs(K=0, grid=(7, 7), dtype="bfloat16")
+    D, (h, w) = q.shape[-1], (7, 7)
+    do, filters = 1 + abs(do), np.random.default_rng(0).uniform(0.5, 1.5, (7, 7, D // 2)).astype(np.float32)
+
+    def convolution(kv):  # the attention itself has no part in it
+        filters_and_bias = [(jnp.asarray(f), jnp.zeros(D // 2)) for f in (filters, 0 * filters)]
+        one, other = (linear_attention(jax.lax.stop_gradient(q), kv, *f, num_heads=2, grid=(h, w), implementation="xla")
+                      for f in filters_and_bias)
+        return one.astype(jnp.float32) - other.astype(jnp.float32)
+
+    out, vjp = jax.vjp(convolution, kv)
+    dv = np.asarray(vjp(do.astype(out.dtype))[0][..., D:].astype(jnp.float32))
+    padded = np.pad(np.asarray(do.astype(jnp.float32), np.float64).reshape(-1, h, w, D), ((0, 0), (3, 3), (3, 3), (0, 0)))
+    expected = sum(padded[:, 6 - y:6 - y + h, 6 - x:6 - x + w] * np.tile(filters[y, x], 2) for y in range(7) for x in range(7))
+    # Four roundings to eight bits: of the convolution's part and of its sum with the attention's, which cancels, both times.
+    np.testing.assert_allclose(dv, expected.reshape(dv.shape), rtol=4 * 2**-8)
+
+
 def test_uniform_values_pass_through_the_attention():
     q, kv, *_ = make_inputs(K=0)
     D = q.shape[-1]
@@ -171,7 +191,7 @@ def test_none_chooses_xla_on_a_cpu_and_logs_it_once(caplog):
     named = linear_attention(q, kv, conv_kernel, conv_bias, num_heads=2, grid=(5, 3), implementation="xla")
     np.testing.assert_array_equal(chosen, named)
     assert [r.message for r in caplog.records if "linear_attention" in r.message] == [
-        "linear_attention: xla for kernel function relu on cpu"]
+        "linear_attention: xla on cpu"]
 
 
 @pytest.mark.parametrize("platform,capability,kernel_function,K,H,expected", [
@@ -186,11 +206,17 @@ def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
         monkeypatch, platform, capability, kernel_function, K, H, expected):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="a device")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert module._choose(kernel_function, K, H) == expected
+    assert module._choose(width=2 * H, num_heads=2, grid=(16, 16), conv_size=K, kernel_function=kernel_function,
+                          dtype=jnp.bfloat16) == expected
 
 
 @pytest.mark.parametrize("change,message", [
     (dict(num_heads=3), "width 16 and num_heads 3"),
+    (dict(num_heads=2.0), "width 16 and num_heads 2.0"),
+    (dict(grid=(-5, -3)), r"grid \(-5, -3\) and 15 tokens"),
+    (dict(q=jnp.zeros((0, 15, 16)), kv=jnp.zeros((0, 15, 32))), r"q \(0, 15, 16\)"),
+    (dict(conv_kernel=jnp.zeros(())), r"got \(\)"),
+    (dict(conv_kernel=jnp.zeros((3, 3, 8), int)), "got int32"),
     (dict(grid=(4, 4)), r"grid \(4, 4\) and 15 tokens"),
     (dict(kernel_function="elu"), "got 'elu'"),
     (dict(implementation="cuda"), "got 'cuda'"),

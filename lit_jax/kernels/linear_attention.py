@@ -63,8 +63,12 @@ def linear_attention(
         ValueError: shapes or dtypes do not fit together, or the named implementation does not offer the case.
     """
     _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation)
+    case = dict(width=q.shape[2], num_heads=num_heads, grid=grid, conv_size=0 if conv_kernel is None else len(conv_kernel),
+                kernel_function=kernel_function, dtype=q.dtype)
     if implementation is None:
-        implementation = _choose(kernel_function, 0 if conv_kernel is None else conv_kernel.shape[0], q.shape[2] // num_heads)
+        implementation = _choose(**case)
+    elif reason := refusal(implementation, **case):
+        raise ValueError(reason)
     if implementation == "xla":
         return _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function)
 
@@ -78,50 +82,62 @@ def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, i
     if q.ndim != 3 or kv.shape != (*q.shape[:2], 2 * q.shape[2]):
         raise ValueError(f"q must be (B, T, D) and kv (B, T, 2D); got q {q.shape} and kv {kv.shape}")
     B, T, D = q.shape
+    if 0 in q.shape:
+        raise ValueError(f"there is nothing to attend to; got q {q.shape}")
     if q.dtype not in (jnp.float32, jnp.bfloat16) or kv.dtype != q.dtype:
         raise ValueError(f"q and kv must both be float32 or both bfloat16; got q {q.dtype} and kv {kv.dtype}")
-    if num_heads < 1 or D % num_heads:
+    if not isinstance(num_heads, int) or num_heads < 1 or D % num_heads:
         raise ValueError(f"the width must divide into heads; got width {D} and num_heads {num_heads}")
-    if len(grid) != 2 or grid[0] * grid[1] != T:
+    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid[0] * grid[1] != T:
         raise ValueError(f"the grid must cover the tokens; got grid {grid} and {T} tokens")
     if (conv_kernel is None) != (conv_bias is None):
         present = "conv_bias" if conv_kernel is None else "conv_kernel"
         raise ValueError(f"give conv_kernel and conv_bias together or not at all; got only {present}")
     H = D // num_heads
     if conv_kernel is not None:
-        K = conv_kernel.shape[0]
+        K = conv_kernel.shape[0] if conv_kernel.ndim else 0
         if conv_kernel.shape != (K, K, H) or K % 2 == 0 or conv_bias.shape != (H,):
             raise ValueError(f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
                              f"got {conv_kernel.shape} and {conv_bias.shape}")
+        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (conv_kernel, conv_bias)):
+            raise ValueError(f"conv_kernel and conv_bias must be of a floating type; got {conv_kernel.dtype} and {conv_bias.dtype}")
     if kernel_function not in KERNEL_FUNCTIONS:
         raise ValueError(f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}; got {implementation!r}")
-    if implementation in FUSED:
-        if kernel_function != "relu":
-            raise ValueError(f"{implementation} offers kernel_function 'relu'; got {kernel_function!r}")
-        if conv_kernel is not None and K not in FUSED_CONV_SIZES:
-            raise ValueError(f"{implementation} offers convolutions of 3, 5 or 7; got {K}")
-        if H > FUSED[implementation]:
-            raise ValueError(f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {H}")
 
 
-def _choose(kernel_function, K, H):
+def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int, int], conv_size: int, kernel_function: str,
+            dtype: jnp.dtype) -> str:
+    """Why an implementation does not offer a case, or "" where it does; for "pallas_tpu" on the TPU of the mesh in context.
+
+    Args: conv_size: 0 for no convolution. The others as in `linear_attention`, `width` being D.
+    """
+    if implementation == "xla":
+        return ""
+    if kernel_function != "relu":
+        return f"{implementation} offers kernel_function 'relu'; got {kernel_function!r}"
+    if conv_size not in (0, *FUSED_CONV_SIZES):
+        return f"{implementation} offers convolutions of 3, 5 or 7; got {conv_size}"
+    if width // num_heads > FUSED[implementation]:
+        return f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {width // num_heads}"
+    return ""
+
+
+def _choose(**case):
     """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
     device = jax.devices()[0]
     # The GPU kernels are written for Hopper; on Ampere they spill, and XLA's form is left to run.
     hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
     implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_gpu" if hopper else "xla"
-    if kernel_function != "relu" or K not in (0, *FUSED_CONV_SIZES) or H > FUSED.get(implementation, H):
-        implementation = "xla"
-    _log_choice(implementation, kernel_function, device.device_kind)
-    return implementation
+    reason = refusal(implementation, **case)
+    _log_choice("xla" if reason else implementation, device.device_kind, reason)
+    return "xla" if reason else implementation
 
 
 @functools.cache
-def _log_choice(implementation, kernel_function, device_kind):
-    logging.info("linear_attention: %s for kernel function %s on %s",
-                 implementation, kernel_function, device_kind)
+def _log_choice(implementation, device_kind, reason):
+    logging.info("linear_attention: %s on %s%s", implementation, device_kind, reason and f"; {reason}")
 
 
 def _kernel_module(implementation):
@@ -211,10 +227,11 @@ def _depthwise_conv(v, conv_kernel, conv_bias, num_heads, grid):
     h, w = grid
     K = conv_kernel.shape[0]
     pad = K // 2
-    padded = jnp.pad(v.reshape(B, h, w, D), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    # float32 before the taps, not at each: the gradient of v is then summed in float32 too.
+    padded = jnp.pad(v.astype(jnp.float32).reshape(B, h, w, D), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     conv_kernel = jnp.tile(conv_kernel.astype(jnp.float32), (1, 1, num_heads))[:, :, None, None, None]
     out = jnp.tile(conv_bias.astype(jnp.float32), num_heads)[None, None, None]
     for dy in range(K):
         for dx in range(K):
-            out = out + padded[:, dy:dy + h, dx:dx + w].astype(jnp.float32) * conv_kernel[dy, dx]
+            out = out + padded[:, dy:dy + h, dx:dx + w] * conv_kernel[dy, dx]
     return out.reshape(B, T, D)
