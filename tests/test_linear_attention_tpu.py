@@ -23,7 +23,7 @@ def small_chunks(monkeypatch):
 
 
 def plan_of(inputs, num_heads, grid):
-    return linear_attention_tpu._make_plan(inputs[0], inputs[2], num_heads, grid, arrays=7)
+    return linear_attention_tpu._plan_of(inputs[0], inputs[2], num_heads, grid, linear_attention_tpu.BACKWARD_ARRAYS)
 
 
 # Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
@@ -46,6 +46,7 @@ def test_direct_form_and_its_gradients_match_the_oracle(num_heads, head_width, g
     (4, 72, (4, 8), 7, "bfloat16"),      # three heads meet one tile
     (3, 72, (2, 13), 5, "bfloat16"),
     (2, 288, (1, 7), 0, "float32"),      # wide heads on a ragged grid are not direct
+    (2, 64, (4, 16), 0, "bfloat16"),     # no convolution, whose windows would be of four rows
 ])
 def test_state_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
@@ -57,6 +58,7 @@ def test_state_form_and_its_gradients_match_the_oracle(num_heads, head_width, gr
 @pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
     (2, 72, (6, 16), 5, "float32"),
     (1, 64, (7, 5), 3, "bfloat16"),      # rows added to fill the last chunk
+    (1, 64, (8, 8), 0, "bfloat16"),
 ])
 def test_an_image_in_several_chunks_matches_the_oracle(small_chunks, num_heads, head_width, grid, K, dtype):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
@@ -70,10 +72,11 @@ def test_an_image_in_several_chunks_matches_the_oracle(small_chunks, num_heads, 
     (1, 72, (9, 13), 7, "float32"),      # it is not; the last band is half empty
     (2, 64, (6, 16), 3, "bfloat16"),
     (1, 24, (6, 16), 0, "float32"),
+    (1, 128, (6, 16), 0, "bfloat16"),
 ])
 def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
         small_chunks, monkeypatch, num_heads, head_width, grid, K, dtype):
-    monkeypatch.setattr(linear_attention_tpu, "_vmem_bytes", lambda: 0)
+    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     assert plan_of(inputs, num_heads, grid).bands > 1
     pallas(inputs, num_heads=num_heads, grid=grid)
@@ -140,13 +143,43 @@ def _cost_estimates(jaxpr):
 
 @pytest.mark.parametrize("name,arrays,products,convolutions", [("forward", 4, 2, 1), ("backward", 7, 5, 2)])
 def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
-    B, T, D, H = 4, 64, 256, 128
-    fn, args = static_cost.attention_program(D, 2, (4, 16), B, name)
+    B, T, D, heads = 4, 64, 256, 2
+    fn, args = static_cost.attention_program(D, heads, (4, 16), B, name)
     cost, = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
     # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of their gradients.
     constants = (40 + 1 if name == "forward" else 40 + 2 * 41 * 8) * D * 4
     assert cost.bytes_accessed == arrays * B * T * D * 2 + constants
-    assert cost.flops == 2 * B * T * D * (products * H + convolutions * 40 // 4)
+    assert cost.flops == 2 * B * T * D * (products * T + convolutions * 40 // 4)  # by a head's T x T matrix
+    assert cost.transcendentals == B * T * heads
+
+
+def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, monkeypatch):
+    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
+    B, T, D, H, heads = 2, 128, 128, 64, 2
+    costs = {}
+    for name in ("forward", "backward"):
+        fn, args = static_cost.attention_program(D, heads, (8, 16), B, name)
+        costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+    plan = linear_attention_tpu._make_plan(T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), linear_attention_tpu.FORWARD_ARRAYS)
+    assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)          # 5 columns of 6 products make 2 rows
+    array, state, mean, taps = B * T * D * 2, B * 128 * 128 * 2, B * D * 4, 30 * D * 4
+    halos, sums = 2 * B * 2 * 2 * 16 * D * 2, 2 * 31 * 8 * D * 4            # 2 bands of 2 halos of 2 rows; of two cores
+    expected = [2 * array + state + mean,                                   # the state, of k and v
+                3 * array + halos + state + mean + taps + D * 4,            # q, v, the output; the bias
+                2 * array + state + mean,
+                3 * array + 2 * (state + mean),                             # q, do, dq
+                5 * array + halos + state + mean + taps + sums]             # k, v, do, dk, dv
+    found = costs["forward"] + costs["backward"]
+    assert [cost.bytes_accessed for cost in found] == expected
+    per_tap = 2 * B * T * D
+    assert [cost.flops for cost in found] == [per_tap * n for n in (H, H + 15, H, 2 * H, 2 * H + 2 * 15)]
+    assert [cost.transcendentals for cost in found] == [B * T * heads * n for n in (0, 1, 0, 1, 0)]
+
+
+def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
+    q, kv, *rest, _ = make_inputs(B=1, num_heads=1, head_width=1152, grid=(1, 4096), K=5, dtype="bfloat16")
+    with pytest.raises(ValueError, match="1 x 4096 tokens of width 1152 bfloat16 take .* MiB of VMEM; it has 16.0"):
+        linear_attention(q, kv, *rest, num_heads=1, grid=(1, 4096), implementation="pallas_tpu", interpret=True)
 
 
 @pytest.mark.parametrize("K", [3, 5, 7])
@@ -166,8 +199,7 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
     for pixels in static_cost.PIXELS:
         side = pixels // static_cost.PIXELS_PER_TOKEN
         for arrays in (4, 7):
-            q, kernel = jax.ShapeDtypeStruct((1, side * side, D), jnp.bfloat16), np.zeros((5, 5, D // num_heads))
-            plan = linear_attention_tpu._make_plan(q, kernel, num_heads, (side, side), arrays)
+            plan = linear_attention_tpu._make_plan(side * side, D, jnp.dtype(jnp.bfloat16), 5, num_heads, (side, side), arrays)
             assert (plan.bands * plan.band_rows, plan.w) == (side, side), (pixels, arrays, plan)
             assert plan.bands == 1 or mebibytes == 16 or pixels > 512, (pixels, arrays, plan)
 

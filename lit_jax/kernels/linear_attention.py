@@ -100,7 +100,7 @@ def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, i
             raise ValueError(f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
                              f"got {conv_kernel.shape} and {conv_bias.shape}")
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (conv_kernel, conv_bias)):
-            raise ValueError(f"conv_kernel and conv_bias must be of a floating type; got {conv_kernel.dtype} and {conv_bias.dtype}")
+            raise ValueError(f"conv_kernel and conv_bias must be floating; got {conv_kernel.dtype} and {conv_bias.dtype}")
     if kernel_function not in KERNEL_FUNCTIONS:
         raise ValueError(f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -121,6 +121,8 @@ def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int,
         return f"{implementation} offers convolutions of 3, 5 or 7; got {conv_size}"
     if width // num_heads > FUSED[implementation]:
         return f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {width // num_heads}"
+    if implementation == "pallas_tpu":
+        return _kernel_module(implementation).refusal(width=width, num_heads=num_heads, grid=grid, conv_size=conv_size, dtype=dtype)
     return ""
 
 
@@ -153,8 +155,7 @@ def _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, impl
     return _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation, interpret)[0]
 
 
-# Inlined: the kernels are long, and a model asks for the same one in its initialisation, forward pass and rematerialisation. Each
-# is traced once.
+# The kernels are long, and a model asks for the same one when it is initialised, run and rematerialised: each is traced once.
 _traced_once = functools.partial(jax.jit, inline=True,
                                  static_argnames=("num_heads", "grid", "kernel_function", "implementation", "interpret"))
 

@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 EPSILON = 1e-6      # as in linear_attention.py: added to phi(q), phi(k) and the denominator
 LANES = 128
 MARGIN = 8          # zero columns beside each row of the convolution's scratch: a sublane tile, to stay aligned
+FORWARD_ARRAYS, BACKWARD_ARRAYS = 4, 7  # of (T, D) that cross HBM: q, k, v, out; and q, k, v, do, dq, dk, dv
 CHUNK_TOKENS = 256  # tokens in one straight line of code; more tokens are a loop of such chunks
 
 
@@ -50,6 +51,11 @@ class _Plan:
     @property
     def width(self):
         return self.num_heads * self.head_width
+
+    @property
+    def lanes(self):
+        """The width in whole tiles."""
+        return len(self.tiles) * LANES
 
     @property
     def pad(self):
@@ -447,8 +453,11 @@ def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
     registers.
     """
     start, size = plan.tiles[j]
-    window = plan.outputs * plan.w if conv else block
-    block = block if block % max(window, 1) == 0 and block else plan.chunk_tokens if plan.outputs == 1 else window
+    window = plan.outputs * plan.w
+    if conv is None:
+        block = block or plan.chunk_tokens
+    elif not block or block % window:
+        block = plan.chunk_tokens if plan.outputs == 1 else window
     lanes = slice(offset + start, offset + start + size)
     values = {}
 
@@ -850,7 +859,7 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
 
 def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="relu", interpret=False):
     """Returns the output (B, T, D) of `linear_attention`, whose arguments these are, and None: the backward needs no more."""
-    plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=4)
+    plan = _plan_of(q, conv_kernel, num_heads, grid, FORWARD_ARRAYS)
     call = _Call(plan, q.shape[0], grid, interpret)
     q, kv = call.pad(q), call.pad(kv)
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
@@ -872,7 +881,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
 
 def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function="relu", interpret=False):
     """The gradients (dq, dkv, dconv_kernel, dconv_bias) for the cotangent `do` (B, T, D); recomputes the state."""
-    plan = _make_plan(q, conv_kernel, num_heads, grid, arrays=7)
+    plan = _plan_of(q, conv_kernel, num_heads, grid, BACKWARD_ARRAYS)
     call = _Call(plan, q.shape[0], grid, interpret)
     q, kv, do = call.pad(q), call.pad(kv), call.pad(do)
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, None, flip=True)]
@@ -888,11 +897,12 @@ def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kerne
         state, mean = call.state_of(kv)
         dq, dstate, dmean = call(
             _query_kernel, [call.band(q), call.band(do), call.image(state), call.image(mean)],
-            [call.band_like(q), call.image_like(state), call.image_like(mean)], [call.acc()], products=2)
+            [call.band_like(q), call.image_like(state), call.image_like(mean)], [call.acc()], products=2,
+            convolutions=0)
         dkv, *dtaps = call(
             _key_kernel, [call.band(kv), call.band(do), call.image(dstate), call.image(dmean),
                           *(call.halos(do) if plan.K else []), *taps],
-            [call.band_like(kv), *dtaps], call.windows(spread=True), products=2, convolutions=2)
+            [call.band_like(kv), *dtaps], call.windows(spread=True), products=2, convolutions=2, divisions=0)
     dq, dkv = call.unpad(dq), call.unpad(dkv)
     if not plan.K:
         return dq, dkv, None, None
@@ -921,50 +931,101 @@ def _vmem_bytes():
     return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 16 * 2**20
 
 
-def _make_plan(q, conv_kernel, num_heads, grid, arrays):
-    """Chooses the form, the chunks and the bands; `arrays` (T, D) arrays pass through HBM."""
-    T, D = q.shape[1:]
+def refusal(*, width, num_heads, grid, conv_size, dtype):
+    """Why VMEM does not hold the forward or the backward of a case, or "" where it holds both."""
+    try:
+        for arrays in (FORWARD_ARRAYS, BACKWARD_ARRAYS):
+            _make_plan(grid[0] * grid[1], width, jnp.dtype(dtype), conv_size, num_heads, grid, arrays)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _plan_of(q, conv_kernel, num_heads, grid, arrays):
+    return _make_plan(*q.shape[1:], q.dtype, 0 if conv_kernel is None else conv_kernel.shape[0], num_heads, grid, arrays)
+
+
+def _make_plan(T, D, dtype, K, num_heads, grid, arrays):
+    """Chooses the form, the chunks and the bands; `arrays` (T, D) arrays pass through HBM.
+
+    Raises: ValueError where no band is small enough for VMEM: the kernel does not cut rows.
+    """
     h, w = grid
-    sublanes = 8 if q.dtype == jnp.float32 else 16
+    sublanes = 8 if dtype == jnp.float32 else 16
     w = pl.cdiv(w, sublanes) * sublanes
     chunk_rows = pl.cdiv(h, pl.cdiv(h * w, CHUNK_TOKENS))
     chunks = pl.cdiv(h, chunk_rows)
-    K = 0 if conv_kernel is None else conv_kernel.shape[0]
     direct = chunks == 1 and h * w == T and D // num_heads >= LANES
     plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows,
-                 chunks=chunks, bands=1, direct=direct, slots=pl.cdiv(D, LANES), K=K, dtype=q.dtype)
+                 chunks=chunks, bands=1, direct=direct, slots=pl.cdiv(D, LANES), K=K, dtype=dtype)
     limit = _vmem_bytes()
     for slots in (plan.slots, 2):
         plan = dataclasses.replace(plan, slots=slots)
-        if _vmem_needed(plan, arrays) <= limit:
+        if _image_bytes(plan, arrays) <= limit:
             return plan
     # Bands: whole chunks, and whole halo blocks of the band's neighbours. As few as fit, but rather more than rows added to
-    # fill the last: those cost a copy of every array.
+    # fill the last: those cost a copy of every array. Smaller chunks, of which less is spilled, where none fits.
     halo_rows = max(1, pl.next_power_of_2(K // 2))
-    chunk_rows = max(1, min(pl.cdiv(h, 2), CHUNK_TOKENS // w))
-    step = math.lcm(chunk_rows, halo_rows)
-    rows = pl.cdiv(h, step) * step
-    fitting = []
-    for bands in range(2, max(2, rows // step) + 1):
-        band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
-        plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows, bands=bands, direct=False)
-        if _vmem_needed(plan, arrays) <= limit:
-            fitting.append(plan)
-    return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands), default=plan)
+    needed = []
+    for chunk_tokens in (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4):
+        chunk_rows = max(1, min(pl.cdiv(h, 2), chunk_tokens // w))
+        step = math.lcm(chunk_rows, halo_rows)
+        rows = pl.cdiv(h, step) * step
+        fitting = []
+        for bands in range(2, max(2, rows // step) + 1):
+            band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
+            plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows, bands=bands, direct=False)
+            needed.append(_band_bytes(plan, arrays))
+            if needed[-1] <= limit:
+                fitting.append(plan)
+        if fitting:
+            return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands))
+    raise ValueError(f"pallas_tpu walks the rows of a grid, and a few rows of {h} x {w} tokens of width {D} {dtype.name} "
+                     f"take {min(needed) / 2**20:.1f} MiB of VMEM; it has {limit / 2**20:.1f}")
 
 
-def _vmem_needed(plan, arrays):
-    """Bytes of VMEM: double-buffered blocks, scratch, and what the compiler spills of a chunk."""
-    itemsize, tiles = jnp.dtype(plan.dtype).itemsize, len(plan.tiles)
-    lanes = tiles * LANES
-    blocks = 2 * arrays * plan.band_tokens * lanes * itemsize
-    state = 0 if plan.direct else len(plan.pairs) * LANES * LANES * (4 + itemsize * (2 if plan.bands == 1 else 4))
-    padded = taps = 0
-    if plan.K:
-        padded = math.prod(plan.windows_shape) * 4 + (math.prod(plan.spread_shape) * 4 if arrays == 7 else 0)
-        taps = 2 * (plan.points * plan.K + 8) * lanes * 4 * (9 if arrays == 7 else 1)
-    values = 3 * plan.chunk_tokens * lanes * 4
-    return blocks + state + padded + taps + values + 2**20
+def _image_bytes(plan, arrays):
+    """Bytes of VMEM that a whole image takes: double-buffered blocks, scratch, and what the compiler spills of a chunk."""
+    itemsize, backward = jnp.dtype(plan.dtype).itemsize, arrays == BACKWARD_ARRAYS
+    blocks = 2 * arrays * plan.band_tokens * plan.lanes * itemsize
+    state = columns = 0
+    if not plan.direct:
+        state = len(plan.pairs) * LANES * LANES * (4 + itemsize * (2 if backward else 1))
+        columns = _column_bytes(plan, 4 if backward else 2)
+    return blocks + state + _conv_bytes(plan, backward) + columns + _spilled_bytes(plan) + 2**20
+
+
+def _band_bytes(plan, arrays):
+    """The same of a band: the most that any of the kernels takes."""
+    itemsize = jnp.dtype(plan.dtype).itemsize
+    array, halo = (rows * plan.w * plan.lanes * itemsize for rows in (plan.band_rows, plan.halo_rows))
+    state, acc = (len(plan.pairs) * LANES * LANES * size for size in (itemsize, 4))
+    kernels = [2 * (2 * array + state) + acc]                                               # of the state
+    if arrays == FORWARD_ARRAYS:
+        values = 1 if plan.width % LANES == 0 else 2                                        # v, or k and v
+        kernels += [2 * ((2 + values) * array + 2 * values * halo + state) + _conv_bytes(plan, False) + _column_bytes(plan, 2)]
+    else:
+        kernels += [2 * (3 * array + 2 * state) + acc + _column_bytes(plan, 4),             # of the queries
+                    2 * (5 * array + 2 * halo + state) + _conv_bytes(plan, True)]           # of the keys
+    return max(kernels) + _spilled_bytes(plan)
+
+
+def _conv_bytes(plan, backward):
+    """Of the convolution's scratch, its taps and the sums of their gradients; a chip's tiles are of eight rows."""
+    if not plan.K:
+        return 0
+    scratch = math.prod(plan.windows_shape) * 4 + (math.prod(plan.spread_shape) * 4 if backward else 0)
+    return scratch + 2 * (plan.points * plan.K + 8) * plan.lanes * 4 * (9 if backward else 1)
+
+
+def _column_bytes(plan, columns):
+    """Of (tokens, 1) float32 of each head: a column fills whole registers, and spills as such."""
+    return columns * plan.num_heads * plan.chunk_tokens * LANES * 4
+
+
+def _spilled_bytes(plan):
+    """Of the other values of a chunk: 2.4 (T, D) float32 arrays at most were seen."""
+    return 3 * plan.chunk_tokens * plan.lanes * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1045,7 +1106,7 @@ class _Call:
         state = jax.ShapeDtypeStruct((B, len(plan.pairs), LANES, LANES), plan.dtype)
         mean = jax.ShapeDtypeStruct((B, 1, plan.width), jnp.float32)
         return self(_state_kernel, [self.band(kv)], [self.image_like(state), self.image_like(mean)],
-                    [self.acc(), self.row()], products=1, convolutions=0)
+                    [self.acc(), self.row()], products=1, convolutions=0, divisions=0)
 
     def pad(self, x):
         """(B, h * w, C) -> zeros added up to whole sublane tiles and bands; no copy where they fit."""
@@ -1065,11 +1126,12 @@ class _Call:
         B, _, C = x.shape
         return x.reshape(B, rows, plan.w, C)[:, :h, :w].reshape(B, h * w, C)
 
-    def __call__(self, kernel, inputs, outputs, scratch, *, products, convolutions=1):
-        """Runs kernel(plan, *refs). `products` and `convolutions` count its work over all tokens."""
+    def __call__(self, kernel, inputs, outputs, scratch, *, products, convolutions=1, divisions=1):
+        """Runs kernel(plan, *refs). The counts are of its work over all tokens."""
         plan = self.plan
         taps = plan.points * plan.K / plan.outputs if plan.K else 0
-        flops = int(2 * self.batch * plan.tokens * plan.width * (products * plan.head_width + convolutions * taps))
+        product = plan.tokens if plan.direct else plan.head_width
+        flops = int(2 * self.batch * plan.tokens * plan.width * (products * product + convolutions * taps))
         moved = sum(_bytes_moved(x, spec, self) for x, spec in [*inputs, *outputs])
         return pl.pallas_call(
             functools.partial(kernel, plan),
@@ -1077,7 +1139,7 @@ class _Call:
             in_specs=[spec for _, spec in inputs], out_specs=[spec for _, spec in outputs],
             out_shape=[x for x, _ in outputs], scratch_shapes=scratch, interpret=self.interpret,
             cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved,
-                                          transcendentals=self.batch * plan.tokens * plan.num_heads),
+                                          transcendentals=divisions * self.batch * plan.tokens * plan.num_heads),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=_vmem_bytes()),
