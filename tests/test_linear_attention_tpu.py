@@ -129,6 +129,36 @@ def test_eight_devices_compute_in_scanned_and_rematerialised_layers_what_one_com
         assert_close(actual, expected, reduction=16 * 8, what=name)
 
 
+@pytest.mark.parametrize("taken", [("data", "fsdp"), ("data",)])
+def test_inside_a_shard_map_the_kernel_takes_the_rows_that_are_there(taken):
+    """All axes of the mesh taken by the caller's own shard_map, or one of them."""
+    q, kv, *rest, do = make_inputs(B=8, num_heads=2, head_width=16, grid=(1, 8), K=3)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec(taken)
+
+    def kernel(q, kv):
+        return linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+
+    def loss(q, kv):
+        out = jax.shard_map(kernel, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(taken), check_vma=False)(q, kv)
+        return jnp.sum(out * do)
+
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    split = jit(jax.grad(loss, argnums=(0, 1)), in_shardings=(where, where))(q, kv)
+    whole = jax.grad(lambda q, kv: jnp.sum(kernel(q, kv) * do), argnums=(0, 1))(q, kv)
+    for name, actual, expected in zip(("dq", "dkv"), split, whole):
+        assert_close(actual, expected, reduction=16, what=name)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_named():
+    q, kv, *rest, _ = make_inputs(B=3, num_heads=2, head_width=16, grid=(1, 8), K=3)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="3 rows are no multiple of its 8 devices"), \
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+
+
 def _cost_estimates(jaxpr):
     """The pl.CostEstimate of every kernel in a jaxpr."""
     found = []

@@ -2,6 +2,7 @@
 
 The mesh is that of jax.sharding.use_abstract_mesh around the trace (`sharding.on_mesh` sets it). Without one, nothing is done.
 """
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,26 +10,36 @@ import jax
 from jax.sharding import PartitionSpec
 
 
-def split_rows(kernel: Callable, rows: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> jax.Array:
-    """kernel(*rows, *whole), with the leading axis of `rows` and of the result split over all axes of the context's mesh.
+def _free_axes() -> tuple[str, ...]:
+    """The axes of the context's mesh that no jax.shard_map around has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
 
-    The mesh is that of jax.sharding.use_abstract_mesh around the trace (`sharding.on_mesh` sets it); without one, or on one
-    device, the kernel is simply called.
+
+def split_rows(kernel: Callable, rows: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> jax.Array:
+    """kernel(*rows, *whole), with the leading axis of `rows` and of the result split over the context's mesh.
+
+    Without a mesh, on one device, or where a jax.shard_map around has split them already, the kernel is simply called.
 
     Args: rows: arrays (B, ...). whole: arrays, or None, that every device needs in full.
+    Raises: ValueError where the devices do not divide B.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    axes = _free_axes()
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)
+    if devices == 1:
         return kernel(*rows, *whole)
-    split, full = PartitionSpec(mesh.axis_names), PartitionSpec()
+    if rows[0].shape[0] % devices:
+        raise ValueError(f"a fused kernel splits the batch over the mesh: {rows[0].shape[0]} rows are no multiple of its "
+                         f"{devices} devices")
+    split, full = PartitionSpec(axes), PartitionSpec()
     in_specs = (split,) * len(rows) + (full,) * len(whole)
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=split, check_vma=False)(*rows, *whole)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=split, axis_names=set(axes), check_vma=False)(*rows, *whole)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps the leading axis split over the whole mesh: each device works on its own rows of the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+    axes = _free_axes()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def gather_weights(params: Any, dtype: Any) -> Any:
@@ -36,7 +47,7 @@ def gather_weights(params: Any, dtype: Any) -> Any:
 
     Left to itself the partitioner may keep the weights split and gather the activations, which are many times larger.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _free_axes():
         return params
     return jax.tree.map(lambda p: _gather(p.astype(dtype) if p.ndim == 2 else p), params)
 
