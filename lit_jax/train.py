@@ -26,6 +26,7 @@ from lit_jax import (
     records,
     sharding,
     step,
+    workdirs,
 )
 from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
@@ -40,6 +41,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and report.json in the workdir.
     Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be run.
     """
+    with contextlib.ExitStack() as held:  # the workdir, from the first file to the end, whatever that is
+        _run(config, workdir, held)
+
+
+def _run(config: ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     start_up = records.StartUp()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     from_config.check_batches(config, mesh)
@@ -86,6 +92,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     start_up.lap("compilation")
 
     workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(workdirs.own(workdir))
     checkpoints = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep,
                                           keep_every=config.checkpoint.keep_every)
     fields = decisive_fields(config, source, teacher_source)

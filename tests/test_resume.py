@@ -2,6 +2,7 @@
 import random
 import shutil
 import signal
+import socket
 import time
 
 import command
@@ -72,6 +73,21 @@ def saves(workdir):
     names = {path.name for path in (workdir / "checkpoints").glob("*")}
     complete = {name for name in names if name.isdigit()}
     return names - complete, complete
+
+
+def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_its_restart(server, undisturbed):
+    workdir = server.folder / "two_at_once"
+    first = server.start(workdir, *RHYTHM, batches=20)
+    first.wait_for_batches(20)
+    second = server.start(workdir, *RHYTHM)
+    assert second.wait() == 1
+    message = second.text().splitlines()[-1]
+    assert message.startswith(f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20")
+    assert not second.ids()
+    first.kill(signal.SIGKILL)      # its name stays in the file, its lock does not
+    assert first.wait() == -signal.SIGKILL
+    assert server.run(workdir, *RHYTHM).first_step() >= 9
+    check_same_end(workdir, undisturbed)
 
 
 def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
