@@ -5,10 +5,12 @@ A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, 
 metadata only, so everything that reads parameters reads both.
 """
 import contextlib
+import hashlib
 import itertools
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,6 +44,7 @@ class Checkpointer:
         started = time.monotonic()
         args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         metadata = metadata | {"fingerprints": fingerprints(items)}
+        metadata = metadata | {"checksum": checksum([data, metadata])}
         args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         logging.info("checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile", step,
@@ -56,34 +59,31 @@ class Checkpointer:
 
         A damaged checkpoint (unreadable, or not what was saved) is named in the log, set aside as `STEP.damaged` and
         skipped. Of several processes only one may have seen the damage, so then the run stops after setting it aside.
+        A file system that fails tells nothing of the checkpoint: that stops the run and leaves everything where it is.
 
         Args:
           fields: config fields that must be as they were, compared with metadata["fields"]; force: only warn of them.
         Returns: step, the item trees, the data iterator's state, the metadata.
         Raises: ValueError when checkpoints are or were there but none can be read, or the newest is of another run: other
         fields or other parameters than asked for. TryAgainError when one of several processes meets a damaged checkpoint.
+        OSError when the newest cannot be read for another reason than damage.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+                data, metadata = self._read_json(step)
                 self._check_fields(step, metadata.get("fields", {}), fields or {}, force)
                 self._check_shapes(step, items_shape)
                 args = {name: ocp.args.StandardRestore(items_shape[name]) for name in ARRAY_ITEMS}
-                args["data"] = ocp.args.JsonRestore()
-                restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+                with reading(self.directory / str(step)):
+                    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
                 items = {name: restored[name] for name in ARRAY_ITEMS}
                 for name, fingerprint in fingerprints(items).items():
                     if fingerprint != metadata["fingerprints"][name]:
-                        raise OSError(f"{name} is not what was saved")
-                return step, items, restored["data"], metadata
-            except MismatchError:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds; all but one mean: not readable
-                if "RESOURCE_EXHAUSTED" in str(error):  # no memory for it: the checkpoint may well be whole
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step), reason)
+                        raise DamagedError(f"{name} is not what was saved")
+                return step, items, data, metadata
+            except DamagedError as error:
+                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step), error)
                 self._set_aside(step)
                 if jax.process_count() > 1:
                     raise TryAgainError(f"checkpoint {self.directory / str(step)} is damaged and set aside; run the same "
@@ -95,6 +95,20 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self.directory} can be read; set aside: {', '.join(aside)}. Mend and rename "
                              f"one of them, or begin again with another --workdir")
         return None
+
+    def _read_json(self, step: int) -> tuple[dict, dict]:
+        """The data iterator's state and the metadata, as they were saved."""
+        with reading(self.directory / str(step)):
+            args = {name: ocp.args.JsonRestore() for name in JSON_ITEMS}
+            saved = self._manager.restore(step, args=ocp.args.Composite(**args))
+            data, metadata = (saved[name] for name in JSON_ITEMS)
+            expected = metadata.pop("checksum", None)
+        if expected is None and "fingerprints" in metadata:
+            logging.warning("checkpoint %s has no checksum of its data state, as those of an older lit_jax: taken unchecked",
+                            self.directory / str(step))
+        elif expected != checksum([data, metadata]):
+            raise DamagedError("data or metadata is not what was saved")
+        return data, metadata
 
     def _set_aside(self, step: int) -> None:
         names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(1)))
@@ -117,7 +131,8 @@ class Checkpointer:
 
     def _check_shapes(self, step: int, items_shape: dict[str, Any]) -> None:
         for item in ARRAY_ITEMS:
-            saved = shapes_of(self.directory / str(step) / item)
+            with reading(self.directory / str(step)):
+                saved = shapes_of(self.directory / str(step) / item)
             wanted = {name: tuple(leaf.shape) for name, leaf in flatten(items_shape[item]).items()}
             for name in sorted(saved.keys() | wanted.keys()):
                 if saved.get(name) != wanted.get(name):
@@ -136,6 +151,43 @@ class Checkpointer:
 
 class MismatchError(ValueError):
     """A readable checkpoint of another model."""
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not, or not all, what was saved."""
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Around nothing but the reading of the checkpoint at `path`: sorts the many kinds of errors that this can raise.
+
+    Raises: OSError where the machine or its file system failed, DamagedError for everything else.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = machine_failure(error)
+        reason = (str(failure or error).splitlines() or [repr(failure or error)])[0]
+        if failure:
+            raise OSError(f"checkpoint {path} cannot be read and is left as it is: {reason}") from error
+        raise DamagedError(reason) from error
+
+
+def machine_failure(error: BaseException | None) -> BaseException | None:
+    """What in the chain of causes speaks of the machine (memory, disk, network, permission); None: of the checkpoint."""
+    while error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        # TensorStore raises ValueError for everything and quotes what the system or XLA said.
+        if (isinstance(error, MemoryError | OSError) and not missing
+                or any(sign in str(error) for sign in ("os_error_code", "RESOURCE_EXHAUSTED"))):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def checksum(value: Any) -> str:
+    """Of a JSON value: the same before it is written and after it is read."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

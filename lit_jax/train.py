@@ -26,6 +26,7 @@ from lit_jax import (
     records,
     sharding,
     step,
+    workdirs,
 )
 from lit_jax.diffusion import make_diffusion
 from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
@@ -40,6 +41,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and report.json in the workdir.
     Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be run.
     """
+    with contextlib.ExitStack() as held:  # the workdir, from the first file to the end, whatever that is
+        _run(config, workdir, held)
+
+
+def _run(config: ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     start_up = records.StartUp()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     from_config.check_batches(config, mesh)
@@ -65,7 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                                 num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     start_up.lap("devices and data")
 
-    teacher_params = load_teacher(teacher, teacher_source, config.teacher.dtype, mesh) if teacher else None
+    teacher_params = load_teacher(teacher_source, config.teacher.dtype, mesh) if teacher else None
     start_up.lap("teacher")
 
     # The program before the files: what cannot be compiled here leaves no trace.
@@ -86,6 +92,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     start_up.lap("compilation")
 
     workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(workdirs.own(workdir))
     checkpoints = checkpoint.Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep,
                                           keep_every=config.checkpoint.keep_every)
     fields = decisive_fields(config, source, teacher_source)
@@ -221,6 +228,7 @@ def decisive_fields(config: ConfigDict, source: data.ImageSource,
     Left out: what changes speed, files or rounding alone, and what only a start looks at.
     """
     fields = {"seed": config.seed, "data.records": repr(source), "data.flip": config.data.flip,
+              "data.content": f"of checksum {source.content()}",  # the same name and size can be another data set
               "train.batch_size": config.train.batch_size, "train.label_dropout": config.train.label_dropout}
     for group in ("model", "distill", "optimizer", "ema"):
         fields |= {f"{group}.{name}": value for name, value in config[group].items() if name != "implementation"}
@@ -238,7 +246,7 @@ def run_hash(config: ConfigDict, source: data.ImageSource, teacher_source: porti
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_teacher(teacher: DiT, source: porting.Checkpoint, dtype: str, mesh: jax.sharding.Mesh) -> Any:
+def load_teacher(source: porting.Checkpoint, dtype: str, mesh: jax.sharding.Mesh) -> Any:
     """The teacher's parameters on the mesh, sharded by shape, kept in `dtype`."""
     shardings = sharding.fsdp_sharding(source.params, mesh)
     params = porting.load_params(source.params, shardings)

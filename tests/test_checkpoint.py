@@ -1,4 +1,5 @@
 """Checkpoints: what is kept, what is restored and onto which devices, and what damaged or foreign ones lead to."""
+import json
 import logging
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from lit_jax.models.dit import DiT
 SIZE = 8
 MODEL = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear")
 OPTIMIZER = optax.adamw(1e-3)
+FIELDS = {"train.batch_size": 8}
 
 
 def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
@@ -43,7 +45,7 @@ def save_run(folder, states, **options):
     """Saves {step: state} in order; the data state names the step."""
     run = open_run(folder, **options)
     for number, state in states.items():
-        run.save(number, state.items(), data={"read": number}, metadata={"name": f"step {number}"})
+        run.save(number, state.items(), data={"read": number}, metadata={"name": f"step {number}", "fields": FIELDS})
     run.wait()
     run.close()
 
@@ -131,16 +133,36 @@ def damage(folder, how):
         shutil.rmtree(folder / "ema_params")
     elif how == "metadata garbled":
         (folder / "params" / "_METADATA").write_text("{")
-    elif how == "data state garbled":
-        (folder / "data" / "metadata").write_text("{")
+    else:       # a file of JSON, and what becomes of its text
+        item, change = how
+        path = folder / item / "metadata"
+        before = path.read_text()
+        path.write_text(change(before))
+        assert path.read_text() != before
 
 
-@pytest.mark.parametrize("how", ["array data cut short", "item missing", "metadata garbled", "data state garbled"])
+# All but the first are still JSON, which only the checksum can tell from what was saved.
+JSON_DAMAGE = {
+    "data state garbled": ("data", lambda text: "{"),
+    "data state of another step": ("data", lambda text: text.replace("6", "7")),
+    "data state negative": ("data", lambda text: text.replace("6", "-6")),
+    "data state renamed": ("data", lambda text: text.replace("read", "raed")),
+    "data state a list": ("data", lambda text: "[]"),
+    "metadata renamed": ("metadata", lambda text: text.replace("name", "nmae")),
+    "metadata of another step": ("metadata", lambda text: text.replace("step 6", "step 7")),
+    "metadata a list": ("metadata", lambda text: "[]"),
+    "metadata empty": ("metadata", lambda text: "{}"),
+    "a field changed": ("metadata", lambda text: text.replace(": 8", ": 9")),
+    "checksum changed": ("metadata", lambda text: text[:-3] + ('0"}' if text[-3] != "0" else '1"}')),
+}
+
+
+@pytest.mark.parametrize("how", ["array data cut short", "item missing", "metadata garbled", *JSON_DAMAGE])
 def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states, how, caplog):
-    damage(copy / "6", how)
+    damage(copy / "6", JSON_DAMAGE.get(how, how))
     run = open_run(copy)
     with caplog.at_level(logging.WARNING, logger="absl"):
-        number, items, data, _ = run.restore(shapes_of(states[4]))
+        number, items, data, _ = run.restore(shapes_of(states[4]), FIELDS)
     assert (number, data) == (4, {"read": 4})
     assert_same(items, states[4])
     warnings = [record.getMessage() for record in caplog.records if "is damaged and" in record.getMessage()]
@@ -162,17 +184,48 @@ def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, stat
         run.close()
 
 
-def test_a_checkpoint_that_finds_no_memory_is_not_damaged(copy, states, monkeypatch):
-    """What XLA raises when the arrays do not fit the devices."""
-    def full(items):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.0G")
-
-    monkeypatch.setattr(checkpoint, "fingerprints", full)
+def test_a_checkpoint_from_before_the_checksum_is_taken_with_a_warning(copy, states, caplog):
+    path = copy / "6" / "metadata" / "metadata"
+    metadata = json.loads(path.read_text())
+    del metadata["checksum"]
+    path.write_text(json.dumps(metadata))
     run = open_run(copy)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert run.restore(shapes_of(states[6]))[0] == 6
+    assert f"checkpoint {copy}/6 has no checksum of its data state" in caplog.text
+    run.close()
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+                                   TypeError("a fault of ours")])
+def test_no_memory_or_a_fault_of_ours_is_no_damage(copy, states, monkeypatch, error):
+    """What XLA raises when the arrays do not fit the devices, and what a bug raises."""
+    def fail(items):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "fingerprints", fail)
+    run = open_run(copy)
+    with pytest.raises(type(error), match=str(error)):
         run.restore(shapes_of(states[6]))
     run.close()
     assert folders(copy) == ["2", "4", "6"]
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="needs a file that answers EIO")
+@pytest.mark.parametrize("files, target, message", [
+    ("metadata/metadata", "/proc/self/mem", "Input/output error"),      # Python reads it
+    ("params/_METADATA", "/proc/self/mem", "Input/output error"),       # Orbax
+    ("opt_state/d/*", "", "Too many levels of symbolic links"),     # TensorStore, a link to itself
+])
+def test_a_failing_file_system_stops_the_run_and_leaves_the_checkpoint_alone(copy, states, files, target, message):
+    for path in list((copy / "6").glob(files)):
+        path.unlink()
+        path.symlink_to(target or path)
+    run = open_run(copy)
+    with pytest.raises(OSError, match=f"checkpoint {copy}/6 cannot be read and is left as it is: .*{message}") as error:
+        run.restore(shapes_of(states[6]))
+    run.close()
+    assert "\n" not in str(error.value) and folders(copy) == ["2", "4", "6"]
 
 
 def test_a_half_written_checkpoint_does_not_count(copy, states):

@@ -122,6 +122,30 @@ def test_a_record_is_not_always_flipped_alike():
     assert sum(len(seen) == 2 for seen in flips.values()) > 35
 
 
+# Which data it is. ----------------------------------------------------------------------------------------------------
+
+def test_the_content_of_a_data_set_is_known_wherever_it_is_read():
+    assert make_source().content() == make_source().content() == "1cf18b8a7ab42e20"    # in every process, on every machine
+
+
+def invert(record):
+    return record | {"image": 255 - record["image"]}
+
+
+@pytest.mark.parametrize("rows, change", [
+    (range(40), invert),
+    ([0], invert),
+    ([39], invert),
+    (range(10, 14), invert),            # 16 of 40 are looked at, so one of any three neighbours
+    ([39], lambda record: record | {"label": 0}),
+])
+def test_other_content_under_the_same_name_is_known(rows, change):
+    source = make_source()
+    for row in rows:
+        source.records[row] = change(source.records[row])
+    assert repr(source) == repr(make_source()) and source.content() != make_source().content()
+
+
 # To the devices. ------------------------------------------------------------------------------------------------------
 
 def test_batches_arrive_sharded_and_the_state_is_that_of_the_batch_in_hand():
@@ -203,6 +227,12 @@ def test_opening_again_writes_nothing(directory):
     before = files()
     data.open_source("mnist_digits", str(directory), "test")
     assert files() == before
+
+
+def test_a_data_set_may_move(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "moved")
+    contents = [data.open_source("mnist_digits", str(path), "test").content() for path in (directory, tmp_path / "moved")]
+    assert contents[0] == contents[1]
 
 
 def test_read_all_can_be_limited(directory):

@@ -1,11 +1,12 @@
 """Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
+import os
 import signal
 import time
 
 import lives
 import pytest
 
-from lit_jax import distributed
+from lit_jax import distributed, workdirs
 
 WIDE = ("--config.model.width=128", "--config.optimizer.schedule=constant", "--config.train.log_every=1",
         "--config.mesh.join_timeout=120", "--config.mesh.heartbeat=10", "--config.checkpoint.every=3")
@@ -91,6 +92,17 @@ def test_processes_with_different_configs_are_named_on_both_sides(server):
         assert life.wait() == 1
         message = life.text().splitlines()[-1]
         assert message.startswith("error: process 1 (") and "has seed = 2, process 0 (" in message and "has 1" in message
+
+
+def test_a_workdir_in_use_is_refused_by_all_processes(server):
+    workdir = server.folder / "in_use"
+    workdir.mkdir()
+    with workdirs.own(workdir):
+        processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
+        assert [life.wait() for life in processes] == [1, 1], "".join(life.text() for life in processes)
+    for life, owner in zip(processes, (f"process {os.getpid()} on ", "another run")):
+        assert f"error: --workdir={workdir} is in use by {owner}" in life.text()
+    assert [path.name for path in workdir.iterdir()] == ["lock"]
 
 
 def test_a_process_that_does_not_come_is_named(server):

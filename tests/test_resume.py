@@ -2,8 +2,10 @@
 import random
 import shutil
 import signal
+import socket
 import time
 
+import command
 import jax
 import jax.numpy as jnp
 import lives
@@ -11,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from lit_jax import checkpoint, distributed, sharding, step
+from configs import debug
+from lit_jax import checkpoint, data, distributed, porting, sharding, step, train
 from lit_jax.models.dit import make_dit
 
 # A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a line that another one began.
@@ -70,6 +73,21 @@ def saves(workdir):
     names = {path.name for path in (workdir / "checkpoints").glob("*")}
     complete = {name for name in names if name.isdigit()}
     return names - complete, complete
+
+
+def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_its_restart(server, undisturbed):
+    workdir = server.folder / "two_at_once"
+    first = server.start(workdir, *RHYTHM, batches=20)
+    first.wait_for_batches(20)
+    second = server.start(workdir, *RHYTHM)
+    assert second.wait() == 1
+    message = second.text().splitlines()[-1]
+    assert message.startswith(f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20")
+    assert not second.ids()
+    first.kill(signal.SIGKILL)      # its name stays in the file, its lock does not
+    assert first.wait() == -signal.SIGKILL
+    assert server.run(workdir, *RHYTHM).first_step() >= 9
+    check_same_end(workdir, undisturbed)
 
 
 def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
@@ -161,6 +179,77 @@ def test_changed_fields_are_refused_unless_forced(tmp_path):
     with pytest.raises(ValueError, match="model.width was 32 and is now 64"):
         checkpoints.restore(shapes, {"model.width": 64})
     assert checkpoints.restore(shapes, {"model.width": 64}, force=True)[0] == 2
+
+
+def make_source(name="digits", split="train", count=20, invert=False):
+    images = [np.full((28, 28, 1), 255 - i if invert else i, np.uint8) for i in range(count)]
+    return data.ImageSource(name, split, [{"image": image, "label": 3} for image in images], (28, 28, 1), 10)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Two teachers of one architecture, and the checkpoint of a run with the first: its folder, shapes and fields."""
+    folder = tmp_path_factory.mktemp("fields")
+    for seed in (0, 1):
+        command.write_teacher(folder / f"{seed}.safetensors", seed)
+    teachers = [porting.read_checkpoint(folder / f"{seed}.safetensors", weights="ema") for seed in (0, 1)]
+    fields = train.decisive_fields(debug.get_config(), make_source(), teachers[0])
+    return teachers, folder / "run", with_device(save_two(folder / "run", fields)), fields
+
+
+def go_on(started, *, source=None, teacher=0, **changes):
+    """The fields after a change, and what comes of a restart with them."""
+    teachers, folder, shapes, _ = started
+    config = debug.get_config()
+    config.update_from_flattened_dict(changes)
+    fields = train.decisive_fields(config, source or make_source(), teachers[teacher])
+    checkpoints = checkpoint.Checkpointer(folder, keep=3, keep_every=0)
+    try:
+        return fields, checkpoints.restore(shapes, fields)[0]
+    except ValueError as error:
+        return fields, str(error)
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("field, change", [
+    ("seed", {"seed": 1}),
+    ("data.records", dict(source=make_source(name="letters"))),
+    ("data.records", dict(source=make_source(split="test"))),
+    ("data.content", dict(source=make_source(invert=True))),
+    ("data.flip", {"data.flip": True}),
+    ("train.batch_size", {"train.batch_size": 8}),
+    ("train.label_dropout", {"train.label_dropout": 0.25}),
+    ("train.steps", {"train.steps": 4}),                        # the cosine's length
+    ("model.conv_size", {"model.conv_size": 3}),
+    ("model.dtype", {"model.dtype": "bfloat16"}),
+    ("distill.noise_weight", {"distill.noise_weight": 0.25}),
+    ("distill.teacher_sees_dropped_labels", {"distill.teacher_sees_dropped_labels": True}),
+    ("optimizer.learning_rate", {"optimizer.learning_rate": 0.25}),
+    ("optimizer.clip_norm", {"optimizer.clip_norm": 0.25}),
+    ("ema.decay", {"ema.decay": 0.25}),
+    ("teacher.checkpoint", dict(teacher=1)),
+    ("teacher.num_heads", {"teacher.num_heads": 1}),
+    ("teacher.dtype", {"teacher.dtype": "bfloat16"}),
+])
+def test_each_field_that_decides_the_result_must_be_as_it_was(started, field, change):
+    fields, answer = go_on(started, **change)
+    before = started[-1]
+    assert before[field] != fields[field]
+    assert f"is of another run: {field} was {before[field]} and is now {fields[field]}. Use another" in answer
+
+
+@pytest.mark.parametrize("change", [
+    {"train.steps": 4, "optimizer.schedule": "constant"}, {"train.accumulation": 2}, {"train.remat": "none"},
+    {"train.log_every": 2}, {"train.preview_every": 1}, {"mesh.fsdp": 2}, {"data.num_threads": 1}, {"data.dir": "elsewhere"},
+    {"model.implementation": "xla"}, {"checkpoint.every": 2}, {"sample.steps": 2}, {"teacher.checkpoint": "moved"},
+])
+def test_what_does_not_decide_the_result_may_change(started, change):
+    fields, answer = go_on(started, **change)
+    if "optimizer.schedule" in change:      # that is refused, but without a schedule the number of steps is free
+        assert "optimizer.schedule was" in answer and "train.steps" not in answer
+    else:
+        assert (fields, answer) == (started[-1], 2)
 
 
 def test_the_fingerprint_sees_every_bit_and_every_place_but_not_the_mesh():

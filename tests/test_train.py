@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_jax import checkpoint, data
+from lit_jax import checkpoint, data, porting, sharding
+from lit_jax import train as job
 
 # The later runs want neither pictures nor a report.
 QUIET = ["--config.train.preview_every=0", "--config.report.num_images=0", "--config.optimizer.schedule=constant"]
@@ -68,7 +69,7 @@ def test_a_run_leaves_everything_a_person_wants(first_run):
     workdir, _ = first_run
     names = {path.name for path in workdir.iterdir()}
     assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "previews", "samples.png", "report.json",
-                     "inheritance.json", "curves.png"}
+                     "inheritance.json", "curves.png", "lock"}
     assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
     lines = read_lines(workdir)
@@ -185,13 +186,27 @@ def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
 
 def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
     from lit_jax import step
-    from lit_jax import train as job
     window = [{"loss": np.float32(loss), "grad_norm": np.float32(norm)}
               for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))]
     state = step.TrainState(step=4, skipped=np.int32(2), skipped_in_a_row=np.int32(0), params=None, ema_params=None,
                             opt_state=None)
     assert job.read_metrics(window, state) == {"train/loss": 2.0, "train/grad_norm": 3.0, "train/skipped": 2.0,
                                                "train/skipped_in_a_row": 0.0}
+
+
+def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
+    """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
+    torch_teacher = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
+    source = porting.read_checkpoint(tmp_path / "teacher.safetensors", weights="ema")
+    params = job.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
+    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in
+              (("fc1", mlp["fc1"]["kernel"]), ("fc2", mlp["fc2"]["kernel"]), ("bias", attention["qkv"]["bias"]))}
+    assert shapes == {"fc1": (2, 128, 128), "fc2": (2, 128, 128), "bias": (2, 384)}     # of 512 a quarter; 768 stay whole
+    assert len(mlp["fc1"]["kernel"].sharding.device_set) == 8
+    expected = torch_teacher.blocks[1].mlp.fc1.weight.detach().numpy().T
+    np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
 
 
 def test_plain_training_needs_no_teacher(folder):
