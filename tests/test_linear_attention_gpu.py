@@ -66,7 +66,7 @@ def _inputs(B, grid, N, H, K, dtype, scale=1.0):
 
 
 def _kernels(inputs, N, grid, block_sizes):
-    kwargs = dict(num_heads=N, grid=grid, kernel_function="relu", interpret=True, block_sizes=block_sizes)
+    kwargs = dict(num_heads=N, grid=grid, interpret=True, block_sizes=block_sizes)
 
     def both(*inputs):
         out, saved = gpu.forward(*inputs[:4], **kwargs)
@@ -142,7 +142,7 @@ def test_the_public_op_hands_the_forwards_state_to_the_backward():
 def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
     """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
     inputs = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
-    kwargs = dict(num_heads=N, grid=(side, side), kernel_function="relu")
+    kwargs = dict(num_heads=N, grid=(side, side))
     saved = jax.eval_shape(functools.partial(gpu.forward, **kwargs), *inputs[:4])[1]
     target = "__gpu$xla.gpu.triton"
     unstable = [export.DisabledSafetyCheck.custom_call(target)]

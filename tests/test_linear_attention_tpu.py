@@ -98,6 +98,19 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(num_heads, head_width, grid
     pallas((q, kv, *rest), num_heads=num_heads, grid=grid)
 
 
+@pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
+def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
+    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
+    q, kv, filters, bias, _ = make_inputs(B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16")
+    D, bright = 16, 1e4
+    kv = kv.at[..., D:].set(1e-4 * kv[..., D:]).at[:, :16, :D].set(-1.0).at[:, :16, D:].set(bright)
+    kwargs = dict(num_heads=1, grid=(8, 16))
+    rows = [np.asarray(linear_attention(abs(q), kv, filters, 0 * bias, implementation=name, interpret=name != "xla", **kwargs),
+                       np.float64).reshape(8, 16, D)[K // 2 + 1:] for name in ("pallas_tpu", "xla")]
+    assert np.abs(rows[1]).max() < 1.0
+    np.testing.assert_allclose(*rows, rtol=2**-7, atol=error * bright * float(abs(filters).sum((0, 1)).max()))
+
+
 def test_the_gradient_at_zero_is_that_of_relu():
     q, kv, *rest = make_inputs(num_heads=1, head_width=16, grid=(2, 8), K=0)
     q, kv = q.at[0, 0].set(0.0), kv.at[0, 0, :16].set(0.0)
@@ -234,14 +247,16 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
             assert plan.bands == 1 or mebibytes == 16 or pixels > 512, (pixels, arrays, plan)
 
 
-# Every chip both ways, every size and every resolution; XL below. The full product, an hour of one core:
+# Every chip both ways, every size and every resolution; XL below. All 128 programs, seven minutes of a core:
 #   python -m lit_jax.kernels.static_cost --product
 @pytest.mark.parametrize("topology,size,pixels,name", [
     ("v4:2x2x1", "S", 256, "forward"),
     ("v4:2x2x1", "XL", 512, "backward"),    # bands: v4 has 16 MiB of VMEM, the hardest fit of all
+    ("v4:2x2x1", "XL", 2048, "backward"),
     ("v5e:2x2", "S", 2048, "forward"),
     ("v5e:2x2", "S", 1024, "backward"),
-    ("v5p:2x2x1", "S", 1024, "forward"),
+    ("v5e:2x2", "XL", 2048, "backward"),
+    ("v5p:2x2x1", "XL", 1024, "forward"),
     ("v5p:2x2x1", "B", 256, "backward"),
     ("v6e:2x2", "L", 512, "forward"),
     ("v6e:2x2", "S", 2048, "backward"),
@@ -249,6 +264,20 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
 def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
     side = pixels // static_cost.PIXELS_PER_TOKEN
     static_cost.compile_for(*static_cost.attention_program(*static_cost.SIZES[size], (side, side), 2, name), topology)
+
+
+@pytest.mark.parametrize("topology,width,num_heads,grid,K,dtype,name", [
+    ("v5e:2x2", 1152, 4, (32, 32), 0, "bfloat16", "forward"),
+    ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),     # heads of 72
+    ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),     # heads of 64
+    ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
+    # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+    ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
+    ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
+    ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
+])
+def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(topology, width, num_heads, grid, K, dtype, name):
+    static_cost.compile_for(*static_cost.attention_program(width, num_heads, grid, 2, name, K, dtype), topology)
 
 
 @pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])

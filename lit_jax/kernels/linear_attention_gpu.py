@@ -56,8 +56,7 @@ class BlockSizes:
     programs: int = 256
 
 
-def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, interpret=False,
-            block_sizes=BlockSizes()):
+def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False, block_sizes=BlockSizes()):
     """Returns linear attention plus convolution, (B, T, D) in the dtype of q, and (S, s) for `backward`."""
     B, T, D = q.shape
     H = D // num_heads
@@ -77,8 +76,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function, 
     return out, (state, key_mean)
 
 
-def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function, interpret=False,
-             block_sizes=BlockSizes()):
+def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, interpret=False, block_sizes=BlockSizes()):
     """Returns (dq, dkv, dconv_kernel, dconv_bias), each in its primal's shape and dtype."""
     B, T, D = q.shape
     H = D // num_heads

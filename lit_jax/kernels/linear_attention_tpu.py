@@ -857,7 +857,7 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
 
 # ---------------------------------------------------------------- the calls
 
-def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="relu", interpret=False):
+def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False):
     """Returns the output (B, T, D) of `linear_attention`, whose arguments these are, and None: the backward needs no more."""
     plan = _plan_of(q, conv_kernel, num_heads, grid, FORWARD_ARRAYS)
     call = _Call(plan, q.shape[0], grid, interpret)
@@ -879,7 +879,7 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, kernel_function="
     return call.unpad(out), None
 
 
-def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, kernel_function="relu", interpret=False):
+def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, interpret=False):
     """The gradients (dq, dkv, dconv_kernel, dconv_bias) for the cotangent `do` (B, T, D); recomputes the state."""
     plan = _plan_of(q, conv_kernel, num_heads, grid, BACKWARD_ARRAYS)
     call = _Call(plan, q.shape[0], grid, interpret)
