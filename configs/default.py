@@ -184,7 +184,7 @@ def get_config() -> ConfigDict:
     ))
     config.benchmark = ConfigDict(dict(
         what=("attention", "model"),            # any of attention, model, data
-        pixels=(256, 512, 1024),                # image sizes; a token is 16 pixels wide
+        pixels=(256, 512, 1024),                # image sizes; of latents, whose cells are 8 pixels wide
         attention_tokens=32_768,                # B * T of the attention's batches
         model_tokens=16_384,                    # and a device of the models'
         repeats=10,                             # medians are over these, each of 10 calls

@@ -4,11 +4,12 @@ On a machine with only a CPU it prints the ahead-of-time static estimate of the 
 """
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,10 +21,9 @@ from ml_collections import ConfigDict
 from lit_jax import data, from_config, sharding, step
 from lit_jax.diffusion import make_diffusion
 from lit_jax.kernels import static_cost
-from lit_jax.kernels.linear_attention import linear_attention
-from lit_jax.kernels.static_cost import PIXELS_PER_TOKEN
+from lit_jax.kernels.linear_attention import linear_attention, refusal
 from lit_jax.models.attention import softmax_attention
-from lit_jax.models.dit import SIZES, forward_flops, make_dit
+from lit_jax.models.dit import DiT, forward_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,57 +36,83 @@ class Timing:
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints the table and writes workdir/benchmark.json; config.benchmark says what is timed."""
-    wanted = config.benchmark
+    """Prints the table and writes workdir/benchmark.json, a row at a time; config.benchmark says what is timed."""
+    wanted, token = config.benchmark, token_pixels(config)
     unknown = set(wanted.what) - {"attention", "model", "data"}
     if unknown or not wanted.what:
         raise ValueError(f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; it may name attention, model, data")
-    if not wanted.pixels or any(pixels < 1 or pixels % PIXELS_PER_TOKEN for pixels in wanted.pixels):
-        raise ValueError(f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {PIXELS_PER_TOKEN} pixels")
-    if wanted.repeats < 1:
-        raise ValueError(f"benchmark.repeats = {wanted.repeats} must be at least 1")
+    on_models = {"attention", "model"} & set(wanted.what)
+    divisible = [isinstance(pixels, int) and pixels >= 1 and pixels % token == 0 for pixels in wanted.pixels]
+    if on_models and not (divisible and all(divisible)):
+        raise ValueError(f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {token} pixels")
     device = jax.devices()[0]
-    rows = []
-    if device.platform == "cpu" and {"attention", "model"} & set(wanted.what):
-        rows += static_estimates(config)
-    else:
-        bandwidth = copy_bandwidth(wanted.repeats)
-        logging.info("%s: a copy moves %.0f GB/s", device.device_kind, bandwidth / 1e9)
-        if "attention" in wanted.what:
-            rows += time_attention(config, bandwidth)
-        if "model" in wanted.what:
-            rows += time_models(config)
+    jobs = []
+    if on_models and device.platform == "cpu":
+        jobs.append(static_estimates(config))
+    elif on_models:
+        from_config.check_platform(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
+        jobs += [time_attention(config)] if "attention" in wanted.what else []
+        jobs += [time_models(config)] if "model" in wanted.what else []
     if "data" in wanted.what:
-        rows += time_data(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+        jobs.append(time_data(config))
     head = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__,
             "date": time.strftime("%Y-%m-%d")}
-    (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in itertools.chain.from_iterable(jobs):
+        logging.info("%s", row)
+        rows.append(row)
+        if jax.process_index() == 0:  # after each row: a program that does not fit must not take the others' times with it
+            (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
     sys.stdout.write(f"{head}\n{table(rows)}\n")
 
 
-def attention_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Width, linear heads and softmax heads of the config's model; raises ValueError for a model that cannot be."""
-    model = make_dit(size=config.model.size, width=config.model.width, num_heads=config.model.num_heads, attention="linear",
-                     patch_size=2, in_channels=4, num_classes=1)
-    return model.width, model.num_heads, SIZES[config.model.size][2]
+def token_pixels(config: ConfigDict) -> int:
+    """Pixels that a token spans each way: a patch, of cells of 8 pixels where the model works on latents."""
+    return config.model.patch_size * _cell_pixels(config)
 
 
-def static_estimates(config: ConfigDict) -> list[dict[str, Any]]:
+def _cell_pixels(config):
+    return 1 if config.model.in_channels in (1, 3) else 8  # as many channels as a picture has are pixels
+
+
+def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
+    """The config's model with softmax and with linear attention: DiT and LiT.
+
+    Heads and implementation of the attention that the model has not are config.teacher's for softmax, else the size's own.
+    """
+    def build(attention, num_heads, implementation):
+        ours = ConfigDict(config.to_dict())
+        if attention != config.model.attention:
+            ours.model.update(attention=attention, num_heads=num_heads, implementation=implementation)
+        return from_config.student(ours)
+
+    return build("softmax", config.teacher.num_heads, config.teacher.implementation), build("linear", 0, None)
+
+
+def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """The linear attention's TPU kernels by their compiler's schedule, next to the HBM floor; see kernels/static_cost.py."""
-    wanted = config.benchmark
-    D, heads, _ = attention_shape(config)
-    rows = []
+    wanted, model = config.benchmark, config.model
+    _, lit = make_models(config)
+    static_cost.topology_devices(wanted.topology, field="benchmark.topology")
     for pixels in wanted.pixels:
-        side = pixels // PIXELS_PER_TOKEN
+        side = pixels // token_pixels(config)
+        if reason := refusal("pallas_tpu", **_case(lit, side)):
+            raise ValueError(f"no estimate for model.kernel_function = {model.kernel_function}, model.conv_size = "
+                             f"{model.conv_size} at {pixels} pixels: {reason}")
         batch = max(2, wanted.attention_tokens // side**2)
-        costs = static_cost.attention_costs(D, heads, (side, side), batch, wanted.topology, config.model.conv_size)
+        costs = static_cost.attention_costs(lit.width, lit.num_heads, (side, side), batch, wanted.topology, lit.conv_size,
+                                            model.dtype)
         for name, cost in costs.items():
-            rows.append({"what": "static estimate", "chip": cost.device_kind, "pixels": pixels, "pass": name, "batch": batch,
-                         "bundles": sum(kernel.bundles for kernel in cost.kernels), "us": cost.compute * 1e6,
-                         "floor us": cost.floor * 1e6, "x floor": cost.ratio})
-            logging.info("%s", rows[-1])
-    return rows
+            yield {"what": "static estimate", "chip": cost.device_kind, "pixels": pixels, "pass": name, "batch": batch,
+                   "bundles": sum(kernel.bundles for kernel in cost.kernels), "us": cost.compute * 1e6,
+                   "floor us": cost.floor * 1e6, "x floor": cost.ratio}
+
+
+def _case(lit, side):
+    """What `refusal` asks of a linear attention over side x side tokens."""
+    return dict(width=lit.width, num_heads=lit.num_heads, grid=(side, side), conv_size=lit.conv_size,
+                kernel_function=lit.kernel_function, dtype=lit.dtype)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -121,95 +147,89 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * x.nbytes / timing.median
 
 
-def time_attention(config: ConfigDict, bandwidth: float) -> list[dict[str, Any]]:
-    """Linear attention by each implementation, and softmax attention, forward and forward + backward.
+def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
+    """Linear attention by each implementation that offers it, and softmax attention, forward and forward + backward.
 
     Floors: 4 B T D elements forward, 7 B T D more backward, at the measured bandwidth of a copy.
     """
-    wanted, platform = config.benchmark, jax.devices()[0].platform
-    D, heads, softmax_heads = attention_shape(config)
-    fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform)
-    rows = []
+    wanted, device = config.benchmark, jax.devices()[0]
+    bandwidth = copy_bandwidth(wanted.repeats)
+    logging.info("%s: a copy moves %.0f GB/s", device.device_kind, bandwidth / 1e9)
+    dit, lit = make_models(config)
+    D, K, H = lit.width, lit.conv_size, lit.width // lit.num_heads
+    fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(device.platform, "xla")
     for pixels in wanted.pixels:
-        side = pixels // PIXELS_PER_TOKEN
+        side = pixels // token_pixels(config)
         T = side * side
         B = max(1, wanted.attention_tokens // T)
         keys = jax.random.split(jax.random.key(0), 5)
-        q = jax.random.normal(keys[0], (B, T, D), jnp.bfloat16)
-        kv = jax.random.normal(keys[1], (B, T, 2 * D), jnp.bfloat16)
+        q = jax.random.normal(keys[0], (B, T, D), lit.dtype)
+        kv = jax.random.normal(keys[1], (B, T, 2 * D), lit.dtype)
         filters = bias = None
-        if K := config.model.conv_size:
-            filters = jax.random.normal(keys[2], (K, K, D // heads)) / K
-            bias = jax.random.normal(keys[3], (D // heads,))
-        do = jax.random.normal(keys[4], (B, T, D), jnp.bfloat16)
-        cases = {f"linear, {name}": functools.partial(linear_attention, num_heads=heads, grid=(side, side), implementation=name)
-                 for name in ("xla", fused) if name}
+        if K:
+            filters, bias = jax.random.normal(keys[2], (K, K, H)) / K, jax.random.normal(keys[3], (H,))
+        do = jax.random.normal(keys[4], (B, T, D), lit.dtype)
 
         def softmax(q, kv, filters, bias, T=T, B=B):
-            shape = (B, T, softmax_heads, D // softmax_heads)
-            k, v = jnp.split(kv, 2, axis=-1)
-            return softmax_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape)).reshape(B, T, D)
+            q, k, v = (x.reshape(B, T, dit.num_heads, -1) for x in (q, *jnp.split(kv, 2, axis=-1)))
+            return softmax_attention(q, k, v, dit.implementation).reshape(B, T, D)
 
-        for name, function in (cases | {"softmax, fastest": softmax}).items():
+        cases = {}
+        for name in dict.fromkeys(("xla", fused)):
+            if reason := refusal(name, **_case(lit, side)):
+                logging.info("attention: not %s; %s", name, reason)
+                continue
+            cases[f"linear, {name}"] = functools.partial(linear_attention, num_heads=lit.num_heads, grid=(side, side),
+                                                         kernel_function=lit.kernel_function, implementation=name)
+        cases[f"softmax, {dit.implementation or 'fastest'}"] = softmax
+        for name, function in cases.items():
             def both(q, kv, filters, bias, do, function=function):
                 out, vjp = jax.vjp(function, q, kv, filters, bias)
                 return out, vjp(do)
 
-            elements = B * T * D * 2  # bytes of one (B, T, D) array in bfloat16
-            for kind, call, args, floor in (("forward", function, (q, kv, filters, bias), 4 * elements),
-                                            ("forward + backward", both, (q, kv, filters, bias, do), 11 * elements)):
+            for kind, call, args, floor in (("forward", function, (q, kv, filters, bias), 4 * q.nbytes),
+                                            ("forward + backward", both, (q, kv, filters, bias, do), 11 * q.nbytes)):
                 timing = measure(jax.jit(call), *args, repeats=wanted.repeats)
-                rows.append({"what": f"attention {name}", "pixels": pixels, "pass": kind, "batch": B, "us": timing.median * 1e6,
-                             "least": timing.low * 1e6, "most": timing.high * 1e6, "floor us": floor / bandwidth * 1e6,
-                             "x floor": timing.median / (floor / bandwidth)})
-                logging.info("%s", rows[-1])
-    return rows
+                yield {"what": f"attention {name}", "pixels": pixels, "pass": kind, "batch": B, "us": timing.median * 1e6,
+                       "least": timing.low * 1e6, "most": timing.high * 1e6, "floor us": floor / bandwidth * 1e6,
+                       "x floor": timing.median / (floor / bandwidth)}
 
 
-def time_models(config: ConfigDict) -> list[dict[str, Any]]:
-    """Forward, training step and distillation step of DiT and LiT in images/s over all devices."""
+def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
+    """Forward, training step and distillation step of DiT and LiT, the config's model with both attentions, in images/s over
+    all devices. The teacher is that DiT too, in teacher.dtype."""
     wanted = config.benchmark
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    rows = []
+    dit, lit = make_models(config)
+    teacher = dit.clone(remat="none", dtype=jnp.dtype(config.teacher.dtype).type)
     for pixels in wanted.pixels:
-        size = pixels // 8
-        T = (pixels // PIXELS_PER_TOKEN) ** 2
-        B = max(1, wanted.model_tokens // T) * mesh.size
-        build = functools.partial(make_dit, size=config.model.size, patch_size=2, in_channels=4, num_classes=1000,
-                                  dtype=config.model.dtype)
-        dit = build(attention="softmax", remat="none")
-        models = {"DiT": build(attention="softmax", remat=config.train.remat),
-                  "LiT": build(attention="linear", remat=config.train.remat, implementation=config.model.implementation)}
-        for name, model in models.items():
-            rows += _time_model(config, mesh, name, model, None, pixels, size, B)
-        rows += _time_model(config, mesh, "LiT with DiT teacher", models["LiT"], dit, pixels, size, B)
-    return rows
+        B = max(1, wanted.model_tokens // (pixels // token_pixels(config))**2) * mesh.size
+        for name, model, guide in (("DiT", dit, None), ("LiT", lit, None), ("LiT with DiT teacher", lit, teacher)):
+            yield from _time_model(config, mesh, name, model, guide, pixels, B)
 
 
-def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dict[str, Any]]:
-    optimizer = from_config.optimizer(config)
+def _time_model(config, mesh, name, model, teacher, pixels, B):
+    optimizer, size = from_config.optimizer(config), pixels // _cell_pixels(config)
     shapes = step.state_shapes(model, optimizer, size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
     rng = jax.random.key(0)
     state = jax.jit(lambda rng: step.new_state(step.init_params(model, rng, size), optimizer), out_shardings=shardings)(rng)
-    rows_sharding = sharding.batch_sharding(mesh)
-    batch = jax.device_put({"image": np.zeros((B, size, size, 4), np.uint8), "label": np.zeros(B, np.int32)}, rows_sharding)
+    batch = jax.device_put({"image": np.zeros((B, size, size, model.in_channels), np.uint8), "label": np.zeros(B, np.int32)},
+                           sharding.batch_sharding(mesh))
     flops = forward_flops(model, (size, size))
-    rows = []
 
     def row(what, timing, flops):
-        rows.append({"what": f"{name} {what}", "pixels": pixels, "batch": B, "ms": timing.median * 1e3,
-                     "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": B / timing.median,
-                     "TFLOP/s": flops * B / timing.median / 1e12})
-        logging.info("%s", rows[-1])
+        return {"what": f"{name} {what}", "pixels": pixels, "batch": B, "ms": timing.median * 1e3,
+                "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": B / timing.median,
+                "TFLOP/s": flops * B / timing.median / 1e12}
 
+    teacher_params = None
     if teacher is None:
         params = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         x, t = step.images_to_model(batch, rng), jnp.zeros((B,), jnp.int32)
-        forward = jax.jit(lambda p, x, t, y: model.apply({"params": p}, x, t, y))
-        row("forward", measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats), flops)
+        forward = jax.jit(sharding.on_mesh(lambda p, x, t, y: model.apply({"params": p}, x, t, y), mesh))
+        yield row("forward", measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats), flops)
         del params
-        teacher_params = None
     else:
         init = jax.jit(lambda rng: jax.tree.map(lambda p: p.astype(teacher.dtype), step.init_params(teacher, rng, size)))
         teacher_params = init(rng)
@@ -221,11 +241,10 @@ def _time_model(config, mesh, name, model, teacher, pixels, size, B) -> list[dic
         return metrics
 
     total = 3 * flops + (forward_flops(teacher, (size, size)) if teacher else 0)
-    row("distillation step" if teacher else "training step", measure(one, repeats=config.benchmark.repeats), total)
-    return rows
+    yield row("distillation step" if teacher else "training step", measure(one, repeats=config.benchmark.repeats), total)
 
 
-def time_data(config: ConfigDict) -> list[dict[str, Any]]:
+def time_data(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """The input pipeline alone: records/s that this process reads, decodes and batches, and how many a core second gives.
 
     The latter counts the seconds that this process computes on any core, so other work on the machine spoils it less.
@@ -239,6 +258,6 @@ def time_data(config: ConfigDict) -> list[dict[str, Any]]:
     start, calls = time.process_time(), 10
     timing = measure(lambda: next(batches)["label"], repeats=config.benchmark.repeats, calls=calls)
     batches_a_core_second = (config.benchmark.repeats * calls + 1) / (time.process_time() - start)  # the first is not timed
-    return [{"what": f"data {source.name}", "batch": rows, "threads": config.data.num_threads, "ms": timing.median * 1e3,
-             "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": rows / timing.median,
-             "images/core second": rows * batches_a_core_second}]
+    yield {"what": f"data {source.name}", "batch": rows, "threads": config.data.num_threads, "ms": timing.median * 1e3,
+           "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": rows / timing.median,
+           "images/core second": rows * batches_a_core_second}

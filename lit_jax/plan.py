@@ -6,7 +6,6 @@ formula, bytes and collectives read off the compiled program; time is a roofline
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import sys
@@ -20,11 +19,14 @@ from ml_collections import ConfigDict
 
 from lit_jax import checkpoint, from_config, hlo, porting, records, sharding, step
 from lit_jax.diffusion import make_diffusion
-from lit_jax.models.attention import FLASH_BLOCK
+from lit_jax.kernels.linear_attention import refusal
+from lit_jax.kernels.static_cost import topology_devices
+from lit_jax.models.attention import softmax_refusal
 from lit_jax.models.dit import DiT, forward_flops
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
 PROGRAMS = ("distill", "plain", "sample")
+AUTOENCODER = "0.31 GiB for the 83,653,863 parameters of Stable Diffusion's"
 GB, GiB = 1e9, 2**30
 
 
@@ -87,11 +89,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     unknown = sorted(set(plan.programs) - set(PROGRAMS))
     if unknown or not plan.programs:
         raise ValueError(f"plan.programs names {', '.join(unknown) or 'nothing'}; it may name {', '.join(PROGRAMS)}")
-    devices = topology_devices(plan.topology, plan.slices)
-    if devices[0].device_kind not in CHIPS:
-        raise ValueError(f"plan.topology = {plan.topology} is of {devices[0].device_kind} chips; known are "
-                         f"{', '.join(CHIPS)}")
-    planner = Planner(config, devices)
+    planner = Planner(config, topology_devices(plan.topology, plan.slices, "plan.topology"))
     started = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the compiler lets go of the interpreter
         estimates = list(pool.map(planner.estimate, plan.programs))
@@ -114,29 +112,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                                    for e in too_large))
 
 
-def topology_devices(topology: str, slices: int) -> list[jax.Device]:
-    """The chips of a TPU slice, or of several, to compile for.
-
-    Raises: ValueError for a name that libtpu does not know, FileNotFoundError without libtpu.
-    """
-    from jax.experimental import topologies
-
-    # Nothing is loaded onto a chip, so libtpu may be loaded twice and need not ask who and where it is: any answer will do.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-8")):
-        os.environ.setdefault(name, value)
-    kwargs = {"num_slices": slices} if slices > 1 else {}
-    if topology.startswith("v4:"):
-        kwargs["chip_config_name"] = "megacore"  # both cores of a chip are one device, as where JAX runs on one
-    try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **kwargs).devices)
-    except RuntimeError as error:
-        if "not installed" in str(error):
-            raise FileNotFoundError("planning needs libtpu, the TPU compiler: pip install libtpu") from error
-        raise ValueError(f"plan.topology = {topology!r} (for example v5e:4x4, v5p:2x2x2): "
-                         f"{str(error).splitlines()[0]}") from error
-
-
 class Planner:
     """Lowers and compiles a config's programs for the given chips."""
 
@@ -147,24 +122,39 @@ class Planner:
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         from_config.check_batches(config, self.mesh)
-        model = from_config.student(config)
-        stated = config.teacher
-        source = porting.read_checkpoint(stated.checkpoint, weights=stated.weights) if stated.checkpoint else None
+        from_config.check_platform(config, self.mesh)
+        model, stated, size = from_config.student(config), config.teacher, config.model.input_size
+        # A plan comes before the weights: without the file the teacher is the DiT that the config says it is.
+        self._teacher_is_there = bool(stated.checkpoint) and pathlib.Path(stated.checkpoint).exists()
+        source = porting.read_checkpoint(stated.checkpoint, weights=stated.weights) if self._teacher_is_there else None
         teacher = from_config.teacher(config, model, source and source.architecture)
-        self.model, self.teacher = (on_tpu(m, config.model.input_size) for m in (model, teacher))
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            self.model, self.teacher = on_tpu(model, size), on_tpu(teacher, size)
+        self._optimizer = from_config.optimizer(config)
+        # The same parameters whatever computes the attention; xla asks for no chip while they are traced.
+        model, teacher = (m.clone(implementation="xla") for m in (model, teacher))
+        self.state = self._shard(step.state_shapes(model, self._optimizer, size))
+        params = jax.eval_shape(lambda: step.init_params(teacher, jax.random.key(0), size))
+        self.teacher_params = self._shard(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, stated.dtype), params))
+
+    def _shard(self, shapes: Any) -> Any:
+        return step.with_sharding(shapes, sharding.fsdp_sharding(shapes, self.mesh))
 
     def heading(self) -> str:
         config, count = self._config, self.mesh.size
-        parameters = [checkpoint.parameter_count(self._params(model)) for model in (self.model, self.teacher)]
+        parameters = [checkpoint.parameter_count(params) for params in (self.state.params, self.teacher_params)]
         slices = f"{self._slices} slices of " if self._slices > 1 else ""
-        return (f"{slices}{config.plan.topology}, {count} chips, mesh data {self.mesh.shape['data']} x fsdp "
+        text = (f"{slices}{config.plan.topology}, {count} chips, mesh data {self.mesh.shape['data']} x fsdp "
                 f"{self.mesh.shape['fsdp']}; student {parameters[0]:,} parameters ({self.model.attention}, "
                 f"{self.model.implementation}), teacher {parameters[1]:,} ({self.teacher.implementation})")
-
-    def _params(self, model: DiT, dtype: str = "float32") -> Any:
-        shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), self._config.model.input_size))
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
-        return step.with_sharding(shapes, sharding.fsdp_sharding(shapes, self.mesh))
+        if config.teacher.checkpoint and not self._teacher_is_there:
+            text += (f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): the teacher planned is a "
+                     f"DiT-{config.teacher.size or config.model.size}/{self.teacher.patch_size}")
+        if config.autoencoder.checkpoint and "sample" in config.plan.programs:
+            text += (f"\nsample ends with latents; to decode them a chip holds, beside what it needs, the whole of "
+                     f"autoencoder.checkpoint = {config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) and the "
+                     f"activations of autoencoder.slice_size = {config.autoencoder.slice_size} images")
+        return text
 
     def lower(self, program: str, batch_size: int) -> jax.stages.Lowered:
         """The program at a global batch size, lowered for the slice."""
@@ -176,13 +166,9 @@ class Planner:
         if program == "sample":
             generator = from_config.generators(config, {"student": self.model}, make_diffusion(), self.mesh,
                                                batch_size)["student"]
-            return generator.draw_batch.lower(self._params(self.model), array((batch_size,), jnp.int32),
+            return generator.draw_batch.lower(self.state.params, array((batch_size,), jnp.int32),
                                               array((batch_size,), jnp.int32))
-        optimizer = from_config.optimizer(config)
-        shapes = step.state_shapes(self.model, optimizer, config.model.input_size)
-        state = step.with_sharding(shapes, sharding.fsdp_sharding(shapes, self.mesh))
-        teacher = self.teacher if program == "distill" else None
-        teacher_params = self._params(teacher, config.teacher.dtype) if teacher else None
+        teacher, teacher_params = (self.teacher, self.teacher_params) if program == "distill" else (None, None)
         size = config.model.input_size
         # Which of the two the data hold cannot be asked here: as many channels as a picture has are pixels.
         pixels = self.model.in_channels in (1, 3)
@@ -190,8 +176,8 @@ class Planner:
                  for name in (("image",) if pixels else ("mean", "log_variance"))}
         batch |= {name: array((batch_size,), jnp.int32) for name in ("label", "index")}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        train_step = from_config.train_step(config, self.model, teacher, optimizer, make_diffusion(), self.mesh)
-        return train_step.lower(state, teacher_params, batch, array(key.shape, key.dtype, sharding.replicated(self.mesh)))
+        train_step = from_config.train_step(config, self.model, teacher, self._optimizer, make_diffusion(), self.mesh)
+        return train_step.lower(self.state, teacher_params, batch, array(key.shape, key.dtype, sharding.replicated(self.mesh)))
 
     def estimate(self, program: str, batch_size: int = 0) -> Estimate:
         """Compiles a program and reads off what it needs; batch_size 0: the config's."""
@@ -287,12 +273,17 @@ def memory_shortage(message: str) -> tuple[float, float] | None:
 
 
 def on_tpu(model: DiT, input_size: int) -> DiT:
-    """The model with the attention that a TPU would pick: left to itself it would look at this machine's devices."""
+    """The model with the attention that the TPU of the mesh in context would pick: left to itself it would look at this
+    machine's devices."""
     if model.implementation is not None:
         return model
-    fused = (model.kernel_function == "relu" if model.attention == "linear"
-             else (input_size // model.patch_size)**2 % FLASH_BLOCK == 0)
-    return model.clone(implementation="pallas_tpu" if fused else "xla")
+    side, H = input_size // model.patch_size, model.width // model.num_heads
+    if model.attention == "linear":
+        reason = refusal("pallas_tpu", width=model.width, num_heads=model.num_heads, grid=(side, side),
+                         conv_size=model.conv_size, kernel_function=model.kernel_function, dtype=model.dtype)
+    else:
+        reason = softmax_refusal("pallas_tpu", tokens=side * side, head_width=H, dtype=model.dtype)
+    return model.clone(implementation="xla" if reason else "pallas_tpu")
 
 
 def attention_flops(model: DiT, input_size: tuple[int, int]) -> float:

@@ -5,6 +5,7 @@ models compared here is zero.
 """
 import functools
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch_dit
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,6 +134,58 @@ def test_softmax_attention(grid, num_heads):
     x = tokens(2, grid[0] * grid[1], WIDTH)
     out = attention.SoftmaxAttention(num_heads, dtype=jnp.float32).apply({"params": params_from(theirs)}, x, grid)
     assert_close(out, theirs(torch.tensor(x), grid).detach(), **PARITY)
+
+
+@pytest.mark.parametrize("head_width", [16, 72])
+def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
+    """Values and gradients, in interpret mode, which multiplies in float32: a wrong scale or axis shows."""
+    q, k, v, do = (jnp.asarray(tokens(1, 256, 2, head_width, seed=seed)) for seed in range(4))
+    expected, vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
+    with pltpu.force_tpu_interpret_mode():
+        out, flash_vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "pallas_tpu"), q, k, v)
+        gradients = flash_vjp(do)
+    for ours, theirs in zip((out, *gradients), (expected, *vjp(do))):
+        assert_close(ours, theirs, reduction=256)
+
+
+@pytest.mark.parametrize("platform, capability, dtype, T, H, expected", [
+    ("cpu", None, "float32", 256, 72, "xla"),
+    ("tpu", None, "bfloat16", 256, 72, "pallas_tpu"),
+    ("tpu", None, "float32", 64, 72, "xla"),        # 128 does not divide the tokens
+    ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
+    ("gpu", "9.0", "float16", 64, 256, "cudnn"),
+    ("gpu", "9.0", "bfloat16", 64, 264, "xla"),     # heads too wide
+    ("gpu", "9.0", "bfloat16", 64, 36, "xla"),      # no multiple of 8
+    ("gpu", "9.0", "float32", 64, 72, "xla"),       # 16 bit only
+    ("gpu", "8.0", "bfloat16", 64, 128, "cudnn"),
+    ("gpu", "8.0", "bfloat16", 64, 136, "xla"),     # too wide before Hopper
+    ("gpu", "10.3", "bfloat16", 64, 136, "cudnn"),
+    ("gpu", "gfx942", "bfloat16", 64, 72, "xla"),   # AMD's
+])
+def test_softmax_attention_takes_the_platforms_kernel_where_it_offers_the_case(
+        monkeypatch, caplog, platform, capability, dtype, T, H, expected):
+    device = types.SimpleNamespace(platform=platform, device_kind="a device")
+    if capability:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    attention._log_choice.cache_clear()
+    caplog.set_level("INFO")
+    assert [attention._choose(tokens=T, head_width=H, dtype=jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
+    line, = [record.message for record in caplog.records if "softmax_attention" in record.message]
+    assert line.startswith(f"softmax_attention: {expected} on a device")
+
+
+def test_none_is_what_was_chosen_and_a_named_softmax_attention_runs_or_raises(monkeypatch):
+    q, k, v = (jnp.asarray(tokens(1, 128, 2, 16, seed=seed)) for seed in range(3))
+    np.testing.assert_array_equal(attention.softmax_attention(q, k, v), attention.softmax_attention(q, k, v, "xla"))
+    monkeypatch.setattr(attention, "_choose", lambda **case: "pallas_tpu")
+    with pytest.raises(ValueError, match="interpret mode"):  # JAX's words for a TPU kernel on a CPU
+        attention.softmax_attention(q, k, v)
+    for name, message in (("cudnn", "cudnn runs on NVIDIA's GPUs"),
+                          ("fast", "must be one of xla, cudnn, pallas_tpu; got 'fast'"),
+                          ("pallas_tpu", "in multiples of 128, got 64 tokens")):
+        with pytest.raises(ValueError, match=message):
+            attention.softmax_attention(q[:, :64], k[:, :64], v[:, :64], name)
 
 
 @pytest.mark.parametrize("num_heads, qkv_bias, conv_size, grid", [

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import debug
+from configs import debug, imagenet256_lit_s
 from lit_jax import checkpoint, hlo, plan, sharding, step
+from lit_jax.models.autoencoder import AutoencoderKL
 from lit_jax.models.dit import forward_flops, make_dit
 
 # A loop of 28 that slices a stacked weight, multiplies, gathers and updates a stacked result; then a reduction over all.
@@ -166,7 +167,7 @@ def test_memory_is_what_the_arrays_take_by_hand(planned):
                for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(sharding.fsdp_sharding(shapes, planner.mesh))))
     parameters = checkpoint.parameter_count(shapes.params)
     assert held == pytest.approx(4 * 4 * parameters / 4, rel=0.05)  # params, EMA, two moments; float32; four chips
-    teacher = 2 * checkpoint.parameter_count(planner._params(planner.teacher)) / 4
+    teacher = 2 * checkpoint.parameter_count(planner.teacher_params) / 4
     # What is small is padded: a stack of six biases fills eight rows of a tile.
     for name, by_hand in (("distill", held + teacher), ("sample", 4 * parameters / 4)):
         assert by_hand < programs[name]["arguments"] < 1.15 * by_hand, name
@@ -180,7 +181,7 @@ def test_the_step_writes_the_new_state_over_the_old(planned):
 
 def test_nothing_is_replicated_by_accident(planned):
     planner, programs = planned
-    layers, parameters = planner.model.depth, checkpoint.parameter_count(planner._params(planner.model))
+    layers, parameters = planner.model.depth, checkpoint.parameter_count(planner.state.params)
     found = programs["distill"]["collectives"]
     # Each layer's weights are gathered on the way forward and back, the teacher's once; matrices in bfloat16.
     assert found["all-gather"]["bytes"] <= 1.05 * (2 + 1) * 2 * parameters
@@ -208,6 +209,35 @@ def test_the_programs_are_those_that_a_tpu_would_run():
     config.model.implementation = "xla"
     planner = plan.Planner(config, chips)
     assert (planner.model.implementation, planner.teacher.implementation) == ("xla", "xla")
+    config.model.update(implementation=None, conv_size=9)       # no kernel offers it
+    assert plan.Planner(config, chips).model.implementation == "xla"
+    config.model.update(conv_size=5, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="model.implementation = pallas_gpu runs on gpu devices, these are tpu devices"):
+        plan.Planner(config, chips)
+
+
+def test_a_plan_comes_before_the_weights():
+    """LiT-S from DiT-XL: without the file the teacher is the size that the config states, and the heading says so."""
+    config = imagenet256_lit_s.get_config()
+    config.teacher.checkpoint = "nowhere/DiT-XL-2-256x256.pt"
+    planner = plan.Planner(config, plan.topology_devices("v5e:2x4", 1))
+    assert (planner.model.width, planner.teacher.width, planner.teacher.depth) == (384, 1152, 28)
+    heading = planner.heading()
+    assert "nowhere/DiT-XL-2-256x256.pt is not there (yet): the teacher planned is a DiT-XL/2" in heading
+    assert "teacher 674,834,720 (pallas_tpu)" in heading     # DiT-XL/2, less the 256 x 1152 of the position table
+
+
+def test_the_heading_says_that_the_decoder_is_left_out_and_what_it_weighs():
+    config = tiny_config()
+    config.model.in_channels = 4
+    chips = plan.topology_devices("v5e:2x4", 1)
+    assert "decode" not in plan.Planner(config, chips).heading()        # pixels
+    config.autoencoder.checkpoint = "sd-vae-ft-ema"
+    assert "to decode them" in plan.Planner(config, chips).heading()
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    shapes = jax.eval_shape(AutoencoderKL().init, jax.random.key(0), images)
+    parameters = checkpoint.parameter_count(shapes)
+    assert f"{4 * parameters / plan.GiB:.2f} GiB for the {parameters:,} parameters" in plan.AUTOENCODER
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -282,8 +312,11 @@ def test_a_mesh_need_not_be_made_of_whole_axes_of_the_torus():
         assert np.prod(np.ptp([device.coords for device in row], axis=0) + 1) == 8
 
 
-def test_an_unknown_topology_is_one_clear_line(tmp_path):
+@pytest.mark.parametrize("topology, message", [
+    ("v5e:3x7", "plan.topology = 'v5e:3x7'"), ("", "plan.topology is empty"),
+    ("v3:2x2x1", "plan.topology = v3:2x2x1 is of TPU v3")])
+def test_an_unknown_topology_is_one_clear_line(tmp_path, topology, message):
     config = tiny_config()
-    config.plan.topology = "v5e:3x7"
-    with pytest.raises(ValueError, match="plan.topology = 'v5e:3x7'"):
+    config.plan.topology = topology
+    with pytest.raises(ValueError, match=message):
         plan.run(config, tmp_path)

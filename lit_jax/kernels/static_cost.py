@@ -1,9 +1,10 @@
 """What a TPU kernel costs by its compiler's own schedule, on a machine without a TPU.
 
 libtpu compiles for a named topology anywhere and dumps the final schedule of each Pallas kernel: VLIW bundles, of which a
-core issues one a cycle. Bundles x grid steps / clock is then the kernel's compute time, and the larger of that and the time
-HBM needs is an estimate. It is a model, not a timing, good for comparing versions. The body of a loop inside a kernel is
-counted once: `loop_turns` multiplies it by hand.
+core issues one a cycle. Bundles x grid steps of a core / clock is then the kernel's compute time, and the larger of that and
+the time HBM needs for what the kernels move is an estimate. It is a model, not a timing, good for comparing versions. The
+body of a loop inside a kernel is counted once: `loop_turns` multiplies it by hand. Not counted: what a launch takes, and what
+XLA does around the kernels (copies that pad a ragged grid).
 
     python -m lit_jax.kernels.static_cost --width=1152 --heads=4 --pixels=256 --topology=v5e:2x2
 
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# device kind -> (clock in GHz, HBM in GB/s), the vendor's figures
+# device kind -> (clock in GHz, HBM in GB/s), the vendor's figures of a chip, which is one device with all of its cores
 CHIPS = {"TPU v4": (1.05, 1228), "TPU v5 lite": (1.5, 819), "TPU v5": (1.75, 2765), "TPU v6 lite": (1.75, 1640)}
 
 # What the kernels have to compile for: LiT's S, B, L and XL by (width, heads), on a slice of each chip.
@@ -39,6 +40,7 @@ SIZES = {"S": (384, 2), "B": (768, 3), "L": (1024, 4), "XL": (1152, 4)}
 PIXELS = (256, 512, 1024, 2048)
 PIXELS_PER_TOKEN = 16  # an autoencoder of 8x, patches of 2
 PASSES = ("forward", "backward")
+KERNEL = "tpu_custom_call"  # what a Pallas kernel is called in a compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +58,15 @@ class StaticCost:
 
     device_kind: str
     floor: float             # arguments read and outputs written once, at the chip's HBM bandwidth
+    memory: float            # what the kernels move by their own account: in bands some arrays pass more than once
     kernels: tuple[KernelCost, ...]
-    compute: float           # all kernels' bundles x grid steps / clock
+    compute: float           # all kernels' bundles x grid steps of a core / clock
     temporaries: int         # bytes of HBM beside arguments and outputs
 
     @property
     def ratio(self) -> float:
         """The estimate in units of the floor."""
-        return max(self.compute, self.floor) / self.floor
+        return max(self.compute, self.memory, self.floor) / self.floor
 
 
 def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: int, topology: str,
@@ -72,7 +75,8 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
 
     Args:
         fn: picklable: a module's function, or a functools.partial of one.
-        grid_steps: grid steps of each Pallas kernel inside.
+        grid_steps: grid steps of each Pallas kernel inside, halved where a chip has two cores: the kernels' first grid axis is
+            parallel and of two where two divides the batch.
         topology: "v5e:2x2", "v4:2x2x1", ...
         loop_turns: turns of the loops inside the kernels. What stands outside the loops is then counted too often.
 
@@ -80,25 +84,25 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
     this file does not know; FileNotFoundError without libtpu.
     """
     with tempfile.TemporaryDirectory(prefix="static_cost_") as dump:
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        environment = dict(os.environ, JAX_PLATFORMS="cpu",
                            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
         result = os.path.join(dump, "result.pickle")
         child = subprocess.run([sys.executable, "-m", "lit_jax.kernels.static_cost", "--compile-to", result],
                                input=pickle.dumps((fn, args, topology)), env=environment, capture_output=True)
         if child.returncode:
             words = child.stderr.decode(errors="replace").strip().splitlines()
-            if words[-1].startswith("ValueError: "):
-                raise ValueError(words[-1].removeprefix("ValueError: "))
-            if any("libtpu" in line and "not installed" in line for line in words):
-                raise FileNotFoundError("a static estimate needs libtpu, the TPU compiler: pip install libtpu")
+            for kind in (ValueError, FileNotFoundError):
+                if words[-1].startswith(f"{kind.__name__}: "):
+                    raise kind(words[-1].removeprefix(f"{kind.__name__}: "))
             raise RuntimeError("\n".join(words[-10:]))
         with open(result, "rb") as file:
-            device_kind, moved, temporaries = pickle.load(file)
+            device_kind, cores, least, moved, temporaries = pickle.load(file)
         kernels = tuple(_read_kernels(dump))
     clock, bandwidth = CHIPS[device_kind]
-    compute = sum(kernel.bundles for kernel in kernels) * grid_steps * loop_turns / (clock * 1e9)
-    return StaticCost(device_kind=device_kind, floor=moved / (bandwidth * 1e9), kernels=kernels, compute=compute,
-                      temporaries=temporaries)
+    steps = grid_steps // cores if grid_steps % cores == 0 else grid_steps
+    compute = sum(kernel.bundles for kernel in kernels) * steps * loop_turns / (clock * 1e9)
+    return StaticCost(device_kind=device_kind, floor=least / (bandwidth * 1e9), memory=moved / (bandwidth * 1e9),
+                      kernels=kernels, compute=compute, temporaries=temporaries)
 
 
 def _compile_to(path):
@@ -106,23 +110,17 @@ def _compile_to(path):
     fn, args, topology = pickle.load(sys.stdin.buffer)
     compiled = compile_for(fn, args, topology)
     memory = compiled.memory_analysis()
-    kind = compiled.input_shardings[0][0].mesh.devices.flat[0].device_kind
+    chip = compiled.input_shardings[0][0].mesh.devices.flat[0]
+    kernels = "\n".join(line for line in compiled.as_text().splitlines() if KERNEL in line)
+    moved = sum(map(int, re.findall(r'"bytes_accessed":"(\d+)"', kernels)))  # what each kernel's pl.CostEstimate says
     with open(path, "wb") as file:
-        pickle.dump((kind, memory.argument_size_in_bytes + memory.output_size_in_bytes, memory.temp_size_in_bytes), file)
+        pickle.dump((chip.device_kind, chip.num_cores, memory.argument_size_in_bytes + memory.output_size_in_bytes, moved,
+                     memory.temp_size_in_bytes), file)
 
 
 def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: str) -> jax.stages.Compiled:
     """fn(*args) compiled for one chip of the topology, in this process."""
-    from jax.experimental import topologies  # asks for libtpu
-
-    try:
-        device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
-    except RuntimeError as error:
-        if "not installed" in str(error):
-            raise
-        raise ValueError(f"topology {topology!r} (for example v5e:2x2, v4:2x2x1): {str(error).splitlines()[0]}") from error
-    if device.device_kind not in CHIPS:
-        raise ValueError(f"topology {topology!r} is of {device.device_kind} chips; known are {', '.join(CHIPS)}")
+    device = topology_devices(topology)[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
@@ -130,12 +128,39 @@ def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: 
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
 
 
+def topology_devices(topology: str, slices: int = 1, field: str = "topology") -> list[jax.Device]:
+    """The chips of a TPU slice, or of several, to compile for; `field` is what an error calls the topology.
+
+    Raises: ValueError for a name that libtpu does not know or chips that CHIPS does not, FileNotFoundError without libtpu.
+    """
+    from jax.experimental import topologies  # asks for libtpu
+
+    if not topology:  # libtpu would take it for its oldest chip
+        raise ValueError(f"{field} is empty; it names a TPU slice, for example v5e:2x4, v5p:2x2x2")
+    # Nothing is loaded onto a chip, so libtpu may be loaded twice and need not ask who and where it is: any answer will do.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-8")):
+        os.environ.setdefault(name, value)
+    kwargs = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        kwargs["chip_config_name"] = "megacore"  # both cores of a chip are one device, as where JAX runs on one
+    try:
+        devices = list(topologies.get_topology_desc(topology, platform="tpu", **kwargs).devices)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise FileNotFoundError("compiling for a TPU needs libtpu, its compiler: pip install libtpu") from error
+        raise ValueError(f"{field} = {topology!r} (for example v5e:2x4, v5p:2x2x2): {str(error).splitlines()[0]}") from error
+    if devices[0].device_kind not in CHIPS:
+        raise ValueError(f"{field} = {topology} is of {devices[0].device_kind} chips; known are {', '.join(CHIPS)}")
+    return devices
+
+
 def _read_kernels(dump):
     """The Pallas kernels among the compiler's dumps."""
     for path in sorted(glob.glob(os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt"))):
         name = re.match(r"\d+-(.+?)-\d+-final_hlo-static", os.path.basename(path)).group(1)
         schedules = glob.glob(os.path.join(dump, f"*-{glob.escape(name)}-*-schedule-analysis_final_bundles.txt"))
-        if name == "TLP" or not any("tpu_custom_call" in _read(schedule) for schedule in schedules):
+        if name == "TLP" or not any(KERNEL in _read(schedule) for schedule in schedules):
             continue  # the program's own code and XLA's fusions
         lines = _read(path).splitlines()
         head = next(i for i, line in enumerate(lines) if line.startswith("MATMUL"))
@@ -196,7 +221,7 @@ def compile_product(tokens: int) -> int:
                         failures += 1
                         cells.append(f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
                         continue
-                    launches = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+                    launches = compiled.as_text().count(f'custom_call_target="{KERNEL}"')
                     temporaries = compiled.memory_analysis().temp_size_in_bytes
                     cells.append(f"{launches}, {temporaries / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
             _row(topology.split(":")[0], size, *cells)
@@ -214,7 +239,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1152)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=256, help="a token is 16 pixels wide")
-    parser.add_argument("--tokens", type=int, default=8192, help="B * T")
+    parser.add_argument("--tokens", type=int, default=8192, help="B * T; at least two images")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--product", action="store_true", help="compile for every chip, size, resolution and pass")
     parser.add_argument("--compile-to", help=argparse.SUPPRESS)
@@ -222,11 +247,20 @@ def main() -> None:
     if flags.compile_to:
         _compile_to(flags.compile_to)
         return
+    if flags.width < 1 or flags.heads < 1 or flags.width % flags.heads:
+        parser.error(f"--heads={flags.heads} does not divide --width={flags.width}")
+    if flags.pixels < 1 or flags.pixels % PIXELS_PER_TOKEN:
+        parser.error(f"--pixels={flags.pixels} is not a multiple of a token's {PIXELS_PER_TOKEN}")
+    if flags.tokens < 1:
+        parser.error(f"--tokens={flags.tokens} is not at least 1")
     if flags.product:
         sys.exit(1 if compile_product(flags.tokens) else 0)
     side = flags.pixels // PIXELS_PER_TOKEN
     batch = max(2, flags.tokens // side**2)
-    costs = attention_costs(flags.width, flags.heads, (side, side), batch, flags.topology)
+    try:
+        costs = attention_costs(flags.width, flags.heads, (side, side), batch, flags.topology)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     sys.stdout.write("| width | pixels | chip | pass | bundles | vector unit | matrix unit | us | x floor |\n")
     for name, cost in costs.items():
         bundles = sum(kernel.bundles for kernel in cost.kernels)

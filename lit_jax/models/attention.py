@@ -1,9 +1,11 @@
 """The two attentions of the one model: DiT's softmax and LiT's linear attention with a depth-wise convolution."""
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from lit_jax.kernels.linear_attention import linear_attention
@@ -20,23 +22,20 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: 
 
     Args:
       implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash kernel, T a multiple of 128). A named one
-        runs or raises. None takes cudnn or pallas_tpu where they can run, else xla.
-    Raises: ValueError for an unknown name or a T that the flash kernel does not take.
+        runs or raises. None takes cudnn or pallas_tpu where they can run, else xla, and logs which.
+    Raises: ValueError for an unknown name, or a named implementation that does not offer the case.
     """
     B, T, N, H = q.shape
+    case = dict(tokens=T, head_width=H, dtype=q.dtype)
     if implementation is None:
-        platform = jax.default_backend()
-        if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-            implementation = "cudnn"
-        else:
-            implementation = "pallas_tpu" if platform == "tpu" and T % FLASH_BLOCK == 0 else "xla"
-    if implementation not in SOFTMAX_IMPLEMENTATIONS:
+        implementation = _choose(**case)
+    elif implementation not in SOFTMAX_IMPLEMENTATIONS:
         raise ValueError(f"softmax attention's implementation must be one of {', '.join(SOFTMAX_IMPLEMENTATIONS)}; "
                          f"got {implementation!r}")
+    elif reason := softmax_refusal(implementation, **case):
+        raise ValueError(reason)
     if implementation != "pallas_tpu":
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-    if T % FLASH_BLOCK:
-        raise ValueError(f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {T} tokens; use xla")
     from jax.experimental.pallas.ops.tpu.flash_attention import (
         flash_attention,  # here: it imports only where Pallas has TPUs
     )
@@ -46,6 +45,36 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: 
         return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
 
     return split_rows(flash, (q, k, v))
+
+
+def softmax_refusal(implementation: str, *, tokens: int, head_width: int, dtype: jnp.dtype) -> str:
+    """Why an implementation does not offer a case, or "" where it does; for "cudnn" on the GPU at hand."""
+    if implementation == "pallas_tpu" and tokens % FLASH_BLOCK:
+        return f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {tokens} tokens; use xla"
+    if implementation == "cudnn":
+        major = getattr(jax.devices()[0], "compute_capability", "").partition(".")[0]  # "9.0" is Hopper
+        if not major.isdigit():
+            return f"cudnn runs on NVIDIA's GPUs, this is {jax.devices()[0].device_kind}"
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return f"cudnn takes bfloat16 and float16, got {jnp.dtype(dtype)}"
+        widest = 256 if int(major) >= 9 else 128
+        if head_width > widest or head_width % 8:
+            return f"cudnn takes heads of at most {widest} columns, in multiples of 8, on this GPU; got {head_width}"
+    return ""
+
+
+def _choose(**case):
+    """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
+    device = jax.devices()[0]
+    implementation = {"gpu": "cudnn", "tpu": "pallas_tpu"}.get(device.platform, "xla")
+    reason = softmax_refusal(implementation, **case)
+    _log_choice("xla" if reason else implementation, device.device_kind, reason)
+    return "xla" if reason else implementation
+
+
+@functools.cache
+def _log_choice(implementation, device_kind, reason):
+    logging.info("softmax_attention: %s on %s%s", implementation, device_kind, reason and f"; {reason}")
 
 
 class SoftmaxAttention(nn.Module):
