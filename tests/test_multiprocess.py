@@ -85,6 +85,34 @@ def test_sigterm_to_one_stops_all_at_the_same_step(server):
     assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [str(steps.pop())]
 
 
+def test_sigterm_to_one_inside_a_preview_stops_all_in_it(server):
+    workdir = server.folder / "drawing"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000", "--config.mesh.fsdp=2",
+                                    "--config.checkpoint.every=1000000", "--config.train.preview_every=4",
+                                    "--config.train.preview_images=800000", "--config.sample.batch_size=8")
+    processes[0].wait_for_batches(4)
+    time.sleep(3.0)
+    told = time.monotonic()
+    processes[1].kill(signal.SIGTERM)
+    assert [life.wait() for life in processes] == [distributed.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
+    assert time.monotonic() - told < 30     # the preview would take hours
+    assert [len(life.ids()) for life in processes] == [4, 4]
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_both_at_once(server):
+    workdir = server.folder / "no_folder"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000000", "--config.mesh.fsdp=2")
+    processes[0].wait_until(lambda: (workdir / "checkpoints" / "3").exists())
+    (workdir / "checkpoints").rename(workdir / "elsewhere")
+    (workdir / "checkpoints").write_text("in the way")
+    broken = time.monotonic()
+    assert processes[0].wait() == distributed.EXIT_CRASHED, processes[0].text()
+    assert processes[1].wait() not in (0, 1), processes[1].text()
+    assert time.monotonic() - broken < 60   # Orbax alone: 302
+    assert f"in {workdir}/checkpoints cannot be written: " in processes[0].text().splitlines()[-1]
+
+
 def test_processes_with_different_configs_are_named_on_both_sides(server):
     first, second = server.run_together(server.folder / "differing", 2, *WIDE, each=("--config.seed=1", "--config.seed=2"))
     for life in (first, second):
