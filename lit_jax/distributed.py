@@ -4,7 +4,8 @@ A run ends with one of these exit statuses, which is all that a launcher has to 
 
     0    done
     1    it cannot be run like this (bad input, processes that do not agree, a loss that is not finite): do not try again
-    70   training had begun and something broke, a disk or a chip: run the same command again to go on
+    70   training had begun and something broke, a disk or a chip: run the same command again to go on (the third such end
+         in a row without a checkpoint between them is 1)
     75   stopped from outside, by SIGTERM or because another process is gone: run the same command again to go on
 """
 import contextlib
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
+MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not tried for ever
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 ANSWER_SECONDS = 10  # how long one process waits for another's next word once they talk
 ZERO_FIRST_SECONDS = 600  # how long the others wait for process 0 to prepare something
@@ -40,7 +42,14 @@ class TryAgainError(Exception):
 
 
 class CrashError(Exception):
-    """Something broke after training had begun; its cause says what."""
+    """Something broke after training had begun; its cause says what.
+
+    Args: count: counts it, and says how often in a row that was from the same step.
+    """
+
+    def __init__(self, count: Callable[[], int]):
+        super().__init__()
+        self.count = count
 
 
 class GiveUpError(ValueError):
@@ -228,17 +237,29 @@ def lost_processes(seconds: float) -> list[int]:
 
 
 class Crashes:
-    """A with-block whose errors end the run with 70 once `begun` is set; before, they are those of the input."""
+    """A with-block whose errors are crashes once `begun` is set; before, they are those of the input.
 
-    def __init__(self):
-        self.begun = False
+    Args: path: where this process counts them. step: the one that it has gone on from.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int):
+        self.begun, self._path, self._step = False, path, step
 
     def __enter__(self) -> "Crashes":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self.begun and isinstance(error, Exception) and not isinstance(error, (TryAgainError, GiveUpError)):
-            raise CrashError from error
+            raise CrashError(self._count) from error
+
+    def _count(self) -> int:
+        count = 1
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or cut short by a full disk
+            before = json.loads(self._path.read_text())
+            count += before["crashes"] if before["step"] == self._step else 0
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            self._path.write_text(json.dumps({"step": self._step, "crashes": count}))
+        return count
 
 
 @contextlib.contextmanager
@@ -252,27 +273,31 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        several, crashed = _runtime().num_processes > 1, isinstance(error, CrashError)
-        if crashed:
-            error = error.__cause__
-        if isinstance(error, TryAgainError) or isinstance(error, TimeoutError) and not crashed:
+        several, crash = _runtime().num_processes > 1, error if isinstance(error, CrashError) else None
+        error = crash.__cause__ if crash else error
+        if isinstance(error, TryAgainError) or isinstance(error, TimeoutError) and not crash:
             status, message = EXIT_TRY_AGAIN, str(error)
-        elif not several and not crashed:
+        elif not several and not crash:
             raise
         else:
-            status, message = EXIT_CRASHED if crashed else 1, f"error: {' '.join(str(error).split())}"
+            message, again, lost = f"error: {' '.join(str(error).split())}", "; run the same command again to go on", []
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exception(error)
                 message = f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                if several and (lost := lost_processes(heartbeat + ANSWER_SECONDS)):
-                    status = EXIT_TRY_AGAIN
-                    message = f"process {', '.join(map(str, lost))} is gone, so this one stops"
-            if status != 1:
-                message += "; run the same command again to go on from the last checkpoint"
+                lost = lost_processes(heartbeat + ANSWER_SECONDS) if several else []
+            if lost:
+                status = EXIT_TRY_AGAIN
+                message = f"process {', '.join(map(str, lost))} is gone, so this one stops{again} from the last checkpoint"
+            elif crash and (count := crash.count()) < MOST_CRASHES:
+                status, message = EXIT_CRASHED, f"{message}{again} from the last checkpoint"
+            elif crash:
+                status, message = 1, f"{message}; crash {count} in a row without a new checkpoint, mend the cause first"
+            else:
+                status = 1
         sys.stderr.write(message + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
-        if several or crashed:
+        if several or crash:
             os._exit(status)
         sys.exit(status)
 

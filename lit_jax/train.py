@@ -127,7 +127,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, watchdog: distributed.Watch
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
     with (contextlib.closing(log), contextlib.closing(distributed.Preemption()) as preemption,
-          distributed.Crashes() as crashes):
+          distributed.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step) as crashes):
         def began() -> None:
             crashes.begun = True
             start_up.lap("first step")
