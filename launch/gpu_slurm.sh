@@ -14,8 +14,13 @@ set -euo pipefail
 
 status=0
 srun --kill-on-bad-exit=1 python -m lit_jax.main "$@" || status=$?
-# 0: done. 1: bad input. Others (75: time limit, preemption, a node lost) go on from the last checkpoint.
+# 0: done. 1: bad input. Others (75: time limit, preemption, a node lost; 70: crashed) go on from the last checkpoint. But one
+# task's 1 can hide behind the signal that ended the others: a job that ends within ten minutes is not requeued a third time.
 if ((status > 1)); then
-  scontrol requeue "$SLURM_JOB_ID"
+  if ((SECONDS < 600 && ${SLURM_RESTART_COUNT:-0} >= 2)); then
+    echo "ended within ten minutes with status $status, after ${SLURM_RESTART_COUNT} restarts: not requeued" >&2
+  else
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
 fi
 exit "$status"

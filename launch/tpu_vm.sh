@@ -13,17 +13,24 @@ if [[ -n "${TPU_NAME:-}" ]]; then
     --command="cd lit_jax && launch/tpu_vm.sh $(printf '%q ' "$@")"
 fi
 
-stop="" child="" status=0
+stop="" child="" status=0 short=0
 trap 'stop=1; [[ -z "$child" ]] || kill -TERM "$child"' TERM
 while [[ -z "$stop" ]]; do
+  SECONDS=0
   python -m lit_jax.main "$@" &
   child=$! status=0
   wait "$child" || status=$?
   # A TERM ends that wait at once; the job is still saving.
   if [[ -n "$stop" ]]; then status=0; wait "$child" || status=$?; fi
   child=""
-  # 0: done. 1: bad input, trying again would not help. Others (75: stopped from outside) go on from the last checkpoint.
+  # 0: done. 1: bad input, trying again would not help. Others (75: stopped from outside, 70: crashed, a signal) go on from
+  # the last checkpoint; but three short tries in a row get nowhere: another host has given up, or this one is broken.
   if ((status <= 1)); then break; fi
+  if ((SECONDS < 600)); then short=$((short + 1)); else short=0; fi
+  if ((short == 3)); then
+    echo "three tries in a row ended within ten minutes, the last with status $status: not started again" >&2
+    break
+  fi
   sleep 5
 done
 exit "$status"

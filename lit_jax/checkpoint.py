@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import pathlib
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +32,11 @@ class Checkpointer:
 
     def __init__(self, directory: pathlib.Path, *, keep: int, keep_every: int):
         self.directory = pathlib.Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None,
+        self._saving, self._failure = None, None
+        self._wait_for_others = ocp.multihost.get_barrier_sync_fn()
+        # Folders are made before `save` returns: in the background a failure to make one leaves Orbax waiting for 300 s.
+        in_background = ocp.AsyncOptions(barrier_sync_fn=self._barrier, create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, async_options=in_background,
                                                step_name_format=ocp.path.step.standard_name_format())
         self._manager = ocp.CheckpointManager(self.directory, options=options,
                                               item_names=ARRAY_ITEMS + JSON_ITEMS)
@@ -38,15 +44,21 @@ class Checkpointer:
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
         """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host.
 
-        Before it begins it waits for an earlier save to end.
+        Before it begins it waits for an earlier save to end. Raises: OSError naming the folder when files cannot be written.
         """
+        self.wait()
+        self._saving = step
         jax.block_until_ready(items)
         started = time.monotonic()
         args = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         metadata = metadata | {"fingerprints": fingerprints(items)}
         metadata = metadata | {"checksum": checksum([data, metadata])}
         args |= {"data": ocp.args.JsonSave(data), "metadata": ocp.args.JsonSave(metadata)}
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except (OSError, ValueError) as error:  # TensorStore's errors of files are ValueErrors
+            self._failure = self._named(error)
+            raise self._failure from error
         logging.info("checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile", step,
                      time.monotonic() - started)
 
@@ -142,8 +154,33 @@ class Checkpointer:
                                         f"{wanted.get(name, 'not there')} in the {owner}; use another --workdir or the "
                                         f"config of that run")
 
+    def check(self) -> None:
+        """Raises what the save in the background has failed with, if it has; returns at once."""
+        if self._failure:
+            raise self._failure
+
     def wait(self) -> None:
+        """Returns when the last save is written. Raises: OSError as soon as it has failed, as `save`."""
+        # Not left to Orbax: where a save has failed, it tells only after all other processes have come to its barrier.
+        while self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(0.01)
+        self.check()
         self._manager.wait_until_finished()
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's wait for the other processes; where its own thread comes here with an exception, a save has failed."""
+        if threading.current_thread() is not threading.main_thread() and (error := sys.exception()):
+            self._failure = self._failure or self._named(error)
+        try:
+            self._wait_for_others(key=key, timeout_ms=timeout_ms)
+        except jax.errors.JaxRuntimeError as error:  # one of them is gone
+            self._failure = self._failure or error
+            raise
+
+    def _named(self, error: BaseException) -> OSError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return OSError(f"the checkpoint of step {self._saving} in {self.directory} cannot be written: {reason}")
 
     def close(self) -> None:
         self._manager.close()

@@ -3,10 +3,13 @@
 A run ends with one of these exit statuses, which is all that a launcher has to know:
 
     0    done
-    1    it cannot be run like this (bad input, or processes that do not agree): do not try again
+    1    it cannot be run like this (bad input, processes that do not agree, a loss that is not finite): do not try again
+    70   training had begun and something broke, a disk or a chip: run the same command again to go on (the third such end
+         in a row without a checkpoint between them is 1)
     75   stopped from outside, by SIGTERM or because another process is gone: run the same command again to go on
 """
 import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -18,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +29,8 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
+EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
+MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not tried for ever
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 ANSWER_SECONDS = 10  # how long one process waits for another's next word once they talk
 ZERO_FIRST_SECONDS = 600  # how long the others wait for process 0 to prepare something
@@ -34,6 +39,21 @@ SHUTDOWN_SECONDS = 86_400  # processes with nothing left to do wait this long at
 
 class TryAgainError(Exception):
     """The run stopped in good order, and the same command continues it."""
+
+
+class CrashError(Exception):
+    """Something broke after training had begun; its cause says what.
+
+    Args: count: counts it, and says how often in a row that was from the same step.
+    """
+
+    def __init__(self, count: Callable[[], int]):
+        super().__init__()
+        self.count = count
+
+
+class GiveUpError(ValueError):
+    """A run that would come to the same end again, however far it has come."""
 
 
 def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -121,8 +141,7 @@ def _judge(port: int, count: int, ours: dict[str, Any], timeout: float) -> tuple
     """Process 0's part: collects the messages of the others, and answers each with the verdict."""
     deadline, there = time.monotonic() + timeout, {}
     with contextlib.ExitStack() as stack:
-        both = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
-        server = stack.enter_context(socket.create_server(("", port), **both))
+        server = stack.enter_context(_listen(port, deadline))
         while len(there) < count - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             # One that gives up, or talks about something else, does not count.
@@ -154,6 +173,21 @@ def _judge(port: int, count: int, ours: dict[str, Any], timeout: float) -> tuple
             with contextlib.suppress(OSError):
                 stream.read()
     return verdict
+
+
+def _listen(port: int, deadline: float) -> socket.socket:
+    """A server at the port; where another process, perhaps of the run before, still has it, as soon as it is free."""
+    both = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+    while True:
+        try:
+            return socket.create_server(("", port), **both)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"port {port} of {socket.gethostname()}, where the processes should meet, is in use by "
+                                   f"another program (mesh.join_timeout)") from error
+        time.sleep(0.2)
 
 
 def _ask(host: str, port: int, message: dict[str, Any], deadline: float) -> tuple[str, str] | None:
@@ -202,32 +236,68 @@ def lost_processes(seconds: float) -> list[int]:
     return lost
 
 
+class Crashes:
+    """A with-block whose errors are crashes once `begun` is set; before, they are those of the input.
+
+    Args: path: where this process counts them. step: the one that it has gone on from.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int):
+        self.begun, self._path, self._step = False, path, step
+
+    def __enter__(self) -> "Crashes":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if self.begun and isinstance(error, Exception) and not isinstance(error, (TryAgainError, GiveUpError)):
+            raise CrashError(self._count) from error
+
+    def _count(self) -> int:
+        count = 1
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or cut short by a full disk
+            before = json.loads(self._path.read_text())
+            count += before["crashes"] if before["step"] == self._step else 0
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            self._path.write_text(json.dumps({"step": self._step, "crashes": count}))
+        return count
+
+
 @contextlib.contextmanager
 def shared_fate(heartbeat: float) -> Iterator[None]:
     """Turns the end of a job into the exit statuses above.
 
-    One of several processes leaves at once: a normal exit would first wait for the others, a lost one among them.
+    One of several processes leaves at once, and so does a crashed one: a normal exit would first wait for the others, a
+    lost one among them, and for threads that may never end.
     Args: heartbeat: seconds of silence after which another process counts as gone.
     """
     try:
         yield
     except Exception as error:
-        several = _runtime().num_processes > 1
-        if isinstance(error, (TryAgainError, TimeoutError)):
+        several, crash = _runtime().num_processes > 1, error if isinstance(error, CrashError) else None
+        error = crash.__cause__ if crash else error
+        if isinstance(error, TryAgainError) or isinstance(error, TimeoutError) and not crash:
             status, message = EXIT_TRY_AGAIN, str(error)
-        elif not several:
+        elif not several and not crash:
             raise
-        elif isinstance(error, (ValueError, OSError)):
-            status, message = 1, f"error: {error}"
         else:
-            traceback.print_exc()
-            lost = lost_processes(heartbeat + ANSWER_SECONDS)
-            status = EXIT_TRY_AGAIN if lost else 1
-            message = (f"process {', '.join(map(str, lost))} is gone, so this one stops; run the same command again to go "
-                       f"on from the last checkpoint" if lost else "this process has failed; the others will stop too")
+            message, again, lost = f"error: {' '.join(str(error).split())}", "; run the same command again to go on", []
+            if not isinstance(error, (ValueError, OSError)):
+                traceback.print_exception(error)
+                message = f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                lost = lost_processes(heartbeat + ANSWER_SECONDS) if several else []
+            if lost:
+                status = EXIT_TRY_AGAIN
+                message = f"process {', '.join(map(str, lost))} is gone, so this one stops{again} from the last checkpoint"
+            elif crash and (count := crash.count()) < MOST_CRASHES:
+                status, message = EXIT_CRASHED, f"{message}{again} from the last checkpoint"
+            elif crash:
+                status, message = 1, f"{message}; crash {count} in a row without a new checkpoint, mend the cause first"
+            else:
+                status = 1
         sys.stderr.write(message + "\n")
+        sys.stdout.flush()
         sys.stderr.flush()
-        if several:
+        if several or crash:
             os._exit(status)
         sys.exit(status)
 
@@ -245,15 +315,20 @@ def sigterm_stops() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+class StopRequest(Exception):
+    """Training has been asked to save and stop."""
+
+
 class Preemption:
-    """Tells the training loop to save and stop: on SIGTERM, and at the same step on every process.
+    """Tells training to save and stop: on SIGTERM, and on every process at the same place.
 
     One process listens to the signal itself. Several use JAX's preemption service, which hears the SIGTERM (or the
-    platform's maintenance notice) of any of them and agrees on a step that none has reached yet.
+    platform's maintenance notice) of any of them and agrees on a number that none has reached yet. It was made for steps;
+    here it counts how often `check` was called, which is the same on all processes and goes on while pictures are drawn.
     """
 
     def __init__(self):
-        self._told = False
+        self._told, self._checks = False, 0
         self._alone = jax.process_count() == 1
         if self._alone and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._tell)
@@ -265,9 +340,11 @@ class Preemption:
         if hasattr(self, "_previous"):
             signal.signal(signal.SIGTERM, self._previous)
 
-    def reached(self, step: int) -> bool:
-        """Whether to save after `step` and stop; every process asks at every step."""
-        return self._told if self._alone else multihost_utils.reached_preemption_sync_point(step)
+    def check(self, *_) -> None:
+        """Raises StopRequest when it is time; every process calls it equally often: after each step and each batch drawn."""
+        self._checks += 1
+        if self._told if self._alone else multihost_utils.reached_preemption_sync_point(self._checks):
+            raise StopRequest
 
 
 class Watchdog:
@@ -289,7 +366,7 @@ class Watchdog:
             if now - max(self._last, reported) >= self._seconds:
                 reported = now
                 logging.error("process %d: no step has ended for %.0f s (train.watchdog), the last was step %d; the stacks:",
-                              jax.process_index(), now - self._last, self._step)
+                              _runtime().process_id, now - self._last, self._step)
                 faulthandler.dump_traceback(sys.__stderr__)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import pathlib
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,10 +105,18 @@ def score(extractor: features.Extractor, samples: Statistics, reference: Statist
 
 
 def score_images(extractor: features.Extractor, images: np.ndarray, reference: Statistics, *, batch_size: int = 64,
-                 neighbours: int = 3, split_size: int = 5000) -> dict[str, float]:
-    """Scores images (N, H, W, C) uint8 held in memory: what training calls every few thousand steps."""
-    batches = (images[i:i + batch_size] for i in range(0, len(images), batch_size))
-    samples = collect(extractor, batches, batch_size)
+                 neighbours: int = 3, split_size: int = 5000,
+                 on_batch: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+    """Scores images (N, H, W, C) uint8 held in memory: what training calls every few thousand steps.
+
+    `on_batch` is told, before each batch goes through the network, how many images went before it.
+    """
+    def batches():
+        for start in range(0, len(images), batch_size):
+            on_batch(start)
+            yield images[start:start + batch_size]
+
+    samples = collect(extractor, batches(), batch_size)
     return score(extractor, samples, reference, neighbours=neighbours, split_size=split_size)
 
 

@@ -5,11 +5,13 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -41,11 +43,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and report.json in the workdir.
     Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be run.
     """
-    with contextlib.ExitStack() as held:  # the workdir, from the first file to the end, whatever that is
-        _run(config, workdir, held)
+    with contextlib.ExitStack() as held:  # what lasts to the end, whatever that is: the watch over what may hang, the workdir
+        watchdog = held.enter_context(contextlib.closing(distributed.Watchdog(config.train.watchdog)))
+        train(config, workdir, watchdog, held)
 
 
-def _run(config: ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+def train(config: ConfigDict, workdir: pathlib.Path, watchdog: distributed.Watchdog, held: contextlib.ExitStack) -> None:
+    """`run`, with a watch over what may hang; `held` takes the workdir before its first file."""
     start_up = records.StartUp()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     from_config.check_batches(config, mesh)
@@ -76,7 +80,9 @@ def _run(config: ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack) 
 
     # The program before the files: what cannot be compiled here leaves no trace.
     models = ({"teacher": teacher} if teacher else {}) | {"student": model}
-    preview_batch = -(-config.train.preview_images // mesh.size) * mesh.size
+    # No larger than other batches: between two of them the run can be stopped.
+    preview_batch = min(-(-config.train.preview_images // mesh.size) * mesh.size,
+                        max(config.sample.batch_size // mesh.size, 1) * mesh.size)
     previews = Previews(config, from_config.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
                         workdir)
     evaluation = None
@@ -123,59 +129,110 @@ def _run(config: ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack) 
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
-    in_flight, bad_in_a_row, save_is_due = collections.deque(), int(state.skipped_in_a_row), False
-    with (contextlib.closing(log), contextlib.closing(distributed.Watchdog(config.train.watchdog)) as watchdog,
-          contextlib.closing(distributed.Preemption()) as preemption):
-        for now in range(first_step + 1, config.train.steps + 1):
-            state, metrics = train_step(state, teacher_params, next(batches), rng)
-            window.append(metrics)
+    with (contextlib.closing(log), contextlib.closing(distributed.Preemption()) as preemption,
+          distributed.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step) as crashes):
+        def began() -> None:
+            crashes.begun = True
+            start_up.lap("first step")
+            logging.info("%s", start_up)
+
+        def save(state: step.TrainState, now: int) -> None:
+            window[:] = jax.device_get(window)
+            unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
+            checkpoints.save(now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged})
+
+        def look(state: step.TrainState, now: int, *, again: bool = True) -> None:
+            """Draws and scores what is due after a step; not `again` where its file is there."""
             last = now == config.train.steps
-            if now == first_step + 1:
-                jax.block_until_ready(metrics)
-                start_up.lap("first step")
-                logging.info("%s", start_up)
-                batches.take_seconds_waiting()
-                log.start(now)
-            # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
-            in_flight.append(metrics)
-            if len(in_flight) > STEPS_AHEAD:
-                bad_in_a_row = 0 if is_finite(in_flight.popleft()) else bad_in_a_row + 1
-            watchdog.step_ended(now - len(in_flight))
-            if now % config.train.log_every == 0 or last or bad_in_a_row >= config.train.stop_after_bad_steps:
-                written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
-                window = []
-                bad = max(bad_in_a_row, int(written["train/skipped_in_a_row"]))
-                if bad >= config.train.stop_after_bad_steps:
-                    checkpoints.wait()
-                    raise ValueError(f"the loss or its gradient was not finite in {bad} steps in a row, up to step {now}; "
-                                     f"train.stop_after_bad_steps = {config.train.stop_after_bad_steps}. The last "
-                                     f"checkpoint: {checkpoints.latest_step() or 'none yet'}")
-            stop = preemption.reached(now)
-            save_is_due |= now % config.checkpoint.every == 0
-            # Not among bad steps: one that is kept for them would push out the one before them.
-            if last or stop or (save_is_due and not state.skipped_in_a_row):
-                window, save_is_due = jax.device_get(window), False
-                unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
-                checkpoints.save(now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged})
-            if stop and not last:
-                checkpoints.wait()
-                checkpoints.close()
-                raise distributed.TryAgainError(f"stopped on request; step {now} is saved in {workdir}, the same command "
-                                                f"goes on from there")
-            if config.train.preview_every and (now % config.train.preview_every == 0 or last):
-                log.add_picture("preview", now, previews.draw({"teacher": teacher_params, "student": state.ema_params}, now))
+            if is_due(config.train.preview_every, now, last) and (again or is_missing(previews.path(now))):
+                params = {"teacher": teacher_params, "student": state.ema_params}
+                log.add_picture("preview", now, previews.draw(params, now, preemption.check))
                 log.start(now)  # a preview is not training time
-            if evaluation and (now % config.evaluate.every == 0 or last):
-                log.write_scores(now, evaluation.score(state.ema_params, now))
+            if evaluation and is_due(config.evaluate.every, now, last) and (again or is_missing(evaluation.path(now))):
+                log.write_scores(now, evaluation.score(state.ema_params, now, preemption.check))
                 log.start(now)
-        checkpoints.wait()
-        checkpoints.close()
-    if jax.process_index() == 0:
-        records.plot_curves(workdir)
-    if config.report.num_images:
-        generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size, autoencoder)
-        params = {"teacher": teacher_params, "student": state.ema_params}
-        report(config, generators, {name: params[name] for name in models}, source, workdir)
+
+        try:
+            if restored:
+                look(state, first_step, again=False)
+            state = loop(config, state, first_step, window, batches, checkpoints, log, watchdog, preemption,
+                         train_step=lambda state, batch: train_step(state, teacher_params, batch, rng), save=save, look=look,
+                         began=began)
+            crashes.begun = True
+            checkpoints.wait()
+            checkpoints.close()
+            if jax.process_index() == 0:
+                records.plot_curves(workdir)
+            if config.report.num_images:
+                generators = from_config.generators(config, models, diffusion, mesh, config.sample.batch_size, autoencoder)
+                params = {"teacher": teacher_params, "student": state.ema_params}
+                report(config, generators, {name: params[name] for name in models}, source, workdir, preemption.check)
+        except distributed.StopRequest:
+            checkpoints.wait()
+            raise distributed.TryAgainError(f"stopped on request; step {checkpoints.latest_step()} is saved in {workdir}, the "
+                                            f"same command goes on from there") from None
+
+
+def loop(config: ConfigDict, state: step.TrainState, first_step: int, window: list[dict[str, Any]],
+         batches: data.DeviceIterator, checkpoints: checkpoint.Checkpointer, log: records.Records,
+         watchdog: distributed.Watchdog, preemption: distributed.Preemption, *,
+         train_step: Callable[[step.TrainState, Any], tuple[step.TrainState, dict[str, jax.Array]]],
+         save: Callable[[step.TrainState, int], None], look: Callable[[step.TrainState, int], None],
+         began: Callable[[], None]) -> step.TrainState:
+    """The steps after `first_step`; returns the last state, saved or being saved.
+
+    Args:
+      window: metrics since the last log line; changed in place. began: called when the first step has ended.
+    Raises: StopRequest once the step is being saved. GiveUpError when losses are not finite again and again.
+    """
+    in_flight, bad_in_a_row, save_is_due, saved = collections.deque(), int(state.skipped_in_a_row), False, first_step
+    for now in range(first_step + 1, config.train.steps + 1):
+        state, metrics = train_step(state, next(batches))
+        window.append(metrics)
+        last = now == config.train.steps
+        if now == first_step + 1:
+            jax.block_until_ready(metrics)
+            began()
+            batches.take_seconds_waiting()
+            log.start(now)
+        # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
+        in_flight.append(metrics)
+        if len(in_flight) > STEPS_AHEAD:
+            bad_in_a_row = 0 if is_finite(in_flight.popleft()) else bad_in_a_row + 1
+        watchdog.step_ended(now - len(in_flight))
+        if now % config.train.log_every == 0 or last or bad_in_a_row >= config.train.stop_after_bad_steps:
+            written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
+            window.clear()
+            bad = max(bad_in_a_row, int(written["train/skipped_in_a_row"]))
+            if bad >= config.train.stop_after_bad_steps:
+                checkpoints.wait()
+                raise distributed.GiveUpError(
+                    f"the loss or its gradient was not finite in {bad} steps in a row, up to step {now}; "
+                    f"train.stop_after_bad_steps = {config.train.stop_after_bad_steps}. The last checkpoint: "
+                    f"{checkpoints.latest_step() or 'none yet'}")
+        checkpoints.check()
+        save_is_due |= now % config.checkpoint.every == 0
+        # Not among bad steps: one that is kept for them would push out the one before them.
+        if last or (save_is_due and not state.skipped_in_a_row):
+            save(state, now)
+            saved, save_is_due = now, False
+        try:
+            preemption.check()
+            look(state, now)
+        except distributed.StopRequest:
+            if saved != now:
+                save(state, now)
+            raise
+    return state
+
+
+def is_due(every: int, now: int, last: bool) -> bool:
+    return every > 0 and (now % every == 0 or last)
+
+
+def is_missing(path: pathlib.Path) -> bool:
+    """Whether process 0 sees no such file; the same answer on every process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool(not path.exists())))
 
 
 def architecture(model: DiT, config: ConfigDict) -> dict[str, Any]:
@@ -291,17 +348,20 @@ class Previews:
         self._index = np.arange(config.train.preview_images)
         self._rows = {}
 
-    def draw(self, params: dict[str, Any], now: int) -> Image.Image:
+    def path(self, now: int) -> pathlib.Path:
+        return self._folder / f"step_{now:07d}.png"
+
+    def draw(self, params: dict[str, Any], now: int, on_batch: Callable[[int], None]) -> Image.Image:
         """Draws, saves and returns the grid; params holds the parameters of each generator's model."""
         for name, generator in self._generators.items():
             if name == "teacher" and name in self._rows:
                 continue
             labels = generator.labels(self._index, "balanced")
-            self._rows[name] = records.to_uint8(generator(params[name], self._index, labels))
+            self._rows[name] = records.to_uint8(generator(params[name], self._index, labels, on_batch))
         picture = records.image_grid(list(self._rows.values()), list(self._rows))
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
-            picture.save(self._folder / f"step_{now:07d}.png")
+            picture.save(self.path(now))
         return picture
 
 
@@ -323,25 +383,29 @@ class Evaluation:
             config.evaluate.reference, config.data.dir, workdir, self._extractor, batch_size=config.evaluate.batch_size,
             num_neighbour_images=config.evaluate.num_neighbour_images)
 
-    def score(self, ema_params: Any, now: int) -> dict[str, float]:
+    def path(self, now: int) -> pathlib.Path:
+        return self._workdir / f"evaluation_{now:07d}.json"
+
+    def score(self, ema_params: Any, now: int, on_batch: Callable[[int], None]) -> dict[str, float]:
         """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images.
 
         Leaves evaluation_STEP.json and .md, which carry the rest of the protocol.
         """
         labels = self._generator.labels(self._index, "balanced")
-        images = records.to_uint8(self._generator(ema_params, self._index, labels))
+        images = records.to_uint8(self._generator(ema_params, self._index, labels, on_batch))
         counts = dict(neighbours=self._settings.neighbours, split_size=self._settings.split_size)
-        scores = evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size, **counts)
+        scores = evaluate.score_images(self._extractor, images, self._reference, batch_size=self._settings.batch_size,
+                                       on_batch=on_batch, **counts)
         if jax.process_index() == 0:
             result = evaluate.make_result(self._extractor, scores, self._reference, num_images=len(images), **counts,
                                           image_shape=images.shape[1:],
                                           sampling=self._sampling | {"step": now})
-            evaluate.write_report(self._workdir / f"evaluation_{now:07d}", result)
+            evaluate.write_report(self.path(now).with_suffix(""), result)
         return scores
 
 
 def report(config: ConfigDict, generators: dict[str, generate.Generator], params: dict[str, Any], source: data.ImageSource,
-           workdir: pathlib.Path) -> None:
+           workdir: pathlib.Path, on_batch: Callable[[int], None]) -> None:
     """The end of a run in a few lines and pictures: report.json, samples.png, and the summary on the log.
 
     With report.read_labels a classifier fitted on the real images says how often it reads the label that was asked for.
@@ -350,7 +414,7 @@ def report(config: ConfigDict, generators: dict[str, generate.Generator], params
     images, result = {}, {"num_images": len(index)}
     for name, generator in generators.items():
         labels = generator.labels(index, "balanced")
-        images[name] = records.to_uint8(generator(params[name], index, labels))
+        images[name] = records.to_uint8(generator(params[name], index, labels, on_batch))
     lines = records.read_training(workdir) or [{"step": config.train.steps}]  # a finished run whose metrics are gone
     first, last = lines[0], lines[-1]
     terms = [name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in last]

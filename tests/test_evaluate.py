@@ -95,7 +95,9 @@ def test_kept_features_are_those_of_the_chosen_images():
 def test_scores_are_named_for_what_they_measure():
     extractor = make_extractor()
     reference = evaluate.collect(extractor, batches_of(random_images(50, 1), 16), 16)
-    scores = evaluate.score_images(extractor, random_images(43), reference, batch_size=16)
+    before = []
+    scores = evaluate.score_images(extractor, random_images(43), reference, batch_size=16, on_batch=before.append)
+    assert before == [0, 16, 32]
     assert list(scores) == ["fd_tiny_43", "sfd_tiny_43", "is_tiny_43", "precision_tiny_43", "recall_tiny_43"]
     assert evaluate.count_name(50_000) == "50k" and evaluate.count_name(1234) == "1234"
     same = evaluate.score_images(extractor, random_images(50, 1), reference)

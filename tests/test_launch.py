@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from configs import default
-from lit_jax.distributed import EXIT_TRY_AGAIN
+from lit_jax.distributed import EXIT_CRASHED, EXIT_TRY_AGAIN
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 ARGUMENTS = ("--config=configs/default.py", "--config.plan.programs=('plain', 'sample')", "--workdir=/runs/a b")
@@ -41,12 +41,26 @@ def statuses(folder, *values):
     return f"status=$(head -1 {folder}/left); sed -i 1d {folder}/left; exit $status"
 
 
-@pytest.mark.parametrize("values", [(0,), (1,), (EXIT_TRY_AGAIN, 139, 0), (137, 1)])
+@pytest.mark.parametrize("values", [(0,), (1,), (EXIT_TRY_AGAIN, 139, 0), (137, 1), (EXIT_CRASHED, EXIT_TRY_AGAIN, 134)])
 def test_a_tpu_vm_goes_on_until_it_is_done_or_cannot(stand_in, values):
     stand_in("python", statuses(stand_in.folder, *values))
     stand_in("sleep", "")
     assert subprocess.run([LAUNCH / "tpu_vm.sh", *ARGUMENTS]).returncode == values[-1]
     assert stand_in.calls("python") == [["-m", "lit_jax.main", *ARGUMENTS]] * len(values)
+
+
+def test_a_tpu_vm_forgets_short_tries_after_a_long_one(stand_in):
+    """The clock runs a thousand times faster here, by a copy of the script: the third try lasts longer than the limit."""
+    script = stand_in.folder / "fast.sh"
+    text = (LAUNCH / "tpu_vm.sh").read_text()
+    assert text.count("SECONDS < 600") == 1
+    script.write_text(text.replace("SECONDS < 600", "SECONDS < 2"))
+    script.chmod(0o755)
+    stand_in("sleep", "")
+    body = statuses(stand_in.folder, *[EXIT_TRY_AGAIN] * 6)
+    stand_in("python", f"[[ $(wc -l < {stand_in.folder}/python.calls) -ne 3 ]] || /bin/sleep 2.1; {body}")
+    assert subprocess.run([script]).returncode == EXIT_TRY_AGAIN
+    assert len(stand_in.calls("python")) == 6
 
 
 def test_a_tpu_vm_passes_sigterm_on_and_waits_for_the_job_to_save(stand_in):
@@ -61,14 +75,18 @@ def test_a_tpu_vm_passes_sigterm_on_and_waits_for_the_job_to_save(stand_in):
     assert len(stand_in.calls("python")) == 1
 
 
-@pytest.mark.parametrize("status", [0, 1, EXIT_TRY_AGAIN, 143])
-def test_slurm_requeues_what_can_go_on(stand_in, monkeypatch, status):
+@pytest.mark.parametrize("status", [0, 1, EXIT_CRASHED, EXIT_TRY_AGAIN, 143])
+@pytest.mark.parametrize("restarts", [None, 1, 2])
+def test_slurm_requeues_what_can_go_on_unless_it_always_ends_at_once(stand_in, monkeypatch, status, restarts):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     stand_in("srun", f"exit {status}")
     stand_in("scontrol", "")
     assert subprocess.run([LAUNCH / "gpu_slurm.sh", *ARGUMENTS]).returncode == status
     assert stand_in.calls("srun")[0][-5:] == ["python", "-m", "lit_jax.main", *ARGUMENTS][-5:]
-    assert stand_in.calls("scontrol") == ([["requeue", "17"]] if status > 1 else [])
+    assert stand_in.calls("scontrol") == ([["requeue", "17"]] if status > 1 and restarts != 2 else [])
 
 
 @pytest.mark.parametrize("script, name", [("tpu_vm.sh", "TPU_NAME"), ("multislice.sh", "NAME")])

@@ -1,8 +1,11 @@
 """Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
 import os
 import signal
+import socket
+import threading
 import time
 
+import jax
 import lives
 import pytest
 
@@ -84,6 +87,34 @@ def test_sigterm_to_one_stops_all_at_the_same_step(server):
     assert [life.wait() for life in processes] == [distributed.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
     steps = {len(life.ids()) for life in processes}
     assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [str(steps.pop())]
+
+
+def test_sigterm_to_one_inside_a_preview_stops_all_in_it(server):
+    workdir = server.folder / "drawing"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000", "--config.mesh.fsdp=2",
+                                    "--config.checkpoint.every=1000000", "--config.train.preview_every=4",
+                                    "--config.train.preview_images=800000", "--config.sample.batch_size=8")
+    processes[0].wait_for_batches(4)
+    time.sleep(3.0)
+    told = time.monotonic()
+    processes[1].kill(signal.SIGTERM)
+    assert [life.wait() for life in processes] == [distributed.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
+    assert time.monotonic() - told < 30     # the preview would take hours
+    assert [len(life.ids()) for life in processes] == [4, 4]
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_both_at_once(server):
+    workdir = server.folder / "no_folder"
+    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000000", "--config.mesh.fsdp=2")
+    processes[0].wait_until(lambda: (workdir / "checkpoints" / "3").exists())
+    (workdir / "checkpoints").rename(workdir / "elsewhere")
+    (workdir / "checkpoints").write_text("in the way")
+    broken = time.monotonic()
+    assert processes[0].wait() == distributed.EXIT_CRASHED, processes[0].text()
+    assert processes[1].wait() not in (0, 1), processes[1].text()
+    assert time.monotonic() - broken < 60   # Orbax alone: 302
+    assert f"in {workdir}/checkpoints cannot be written: " in processes[0].text().splitlines()[-1]
 
 
 def test_processes_with_different_configs_are_named_on_both_sides(server):
@@ -171,6 +202,53 @@ def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch)
     time.sleep(2.5)
     watchdog.close()
     assert 1 <= len(reports) <= 3
+
+
+@pytest.mark.parametrize("error, before, after", [
+    (OSError(28, "No space left on device"), "raised", distributed.EXIT_CRASHED),
+    (ValueError("record 7 cannot be read"), "raised", distributed.EXIT_CRASHED),
+    (jax.errors.JaxRuntimeError("INTERNAL: the chip"), "raised", distributed.EXIT_CRASHED),
+    (distributed.GiveUpError("not finite"), "raised", "raised"),     # main turns it into status 1
+    (distributed.TryAgainError("stopped"), distributed.EXIT_TRY_AGAIN, distributed.EXIT_TRY_AGAIN),
+    (TimeoutError("process 1 did not come"), distributed.EXIT_TRY_AGAIN, distributed.EXIT_CRASHED),
+], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None)
+def test_the_exit_status_tells_bad_input_from_what_broke_once_training_had_begun(monkeypatch, capsys, tmp_path, error, before,
+                                                                                       after):
+    left = []
+    monkeypatch.setattr(distributed.os, "_exit", left.append)   # then shared_fate goes on to sys.exit
+    for begun, expected in ((False, before), (True, after)):
+        left.clear()
+        with pytest.raises(type(error) if expected == "raised" else SystemExit) as end:
+            with distributed.shared_fate(heartbeat=1.0), distributed.Crashes(tmp_path / "crashes", 5) as crashes:
+                crashes.begun = begun
+                raise error
+        if expected != "raised":
+            assert end.value.code == expected
+            assert str(error) in capsys.readouterr().err.splitlines()[-1]
+        # A crashed process does not wait for threads that may never end.
+        assert left == ([distributed.EXIT_CRASHED] if expected == distributed.EXIT_CRASHED else [])
+
+
+def test_the_third_crash_without_a_new_checkpoint_is_not_tried_again(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(distributed.os, "_exit", lambda status: None)
+    statuses = []
+    for step in (5, 5, 8, 8, 8):
+        with pytest.raises(SystemExit) as end, distributed.shared_fate(heartbeat=1.0):
+            with distributed.Crashes(tmp_path / "crashes", step) as crashes:
+                crashes.begun = True
+                raise OSError("a disk")
+        statuses.append(end.value.code)
+    assert statuses == [distributed.EXIT_CRASHED] * 4 + [1]
+    assert "crash 3 in a row" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_port_that_is_busy_is_waited_for_and_then_named():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(TimeoutError, match=f"port {port} .* is in use"):
+            distributed.rendezvous(f"localhost:{port}", 1, 0, {}, timeout=0.5)
+        threading.Timer(0.5, other.close).start()
+        distributed.rendezvous(f"localhost:{port}", 1, 0, {}, timeout=60.0)
 
 
 def test_a_process_that_fails_alone_leaves_although_the_others_are_silent(monkeypatch, capsys):

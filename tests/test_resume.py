@@ -1,5 +1,6 @@
 """Exact resume: after any kill the run ends in the same bits as one that nobody disturbed."""
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -102,6 +103,53 @@ def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
     check_same_end(workdir, undisturbed)
 
 
+ENDLESS = ("--config.train.preview_images=800000", "--config.sample.batch_size=8")  # a preview of hours, in short batches
+
+
+def test_sigterm_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server, undisturbed):
+    workdir, previews = server.folder / "drawing", (*RHYTHM, "--config.train.preview_every=7")
+    life = server.start(workdir, *previews, *ENDLESS)
+    life.wait_for_batches(7)
+    time.sleep(2.0)
+    told = time.monotonic()
+    life.kill(signal.SIGTERM)
+    assert life.wait() == distributed.EXIT_TRY_AGAIN, life.text()
+    assert time.monotonic() - told < 30     # a batch and a save take less than a second here, the rest is for a busy machine
+    assert len(life.ids()) == 7 and "step 7 is saved" in life.text()
+    assert server.run(workdir, *previews).first_step() == 7
+    assert {path.name for path in (workdir / "previews").iterdir()} == {f"step_{n:07d}.png" for n in (*range(7, 60, 7), 60)}
+    check_same_end(workdir, undisturbed)
+
+
+def test_sigterm_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for(server):
+    workdir, run = server.folder / "drawing_last", ("--config.train.steps=2", "--config.train.preview_every=100")
+    life = server.start(workdir, *run, *ENDLESS)
+    life.wait_for_batches(2)
+    time.sleep(2.0)
+    life.kill(signal.SIGTERM)
+    assert life.wait() == distributed.EXIT_TRY_AGAIN and "step 2 is saved" in life.text()
+    again = server.run(workdir, *run)
+    assert again.first_step() == 2 and again.ids() == []
+    assert (workdir / "previews" / "step_0000002.png").exists() and (workdir / "curves.png").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folder_and_status_70(server):
+    workdir = server.folder / "no_folder"
+    life = server.start(workdir, "--config.train.steps=1000000", "--config.checkpoint.every=3")
+    life.wait_until(lambda: saves(workdir)[1])
+    (workdir / "checkpoints").rename(workdir / "elsewhere")
+    (workdir / "checkpoints").write_text("in the way")
+    broken = time.monotonic()
+    assert life.wait() == distributed.EXIT_CRASHED, life.text()
+    assert time.monotonic() - broken < 30   # Orbax alone: 300
+    message = life.text().splitlines()[-1]
+    assert message.startswith("error: the checkpoint of step ") and message.endswith("from the last checkpoint")
+    assert f"in {workdir}/checkpoints cannot be written: " in message
+    (workdir / "checkpoints").unlink()
+    (workdir / "elsewhere").rename(workdir / "checkpoints")
+    assert server.run(workdir, "--config.train.steps=2", "--config.checkpoint.force_config=True").first_step() >= 3
+
+
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(server, undisturbed):
     workdir = server.folder / "damaged"
     shutil.copytree(undisturbed[0], workdir)
@@ -160,6 +208,20 @@ def save_two(folder, fields=None):
 
 def with_device(shapes):
     return step.with_sharding(shapes, jax.tree.map(lambda _: sharding.replicated(sharding.make_mesh(fsdp=1)), shapes))
+
+
+def test_a_write_that_fails_in_the_background_is_told_by_the_next_check_and_by_wait(tmp_path):
+    checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
+    items = tiny_state(0) | {"params": {"kernel": jnp.asarray(np.random.default_rng(0).random((512, 512)))}}   # 1 MB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))    # as on a full disk: folders and small files still work
+    try:
+        checkpoints.save(1, items, data={}, metadata={})
+        for tell in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save(2, items, data={}, metadata={})):
+            with pytest.raises(OSError, match=f"the checkpoint of step 1 in {tmp_path} cannot be written: .*too large"):
+                tell()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_flipped_bit_is_found_without_a_run(tmp_path):
