@@ -24,11 +24,11 @@ while [[ -z "$stop" ]]; do
   if [[ -n "$stop" ]]; then status=0; wait "$child" || status=$?; fi
   child=""
   # 0: done. 1: bad input, trying again would not help. Others (75: stopped from outside, 70: crashed, a signal) go on from
-  # the last checkpoint; but three short tries in a row get nowhere: another host has given up, or this one is broken.
+  # the last checkpoint; but twenty short tries in a row get nowhere: another host has given up, or this one is broken.
   if ((status <= 1)); then break; fi
   if ((SECONDS < 600)); then short=$((short + 1)); else short=0; fi
-  if ((short == 3)); then
-    echo "three tries in a row ended within ten minutes, the last with status $status: not started again" >&2
+  if ((short == 20)); then
+    echo "twenty tries in a row ended within ten minutes, the last with status $status: not started again" >&2
     break
   fi
   sleep 5

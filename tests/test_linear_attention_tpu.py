@@ -203,7 +203,7 @@ def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, monkeypatch)
     for name in ("forward", "backward"):
         fn, args = static_cost.attention_program(D, heads, (8, 16), B, name)
         costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
-    plan = linear_attention_tpu._make_plan(T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), linear_attention_tpu.FORWARD_ARRAYS)
+    plan = linear_attention_tpu._make_plan(T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), arrays=4)
     assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)          # 5 columns of 6 products make 2 rows
     array, state, mean, taps = B * T * D * 2, B * 128 * 128 * 2, B * D * 4, 30 * D * 4
     halos, sums = 2 * B * 2 * 2 * 16 * D * 2, 2 * 31 * 8 * D * 4            # 2 bands of 2 halos of 2 rows; of two cores

@@ -123,7 +123,8 @@ def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int,
     if width // num_heads > FUSED[implementation]:
         return f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {width // num_heads}"
     if implementation == "pallas_tpu":
-        return _kernel_module(implementation).refusal(width=width, num_heads=num_heads, grid=grid, conv_size=conv_size, dtype=dtype)
+        return _kernel_module(implementation).refusal(width=width, num_heads=num_heads, grid=grid, conv_size=conv_size,
+                                                      dtype=dtype)
     return ""
 
 
