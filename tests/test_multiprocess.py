@@ -254,13 +254,15 @@ def test_a_port_that_is_busy_is_waited_for_and_then_named():
 def test_a_process_that_fails_alone_leaves_although_the_others_are_silent(monkeypatch, capsys):
     class Silent:
         def get_live_nodes(self, everyone):
-            time.sleep(60)
+            over.wait()
+            return everyone
 
-    left = []
+    left, over = [], threading.Event()
     runtime = type("Runtime", (), {"num_processes": 2, "client": Silent()})
     monkeypatch.setattr(distributed, "_runtime", lambda: runtime)
     monkeypatch.setattr(distributed, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(distributed.os, "_exit", left.append)
     with pytest.raises(SystemExit), distributed.shared_fate(heartbeat=0.1):
         raise RuntimeError("out of memory, here alone")
+    over.set()
     assert left == [1] and "out of memory, here alone" in capsys.readouterr().err
