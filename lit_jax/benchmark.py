@@ -94,10 +94,9 @@ def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """The linear attention's TPU kernels by their compiler's schedule, next to the HBM floor; see kernels/static_cost.py."""
     wanted, model = config.benchmark, config.model
     _, lit = make_models(config)
-    chip = jax.sharding.Mesh(np.array(static_cost.topology_devices(wanted.topology, field="benchmark.topology")[:1]), ("chip",))
     for pixels in wanted.pixels:
         side = pixels // token_pixels(config)
-        with jax.sharding.use_abstract_mesh(chip.abstract_mesh):  # whose VMEM it is
+        with static_cost.on_chip(wanted.topology, "benchmark.topology"):  # whose VMEM it is
             reason = refusal("pallas_tpu", **_case(lit, side))
         if reason:
             raise ValueError(f"no estimate for model.kernel_function = {model.kernel_function}, model.conv_size = "

@@ -151,6 +151,9 @@ def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
 @pytest.mark.parametrize("platform, capability, dtype, T, H, expected", [
     ("cpu", None, "float32", 256, 72, "xla"),
     ("tpu", None, "bfloat16", 256, 72, "pallas_tpu"),
+    ("tpu", None, "bfloat16", 256, 256, "pallas_tpu"),
+    ("tpu", None, "bfloat16", 256, 288, "xla"),     # wide heads in multiples of 128 only,
+    ("tpu", None, "bfloat16", 128, 288, "pallas_tpu"),  # unless one block takes all tokens
     ("tpu", None, "float32", 64, 72, "xla"),        # 128 does not divide the tokens
     ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
     ("gpu", "9.0", "float16", 64, 256, "cudnn"),

@@ -55,7 +55,8 @@ def linear_attention(
             and logs which.
         interpret: run the Pallas kernel in interpret mode, on any platform.
 
-    Traced under jax.sharding.use_abstract_mesh, a fused kernel takes the batch to be split over all axes of the mesh.
+    Traced under jax.sharding.use_abstract_mesh, a fused kernel takes the batch to be split over all axes of the mesh (of
+    AxisType.Auto), but for those that a jax.shard_map around has taken, which has to be of check_vma=False.
 
     Returns:
         (B, T, D) in the dtype of q.
@@ -64,6 +65,7 @@ def linear_attention(
         ValueError: shapes or dtypes do not fit together, or the named implementation does not offer the case.
     """
     _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation)
+    grid = tuple(grid)
     case = dict(width=q.shape[2], num_heads=num_heads, grid=grid, conv_size=0 if conv_kernel is None else len(conv_kernel),
                 kernel_function=kernel_function, dtype=q.dtype)
     if implementation is None:

@@ -941,6 +941,13 @@ def refusal(*, width, num_heads, grid, conv_size, dtype):
     return ""
 
 
+def loop_turns(width, num_heads, grid, conv_size, dtype, backward):
+    """How often the loops inside the kernels and over their bands turn for an image."""
+    plan = _make_plan(grid[0] * grid[1], width, jnp.dtype(dtype), conv_size, num_heads, grid,
+                      BACKWARD_ARRAYS if backward else FORWARD_ARRAYS)
+    return plan.chunks * plan.bands
+
+
 def _plan_of(q, conv_kernel, num_heads, grid, arrays):
     return _make_plan(*q.shape[1:], q.dtype, 0 if conv_kernel is None else conv_kernel.shape[0], num_heads, grid, arrays)
 
@@ -980,8 +987,10 @@ def _make_plan(T, D, dtype, K, num_heads, grid, arrays):
                 fitting.append(plan)
         if fitting:
             return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands))
-    raise ValueError(f"pallas_tpu walks the rows of a grid, and a few rows of {h} x {w} tokens of width {D} {dtype.name} "
-                     f"take {min(needed) / 2**20:.1f} MiB of VMEM; it has {limit / 2**20:.1f}")
+    state = len(plan.pairs) * LANES * LANES * 4
+    raise ValueError(f"pallas_tpu walks the rows of a grid, and the fewest rows of {h} x {w} tokens of width {D} {dtype.name} "
+                     f"take {min(needed) / 2**20:.1f} MiB of VMEM, a float32 state of {num_heads} heads of {D // num_heads} "
+                     f"({state / 2**20:.1f} MiB) among them; it has {limit / 2**20:.1f}")
 
 
 def _image_bytes(plan, arrays):

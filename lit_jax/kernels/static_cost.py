@@ -15,6 +15,7 @@ prints the rows of docs/kernels_tpu.md for one size and resolution, and
 compiles the kernels for every chip, model size, resolution and pass, and prints what came of each.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,9 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
         if child.returncode:
             words = child.stderr.decode(errors="replace").strip().splitlines()
             for kind in (ValueError, FileNotFoundError):
-                if words[-1].startswith(f"{kind.__name__}: "):
-                    raise kind(words[-1].removeprefix(f"{kind.__name__}: "))
+                for line in reversed(words):  # JAX has words of its own after the error
+                    if line.startswith(f"{kind.__name__}: "):
+                        raise kind(line.removeprefix(f"{kind.__name__}: "))
             raise RuntimeError("\n".join(words[-10:]))
         with open(result, "rb") as file:
             device_kind, cores, least, moved, temporaries = pickle.load(file)
@@ -120,12 +122,18 @@ def _compile_to(path):
 
 def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: str) -> jax.stages.Compiled:
     """fn(*args) compiled for one chip of the topology, in this process."""
-    device = topology_devices(topology)[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # a kernel asks it for the chip's VMEM
+    with on_chip(topology) as mesh:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+
+
+@contextlib.contextmanager
+def on_chip(topology: str, field: str = "topology") -> Iterator[jax.sharding.Mesh]:
+    """One chip of the topology as the mesh in context, which a kernel asks for its VMEM."""
+    mesh = jax.sharding.Mesh(np.array(topology_devices(topology, field=field)[:1]), ("chip",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield mesh
 
 
 def topology_devices(topology: str, slices: int = 1, field: str = "topology") -> list[jax.Device]:
@@ -194,8 +202,9 @@ def attention_costs(D: int, num_heads: int, grid: tuple[int, int], batch: int, t
     """The estimates of the linear attention's TPU kernels, {"forward": ..., "backward": ...}, each by itself."""
     from lit_jax.kernels import linear_attention_tpu
 
-    turns = -(-grid[0] * grid[1] // linear_attention_tpu.CHUNK_TOKENS)
-    return {name: estimate(*attention_program(D, num_heads, grid, batch, name, K, dtype), batch, topology, loop_turns=turns)
+    with on_chip(topology):
+        turns = {name: linear_attention_tpu.loop_turns(D, num_heads, grid, K, dtype, name == "backward") for name in PASSES}
+    return {name: estimate(*attention_program(D, num_heads, grid, batch, name, K, dtype), batch, topology, turns[name])
             for name in PASSES}
 
 

@@ -14,7 +14,7 @@ from lit_jax.kernels.split import split_rows
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 PROJECTED = "projected"  # what remat saves of the projections: the sum with the bias, which is what the attention reads
-FLASH_BLOCK = 128  # tokens: what the TPU flash kernel's default blocks divide
+FLASH_BLOCK = 128  # tokens, and columns of wide heads: what the TPU flash kernel's default blocks divide
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None) -> jax.Array:
@@ -51,6 +51,8 @@ def softmax_refusal(implementation: str, *, tokens: int, head_width: int, dtype:
     """Why an implementation does not offer a case, or "" where it does; for "cudnn" on the GPU at hand."""
     if implementation == "pallas_tpu" and tokens % FLASH_BLOCK:
         return f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {tokens} tokens; use xla"
+    if implementation == "pallas_tpu" and tokens > FLASH_BLOCK < head_width and head_width % FLASH_BLOCK:
+        return f"the TPU flash kernel takes heads of {FLASH_BLOCK} columns, fewer or multiples; got {head_width}; use xla"
     if implementation == "cudnn":
         major = getattr(jax.devices()[0], "compute_capability", "").partition(".")[0]  # "9.0" is Hopper
         if not major.isdigit():
