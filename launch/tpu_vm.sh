@@ -14,7 +14,7 @@ if [[ -n "${TPU_NAME:-}" ]]; then
 fi
 
 stop="" child="" status=0 short=0
-trap 'stop=1; [[ -z "$child" ]] || kill -TERM "$child"' TERM
+trap 'stop=1; trap "" TERM; [[ -z "$child" ]] || kill -TERM "$child"' TERM
 while [[ -z "$stop" ]]; do
   SECONDS=0
   python -m lit_jax.main "$@" &

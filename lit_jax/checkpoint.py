@@ -37,9 +37,13 @@ class Checkpointer:
         # Folders are made before `save` returns: in the background a failure to make one leaves Orbax waiting for 300 s.
         in_background = ocp.AsyncOptions(barrier_sync_fn=self._barrier, create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, async_options=in_background,
-                                               step_name_format=ocp.path.step.standard_name_format())
+                                               step_name_format=ocp.path.step.standard_name_format(),
+                                               cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options,
                                               item_names=ARRAY_ITEMS + JSON_ITEMS)
+        # Only distributed.Preemption asks JAX's service whether to stop, with a count of its own: a step among its answers,
+        # as Orbax would ask in `save`, could put the stop off by as many steps as the run has gone.
+        self._manager.reached_preemption = lambda step: False
 
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
         """Starts saving {"params", "ema_params", "opt_state", "train"} trees; returns once they are copied to the host.

@@ -243,9 +243,13 @@ class Crashes:
     """
 
     def __init__(self, path: pathlib.Path, step: int):
-        self.begun, self._path, self._step = False, path, step
+        self.begun, self._path, self._step, self._before = False, path, step, 0
 
     def __enter__(self) -> "Crashes":
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or not ours
+            before = json.loads(self._path.read_text())
+            self._before = before["crashes"] if before["step"] == self._step else 0
+        self._write(self._before)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -253,13 +257,14 @@ class Crashes:
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
-        count = 1
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or cut short by a full disk
-            before = json.loads(self._path.read_text())
-            count += before["crashes"] if before["step"] == self._step else 0
         with contextlib.suppress(OSError):  # the disk may be what has failed
-            self._path.write_text(json.dumps({"step": self._step, "crashes": count}))
-        return count
+            self._write(self._before + 1)
+        return self._before + 1
+
+    def _write(self, crashes: int) -> None:
+        """Over what is there, of the same length: a disk that has filled up has no room for more."""
+        with open(self._path, "r+" if self._path.exists() else "w") as file:
+            file.write(json.dumps({"step": self._step, "crashes": crashes}).ljust(80))
 
 
 @contextlib.contextmanager

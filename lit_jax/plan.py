@@ -149,7 +149,7 @@ class Planner:
                 f"{self.model.implementation}), teacher {parameters[1]:,} ({self.teacher.implementation})")
         if config.teacher.checkpoint and not self._teacher_is_there:
             text += (f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): the teacher planned is a "
-                     f"DiT-{config.teacher.size or config.model.size}/{self.teacher.patch_size}")
+                     f"DiT of {self.teacher.depth} layers of width {self.teacher.width}")
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
             text += (f"\nsample ends with latents; to decode them a chip holds, beside what it needs, the whole of "
                      f"autoencoder.checkpoint = {config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) and the "

@@ -8,14 +8,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 PROGRESS_SECONDS = 60.0
 
@@ -44,7 +47,11 @@ class Records:
         if self._active:
             forget_after(workdir / "metrics.jsonl", first_step)
             self._file = open(workdir / "metrics.jsonl", "a")
-            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            # Not a SummaryWriter: its thread dies on a full disk, and who goes on writing to it stands still for ever.
+            self._folder = workdir / "tensorboard"
+            self._folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(self._folder / "events"))
+            self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # what was after it is void
         if self._terminal:
             logging.get_absl_handler().addFilter(_clear_line)
 
@@ -78,15 +85,21 @@ class Records:
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._active:
-            self._file.write(json.dumps({"step": step} | metrics) + "\n")
-            self._file.flush()
+            with naming(self._file.name):
+                self._file.write(json.dumps({"step": step} | metrics) + "\n")
+                self._file.flush()
             for name, value in metrics.items():
-                if math.isfinite(value):  # TensorBoard has no picture of the others, and its writer warns of each
-                    self._events.add_scalar(name, value, step)
+                if math.isfinite(value):  # TensorBoard has no picture of the others
+                    self._write_event(step, summary=summary.scalar(name, value))
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
         if self._active:
-            self._events.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._write_event(step, summary=summary.image(name, np.asarray(picture.convert("RGB")), dataformats="HWC"))
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        with naming(self._folder):
+            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         line = f"step {step:,}/{self._total:,}  loss {metrics['train/loss']:.4f}"
@@ -110,8 +123,18 @@ class Records:
             logging.get_absl_handler().removeFilter(_clear_line)
             sys.stderr.write("\n")
         if self._active:
-            self._file.close()
-            self._events.close()
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):  # all is flushed; what could not be written has been told
+                    file.close()
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path | str) -> Iterator[None]:
+    """Names the file in an OSError that does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _clear_line(record: object) -> bool:

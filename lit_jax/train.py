@@ -129,8 +129,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, watchdog: distributed.Watch
     log = records.Records(workdir, total_steps=config.train.steps, images_per_step=config.train.batch_size,
                           flops_per_step=config.train.batch_size * flops, first_step=first_step)
 
-    with (contextlib.closing(log), contextlib.closing(distributed.Preemption()) as preemption,
-          distributed.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step) as crashes):
+    with (distributed.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step) as crashes,
+          contextlib.closing(log), contextlib.closing(distributed.Preemption()) as preemption):
         def began() -> None:
             crashes.begun = True
             start_up.lap("first step")

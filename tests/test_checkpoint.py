@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from lit_jax import checkpoint, sharding, step
 from lit_jax.models.dit import DiT
@@ -322,3 +323,11 @@ def test_paths_and_sizes_of_a_tree():
     assert {path: leaf.shape for path, leaf in checkpoint.flatten(tree).items()} == {
         "a/b": (2, 3), "c/0": (4,), "d/count": (1,)}
     assert checkpoint.parameter_count(tree) == 11
+
+
+def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, states):
+    """JAX's service hears one count alone, that of distributed.Preemption."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    save_run(tmp_path, states)
+    assert not asked

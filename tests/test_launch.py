@@ -71,7 +71,9 @@ def test_a_tpu_vm_passes_sigterm_on_and_waits_for_the_job_to_save(stand_in):
     script = subprocess.Popen([LAUNCH / "tpu_vm.sh"])
     while not ready.exists():
         time.sleep(0.01)
-    script.send_signal(signal.SIGTERM)
+    for _ in range(2):      # the second while the job is saving
+        script.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
     assert script.wait() == EXIT_TRY_AGAIN and saved.exists()
     assert len(stand_in.calls("python")) == 1
 

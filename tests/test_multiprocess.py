@@ -238,6 +238,8 @@ def test_the_third_crash_without_a_new_checkpoint_is_not_tried_again(monkeypatch
                 crashes.begun = True
                 raise OSError("a disk")
         statuses.append(end.value.code)
+        # A disk that is full later has no room for more than was there before training began.
+        assert (tmp_path / "crashes").stat().st_size == 80
     assert statuses == [distributed.EXIT_CRASHED] * 4 + [1]
     assert "crash 3 in a row" in capsys.readouterr().err.splitlines()[-1]
 

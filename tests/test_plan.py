@@ -223,7 +223,7 @@ def test_a_plan_comes_before_the_weights():
     planner = plan.Planner(config, plan.topology_devices("v5e:2x4", 1))
     assert (planner.model.width, planner.teacher.width, planner.teacher.depth) == (384, 1152, 28)
     heading = planner.heading()
-    assert "nowhere/DiT-XL-2-256x256.pt is not there (yet): the teacher planned is a DiT-XL/2" in heading
+    assert "nowhere/DiT-XL-2-256x256.pt is not there (yet): the teacher planned is a DiT of 28 layers of width 1152" in heading
     assert "teacher 674,834,720 (pallas_tpu)" in heading     # DiT-XL/2, less the 256 x 1152 of the position table
 
 

@@ -2,6 +2,7 @@
 import io
 import json
 import logging
+import resource
 import sys
 import time
 
@@ -136,6 +137,22 @@ def test_what_is_not_finite_is_in_the_lines_but_no_event(tmp_path, caplog):
     events, = (tmp_path / "tensorboard").iterdir()
     assert b"train/skipped" in events.read_bytes() and b"train/loss" not in events.read_bytes()
     assert "NaN or Inf" not in caplog.text
+
+
+@pytest.mark.parametrize("write, name", [
+    (lambda log: log.write(1, {"train/loss": 1.0, "x" * 5000: 1.0}), "metrics.jsonl"),
+    (lambda log: log.add_picture("preview", 1, Image.effect_noise((64, 64), 100)), "tensorboard"),
+])
+def test_what_a_full_disk_does_not_take_is_named_at_once_and_closing_says_no_more(tmp_path, write, name):
+    log = make_records(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/{name} cannot be written: File too large"):
+            write(log)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, caplog):
