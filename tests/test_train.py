@@ -69,7 +69,7 @@ def test_a_run_leaves_everything_a_person_wants(first_run):
     workdir, _ = first_run
     names = {path.name for path in workdir.iterdir()}
     assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "previews", "samples.png", "report.json",
-                     "inheritance.json", "curves.png", "lock"}
+                     "inheritance.json", "curves.png", "lock", "crashes_0.json"}
     assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
     lines = read_lines(workdir)
