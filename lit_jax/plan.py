@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     too_large = [e for e in estimates if not e.fits]
     largest = {e.program: planner.largest_batch(e) for e in (estimates if plan.largest_batch else too_large)}
     for program, size in largest.items():
-        _show(f"{program}: " + (f"the largest batch that fits is {size}" if size else
+        _show(f"{program}: " + (f"the largest batch found to fit is {size}" if size else
                                 "not even the smallest batch fits: take more chips, mesh.fsdp, or train.remat=full"))
     _show(f"planned in {time.monotonic() - started:.0f} s")
     workdir.mkdir(parents=True, exist_ok=True)
