@@ -171,7 +171,7 @@ def test_softmax_attention_takes_the_platforms_kernel_where_it_offers_the_case(
     if capability:
         device.compute_capability = capability
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    attention._log_choice.cache_clear()
+    attention.take_or_xla.cache_clear()
     caplog.set_level("INFO")
     assert [attention._choose(tokens=T, head_width=H, dtype=jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
     line, = [record.message for record in caplog.records if "softmax_attention" in record.message]

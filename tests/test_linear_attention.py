@@ -183,7 +183,7 @@ def test_uniform_values_pass_through_the_attention():
 
 
 def test_none_chooses_xla_on_a_cpu_and_logs_it_once(caplog):
-    module._log_choice.cache_clear()
+    module.take_or_xla.cache_clear()
     q, kv, conv_kernel, conv_bias, _ = make_inputs()
     with caplog.at_level("INFO", logger="absl"):
         for _ in range(2):

@@ -131,19 +131,20 @@ def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int,
 
 
 def _choose(**case):
-    """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
+    """Returns the fastest implementation this platform has for the case."""
     device = jax.devices()[0]
     # The GPU kernels are written for Hopper; on Ampere they spill, and XLA's form is left to run.
     hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
     implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_gpu" if hopper else "xla"
-    reason = refusal(implementation, **case)
-    _log_choice("xla" if reason else implementation, device.device_kind, reason)
-    return "xla" if reason else implementation
+    return take_or_xla("linear_attention", implementation, device.device_kind, refusal(implementation, **case))
 
 
 @functools.cache
-def _log_choice(implementation, device_kind, reason):
-    logging.info("linear_attention: %s on %s%s", implementation, device_kind, reason and f"; {reason}")
+def take_or_xla(operation: str, implementation: str, device_kind: str, reason: str) -> str:
+    """The implementation, or "xla" where there is a reason against it; logs each new choice once, for it remembers them."""
+    chosen = "xla" if reason else implementation
+    logging.info("%s: %s on %s%s", operation, chosen, device_kind, reason and f"; {reason}")
+    return chosen
 
 
 def _kernel_module(implementation):

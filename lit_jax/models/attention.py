@@ -1,14 +1,12 @@
 """The two attentions of the one model: DiT's softmax and LiT's linear attention with a depth-wise convolution."""
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
-from lit_jax.kernels.linear_attention import linear_attention
+from lit_jax.kernels.linear_attention import linear_attention, take_or_xla
 from lit_jax.kernels.split import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -66,17 +64,10 @@ def softmax_refusal(implementation: str, *, tokens: int, head_width: int, dtype:
 
 
 def _choose(**case):
-    """Returns the fastest implementation this platform has for the case, and logs each new choice once."""
+    """Returns the fastest implementation this platform has for the case."""
     device = jax.devices()[0]
     implementation = {"gpu": "cudnn", "tpu": "pallas_tpu"}.get(device.platform, "xla")
-    reason = softmax_refusal(implementation, **case)
-    _log_choice("xla" if reason else implementation, device.device_kind, reason)
-    return "xla" if reason else implementation
-
-
-@functools.cache
-def _log_choice(implementation, device_kind, reason):
-    logging.info("softmax_attention: %s on %s%s", implementation, device_kind, reason and f"; {reason}")
+    return take_or_xla("softmax_attention", implementation, device.device_kind, softmax_refusal(implementation, **case))
 
 
 class SoftmaxAttention(nn.Module):
