@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from lit_jax.distributed import TryAgainError
+from lit_jax.runtime.exit_status import TryAgainError
 
 ARRAY_ITEMS = ("params", "ema_params", "opt_state", "train")
 JSON_ITEMS = ("data", "metadata")

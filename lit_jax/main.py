@@ -12,6 +12,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lit_jax import fields
+from lit_jax.runtime import cluster, exit_status, preemption
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, a Python file with get_config().", lock_config=True)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "port", "prepare", "plan", "benchmark"],
                          "The job.")
@@ -31,24 +34,23 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     import jax  # here: it takes seconds to load, a wrong flag has failed by now
 
-    from lit_jax import distributed, fields
 
     fields.check(config)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file, not a folder")
-    if jax.config.jax_platforms is None and only_libtpu() and not distributed.tpu_attached():
+    if jax.config.jax_platforms is None and only_libtpu() and not cluster.tpu_attached():
         jax.config.update("jax_platforms", "cpu")
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    with distributed.shared_fate(config.mesh.heartbeat):
+    with exit_status.shared_fate(config.mesh.heartbeat):
         if MODE.value in RUN_BY_SEVERAL:
             shared = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
-            distributed.initialize(shared | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
+            cluster.initialize(shared | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
                                    heartbeat=config.mesh.heartbeat)
-        job = importlib.import_module(f"lit_jax.{MODE.value}")
-        with contextlib.nullcontext() if MODE.value == "train" else distributed.sigterm_stops():
+        job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
+        with contextlib.nullcontext() if MODE.value == "train" else preemption.sigterm_stops():
             job.run(config, workdir)
 
 

@@ -71,7 +71,7 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
 
 
 def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
-    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: kernels/split.py."""
+    """`fn` traced with `mesh` in its context, for what the partitioner has to be told: partitioning.py."""
     @functools.wraps(fn)
     def traced(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -15,8 +15,8 @@ import numpy as np
 REPOSITORY = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from lit_jax import layouts, torch_file  # noqa: E402
-from lit_jax.models.dit import position_embedding  # noqa: E402
+from lit_jax.models.dit import position_embedding
+from lit_jax.porting import layouts, torch_file
 
 XL = dict(attention="softmax", depth=28, width=1152, num_heads=16, patch_size=2, in_channels=4, num_classes=1000,
           learn_sigma=True, qkv_bias=True, conv_size=0)

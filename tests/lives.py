@@ -12,6 +12,9 @@ import subprocess
 import sys
 import time
 
+from lit_jax import main
+from lit_jax.data import pipeline
+
 REPOSITORY = pathlib.Path(__file__).parent.parent
 # Softmax attention and a compiler that does not try hard: these tests are about what surrounds the step.
 TINY = ("--config=configs/debug.py", "--config.student.init=random", "--config.report.num_images=0",
@@ -117,9 +120,8 @@ def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
 
 def record_ids(path: str, batches: int) -> None:
     """Makes the data iterator write down the ids of each batch it hands out, and hand out `batches` at most."""
-    from lit_jax import data
 
-    hand_out = data.DeviceIterator.__next__
+    hand_out = pipeline.DeviceIterator.__next__
     left = [batches]
 
     def hand_out_and_write(self):
@@ -132,12 +134,11 @@ def record_ids(path: str, batches: int) -> None:
             file.write(json.dumps(sum((rows[start] for start in sorted(rows)), [])) + "\n")
         return batch
 
-    data.DeviceIterator.__next__ = hand_out_and_write
+    pipeline.DeviceIterator.__next__ = hand_out_and_write
 
 
 def serve() -> None:
-    import lit_jax.train  # noqa: F401
-    from lit_jax import main
+    import lit_jax.jobs.train  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -6,7 +6,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import fields, from_config, step
+from lit_jax import experiment, fields
+from lit_jax.train_step import init_params
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "ablation"
 INIT = "workdir/imagenet256_dit_s/checkpoints"
@@ -57,12 +58,12 @@ def test_a_step_changes_what_it_says(name, before, change):
 def test_its_models_can_be_built(name):
     config = load(name).get_config()
     fields.check(config)
-    model = from_config.student(config)
-    shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), config.model.input_size))
+    model = experiment.student(config)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
     heads = config.model.num_heads
     assert ("dwc" in shapes["blocks"]["attn"]) == (name != "scratch")
     if name != "scratch":
         assert shapes["blocks"]["attn"]["dwc"]["kernel"].shape == (12, 5, 5, 1, 384 // heads)
     if config.teacher.checkpoint:
-        teacher = from_config.teacher(config, model)
+        teacher = experiment.teacher(config, model)
         assert (teacher.depth, teacher.width, teacher.attention) == (28, 1152, "softmax")

@@ -11,8 +11,9 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from lit_jax import checkpoint, sharding, step
+from lit_jax import checkpoint, sharding
 from lit_jax.models.dit import DiT
+from lit_jax.train_step import TrainState, state_shapes
 
 SIZE = 8
 MODEL = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear")
@@ -22,7 +23,7 @@ FIELDS = {"train.batch_size": 8}
 
 def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
     """A state with random numbers in every leaf, on a mesh."""
-    shapes = step.state_shapes(model, optimizer, SIZE)
+    shapes = state_shapes(model, optimizer, SIZE)
     shardings = sharding.fsdp_sharding(shapes, sharding.make_mesh(data, fsdp, devices=jax.devices()[:data * fsdp]), min_size=64)
     rng = np.random.default_rng(seed)
 
@@ -52,7 +53,7 @@ def save_run(folder, states, **options):
 
 
 def assert_same(restored, state):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(step.TrainState.from_items(restored)), jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(TrainState.from_items(restored)), jax.device_get(state))
 
 
 @pytest.fixture(scope="module")

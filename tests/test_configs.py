@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import diffusion, fields, from_config, sharding, step
+from lit_jax import diffusion, experiment, fields, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -57,16 +57,16 @@ def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
     config = load(name)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    from_config.check_batches(config, mesh)
-    model = from_config.student(config)
+    experiment.check_batches(config, mesh)
+    model = experiment.student(config)
     size, C = config.model.input_size, config.model.in_channels
     teacher = teacher_shapes = None
     if config.teacher.checkpoint or config.student.init == "teacher":
-        teacher = from_config.teacher(config, model)
-        teacher_shapes = jax.eval_shape(lambda: step.init_params(teacher, jax.random.key(0), size))
-    optimizer = from_config.optimizer(config)
-    train_step = from_config.train_step(config, model, teacher, optimizer, diffusion.make_diffusion(), mesh)
-    state = step.state_shapes(model, optimizer, size)
+        teacher = experiment.teacher(config, model)
+        teacher_shapes = jax.eval_shape(lambda: train_step.init_params(teacher, jax.random.key(0), size))
+    optimizer = experiment.optimizer(config)
+    train_step = experiment.train_step(config, model, teacher, optimizer, diffusion.make_diffusion(), mesh)
+    state = train_step.state_shapes(model, optimizer, size)
     B = config.train.batch_size
     batch = {"image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32)}
     new, metrics = jax.eval_shape(train_step, state, teacher_shapes, batch, jax.eval_shape(lambda: jax.random.key(0)))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from configs import default
-from lit_jax.distributed import EXIT_CRASHED, EXIT_TRY_AGAIN
+from lit_jax.runtime.exit_status import EXIT_CRASHED, EXIT_TRY_AGAIN
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 ARGUMENTS = ("--config=configs/default.py", "--config.plan.programs=('plain', 'sample')", "--workdir=/runs/a b")

@@ -6,10 +6,9 @@ import oracles
 import pytest
 from oracles import assert_close
 
-from lit_jax import diffusion as gd
-from lit_jax import losses
+from lit_jax import diffusion, losses
 
-DIFFUSION = gd.make_diffusion()
+DIFFUSION = diffusion.make_diffusion()
 BETAS, ALPHAS_CUMPROD = oracles.linear_schedule(1000)
 C = 4
 T = np.array([0, 1, 37, 500, 999])
@@ -23,7 +22,7 @@ def normal(seed, channels=C):
 def batch():
     """x_start, x_t, noise (B, 4, 6, C), student's and teacher's output (B, 4, 6, 2C)."""
     x_start, noise = np.clip(normal(0), -1, 1), normal(1)
-    x_t = np.asarray(gd.q_sample(DIFFUSION, x_start, T, noise))
+    x_t = np.asarray(diffusion.q_sample(DIFFUSION, x_start, T, noise))
     # Near the noise, as a trained model is: at t = 0, levels that are many deviations off are all rounding in float32.
     student = np.concatenate([noise + 0.3 * normal(2), normal(3)], axis=-1)
     return x_start, x_t, noise, student, normal(4, 2 * C)

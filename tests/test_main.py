@@ -5,7 +5,7 @@ import sys
 import command
 import pytest
 
-from lit_jax import data
+from lit_jax.data import dataset
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,7 @@ def folder(tmp_path_factory):
     """A folder with a teacher and the digits in data/, nothing else."""
     folder = tmp_path_factory.mktemp("errors")
     command.write_teacher(folder / "teacher.safetensors")
-    data.open_source("mnist_digits", str(folder / "data"), "train")
+    dataset.open_dataset("mnist_digits", str(folder / "data"), "train")
     return folder
 
 
@@ -148,7 +148,7 @@ def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts)
 
 def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     """The damage is found when a record is read: the error names the data set, the split and the record."""
-    data.open_source("mnist_digits", str(tmp_path / "data"), "train")
+    dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
     path, = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
     for start in range(0, len(content) * 9 // 10, 1024):    # all over, but neither block headers nor the index at the end

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lit_jax import diffusion as diffusion_lib
-from lit_jax import samplers, sharding
+from lit_jax import diffusion, samplers, sharding
 
-DIFFUSION = diffusion_lib.make_diffusion()
+DIFFUSION = diffusion.make_diffusion()
 SHAPE = (4, 4, 4)
 NULL = 10
 
@@ -75,7 +74,7 @@ def test_ddpm_is_the_respaced_chain(steps, variance):
 
 
 def test_ddpm_tables_are_those_of_the_training_diffusion():
-    spaced = diffusion_lib.respace(DIFFUSION, 250)
+    spaced = diffusion.respace(DIFFUSION, 250)
     grid = samplers.make_grid(DIFFUSION, "ddpm", 250)
     np.testing.assert_array_equal(grid.timesteps, spaced.timestep_map[::-1])
     np.testing.assert_allclose(grid.x_start_coefs[:, 0], spaced.posterior_mean_coef1[::-1], rtol=1e-12)

@@ -6,8 +6,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from oracles import assert_close
 
-from lit_jax import sharding, step
+from lit_jax import sharding
 from lit_jax.models.dit import DiT
+from lit_jax.train_step import init_params
 
 
 @pytest.mark.parametrize("data, fsdp, expected", [
@@ -76,7 +77,7 @@ def test_a_rematerialised_model_whose_weights_are_split_has_the_same_gradients()
     model = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear", remat="dots",
                 dtype=jnp.float32)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: step.init_params(model, jax.random.key(0), 8))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 8))
     params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes)
     x, target = rng.standard_normal((2, 16, 8, 8, 1)).astype(np.float32)
     t, y = rng.integers(0, 1000, 16), rng.integers(0, 3, 16)

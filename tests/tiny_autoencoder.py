@@ -2,7 +2,8 @@
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from lit_jax import checkpoint, layouts
+from lit_jax import checkpoint
+from lit_jax.porting import layouts
 
 ARCHITECTURE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
                     norm_num_groups=4, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=False)

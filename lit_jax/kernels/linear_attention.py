@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from lit_jax.kernels.split import split_rows
+from lit_jax.partitioning import split_rows
 
 EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
 FOCUSING_FACTOR = 3  # the power of FLatten-Transformer's focused kernel function
@@ -149,10 +149,12 @@ def take_or_xla(operation: str, implementation: str, device_kind: str, reason: s
 
 def _kernel_module(implementation):
     if implementation == "pallas_tpu":
-        from lit_jax.kernels import linear_attention_tpu as module
-    else:
-        from lit_jax.kernels import linear_attention_gpu as module
-    return module
+        from lit_jax.kernels import linear_attention_tpu
+
+        return linear_attention_tpu
+    from lit_jax.kernels import linear_attention_gpu
+
+    return linear_attention_gpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

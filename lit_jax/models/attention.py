@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lit_jax.kernels.linear_attention import linear_attention, take_or_xla
-from lit_jax.kernels.split import split_rows
+from lit_jax.partitioning import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lit_jax.kernels.split import constrain_rows, gather_weights
 from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
+from lit_jax.partitioning import constrain_rows, gather_weights
 
 # size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
 SIZES = {

@@ -1,0 +1,166 @@
+"""The sampling job: images by number, whatever the batch, the devices and the interruptions; the npz and its protocol."""
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import debug
+from lit_jax import checkpoint, experiment, pictures, sharding
+from lit_jax.diffusion import make_diffusion
+from lit_jax.jobs import sample, train
+from lit_jax.train_step import init_params
+
+COUNT = 50
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = debug.get_config()
+    config.model.update(attention="softmax", input_size=8, patch_size=4, in_channels=3, num_classes=10)
+    config.sample.update(sampler="ddpm", steps=3, num_images=COUNT, batch_size=16, cfg_scale=1.5)
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights(config, tmp_path_factory):
+    """A checkpoint of random parameters: at init a DiT draws the same zeros for every label."""
+    model = experiment.student(config)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    path = tmp_path_factory.mktemp("weights") / "params"
+    checkpoint.save_params(path, params, {"model": train.architecture(model, config)})
+    config.sample.checkpoint = str(path)
+    return params
+
+
+def draw(config, workdir, **change):
+    config = config.copy_and_resolve_references()
+    config.sample.update(change)
+    sample.run(config, workdir)
+    return read_pngs(workdir)
+
+
+def read_pngs(workdir):
+    return {path.name: path.read_bytes() for path in sorted((workdir / "samples").glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def drawn(config, weights, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("drawn")
+    return draw(config, workdir), workdir
+
+
+def test_fifty_images_in_batches_of_another_size_are_the_same_bytes(config, drawn, tmp_path):
+    images, _ = drawn
+    assert len(images) == COUNT and len(set(images.values())) == COUNT
+    assert draw(config, tmp_path, batch_size=24) == images
+
+
+def test_any_image_can_be_missing(config, drawn, tmp_path):
+    """Whatever is there already stays; the rest is drawn in batches of another make-up, and is the same bytes."""
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    for i in (0, 7, 8, 21, 49):
+        (tmp_path / "samples" / f"{i:06d}.png").unlink()
+    (tmp_path / "samples" / "000021.part").write_bytes(b"half a file")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.png")}
+    assert draw(config, tmp_path) == images
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+
+
+def test_fewer_images_are_the_first_ones(config, drawn, tmp_path):
+    assert list(draw(config, tmp_path, num_images=3).items()) == list(drawn[0].items())[:3]
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 8, 8, 3)
+
+
+def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_one_grey_level(config, weights, drawn):
+    index, results = np.arange(COUNT), []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices=devices)
+        models = {"model": experiment.student(config)}
+        generator = experiment.generators(config, models, make_diffusion(), mesh, 16)["model"]
+        labels = generator.labels(index, "random")
+        params = jax.device_put(weights, sharding.replicated(mesh))
+        results.append((labels, pictures.to_uint8(generator(params, index, labels)).astype(int)))
+    (labels_one, one), (labels_eight, eight) = results
+    np.testing.assert_array_equal(labels_one, labels_eight)
+    assert np.abs(one - eight).max() <= 1 and (one != eight).mean() < 0.01
+    pngs = np.stack([sample.read_image(sample.image_path(drawn[1] / "samples", i)) for i in index])
+    np.testing.assert_array_equal(pngs, eight)
+
+
+def test_the_npz_holds_images_labels_and_protocol(config, drawn):
+    _, workdir = drawn
+    with np.load(workdir / "samples.npz") as archive:
+        assert set(archive) == {"arr_0", "label", "protocol", "speed"}
+        speed = json.loads(str(archive["speed"]))
+        images, labels, protocol = archive["arr_0"], archive["label"], json.loads(str(archive["protocol"]))
+    assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
+    for i in (0, 31, 49):
+        np.testing.assert_array_equal(images[i], sample.read_image(workdir / "samples" / f"{i:06d}.png"))
+    assert len(labels) == COUNT and len(set(labels.tolist())) > 5 and set(labels.tolist()) <= set(range(10))
+    assert len(protocol["weights"]) == 64
+    wanted = {"autoencoder": "none", "sampler": "ddpm", "steps": 3, "cfg_scale": 1.5, "cfg_channels": "all",
+              "labels": "random", "seed": 0}
+    assert {name: protocol[name] for name in wanted} == wanted
+    assert (speed["device"], speed["devices"]) == ("cpu", 8) and speed["images_per_second"] > 0
+
+
+def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path):
+    """Else the folder would refuse the request that is put right."""
+    for change, message in (({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
+                            ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
+                            ({"variance": "none"}, "unknown variance 'none'"), ({"labels": "sorted"}, "sample.labels must be")):
+        with pytest.raises(ValueError, match=message):
+            draw(config, tmp_path / "workdir", **change)
+        assert not (tmp_path / "workdir").exists()
+
+
+def test_torn_pngs_are_drawn_again(config, drawn, tmp_path):
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    for i, content in ((0, b""), (3, images["000003.png"][:60]), (5, images["000005.png"][:-1]), (9, b"\0" * 100)):
+        (tmp_path / "samples" / f"{i:06d}.png").write_bytes(content)
+    assert draw(config, tmp_path) == images
+
+
+def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(config, drawn, tmp_path):
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    (tmp_path / "samples.npz").write_text("the old one")
+    path = tmp_path / "samples" / "000007.png"
+    middle = len(images[path.name]) // 2
+    damaged = images[path.name][:middle] + b"\xff" + images[path.name][middle + 1:]
+    sample.save_image(tmp_path / "larger.png", np.zeros((16, 16, 3), np.uint8))
+    larger = (tmp_path / "larger.png").read_bytes()
+    for content, message in ((larger, r"000007.png is uint8 \(16, 16, 3\), 000000.png is uint8 \(8, 8, 3\)"),
+                             (damaged, "000007.png cannot be read")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            draw(config, tmp_path)
+        assert (tmp_path / "samples.npz").read_text() == "the old one"
+
+
+def test_images_of_another_size_are_not_mixed_in(config, drawn):
+    other = config.copy_and_resolve_references()
+    other.model.input_size = 16
+    with pytest.raises(ValueError, match="holds images drawn with input_size = 8, this run has 16"):
+        draw(other, drawn[1])
+
+
+@pytest.mark.parametrize("field, value", [("cfg_scale", 2.0), ("steps", 4), ("labels", "balanced")])
+def test_images_of_another_protocol_are_not_mixed_in(config, drawn, field, value):
+    with pytest.raises(ValueError, match=f"holds images drawn with {field} = .*, this run has {value}"):
+        draw(config, drawn[1], **{field: value})
+
+
+def test_rows_of_a_batch_are_handed_out_once():
+    batch = jax.device_put(np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2)))
+    rows = dict(sample.local_rows(batch))
+    assert sorted(rows) == list(range(16))
+    for row, value in rows.items():
+        np.testing.assert_array_equal(value, [2 * row, 2 * row + 1])

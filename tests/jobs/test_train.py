@@ -1,0 +1,271 @@
+"""The whole command, end to end, with configs/debug.py: inherit, distil, resume, report, sample."""
+import json
+import logging
+import shutil
+
+import command
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax import checkpoint, sharding
+from lit_jax.data import dataset
+from lit_jax.jobs import train
+from lit_jax.porting.read import read_checkpoint
+from lit_jax.train_step import TrainState
+
+# The later runs want neither pictures nor a report.
+QUIET = ["--config.train.preview_every=0", "--config.report.num_images=0", "--config.optimizer.schedule=constant"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The same programs are compiled again and again here; JAX's cache on disk keeps them."""
+    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+             "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a random teacher."""
+    folder = tmp_path_factory.mktemp("debug")
+    command.write_teacher(folder / "teacher.safetensors")
+    return folder
+
+
+def run_debug(folder, *overrides, workdir="run"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        arguments = command.debug_arguments(folder, folder / "teacher.safetensors", *overrides)
+        return command.run(monkeypatch, *arguments, f"--workdir={folder / workdir}")
+
+
+def read_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_params(workdir):
+    return {ema: checkpoint.restore_params(workdir, ema=ema)[0] for ema in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def first_run(folder):
+    """The workdir of three steps, and what was logged."""
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("absl")
+    logger.addHandler(handler)
+    try:
+        assert run_debug(folder) is None
+    finally:
+        logger.removeHandler(handler)
+    return folder / "run", "\n".join(logged)
+
+
+def test_a_run_leaves_everything_a_person_wants(first_run):
+    workdir, _ = first_run
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "previews", "samples.png", "report.json",
+                     "inheritance.json", "curves.png", "lock", "crashes_0.json"}
+    assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+    lines = read_lines(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        weighted = (line["train/mse"] + line["train/vb"] + 0.5 * line["train/kd_noise"] + 0.05 * line["train/kd_variance"])
+        assert line["train/loss"] == pytest.approx(weighted, rel=1e-5) and np.isfinite(weighted)
+        assert line["train/skipped"] == 0
+    assert lines[2]["train/images_per_second"] > 0
+
+
+def test_pictures_show_teacher_over_student(first_run):
+    workdir, _ = first_run
+    preview = np.asarray(Image.open(workdir / "previews" / "step_0000003.png").convert("L"))
+    assert preview.shape[0] == 2 * 58 + 2 and preview.shape[1] > 8 * 58
+    left = preview.shape[1] - (8 * 58 + 2)
+    rows = preview[2:58, left:], preview[60:116, left:]
+    assert all(row.std() > 20 for row in rows)              # random weights draw noise, not a blank
+    assert (rows[0] != rows[1]).any()
+    assert Image.open(workdir / "samples.png").size == (3 * 58 + 2, 3 * 58 + 2)
+    assert Image.open(workdir / "curves.png").size[0] > 1000
+
+
+def test_the_report_adds_up(first_run):
+    workdir, logged = first_run
+    report = json.loads((workdir / "report.json").read_text())
+    assert set(report["loss"]) == {"loss", "mse", "vb", "kd_noise", "kd_variance"}
+    student = report["parameters"]["student"]
+    assert student - report["parameters"]["teacher"] == 2 * 26 * 16     # the convolutions: 26 H a layer
+    assert report["inheritance"]["inherited"] + report["inheritance"]["at_init"] == student
+    assert set(report["labels_read"]) == {"teacher", "student"}
+    assert all(0 <= share <= 1 for share in report["labels_read"].values())
+    for text in (f"student {student:,}", "inherited", "kd_noise", "labels read", "samples.png"):
+        assert text in logged
+
+
+def test_everything_but_attention_came_from_the_teacher(first_run):
+    """The ends of the student are the torch teacher's, but for three steps of training at 1e-3."""
+    workdir, _ = first_run
+    inherited = json.loads((workdir / "inheritance.json").read_text())
+    assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
+    teacher = command.write_teacher(workdir.parent / "again.safetensors")
+    params, metadata = checkpoint.restore_params(workdir, ema=False)
+    difference = params["final_layer"]["linear"]["kernel"] - teacher.final_layer.linear.weight.detach().numpy().T
+    assert 0 < np.abs(difference).max() < 4e-3
+    assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
+
+
+def test_the_same_command_again_changes_no_parameter(first_run, folder):
+    workdir, _ = first_run
+    before, lines = final_params(workdir), read_lines(workdir)
+    assert run_debug(folder, "--config.report.num_images=0") is None
+    assert read_lines(workdir) == lines
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), before)
+
+
+def test_resuming_equals_the_run_that_was_not_interrupted(folder):
+    """Two steps, then the same command with five: parameters, EMA and every metric are those of five steps at once."""
+    assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
+    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
+    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
+    jax.tree.map(np.testing.assert_array_equal, final_params(folder / "parts"), final_params(folder / "whole"))
+
+    def losses(name):
+        terms = ("loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm")
+        return [[line["step"], *(line[f"train/{term}"] for term in terms)] for line in read_lines(folder / name)]
+
+    assert [line[0] for line in losses("parts")] == [1, 2, 3, 4, 5]
+    assert losses("parts") == losses("whole")
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_its_steps_are_made_again(folder):
+    options = [*QUIET, "--config.train.steps=5", "--config.checkpoint.every=3", "--config.checkpoint.keep=3",
+               "--config.checkpoint.force_config=True"]  # the first run's schedule was another
+    shutil.copytree(folder / "run", folder / "damaged")
+    assert run_debug(folder, *options, workdir="damaged") is None              # steps 4 and 5
+    expected = final_params(folder / "damaged")
+    shutil.rmtree(folder / "damaged" / "checkpoints" / "5" / "opt_state")
+    assert run_debug(folder, *options, workdir="damaged") is None
+    checkpoints = sorted(path.name for path in (folder / "damaged" / "checkpoints").iterdir())
+    assert checkpoints == ["3", "5", "5.damaged"]
+    jax.tree.map(np.testing.assert_array_equal, final_params(folder / "damaged"), expected)
+
+
+def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_run, folder):
+    workdir, _ = first_run
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    error = run_debug(folder, "--config.model.conv_size=3")
+    assert error.startswith("error: ") and "\n" not in error
+    for part in ("model.conv_size was 5 and is now 3", str(workdir / "checkpoints" / "3")):
+        assert part in error
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
+    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it.
+
+    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log line is due: the third
+    bad step in a row, step 4, is noticed two steps later, since the loop is two steps ahead of the device.
+    """
+    error = run_debug(folder, *QUIET, "--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0",
+                  "--config.train.steps=99", "--config.train.stop_after_bad_steps=3", "--config.checkpoint.every=1",
+                  "--config.checkpoint.keep=1", "--config.train.log_every=50", workdir="diverged")
+    assert error.startswith("error: ") and "\n" not in error
+    assert "not finite in 5 steps" in error and "up to step 6" in error and "train.stop_after_bad_steps = 3" in error
+    assert error.endswith("The last checkpoint: 1")
+    line, = read_lines(folder / "diverged")
+    assert line["step"] == 6 and line["train/skipped_in_a_row"] == 5
+    assert np.isfinite(line["train/loss"])      # of the good one
+    assert [path.name for path in (folder / "diverged" / "checkpoints").iterdir()] == ["1"]
+    params, _ = checkpoint.restore_params(folder / "diverged", ema=False)   # what is not finite reached no parameter
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
+    window = [{"loss": np.float32(loss), "grad_norm": np.float32(norm)}
+              for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))]
+    state = TrainState(step=4, skipped=np.int32(2), skipped_in_a_row=np.int32(0), params=None, ema_params=None,
+                            opt_state=None)
+    assert train.read_metrics(window, state) == {"train/loss": 2.0, "train/grad_norm": 3.0, "train/skipped": 2.0,
+                                               "train/skipped_in_a_row": 0.0}
+
+
+def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
+    """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
+    torch_teacher = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
+    source = read_checkpoint(tmp_path / "teacher.safetensors", weights="ema")
+    params = train.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
+    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in
+              (("fc1", mlp["fc1"]["kernel"]), ("fc2", mlp["fc2"]["kernel"]), ("bias", attention["qkv"]["bias"]))}
+    assert shapes == {"fc1": (2, 128, 128), "fc2": (2, 128, 128), "bias": (2, 384)}     # of 512 a quarter; 768 stay whole
+    assert len(mlp["fc1"]["kernel"].sharding.device_set) == 8
+    expected = torch_teacher.blocks[1].mlp.fc1.weight.detach().numpy().T
+    np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
+
+
+def test_plain_training_needs_no_teacher(folder):
+    assert run_debug(folder, *QUIET, "--config.teacher.checkpoint=", "--config.student.init=random",
+                 "--config.model.attention=softmax", "--config.train.steps=2", workdir="plain") is None
+    assert not (folder / "plain" / "inheritance.json").exists()
+    assert not any("kd_noise" in name for line in read_lines(folder / "plain") for name in line)
+
+
+def sample(folder, *overrides, workdir="run", into="drawn"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return command.run(monkeypatch, "--mode=sample", "--config=configs/debug.py", f"--workdir={folder / into}",
+                           f"--config.sample.checkpoint={folder / workdir}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def drawn(first_run, folder):
+    """The workdir of ten images from the trained student."""
+    assert sample(folder) is None
+    return folder / "drawn"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_sampling_writes_pngs_a_grid_and_an_npz(drawn):
+    paths = sorted((drawn / "samples").glob("*.png"))
+    assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(10)]
+    with np.load(drawn / "samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["label"]
+        protocol = json.loads(str(archive["protocol"]))
+    assert images.shape == (10, 28, 28, 1) and images.dtype == np.uint8 and labels.shape == (10,)
+    np.testing.assert_array_equal(images[..., 0], [pixels(path) for path in paths])
+    assert protocol["steps"] == 4 and protocol["seed"] == 0 and len(protocol["weights"]) == 64
+    assert Image.open(drawn / "samples.png").size == (4 * 58 + 2, 3 * 58 + 2)
+    assert images.std() > 20 and len(np.unique(images.reshape(10, -1), axis=0)) == 10
+
+
+def test_sampling_goes_on_where_it_stopped(drawn, folder):
+    shutil.copytree(drawn, folder / "resumed")
+    for i in (2, 7, 9):
+        (folder / "resumed" / "samples" / f"{i:06d}.png").unlink()
+    kept = (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns
+    assert sample(folder, into="resumed") is None
+    for i in range(10):
+        np.testing.assert_array_equal(pixels(folder / "resumed" / "samples" / f"{i:06d}.png"),
+                                      pixels(drawn / "samples" / f"{i:06d}.png"))
+    assert (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns == kept
+
+
+def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
+    error = sample(folder, "--config.sample.cfg_scale=3.0")
+    assert error.startswith("error: ") and "cfg_scale" in error and "3.0" in error and "2.0" in error
+    error = sample(folder, workdir="teacher.safetensors")
+    assert "model.attention" in error
+
+
+def test_the_digits_were_written_once(first_run, folder):
+    assert len(dataset.open_dataset("mnist_digits", str(folder / "data"), "train")) == 4500

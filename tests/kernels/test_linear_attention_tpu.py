@@ -1,0 +1,299 @@
+"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler's word for real shapes."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from oracles import assert_close
+from test_linear_attention import check, make_inputs, value_and_grads
+
+from lit_jax import sharding
+from lit_jax.costs import tpu_schedule
+from lit_jax.kernels import linear_attention_tpu
+from lit_jax.kernels.linear_attention import linear_attention
+
+pallas = functools.partial(check, implementation="pallas_tpu", interpret=True)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 32 tokens, so that small grids take several."""
+    monkeypatch.setattr(linear_attention_tpu, "CHUNK_TOKENS", 32)
+
+
+def plan_of(inputs, num_heads, grid):
+    return linear_attention_tpu._plan_of(inputs[0], inputs[2], num_heads, grid, linear_attention_tpu.BACKWARD_ARRAYS)
+
+
+# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
+@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
+    (2, 144, (3, 16), 5, "float32"),
+    (2, 144, (4, 16), 5, "bfloat16"),
+    (1, 192, (2, 8), 7, "float32"),
+    (3, 128, (2, 16), 3, "bfloat16"),
+    (1, 256, (2, 16), 0, "float32"),
+])
+def test_direct_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
+    inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
+    assert plan_of(inputs, num_heads, grid).direct
+    pallas(inputs, num_heads=num_heads, grid=grid)
+
+
+@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
+    (1, 8, (5, 3), 5, "float32"),        # a ragged grid, fewer tokens than any tile
+    (16, 8, (4, 4), 3, "bfloat16"),      # sixteen heads in one tile
+    (4, 72, (4, 8), 7, "bfloat16"),      # three heads meet one tile
+    (3, 72, (2, 13), 5, "bfloat16"),
+    (2, 288, (1, 7), 0, "float32"),      # wide heads on a ragged grid are not direct
+    (2, 64, (4, 16), 0, "bfloat16"),     # no convolution, whose windows would be of four rows
+])
+def test_state_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
+    inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
+    plan = plan_of(inputs, num_heads, grid)
+    assert (plan.direct, plan.chunks, plan.bands) == (False, 1, 1)
+    pallas(inputs, num_heads=num_heads, grid=grid)
+
+
+@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
+    (2, 72, (6, 16), 5, "float32"),
+    (1, 64, (7, 5), 3, "bfloat16"),      # rows added to fill the last chunk
+    (1, 64, (8, 8), 0, "bfloat16"),
+])
+def test_an_image_in_several_chunks_matches_the_oracle(small_chunks, num_heads, head_width, grid, K, dtype):
+    inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
+    plan = plan_of(inputs, num_heads, grid)
+    assert plan.chunks > 1 and plan.bands == 1
+    pallas(inputs, num_heads=num_heads, grid=grid)
+
+
+@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
+    (1, 128, (8, 16), 5, "float32"),     # v is a block of its own
+    (1, 72, (9, 13), 7, "float32"),      # it is not; the last band is half empty
+    (2, 64, (6, 16), 3, "bfloat16"),
+    (1, 24, (6, 16), 0, "float32"),
+    (1, 128, (6, 16), 0, "bfloat16"),
+])
+def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
+        small_chunks, monkeypatch, num_heads, head_width, grid, K, dtype):
+    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
+    inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
+    assert plan_of(inputs, num_heads, grid).bands > 1
+    pallas(inputs, num_heads=num_heads, grid=grid)
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e4])
+@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype,direct", [
+    (1, 128, (2, 8), 3, "float32", True),
+    (2, 16, (2, 8), 3, "float32", False),
+    (1, 128, (4, 16), 5, "bfloat16", True),   # windows of four rows of output
+    (2, 16, (4, 16), 5, "bfloat16", False),
+])
+def test_extreme_magnitudes_and_dead_rows_stay_right(num_heads, head_width, grid, K, dtype, direct, magnitude):
+    q, kv, *rest = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, magnitude=magnitude, K=K, dtype=dtype)
+    assert plan_of((q, kv, *rest), num_heads, grid).direct == direct
+    D = q.shape[-1]
+    q = q.at[:, ::2].set(-jnp.abs(q[:, ::2]))
+    kv = kv.at[0, :, :D].set(-jnp.abs(kv[0, :, :D]))  # image 0: phi(k) is all epsilon
+    pallas((q, kv, *rest), num_heads=num_heads, grid=grid)
+
+
+@pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
+def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
+    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
+    q, kv, filters, bias, _ = make_inputs(B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16")
+    D, bright = 16, 1e4
+    kv = kv.at[..., D:].set(1e-4 * kv[..., D:]).at[:, :16, :D].set(-1.0).at[:, :16, D:].set(bright)
+    kwargs = dict(num_heads=1, grid=(8, 16))
+    rows = [np.asarray(linear_attention(abs(q), kv, filters, 0 * bias, implementation=name, interpret=name != "xla", **kwargs),
+                       np.float64).reshape(8, 16, D)[K // 2 + 1:] for name in ("pallas_tpu", "xla")]
+    assert np.abs(rows[1]).max() < 1.0
+    np.testing.assert_allclose(*rows, rtol=2**-7, atol=error * bright * float(abs(filters).sum((0, 1)).max()))
+
+
+def test_the_gradient_at_zero_is_that_of_relu():
+    q, kv, *rest = make_inputs(num_heads=1, head_width=16, grid=(2, 8), K=0)
+    q, kv = q.at[0, 0].set(0.0), kv.at[0, 0, :16].set(0.0)
+    _, (dq, dkv, _, _) = value_and_grads(q, kv, *rest, num_heads=1, grid=(2, 8), implementation="pallas_tpu",
+                                         interpret=True)
+    assert not dq[0, 0].any() and not dkv[0, 0, :16].any()
+
+
+def test_eight_devices_compute_in_scanned_and_rematerialised_layers_what_one_computes():
+    q, kv, conv_kernel, conv_bias, do = make_inputs(B=8, num_heads=2, head_width=16, grid=(1, 8), K=3)
+
+    def grads(*arrays, **how):
+        def loss(q, kv, conv_kernel, conv_bias):
+            @jax.checkpoint
+            def layer(q, scale):
+                return linear_attention(q, kv * scale, conv_kernel, conv_bias, num_heads=2, grid=(1, 8), **how), None
+
+            return jnp.sum(jax.lax.scan(layer, q, jnp.array([1.0, 0.5]))[0] * do)
+        return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
+
+    arrays = (q, kv, conv_kernel, conv_bias)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows, full = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), ()))
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    fused = functools.partial(grads, implementation="pallas_tpu", interpret=True)
+    split = jit(sharding.on_mesh(fused, mesh), in_shardings=(rows, rows, full, full))(*arrays)
+    whole = jax.jit(functools.partial(grads, implementation="xla"))(*arrays)
+    for name, actual, expected in zip(("dq", "dkv", "dconv_kernel", "dconv_bias"), split, whole):
+        assert_close(actual, expected, reduction=16 * 8, what=name)
+
+
+@pytest.mark.parametrize("taken", [("data", "fsdp"), ("data",)])
+def test_inside_a_shard_map_the_kernel_takes_the_rows_that_are_there(taken):
+    """All axes of the mesh taken by the caller's own shard_map, or one of them."""
+    q, kv, *rest, do = make_inputs(B=8, num_heads=2, head_width=16, grid=(1, 8), K=3)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec(taken)
+
+    def kernel(q, kv):
+        return linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+
+    def loss(q, kv):
+        out = jax.shard_map(kernel, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(taken), check_vma=False)(q, kv)
+        return jnp.sum(out * do)
+
+    where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    split = jit(jax.grad(loss, argnums=(0, 1)), in_shardings=(where, where))(q, kv)
+    whole = jax.grad(lambda q, kv: jnp.sum(kernel(q, kv) * do), argnums=(0, 1))(q, kv)
+    for name, actual, expected in zip(("dq", "dkv"), split, whole):
+        assert_close(actual, expected, reduction=16, what=name)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_named():
+    q, kv, *rest, _ = make_inputs(B=3, num_heads=2, head_width=16, grid=(1, 8), K=3)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="3 rows are no multiple of its 8 devices"), \
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+
+
+def _cost_estimates(jaxpr):
+    """The pl.CostEstimate of every kernel in a jaxpr."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn.params["cost_estimate"])
+        else:
+            found += [cost for value in eqn.params.values() if hasattr(value, "jaxpr")
+                      for cost in _cost_estimates(value.jaxpr)]
+    return found
+
+
+@pytest.mark.parametrize("name,arrays,products,convolutions", [("forward", 4, 2, 1), ("backward", 7, 5, 2)])
+def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
+    B, T, D, heads = 4, 64, 256, 2
+    fn, args = tpu_schedule.attention_program(D, heads, (4, 16), B, name)
+    cost, = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+    # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of their gradients.
+    constants = (40 + 1 if name == "forward" else 40 + 2 * 41 * 8) * D * 4
+    assert cost.bytes_accessed == arrays * B * T * D * 2 + constants
+    assert cost.flops == 2 * B * T * D * (products * T + convolutions * 40 // 4)  # by a head's T x T matrix
+    assert cost.transcendentals == B * T * heads
+
+
+def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, monkeypatch):
+    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
+    B, T, D, H, heads = 2, 128, 128, 64, 2
+    costs = {}
+    for name in ("forward", "backward"):
+        fn, args = tpu_schedule.attention_program(D, heads, (8, 16), B, name)
+        costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+    plan = linear_attention_tpu._make_plan(T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), arrays=4)
+    assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)          # 5 columns of 6 products make 2 rows
+    array, state, mean, taps = B * T * D * 2, B * 128 * 128 * 2, B * D * 4, 30 * D * 4
+    halos, sums = 2 * B * 2 * 2 * 16 * D * 2, 2 * 31 * 8 * D * 4            # 2 bands of 2 halos of 2 rows; of two cores
+    expected = [2 * array + state + mean,                                   # the state, of k and v
+                3 * array + halos + state + mean + taps + D * 4,            # q, v, the output; the bias
+                2 * array + state + mean,
+                3 * array + 2 * (state + mean),                             # q, do, dq
+                5 * array + halos + state + mean + taps + sums]             # k, v, do, dk, dv
+    found = costs["forward"] + costs["backward"]
+    assert [cost.bytes_accessed for cost in found] == expected
+    per_tap = 2 * B * T * D
+    assert [cost.flops for cost in found] == [per_tap * n for n in (H, H + 15, H, 2 * H, 2 * H + 2 * 15)]
+    assert [cost.transcendentals for cost in found] == [B * T * heads * n for n in (0, 1, 0, 1, 0)]
+
+
+def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
+    q, kv, *rest, _ = make_inputs(B=1, num_heads=1, head_width=1152, grid=(1, 4096), K=5, dtype="bfloat16")
+    with pytest.raises(ValueError, match="1 x 4096 tokens of width 1152 bfloat16 take .* MiB of VMEM, .* it has 16.0"):
+        linear_attention(q, kv, *rest, num_heads=1, grid=(1, 4096), implementation="pallas_tpu", interpret=True)
+
+
+@pytest.mark.parametrize("K", [3, 5, 7])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_cook_toom_correlates(m, K):
+    A, B, G = linear_attention_tpu._cook_toom(m, K)
+    x, g = np.random.default_rng(0).normal(size=(2, m + K - 1))
+    expected = [sum(g[k] * x[i + k] for k in range(K)) for i in range(m)]
+    np.testing.assert_allclose(A.T @ ((G @ g[:K]) * (B @ x)), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mebibytes", [16, 64, 128])  # of a v4; of a v5p core; of a v5e or v6e
+@pytest.mark.parametrize("size", tpu_schedule.SIZES)
+def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, mebibytes):
+    monkeypatch.setattr(linear_attention_tpu, "_vmem_bytes", lambda: mebibytes * 2**20)
+    D, num_heads = tpu_schedule.SIZES[size]
+    for pixels in tpu_schedule.PIXELS:
+        side = pixels // tpu_schedule.PIXELS_PER_TOKEN
+        for arrays in (4, 7):
+            plan = linear_attention_tpu._make_plan(side * side, D, jnp.dtype(jnp.bfloat16), 5, num_heads, (side, side), arrays)
+            assert (plan.bands * plan.band_rows, plan.w) == (side, side), (pixels, arrays, plan)
+            assert plan.bands == 1 or mebibytes == 16 or pixels > 512, (pixels, arrays, plan)
+
+
+def test_the_turns_of_the_loops_are_those_of_the_plan():
+    with tpu_schedule.on_chip("v4:2x2x1"):       # bands of halved chunks
+        assert linear_attention_tpu.loop_turns(1152, 4, (16, 16), 5, "bfloat16", True) == 2
+    with tpu_schedule.on_chip("v5e:2x2"):
+        turns = [linear_attention_tpu.loop_turns(1152, 4, (side, side), 5, "bfloat16", True) for side in (16, 32, 64)]
+    assert turns == [1, 4, 16]
+
+
+# Every chip both ways, every size and every resolution; XL below. All 128 programs, seven minutes of a core:
+#   python -m lit_jax.costs.tpu_schedule --product
+@pytest.mark.parametrize("topology,size,pixels,name", [
+    ("v4:2x2x1", "S", 256, "forward"),
+    ("v4:2x2x1", "XL", 512, "backward"),    # bands: v4 has 16 MiB of VMEM, the hardest fit of all
+    ("v4:2x2x1", "XL", 2048, "backward"),
+    ("v5e:2x2", "S", 2048, "forward"),
+    ("v5e:2x2", "S", 1024, "backward"),
+    ("v5e:2x2", "XL", 2048, "backward"),
+    ("v5p:2x2x1", "XL", 1024, "forward"),
+    ("v5p:2x2x1", "B", 256, "backward"),
+    ("v6e:2x2", "L", 512, "forward"),
+    ("v6e:2x2", "S", 2048, "backward"),
+])
+def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
+    side = pixels // tpu_schedule.PIXELS_PER_TOKEN
+    tpu_schedule.compile_for(*tpu_schedule.attention_program(*tpu_schedule.SIZES[size], (side, side), 2, name), topology)
+
+
+@pytest.mark.parametrize("topology,width,num_heads,grid,K,dtype,name", [
+    ("v5e:2x2", 1152, 4, (32, 32), 0, "bfloat16", "forward"),
+    ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),     # heads of 72
+    ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),     # heads of 64
+    ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
+    # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+    ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
+    ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
+    ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
+])
+def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(topology, width, num_heads, grid, K, dtype, name):
+    tpu_schedule.compile_for(*tpu_schedule.attention_program(width, num_heads, grid, 2, name, K, dtype), topology)
+
+
+@pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])
+def test_static_schedule_at_xl_256_is_near_the_memory_floor(name, bar):
+    """LiT-XL/2, 256 px, v5e, with some air above what the schedules reach; HBM carries arguments and outputs alone."""
+    program = tpu_schedule.attention_program(1152, 4, (16, 16), 8, name)
+    cost = tpu_schedule.estimate(*program, grid_steps=8, topology="v5e:2x2")
+    assert len(cost.kernels) == 1 and cost.ratio <= bar, cost
+    # Taps repeated for each head, and each core's sums of their gradients; no array (B, T, D).
+    assert cost.temporaries < 8 * 256 * 1152 * 2, cost
