@@ -1,32 +1,45 @@
-"""The house's rules that a reader relies on, read off the source: who imports whom, and what is imported when."""
+"""The house's rules that a reader relies on, read off the source: who imports whom, and when."""
+
 import ast
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "lit_jax"
-MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))
-           if path.name != "__init__.py" and "assets" not in path.parts}     # assets are shipped, not imported
-# train may evaluate; nothing else reaches across.
-ALLOWED_BETWEEN_JOBS = {("train", "evaluate")}
+PACKAGE = pathlib.Path(__file__).parents[1] / "lit_jax"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" and "assets" not in path.parts  # assets are shipped, not imported
+}
+
+# The floors of the house, the top one first. A module imports from its own floor and from below.
+FLOORS = (
+    ("main",),
+    ("jobs",),
+    ("experiment", "fields"),
+    ("data", "porting", "evaluation", "sampling", "train_step", "checkpoint", "inherit", "pictures"),
+    ("models", "samplers", "losses"),
+    ("kernels", "diffusion", "conditions", "partitioning", "sharding", "runtime", "costs"),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+JOBS = {module for module in MODULES if module.startswith("jobs.")}
 
 
-def is_job(module):
-    """A module of the package's top level with `def run(config, workdir)`."""
-    return any(isinstance(node, ast.FunctionDef) and node.name == "run"
-               and [a.arg for a in node.args.args] == ["config", "workdir"]
-               for node in parse(module).body)
+def room(module: str) -> str:
+    """The top-level module or folder that a module belongs to."""
+    return module.split(".")[0]
 
 
-def parse(module):
+def parse(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
 
 
-def imports(module, *, anywhere=True):
-    """Dotted names that a module imports; not `anywhere`: only when it is itself imported."""
-    tree, names = parse(module), set()
-    nodes = ast.walk(tree) if anywhere else top_level(tree)
-    for node in nodes:
+def imports(module: str, *, anywhere: bool = True) -> set[str]:
+    """Dotted names that a module imports; not `anywhere`: only while it is being imported."""
+    tree = parse(module)
+    names = set()
+    for node in ast.walk(tree) if anywhere else top_level(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -35,9 +48,9 @@ def imports(module, *, anywhere=True):
     return names
 
 
-def top_level(tree):
+def top_level(tree: ast.Module) -> Iterator[ast.AST]:
     """Nodes outside functions: what runs at import time."""
-    queue = list(tree.body)
+    queue: list[ast.AST] = list(tree.body)
     while queue:
         node = queue.pop()
         yield node
@@ -45,7 +58,7 @@ def top_level(tree):
             queue += ast.iter_child_nodes(node)
 
 
-def ours(module):
+def ours(module: str) -> set[str]:
     """The modules of the package that a module imports."""
     found = set()
     for name in imports(module):
@@ -55,34 +68,38 @@ def ours(module):
     return found
 
 
-JOBS = {module for module in MODULES if is_job(module)}
+def test_every_room_has_a_floor():
+    assert {room(module) for module in MODULES} <= FLOOR.keys()
+
+
+def test_a_folder_holds_three_files_or_more():
+    for folder in {path.parent for path in MODULES.values()}:
+        assert len(list(folder.glob("[!_]*.py"))) >= 3, f"{folder.name} is no folder yet"
 
 
 def test_the_jobs_are_those_of_the_command_line():
-    assert {"train", "sample"} <= JOBS
-    assert "main" not in JOBS
-    modes = [node for node in ast.walk(parse("main")) if isinstance(node, ast.Call)
-             and getattr(node.func, "attr", "") == "DEFINE_enum"]
+    modes = [
+        node
+        for node in ast.walk(parse("main"))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "DEFINE_enum"
+    ]
     assert len(modes) == 1
-    offered = {element.value for element in modes[0].args[2].elts}
-    assert JOBS <= offered
-
-
-@pytest.mark.parametrize("job", sorted(JOBS))
-def test_jobs_do_not_import_jobs(job):
-    assert {(job, other) for other in ours(job) & JOBS} <= ALLOWED_BETWEEN_JOBS
+    offered = {f"jobs.{element.value}" for element in modes[0].args[2].elts}
+    assert JOBS == offered
+    for job in JOBS:
+        functions = [node for node in parse(job).body if isinstance(node, ast.FunctionDef)]
+        run = next(function for function in functions if function.name == "run")
+        assert [argument.arg for argument in run.args.args] == ["config", "workdir"]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_arrows_point_down(module):
-    below = ours(module)
-    assert "main" not in below
-    if module not in JOBS and module != "main":
-        assert not below & JOBS, "library code imports a job"
-    if module.startswith("models."):
-        assert not below & {"sharding", "checkpoint", "data", "step"}, "model code knows no mesh, no files and no training"
-    if module.startswith("kernels."):
-        assert all(other.startswith("kernels.") for other in below)
+    for other in ours(module):
+        assert FLOOR[room(module)] <= FLOOR[room(other)], f"{module} imports {other}, upstairs"
+    if module in JOBS:
+        assert not ours(module) & JOBS, "a job imports a job"
+    if room(module) == "models":
+        assert "sharding" not in ours(module), "model code knows no mesh"
 
 
 def test_there_are_no_circles():
@@ -108,14 +125,32 @@ def test_no_module_needs_torch_tensorflow_or_a_config(module):
     assert not roots(imports(module, anywhere=False)) & {"torch", "diffusers"}
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_jax_is_used_through_its_public_names(module):
+    assert not {name for name in imports(module) if name.startswith("jax._src")}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_of_ours_takes_the_name_of_a_library(module):
+    """`from lit_jax import checkpoint as orbax` would read as the library."""
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_jax"):
+            assert not [alias.asname for alias in node.names if alias.asname]
+
+
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"main"}))
 def test_only_main_knows_flags_and_nobody_prints(module):
-    assert not any(name.startswith(("absl.flags", "absl.app", "ml_collections.config_flags")) for name in imports(module))
-    calls = [node.func.id for node in ast.walk(parse(module)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    flags = ("absl.flags", "absl.app", "ml_collections.config_flags")
+    assert not any(name.startswith(flags) for name in imports(module))
+    calls = [
+        node.func.id
+        for node in ast.walk(parse(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
     assert "print" not in calls
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_library_code_takes_values_not_the_config(module):
-    if module not in JOBS | {"main", "from_config", "fields"}:  # the last two check a config and build what it describes
+    if module not in JOBS | {"main", "experiment", "fields"}:
         assert not {name for name in imports(module) if name.startswith("ml_collections")}
