@@ -5,13 +5,16 @@
 Everything but attention is inherited, the noise and the variance are distilled; 20,000 steps are a fifth of the
 teacher's, the paper's share (20 % at ImageNet-256, section 5). Not run to its end yet: no expected number.
 """
+
 from configs import cifar10_dit
 
 
 def get_config():
     config = cifar10_dit.get_config()
-    config.model.attention = "linear"                  # two heads: LiT-S
-    config.teacher.checkpoint = "workdir/cifar10_dit"  # a workdir: its newest checkpoint's EMA weights
+    config.model.attention = "linear"  # two heads: LiT-S
+    config.teacher.checkpoint = (
+        "workdir/cifar10_dit"  # a workdir: its newest checkpoint's EMA weights
+    )
     config.student.init = "teacher"
     config.train.update(steps=20_000, preview_every=2_000)
     config.optimizer.update(learning_rate=2e-4)

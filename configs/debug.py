@@ -1,4 +1,5 @@
 """The whole main job in seconds, on a CPU: what the test suite runs. The teacher is random: look at nothing."""
+
 from configs import quickstart
 
 
@@ -6,7 +7,7 @@ def get_config():
     config = quickstart.get_config()
     config.model.update(depth=2, width=32, num_heads=2)
     config.mesh.cpu_devices = 0
-    config.teacher.checkpoint = ""           # the tests write one
+    config.teacher.checkpoint = ""  # the tests write one
     config.train.update(batch_size=16, steps=3, log_every=1, preview_every=3, preview_images=8)
     config.optimizer.warmup = 1
     config.sample.update(steps=4, num_images=10, batch_size=8)

@@ -14,6 +14,7 @@ Expected: 400,000 steps, no guidance, FID 19.47 (DiT's figure in LiT's same-budg
 published weights, 7M steps, FID 2.27, IS 278.2, precision 0.83, recall 0.57 with guidance 1.5 and 9.62 with none. 400,000
 steps of 0.71 TFLOP an image are 7.3e19 FLOPs: two days on a GPU that sustains 400 TFLOP/s. Not run here.
 """
+
 from configs import imagenet256_lit_xl
 
 

@@ -9,14 +9,15 @@ Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 
 the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.38 TFLOP an image, teacher
 included, are 3.8e19 FLOPs: 27 hours on a GPU that sustains 400 TFLOP/s. Not run here.
 """
+
 from configs import imagenet256_lit_xl
 
 
 def get_config():
     config = imagenet256_lit_xl.get_config()
     config.model.size = "B"
-    config.student.init = "workdir/imagenet256_dit_b"      # its newest checkpoint's EMA weights
+    config.student.init = "workdir/imagenet256_dit_b"  # its newest checkpoint's EMA weights
     config.train.steps = 400_000
-    config.autoencoder.checkpoint = "sd-vae-ft-mse"     # as its DiT: the table's rows without guidance
+    config.autoencoder.checkpoint = "sd-vae-ft-mse"  # as its DiT: the table's rows without guidance
     config.sample.cfg_scale = 1.0
     return config

@@ -10,14 +10,15 @@ the table's own value was not at hand. At 400,000 the ablation's last row, which
 400,000 steps of 0.27 TFLOP an image, teacher included, are 2.8e19 FLOPs: 19 hours on a GPU that sustains 400 TFLOP/s.
 Not run here.
 """
+
 from configs import imagenet256_lit_xl
 
 
 def get_config():
     config = imagenet256_lit_xl.get_config()
     config.model.size = "S"
-    config.student.init = "workdir/imagenet256_dit_s"      # its newest checkpoint's EMA weights
+    config.student.init = "workdir/imagenet256_dit_s"  # its newest checkpoint's EMA weights
     config.train.steps = 400_000
-    config.autoencoder.checkpoint = "sd-vae-ft-mse"     # as its DiT: the table's rows without guidance
+    config.autoencoder.checkpoint = "sd-vae-ft-mse"  # as its DiT: the table's rows without guidance
     config.sample.cfg_scale = 1.0
     return config

@@ -11,19 +11,27 @@ FID-50K by ADM's evaluator, 250 DDPM steps): FID 2.32, IS 265.2, precision 0.824
 not say its hardware. 0.95 TFLOP an image, the teacher's forward included, make 3.4e20 FLOPs: at 400 TFLOP/s a GPU ten days
 on one, 30 hours on eight. Not run here: there was no ImageNet.
 """
+
 from configs import default
 
 
 def get_config():
     config = default.get_config()
-    config.model.update(size="XL", patch_size=2, attention="linear", num_classes=1000, input_size=32, in_channels=4)
+    config.model.update(
+        size="XL", patch_size=2, attention="linear", num_classes=1000, input_size=32, in_channels=4
+    )
     config.teacher.update(checkpoint="DiT-XL-2-256x256.pt", size="XL")
     config.student.init = "teacher"
-    config.autoencoder.checkpoint = "sd-vae-ft-ema"     # a folder of diffusers, or the file in it
+    config.autoencoder.checkpoint = "sd-vae-ft-ema"  # a folder of diffusers, or the file in it
     config.prepare.update(source="imagenet2012", image_size=256)
     config.data.update(name="imagenet256_latents", dir="data")
-    config.train.update(batch_size=256, steps=1_400_000)    # 280 epochs, a fifth of the teacher's 7M steps
+    config.train.update(
+        batch_size=256, steps=1_400_000
+    )  # 280 epochs, a fifth of the teacher's 7M steps
     config.sample.update(num_images=50_000, batch_size=256, cfg_scale=1.5)
-    config.evaluate.update(features="inception_adm", weights="pt_inception-2015-12-05-6726825d.pth",
-                           reference="VIRTUAL_imagenet256_labeled.npz")
+    config.evaluate.update(
+        features="inception_adm",
+        weights="pt_inception-2015-12-05-6726825d.pth",
+        reference="VIRTUAL_imagenet256_labeled.npz",
+    )
     return config

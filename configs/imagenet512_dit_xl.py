@@ -15,6 +15,7 @@ Expected of the published weights, 3M steps of batch 256 (LiT, table of ImageNet
 recall 0.54 with guidance 1.5; 12.03, 105.25, 0.75, 0.64 with none (sample.cfg_scale=1.0). Training them anew is 2.4e21
 FLOPs, 3.15 TFLOP an image: at 400 TFLOP/s a GPU ten weeks on one, nine days on eight. Not run here.
 """
+
 from configs import imagenet512_lit_xl
 
 

@@ -10,6 +10,7 @@ Expected (LiT, table of ImageNet 512): FID 3.69, IS 208.0, precision 0.85, recal
 initialiser and teacher is inferred; the paper's text was not at hand. 3.9 TFLOP an image, teacher included, make 3.5e20
 FLOPs: at 400 TFLOP/s a GPU ten days on one, 30 hours on eight. Not run here.
 """
+
 from configs import imagenet256_lit_xl
 
 

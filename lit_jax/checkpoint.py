@@ -4,6 +4,7 @@ A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, 
 (the iterator's state, JSON) and metadata (JSON). A parameter checkpoint is a folder of the same form with params and
 metadata only, so everything that reads parameters reads both.
 """
+
 import contextlib
 import hashlib
 import itertools
@@ -35,12 +36,19 @@ class Checkpointer:
         self._saving, self._failure = None, None
         self._wait_for_others = ocp.multihost.get_barrier_sync_fn()
         # Folders are made before `save` returns: in the background a failure to make one leaves Orbax waiting for 300 s.
-        in_background = ocp.AsyncOptions(barrier_sync_fn=self._barrier, create_directories_asynchronously=False)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, async_options=in_background,
-                                               step_name_format=ocp.path.step.standard_name_format(),
-                                               cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options,
-                                              item_names=ARRAY_ITEMS + JSON_ITEMS)
+        in_background = ocp.AsyncOptions(
+            barrier_sync_fn=self._barrier, create_directories_asynchronously=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            async_options=in_background,
+            step_name_format=ocp.path.step.standard_name_format(),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=ARRAY_ITEMS + JSON_ITEMS
+        )
         # Only distributed.Preemption asks JAX's service whether to stop, with a count of its own: a step among its answers,
         # as Orbax would ask in `save`, could put the stop off by as many steps as the run has gone.
         self._manager.reached_preemption = lambda step: False
@@ -63,14 +71,22 @@ class Checkpointer:
         except (OSError, ValueError) as error:  # TensorStore's errors of files are ValueErrors
             self._failure = self._named(error)
             raise self._failure from error
-        logging.info("checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile", step,
-                     time.monotonic() - started)
+        logging.info(
+            "checkpoint of step %d: the loop stood still for %.2f s, its files are written meanwhile",
+            step,
+            time.monotonic() - started,
+        )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, items_shape: dict[str, Any], fields: dict[str, Any] | None = None, *,
-                force: bool = False) -> tuple[int, dict[str, Any], dict, dict] | None:
+    def restore(
+        self,
+        items_shape: dict[str, Any],
+        fields: dict[str, Any] | None = None,
+        *,
+        force: bool = False,
+    ) -> tuple[int, dict[str, Any], dict, dict] | None:
         """Restores the newest readable checkpoint onto the shardings of `items_shape`; None if there is none.
 
         A damaged checkpoint (unreadable, or not what was saved) is named in the log, set aside as `STEP.damaged` and
@@ -99,17 +115,23 @@ class Checkpointer:
                         raise DamagedError(f"{name} is not what was saved")
                 return step, items, data, metadata
             except DamagedError as error:
-                logging.warning("checkpoint %s is damaged and skipped: %s", self.directory / str(step), error)
+                logging.warning(
+                    "checkpoint %s is damaged and skipped: %s", self.directory / str(step), error
+                )
                 self._set_aside(step)
                 if jax.process_count() > 1:
-                    raise TryAgainError(f"checkpoint {self.directory / str(step)} is damaged and set aside; run the same "
-                                        f"command again to go on from the one before") from error
+                    raise TryAgainError(
+                        f"checkpoint {self.directory / str(step)} is damaged and set aside; run the same "
+                        f"command again to go on from the one before"
+                    ) from error
                 self._manager.reload()
         # Those that an earlier start has set aside count too: a run that has been is never begun again by itself.
         aside = sorted(path.name for path in self.directory.glob("*.damaged*"))
         if aside:
-            raise ValueError(f"no checkpoint in {self.directory} can be read; set aside: {', '.join(aside)}. Mend and rename "
-                             f"one of them, or begin again with another --workdir")
+            raise ValueError(
+                f"no checkpoint in {self.directory} can be read; set aside: {', '.join(aside)}. Mend and rename "
+                f"one of them, or begin again with another --workdir"
+            )
         return None
 
     def _read_json(self, step: int) -> tuple[dict, dict]:
@@ -120,29 +142,40 @@ class Checkpointer:
             data, metadata = (saved[name] for name in JSON_ITEMS)
             expected = metadata.pop("checksum", None)
         if expected is None and "fingerprints" in metadata:
-            logging.warning("checkpoint %s has no checksum of its data state, as those of an older lit_jax: taken unchecked",
-                            self.directory / str(step))
+            logging.warning(
+                "checkpoint %s has no checksum of its data state, as those of an older lit_jax: taken unchecked",
+                self.directory / str(step),
+            )
         elif expected != checksum([data, metadata]):
             raise DamagedError("data or metadata is not what was saved")
         return data, metadata
 
     def _set_aside(self, step: int) -> None:
-        names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(1)))
+        names = itertools.chain(
+            [f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(1))
+        )
         free = next(name for name in names if not (self.directory / name).exists())
         try:
             (self.directory / str(step)).rename(self.directory / free)
         except FileNotFoundError:
             pass  # another process was faster
 
-    def _check_fields(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], force: bool) -> None:
+    def _check_fields(
+        self, step: int, saved: dict[str, Any], wanted: dict[str, Any], force: bool
+    ) -> None:
         wanted = json.loads(json.dumps(wanted))  # as they come out of a file
-        changed = [f"{name} was {saved[name]} and is now {wanted[name]}" for name in sorted(saved.keys() & wanted.keys())
-                   if saved[name] != wanted[name]]
+        changed = [
+            f"{name} was {saved[name]} and is now {wanted[name]}"
+            for name in sorted(saved.keys() & wanted.keys())
+            if saved[name] != wanted[name]
+        ]
         if not changed:
             return
         if not force:
-            raise MismatchError(f"checkpoint {self.directory / str(step)} is of another run: {'; '.join(changed)}. Use "
-                                f"another --workdir, or go on all the same with --config.checkpoint.force_config=True")
+            raise MismatchError(
+                f"checkpoint {self.directory / str(step)} is of another run: {'; '.join(changed)}. Use "
+                f"another --workdir, or go on all the same with --config.checkpoint.force_config=True"
+            )
         logging.warning("going on from step %d with another config: %s", step, "; ".join(changed))
 
     def _check_shapes(self, step: int, items_shape: dict[str, Any]) -> None:
@@ -153,10 +186,12 @@ class Checkpointer:
             for name in sorted(saved.keys() | wanted.keys()):
                 if saved.get(name) != wanted.get(name):
                     owner = "optimizer" if item == "opt_state" else "model"
-                    raise MismatchError(f"checkpoint {self.directory / str(step)} does not fit the {owner}: {name} is "
-                                        f"{saved.get(name, 'not there')} in the checkpoint, "
-                                        f"{wanted.get(name, 'not there')} in the {owner}; use another --workdir or the "
-                                        f"config of that run")
+                    raise MismatchError(
+                        f"checkpoint {self.directory / str(step)} does not fit the {owner}: {name} is "
+                        f"{saved.get(name, 'not there')} in the checkpoint, "
+                        f"{wanted.get(name, 'not there')} in the {owner}; use another --workdir or the "
+                        f"config of that run"
+                    )
 
     def check(self) -> None:
         """Raises what the save in the background has failed with, if it has; returns at once."""
@@ -184,7 +219,9 @@ class Checkpointer:
 
     def _named(self, error: BaseException) -> OSError:
         reason = " ".join(str(error).split()) or type(error).__name__
-        return OSError(f"the checkpoint of step {self._saving} in {self.directory} cannot be written: {reason}")
+        return OSError(
+            f"the checkpoint of step {self._saving} in {self.directory} cannot be written: {reason}"
+        )
 
     def close(self) -> None:
         self._manager.close()
@@ -210,7 +247,9 @@ def reading(path: pathlib.Path) -> Iterator[None]:
         failure = machine_failure(error)
         reason = (str(failure or error).splitlines() or [repr(failure or error)])[0]
         if failure:
-            raise OSError(f"checkpoint {path} cannot be read and is left as it is: {reason}") from error
+            raise OSError(
+                f"checkpoint {path} cannot be read and is left as it is: {reason}"
+            ) from error
         raise DamagedError(reason) from error
 
 
@@ -219,8 +258,11 @@ def machine_failure(error: BaseException | None) -> BaseException | None:
     while error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         # TensorStore raises ValueError for everything and quotes what the system or XLA said.
-        if (isinstance(error, MemoryError | OSError) and not missing
-                or any(sign in str(error) for sign in ("os_error_code", "RESOURCE_EXHAUSTED"))):
+        if (
+            isinstance(error, MemoryError | OSError)
+            and not missing
+            or any(sign in str(error) for sign in ("os_error_code", "RESOURCE_EXHAUSTED"))
+        ):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -234,11 +276,15 @@ def checksum(value: Any) -> str:
 @jax.jit
 def _fingerprints(items: dict[str, Any]) -> dict[str, jax.Array]:
     def of_leaf(leaf):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(
+            leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        ).astype(jnp.uint32)
         # Every element weighs another odd number, so that swapped blocks show; no reshape, which would gather shards.
         stride = np.cumprod([1, *leaf.shape[:0:-1]])[::-1] if leaf.ndim else []
-        place = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(s % 2**32)
-                 for axis, s in enumerate(stride)]
+        place = [
+            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(s % 2**32)
+            for axis, s in enumerate(stride)
+        ]
         return jnp.sum(bits * (2 * sum(place, jnp.uint32(0)) + 1), dtype=jnp.uint32)
 
     def of_tree(tree):
@@ -259,8 +305,12 @@ def fingerprints(items: dict[str, Any]) -> dict[str, int]:
 def flatten(tree: Any) -> dict[str, Any]:
     """{"blocks/attn/q/kernel": leaf, ...} of nested dicts, sequences and named tuples, as Orbax names them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path): leaf
-            for path, leaf in leaves}
+    return {
+        "/".join(
+            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+        ): leaf
+        for path, leaf in leaves
+    }
 
 
 def shapes_of(item: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -270,7 +320,9 @@ def shapes_of(item: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 def _saved_tree(item: pathlib.Path) -> Any:
     """The tree of one saved item; leaves have shape and dtype."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:  # a Checkpointer would miss the item's own commit mark
+    with contextlib.closing(
+        ocp.StandardCheckpointHandler()
+    ) as handler:  # a Checkpointer would miss the item's own commit mark
         return handler.metadata(item).tree
 
 
@@ -280,10 +332,18 @@ def save_params(path: str | pathlib.Path, params: Any, metadata: dict) -> None:
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} already holds files; a checkpoint needs a new or empty folder")
     # Orbax copies what it writes; no more than 1 GB of it at once, or a port would hold two trees.
-    handlers = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=1), "metadata": ocp.JsonCheckpointHandler()}
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-        checkpointer.save(path, ocp.args.Composite(params=ocp.args.StandardSave(params),
-                                                   metadata=ocp.args.JsonSave(metadata)), force=True)
+        checkpointer.save(
+            path,
+            ocp.args.Composite(
+                params=ocp.args.StandardSave(params), metadata=ocp.args.JsonSave(metadata)
+            ),
+            force=True,
+        )
 
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
@@ -293,13 +353,19 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
 
 def _find(path: pathlib.Path) -> pathlib.Path | None:
     for folder in (path / "checkpoints", path):
-        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
+        steps = (
+            [p for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+            if folder.is_dir()
+            else []
+        )
         if steps:
             return max(steps, key=lambda p: int(p.name))
     return path if (path / "params").is_dir() else None
 
 
-def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool = True) -> tuple[Any, dict]:
+def restore_params(
+    path: str | pathlib.Path, shardings: Any = None, *, ema: bool = True
+) -> tuple[Any, dict]:
     """Reads the parameters of a parameter checkpoint, a training checkpoint or a workdir (its newest), nothing else.
 
     Args:
@@ -318,8 +384,13 @@ def restore_params(path: str | pathlib.Path, shardings: Any = None, *, ema: bool
         if shardings is None:
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
         else:
-            target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                                  tree, shardings)
+            target = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                tree,
+                shardings,
+            )
         args = {item: ocp.args.StandardRestore(target)}
         if (folder / "metadata").is_dir():
             args["metadata"] = ocp.args.JsonRestore()

@@ -1,4 +1,5 @@
 """Weight inheritance: a student takes everything but attention from a pretrained model (paper, guidelines 3 and 4)."""
+
 import dataclasses
 import json
 import pathlib
@@ -24,15 +25,23 @@ class MergeReport:
         def line(title, leaves):
             modules = sorted({path.rsplit("/", 1)[0] for path in leaves})
             return f"  {title:<12}{sum(leaves.values()):>13,} parameters: {', '.join(modules) or 'nothing'}"
-        return "\n".join(("inheritance", line("inherited", self.inherited), line("new", self.at_init),
-                          line("left behind", self.left_behind)))
+
+        return "\n".join(
+            (
+                "inheritance",
+                line("inherited", self.inherited),
+                line("new", self.at_init),
+                line("left behind", self.left_behind),
+            )
+        )
 
     def save(self, path: pathlib.Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
-def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
-                 keep_init: tuple[str, ...] = ()) -> tuple[Any, MergeReport]:
+def merge_params(
+    loaded: Any, init: Any, *, load: tuple[str, ...] = (), keep_init: tuple[str, ...] = ()
+) -> tuple[Any, MergeReport]:
     """Puts the leaves of `loaded` into the student's fresh parameters, strictly.
 
     Everything outside `blocks/attn` is taken and must match in name and shape; attention stays at init but for the parts
@@ -47,31 +56,44 @@ def merge_params(loaded: Any, init: Any, *, load: tuple[str, ...] = (),
     """
     plan, report = plan_merge(loaded, init, load=load, keep_init=keep_init)
     source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
-    merged = {path: _place([part and part.read(source) for part in plan[path]], leaf) if path in plan else leaf
-              for path, leaf in target.items()}
+    merged = {
+        path: _place([part and part.read(source) for part in plan[path]], leaf)
+        if path in plan
+        else leaf
+        for path, leaf in target.items()
+    }
     return unflatten_dict(merged, sep="/"), report
 
 
-def plan_merge(loaded: Any, init: Any, *, load: tuple[str, ...],
-               keep_init: tuple[str, ...]) -> tuple[dict[str, "list[Part | None]"], MergeReport]:
+def plan_merge(
+    loaded: Any, init: Any, *, load: tuple[str, ...], keep_init: tuple[str, ...]
+) -> tuple[dict[str, "list[Part | None]"], MergeReport]:
     """What `merge_params` would do, from shapes alone: the parts of each leaf that takes any, and the report."""
     source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
     unknown = [part for part in load if part not in PARTS]
     if unknown:
         raise ValueError(f"inherit.load names {', '.join(unknown)}; it may name {', '.join(PARTS)}")
     if "conv" in load and not any(path.startswith("blocks/attn/dwc/") for path in target):
-        raise ValueError(f"inherit.load names conv, but the student has no convolution: its attention is "
-                         f"{', '.join(sorted(p for p in target if p.startswith('blocks/attn/')))}")
+        raise ValueError(
+            f"inherit.load names conv, but the student has no convolution: its attention is "
+            f"{', '.join(sorted(p for p in target if p.startswith('blocks/attn/')))}"
+        )
     for kept in keep_init:
         if not any(_under(path, kept) for path in target):
-            raise ValueError(f"inherit.keep_init names {kept!r}, which is no parameter of the student; "
-                             f"its modules: {', '.join(sorted({p.rsplit('/', 1)[0] for p in target}))}")
+            raise ValueError(
+                f"inherit.keep_init names {kept!r}, which is no parameter of the student; "
+                f"its modules: {', '.join(sorted({p.rsplit('/', 1)[0] for p in target}))}"
+            )
 
     plan, inherited, at_init, used, problems = {}, {}, {}, set(), []
     for path, leaf in target.items():
         parts = []
         if not any(_under(path, kept) for kept in keep_init):
-            parts = _attention_parts(path, source, load) if path.startswith("blocks/attn/") else [Part(path)]
+            parts = (
+                _attention_parts(path, source, load)
+                if path.startswith("blocks/attn/")
+                else [Part(path)]
+            )
         if not any(parts):
             at_init[path] = leaf.size
             continue
@@ -83,7 +105,9 @@ def plan_merge(loaded: Any, init: Any, *, load: tuple[str, ...],
         wanted = (*leaf.shape[:-1], leaf.shape[-1] // len(parts))
         wrong = [shape for part in parts if part and (shape := part.shape(source)) != wanted]
         if wrong or not leaf.size:
-            problems.append(f"{path}: {wanted} in the student, {wrong[0] if wrong else 'empty'} in the source")
+            problems.append(
+                f"{path}: {wanted} in the student, {wrong[0] if wrong else 'empty'} in the source"
+            )
             continue
         plan[path] = parts
         taken = sum(part is not None for part in parts)
@@ -98,7 +122,9 @@ def plan_merge(loaded: Any, init: Any, *, load: tuple[str, ...],
         else:
             extra.append(f"{path} {tuple(source[path].shape)}: the student has no such parameter")
     if problems or extra:
-        raise ValueError("the student cannot inherit: " + "; ".join(sorted(problems) + sorted(extra)))
+        raise ValueError(
+            "the student cannot inherit: " + "; ".join(sorted(problems) + sorted(extra))
+        )
     return plan, MergeReport(inherited, at_init, left_behind)
 
 
@@ -124,7 +150,7 @@ class Part:
             return leaf  # still in its file
         leaf = np.asarray(leaf)
         width = leaf.shape[-1] // self.count
-        return leaf[..., self.index * width:(self.index + 1) * width]
+        return leaf[..., self.index * width : (self.index + 1) * width]
 
 
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
@@ -135,8 +161,11 @@ def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Par
     if f"blocks/attn/qkv/{leaf}" in source:  # a softmax source
         parts = {name: Part(f"blocks/attn/qkv/{leaf}", "qkv".index(name), 3) for name in "qkv"}
     else:
-        parts = {"q": Part(f"blocks/attn/q/{leaf}"), "k": Part(f"blocks/attn/kv/{leaf}", 0, 2),
-                 "v": Part(f"blocks/attn/kv/{leaf}", 1, 2)}
+        parts = {
+            "q": Part(f"blocks/attn/q/{leaf}"),
+            "k": Part(f"blocks/attn/kv/{leaf}", 0, 2),
+            "v": Part(f"blocks/attn/kv/{leaf}", 1, 2),
+        }
     return [parts[name] if name in load else None for name in module]  # module is q, kv or qkv
 
 
@@ -144,10 +173,15 @@ def _place(columns: list, leaf: jax.Array) -> jax.Array:
     """Joins the parts on the last axis, an absent one staying as in `leaf`, on the leaf's sharding and dtype."""
     if len(columns) == 1:
         whole = columns[0]
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(whole[index], leaf.dtype))
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: np.asarray(whole[index], leaf.dtype)
+        )
     width = leaf.shape[-1] // len(columns)
     for i, part in enumerate(columns):
         if part is not None:
-            update = jax.jit(lambda x, part, i=i: x.at[..., i * width:(i + 1) * width].set(part), out_shardings=leaf.sharding)
+            update = jax.jit(
+                lambda x, part, i=i: x.at[..., i * width : (i + 1) * width].set(part),
+                out_shardings=leaf.sharding,
+            )
             leaf = update(leaf, jnp.asarray(part, leaf.dtype))
     return leaf

@@ -1,4 +1,5 @@
 """The denoising loss of DiT and the hybrid distillation loss of LiT, each per sample and term by term."""
+
 import jax
 import jax.numpy as jnp
 
@@ -9,8 +10,14 @@ def _mean_square(x: jax.Array) -> jax.Array:
     return jnp.square(x).mean(axis=(1, 2, 3))
 
 
-def denoising_loss(diffusion: gd.Diffusion, model_output: jax.Array, x_start: jax.Array, x_t: jax.Array, t: jax.Array,
-                   noise: jax.Array) -> dict[str, jax.Array]:
+def denoising_loss(
+    diffusion: gd.Diffusion,
+    model_output: jax.Array,
+    x_start: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+) -> dict[str, jax.Array]:
     """L_simple and, when the model predicts a variance, L_vlb (unscaled, as in DiT).
 
     The bound trains the variance alone: the predicted noise enters it detached (Improved DDPM, section 3.1).
@@ -27,8 +34,15 @@ def denoising_loss(diffusion: gd.Diffusion, model_output: jax.Array, x_start: ja
     return terms
 
 
-def distillation_loss(diffusion: gd.Diffusion, student_output: jax.Array, teacher_output: jax.Array, t: jax.Array, *,
-                      in_channels: int, variance_target: str = "raw") -> dict[str, jax.Array]:
+def distillation_loss(
+    diffusion: gd.Diffusion,
+    student_output: jax.Array,
+    teacher_output: jax.Array,
+    t: jax.Array,
+    *,
+    in_channels: int,
+    variance_target: str = "raw",
+) -> dict[str, jax.Array]:
     """The terms of LiT's hybrid distillation, unweighted: mean squared distance to the teacher's noise and variance.
 
     Args:
@@ -39,9 +53,13 @@ def distillation_loss(diffusion: gd.Diffusion, student_output: jax.Array, teache
     Returns: {"kd_noise": (B,)} and, when there is a variance head, {"kd_variance": (B,)}.
     """
     if student_output.shape != teacher_output.shape:
-        raise ValueError(f"the student's output {student_output.shape} and the teacher's {teacher_output.shape} differ")
+        raise ValueError(
+            f"the student's output {student_output.shape} and the teacher's {teacher_output.shape} differ"
+        )
     if variance_target not in ("raw", "log_variance"):
-        raise ValueError(f"distill.variance_target must be raw or log_variance, got {variance_target!r}")
+        raise ValueError(
+            f"distill.variance_target must be raw or log_variance, got {variance_target!r}"
+        )
     C = in_channels
     teacher_output = jax.lax.stop_gradient(teacher_output)
     terms = {"kd_noise": _mean_square(student_output[..., :C] - teacher_output[..., :C])}

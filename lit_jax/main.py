@@ -1,7 +1,8 @@
 """Command line: flags, start-up, pick the job.
 
-    python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
+python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
 """
+
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -15,16 +16,33 @@ from ml_collections import config_flags
 from lit_jax import fields
 from lit_jax.runtime import cluster, exit_status, preemption
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, a Python file with get_config().", lock_config=True)
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "port", "prepare", "plan", "benchmark"],
-                         "The job.")
-RUN_BY_SEVERAL = ("train", "sample", "evaluate", "port", "prepare", "benchmark")  # jobs that several processes run together
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration, a Python file with get_config().", lock_config=True
+)
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "sample", "evaluate", "port", "prepare", "plan", "benchmark"],
+    "The job.",
+)
+RUN_BY_SEVERAL = (
+    "train",
+    "sample",
+    "evaluate",
+    "port",
+    "prepare",
+    "benchmark",
+)  # jobs that several processes run together
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given."
+)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; a field is set with --config.field=value")
+        raise ValueError(
+            f"unexpected argument {argv[1]!r}; a field is set with --config.field=value"
+        )
     if CONFIG.value is None:
         raise ValueError("--config=configs/NAME.py is missing")
     logging.set_verbosity(logging.INFO)
@@ -33,7 +51,6 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
     config = CONFIG.value
     import jax  # here: it takes seconds to load, a wrong flag has failed by now
-
 
     fields.check(config)
     if workdir.exists() and not workdir.is_dir():
@@ -47,8 +64,11 @@ def main(argv: list[str]) -> None:
     with exit_status.shared_fate(config.mesh.heartbeat):
         if MODE.value in RUN_BY_SEVERAL:
             shared = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
-            cluster.initialize(shared | json.loads(config.to_json_best_effort()), timeout=config.mesh.join_timeout,
-                                   heartbeat=config.mesh.heartbeat)
+            cluster.initialize(
+                shared | json.loads(config.to_json_best_effort()),
+                timeout=config.mesh.join_timeout,
+                heartbeat=config.mesh.heartbeat,
+            )
         job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
         with contextlib.nullcontext() if MODE.value == "train" else preemption.sigterm_stops():
             job.run(config, workdir)
@@ -60,7 +80,10 @@ def only_libtpu() -> bool:
     JAX, where it sees the chips of a TPU, sets jax_platforms itself. Where it does not, libtpu, which planning wants
     installed on any machine, would be started all the same and complain of the TPU that is not there.
     """
-    return not (importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins"))
+    return not (
+        importlib.util.find_spec("jax_plugins")
+        or importlib.metadata.entry_points(group="jax_plugins")
+    )
 
 
 def is_ours(record) -> bool:
@@ -82,7 +105,9 @@ def _one_line(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     # The text of a KeyError is the repr of what it was raised with.
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return " ".join(
+        str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()
+    )
 
 
 def _config_of(argv: list[str]) -> str:

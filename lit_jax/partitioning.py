@@ -2,6 +2,7 @@
 
 The mesh is that of jax.sharding.use_abstract_mesh around the trace (`sharding.on_mesh` sets it). Without one, nothing is done.
 """
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +30,15 @@ def split_rows(kernel: Callable, rows: tuple[Any, ...], whole: tuple[Any, ...] =
     if devices == 1:
         return kernel(*rows, *whole)
     if rows[0].shape[0] % devices:
-        raise ValueError(f"a fused kernel splits the batch over the mesh: {rows[0].shape[0]} rows are no multiple of its "
-                         f"{devices} devices")
+        raise ValueError(
+            f"a fused kernel splits the batch over the mesh: {rows[0].shape[0]} rows are no multiple of its "
+            f"{devices} devices"
+        )
     split, full = PartitionSpec(axes), PartitionSpec()
     in_specs = (split,) * len(rows) + (full,) * len(whole)
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=split, axis_names=set(axes), check_vma=False)(*rows, *whole)
+    return jax.shard_map(
+        kernel, in_specs=in_specs, out_specs=split, axis_names=set(axes), check_vma=False
+    )(*rows, *whole)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

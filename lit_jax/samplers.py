@@ -6,6 +6,7 @@ Every sampler here is one linear multistep rule. With x_start_s the model's esti
 
 so a sampler is a table of coefficients (`Grid`, NumPy float64) and all of them share one `lax.scan`.
 """
+
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,7 @@ class Grid:
         log_variance_bounds: (S, 2) least and largest log variance a learned variance moves between; None where the
             variance is not learned.
     """
+
     timesteps: np.ndarray
     alphas_cumprod: np.ndarray
     x_coef: np.ndarray
@@ -42,7 +44,9 @@ class Grid:
     log_variance_bounds: np.ndarray | None = None
 
 
-def space_timesteps(num_train: int, steps: int, spacing: str, *, skip_zero: bool = False) -> np.ndarray:
+def space_timesteps(
+    num_train: int, steps: int, spacing: str, *, skip_zero: bool = False
+) -> np.ndarray:
     """The training timesteps a sampler visits, most noise first.
 
     "respaced" is DiT's rule: a fractional stride from 0 to the last timestep, each value rounded. "leading",
@@ -55,7 +59,9 @@ def space_timesteps(num_train: int, steps: int, spacing: str, *, skip_zero: bool
     """
     points = steps + 1 if skip_zero and spacing in ("leading", "linspace") else steps
     if not 1 <= steps or points > num_train:
-        raise ValueError(f"{steps} sampling steps ({spacing}) do not fit a schedule of {num_train} timesteps")
+        raise ValueError(
+            f"{steps} sampling steps ({spacing}) do not fit a schedule of {num_train} timesteps"
+        )
     if spacing == "respaced":
         timesteps = diffusion_lib.respaced_timesteps(num_train, steps)
     elif spacing == "linspace":
@@ -65,8 +71,10 @@ def space_timesteps(num_train: int, steps: int, spacing: str, *, skip_zero: bool
     elif spacing == "trailing":
         timesteps = (num_train - np.arange(points) * (num_train / points)).round()[::-1] - 1
     else:
-        raise ValueError(f"unknown timestep spacing {spacing!r}: expected respaced, leading, trailing or linspace")
-    return timesteps[points - steps:][::-1].astype(np.int32)
+        raise ValueError(
+            f"unknown timestep spacing {spacing!r}: expected respaced, leading, trailing or linspace"
+        )
+    return timesteps[points - steps :][::-1].astype(np.int32)
 
 
 def _ddpm_coefs(diffusion, variance):
@@ -75,14 +83,21 @@ def _ddpm_coefs(diffusion, variance):
     lower = diffusion.posterior_log_variance_clipped
     log_variance = lower if variance == "fixed_small" else np.append(lower[0], upper[1:])
     bounds = np.stack([lower, upper], axis=1)[::-1] if variance == "learned_range" else None
-    return (diffusion.posterior_mean_coef2[::-1], diffusion.posterior_mean_coef1[::-1, None],
-            np.exp(0.5 * log_variance)[::-1].copy(), bounds)
+    return (
+        diffusion.posterior_mean_coef2[::-1],
+        diffusion.posterior_mean_coef1[::-1, None],
+        np.exp(0.5 * log_variance)[::-1].copy(),
+        bounds,
+    )
 
 
 def _ddim_coefs(alphas_cumprod, next_alphas_cumprod, eta):
     """arXiv 2010.02502 (12) and (16), with eps = (x - sqrt(alphas_cumprod) x_start) / sqrt(1 - alphas_cumprod)."""
-    noise_scale = (eta * np.sqrt((1.0 - next_alphas_cumprod) / (1.0 - alphas_cumprod))
-                   * np.sqrt(1.0 - alphas_cumprod / next_alphas_cumprod))
+    noise_scale = (
+        eta
+        * np.sqrt((1.0 - next_alphas_cumprod) / (1.0 - alphas_cumprod))
+        * np.sqrt(1.0 - alphas_cumprod / next_alphas_cumprod)
+    )
     x_coef = np.sqrt((1.0 - next_alphas_cumprod - noise_scale**2) / (1.0 - alphas_cumprod))
     x_start_coef = np.sqrt(next_alphas_cumprod) - x_coef * np.sqrt(alphas_cumprod)
     return x_coef, x_start_coef[:, None], noise_scale
@@ -123,9 +138,17 @@ def _dpm_solver_coefs(alphas_cumprod, next_alphas_cumprod, order):
     return x_coef, x_start_coefs
 
 
-def make_grid(diffusion: diffusion_lib.Diffusion, sampler: str, steps: int, *, spacing: str | None = None,
-              timesteps: np.ndarray | None = None, variance: str = "learned_range", eta: float = 0.0,
-              order: int = 2) -> Grid:
+def make_grid(
+    diffusion: diffusion_lib.Diffusion,
+    sampler: str,
+    steps: int,
+    *,
+    spacing: str | None = None,
+    timesteps: np.ndarray | None = None,
+    variance: str = "learned_range",
+    eta: float = 0.0,
+    order: int = 2,
+) -> Grid:
     """Builds the table of a sampler from the training schedule.
 
     Args:
@@ -149,14 +172,24 @@ def make_grid(diffusion: diffusion_lib.Diffusion, sampler: str, steps: int, *, s
         raise ValueError(f"DDIM's eta is between 0 and 1, got {eta}")
     num_train = diffusion.num_steps
     if timesteps is None:
-        timesteps = space_timesteps(num_train, steps, spacing or DEFAULT_SPACING[sampler],
-                                    skip_zero=sampler == "dpm++")
+        timesteps = space_timesteps(
+            num_train, steps, spacing or DEFAULT_SPACING[sampler], skip_zero=sampler == "dpm++"
+        )
     timesteps = np.asarray(timesteps, np.int32)
     # JAX would clamp an index outside the schedule without a word.
-    if len(timesteps) != steps or timesteps.min() < 0 or timesteps.max() >= num_train or (np.diff(timesteps) >= 0).any():
-        raise ValueError(f"expected {steps} decreasing timesteps in [0, {num_train - 1}], got {timesteps.tolist()}")
+    if (
+        len(timesteps) != steps
+        or timesteps.min() < 0
+        or timesteps.max() >= num_train
+        or (np.diff(timesteps) >= 0).any()
+    ):
+        raise ValueError(
+            f"expected {steps} decreasing timesteps in [0, {num_train - 1}], got {timesteps.tolist()}"
+        )
     alphas_cumprod = diffusion.alphas_cumprod[timesteps]
-    next_alphas_cumprod = np.append(alphas_cumprod[1:], 1.0)   # every sampler ends on the clean image
+    next_alphas_cumprod = np.append(
+        alphas_cumprod[1:], 1.0
+    )  # every sampler ends on the clean image
 
     bounds, noise_scale = None, np.zeros(steps)
     if sampler == "ddpm":
@@ -177,11 +210,20 @@ def check_guidance(cfg_channels: str, cfg_interval: Sequence[float]) -> None:
     if cfg_channels not in ("3", "all"):
         raise ValueError(f"cfg_channels is '3' or 'all', got {cfg_channels!r}")
     if len(cfg_interval) != 2 or not cfg_interval[0] <= cfg_interval[1]:
-        raise ValueError(f"cfg_interval is two timesteps, the lower one first, got {tuple(cfg_interval)}")
+        raise ValueError(
+            f"cfg_interval is two timesteps, the lower one first, got {tuple(cfg_interval)}"
+        )
 
 
-def guide(model_fn: Callable, x: jax.Array, t: jax.Array, y: jax.Array, null_label: int, cfg_scale: float,
-          cfg_channels: str) -> jax.Array:
+def guide(
+    model_fn: Callable,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array,
+    null_label: int,
+    cfg_scale: float,
+    cfg_channels: str,
+) -> jax.Array:
     """Classifier-free guidance, conditional and unconditional in one batch; arXiv 2207.12598.
 
     eps = eps_uncond + cfg_scale (eps_cond - eps_uncond) on the guided channels; every other channel, the predicted
@@ -209,13 +251,25 @@ def step_noise(rng_keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...
 
     Step 0 is the noise that sampling starts from; sampling step s (from 0) adds the noise of step s + 1.
     """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32))(rng_keys)
+    return jax.vmap(
+        lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
+    )(rng_keys)
 
 
-def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, grid: Grid, labels: jax.Array,
-           null_label: int, cfg_scale: float = 1.0, cfg_channels: str = "3",
-           cfg_interval: tuple[float, float] = (-np.inf, np.inf), clip_denoised: bool = False,
-           noise: jax.Array | None = None) -> jax.Array:
+def sample(
+    model_fn: Callable,
+    rng_keys: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    grid: Grid,
+    labels: jax.Array,
+    null_label: int,
+    cfg_scale: float = 1.0,
+    cfg_channels: str = "3",
+    cfg_interval: tuple[float, float] = (-np.inf, np.inf),
+    clip_denoised: bool = False,
+    noise: jax.Array | None = None,
+) -> jax.Array:
     """Draws images; a pure function of its arguments, to be called under jit.
 
     The image is float32 from first to last, whatever type the model works in.
@@ -249,7 +303,7 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         return guide(model_fn, x, t, labels, null_label, cfg_scale, cfg_channels)
 
     def step(carry, table):
-        x, past_x_starts = carry                                   # (B, h, w, C), (order - 1, B, h, w, C)
+        x, past_x_starts = carry  # (B, h, w, C), (order - 1, B, h, w, C)
         t = jnp.full((B,), table["timestep"])
         if is_guided.all() or not is_guided.any():
             out = guided(x, t) if is_guided.all() else plain(x, t)
@@ -260,14 +314,20 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         if clip_denoised:
             x_start = jnp.clip(x_start, -1.0, 1.0)
         x_starts = jnp.concatenate([x_start[None], past_x_starts])  # (order, B, h, w, C)
-        x = table["x_coef"] * x + jnp.einsum("j,jbhwc->bhwc", table["x_start_coefs"], x_starts, precision="highest")
+        x = table["x_coef"] * x + jnp.einsum(
+            "j,jbhwc->bhwc", table["x_start_coefs"], x_starts, precision="highest"
+        )
         if grid.log_variance_bounds is not None:
             if out.shape[-1] != 2 * C:
-                raise ValueError(f"a learned variance needs {2 * C} output channels for {C} input channels, "
-                                 f"the model has {out.shape[-1]}")
+                raise ValueError(
+                    f"a learned variance needs {2 * C} output channels for {C} input channels, "
+                    f"the model has {out.shape[-1]}"
+                )
             min_log, max_log = table["log_variance_bounds"]
-            fraction = (out[..., C:] + 1.0) / 2.0                   # v in [-1, 1] -> share of the upper bound
-            noise_scale = jnp.exp(0.5 * (min_log + fraction * (max_log - min_log))) * table["is_not_last"]
+            fraction = (out[..., C:] + 1.0) / 2.0  # v in [-1, 1] -> share of the upper bound
+            noise_scale = (
+                jnp.exp(0.5 * (min_log + fraction * (max_log - min_log))) * table["is_not_last"]
+            )
         else:
             noise_scale = table["noise_scale"]
         if needs_noise:
@@ -275,15 +335,22 @@ def sample(model_fn: Callable, rng_keys: jax.Array, shape: tuple[int, ...], *, g
         return (x, x_starts[:-1]), None
 
     table = {
-        "step": np.arange(steps, dtype=np.int32), "timestep": grid.timesteps, "is_guided": is_guided,
+        "step": np.arange(steps, dtype=np.int32),
+        "timestep": grid.timesteps,
+        "is_guided": is_guided,
         "x_start_from_x": np.sqrt(1.0 / grid.alphas_cumprod),
         "x_start_from_eps": np.sqrt(1.0 / grid.alphas_cumprod - 1.0),
-        "x_coef": grid.x_coef, "x_start_coefs": grid.x_start_coefs, "noise_scale": grid.noise_scale,
+        "x_coef": grid.x_coef,
+        "x_start_coefs": grid.x_start_coefs,
+        "noise_scale": grid.noise_scale,
         "is_not_last": np.arange(steps) < steps - 1,
     }
     if grid.log_variance_bounds is not None:
         table["log_variance_bounds"] = grid.log_variance_bounds
-    table = {k: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else v.dtype) for k, v in table.items()}
+    table = {
+        k: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else v.dtype)
+        for k, v in table.items()
+    }
     x = step_noise(rng_keys, 0, shape) if noise is None else jnp.asarray(noise, jnp.float32)
     (x, _), _ = jax.lax.scan(step, (x, jnp.zeros((order - 1, *x.shape), jnp.float32)), table)
     return x

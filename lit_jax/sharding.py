@@ -1,4 +1,5 @@
 """The mesh ("data", "fsdp"), the FSDP rule that reads shardings off shapes, and the batch's sharding."""
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +26,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = 
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = count // known if known else 0
     if min(shape) < 1 or int(np.prod(shape)) != count:
-        raise ValueError(f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices")
+        raise ValueError(
+            f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices"
+        )
     data, fsdp = shape
     if data % slices:
-        raise ValueError(f"mesh.data = {data} is not a multiple of the {slices} slices that the {count} devices are in")
+        raise ValueError(
+            f"mesh.data = {data} is not a multiple of the {slices} slices that the {count} devices are in"
+        )
     # On a TPU torus a size that is no product of whole axes of the slice takes a part of one.
     how = dict(devices=devices, allow_split_physical_axes=True)
-    grid = (mesh_utils.create_device_mesh((data, fsdp), **how) if slices == 1 else
-            mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), **how))
+    grid = (
+        mesh_utils.create_device_mesh((data, fsdp), **how)
+        if slices == 1
+        else mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), **how)
+    )
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -72,6 +80,7 @@ def fsdp_sharding(shapes: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
 
 def on_mesh(fn: Callable, mesh: Mesh) -> Callable:
     """`fn` traced with `mesh` in its context, for what the partitioner has to be told: partitioning.py."""
+
     @functools.wraps(fn)
     def traced(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -85,12 +94,21 @@ def map_rows(function: Callable, mesh: Mesh) -> Callable:
 
     So a loop over rows inside, which bounds memory, is a loop of each device.
     """
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), BATCH_SPEC), out_specs=BATCH_SPEC,
-                                 check_vma=False))
+    return jax.jit(
+        jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), BATCH_SPEC),
+            out_specs=BATCH_SPEC,
+            check_vma=False,
+        )
+    )
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
     """Raises ValueError unless the devices of the mesh divide the batch, and there is one."""
     if batch_size < 1 or batch_size % mesh.size:
-        raise ValueError(f"{field} = {batch_size} is not a multiple of the {mesh.size} devices of the mesh "
-                         f"{dict(mesh.shape)}")
+        raise ValueError(
+            f"{field} = {batch_size} is not a multiple of the {mesh.size} devices of the mesh "
+            f"{dict(mesh.shape)}"
+        )

@@ -1,4 +1,5 @@
 """The real command line, run in this process, and a teacher for it: a torch model with random weights everywhere."""
+
 import pathlib
 import sys
 
@@ -17,7 +18,7 @@ def run(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", ["lit_jax.main", *map(str, arguments)])
-    with flagsaver.flagsaver():     # overrides define flags of their own; they go with the run
+    with flagsaver.flagsaver():  # overrides define flags of their own; they go with the run
         flags.FLAGS.unparse_flags()
         try:
             main.run()
@@ -30,13 +31,24 @@ def run(monkeypatch, *arguments):
 
 def debug_arguments(folder, teacher, *overrides):
     """configs/debug.py with its data under `folder` and its workdir `folder`/run."""
-    return ["--config=configs/debug.py", f"--workdir={folder / 'run'}", f"--config.data.dir={folder / 'data'}",
-            f"--config.teacher.checkpoint={teacher}", "--config.teacher.num_heads=2", *overrides]
+    return [
+        "--config=configs/debug.py",
+        f"--workdir={folder / 'run'}",
+        f"--config.data.dir={folder / 'data'}",
+        f"--config.teacher.checkpoint={teacher}",
+        "--config.teacher.num_heads=2",
+        *overrides,
+    ]
 
 
 def write_teacher(path, seed=0, **change):
     """A softmax DiT of configs/debug.py's size in the official key layout; returns the torch model."""
-    fields = dict(depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, num_classes=10, grid=(7, 7)) | change
+    fields = (
+        dict(
+            depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, num_classes=10, grid=(7, 7)
+        )
+        | change
+    )
     model = torch_dit.randomise_(torch_dit.DiT(**fields), seed)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     return model

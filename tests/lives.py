@@ -2,6 +2,7 @@
 
 Loading JAX and the data libraries takes far longer than the run, so a server loads them once and forks each life.
 """
+
 import contextlib
 import json
 import os
@@ -17,9 +18,16 @@ from lit_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 # Softmax attention and a compiler that does not try hard: these tests are about what surrounds the step.
-TINY = ("--config=configs/debug.py", "--config.student.init=random", "--config.report.num_images=0",
-        "--config.model.attention=softmax", "--config.train.preview_every=0", "--config.train.batch_size=8",
-        "--config.data.prefetch=2", "--config.checkpoint.keep=2")
+TINY = (
+    "--config=configs/debug.py",
+    "--config.student.init=random",
+    "--config.report.num_images=0",
+    "--config.model.attention=softmax",
+    "--config.train.preview_every=0",
+    "--config.train.batch_size=8",
+    "--config.data.prefetch=2",
+    "--config.checkpoint.keep=2",
+)
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -28,10 +36,22 @@ class Server:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        environ = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=XLA_FLAGS, OMP_NUM_THREADS="1",
-                       JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, cwd=REPOSITORY, env=environ | {"PYTHONPATH": str(REPOSITORY)})
+        environ = dict(
+            os.environ,
+            JAX_PLATFORMS="cpu",
+            XLA_FLAGS=XLA_FLAGS,
+            OMP_NUM_THREADS="1",
+            JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environ | {"PYTHONPATH": str(REPOSITORY)},
+        )
         self._count = 0
 
     def _ask(self, **request):
@@ -39,14 +59,31 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, workdir: pathlib.Path, *overrides: str, batches: int = -1,
-              environ: dict[str, str] | None = None) -> "Life":
+    def start(
+        self,
+        workdir: pathlib.Path,
+        *overrides: str,
+        batches: int = -1,
+        environ: dict[str, str] | None = None,
+    ) -> "Life":
         """Starts a life; it stands still once it has taken `batches`, so that a kill finds it there or earlier."""
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"life_{self._count}.log"
-        argv = ["main", *TINY, f"--workdir={workdir}", f"--config.data.dir={self.folder / 'data'}", *overrides]
-        pid = self._ask(argv=argv, log=str(log), ids=str(log.with_suffix(".ids")), batches=batches, environ=environ or {})
+        argv = [
+            "main",
+            *TINY,
+            f"--workdir={workdir}",
+            f"--config.data.dir={self.folder / 'data'}",
+            *overrides,
+        ]
+        pid = self._ask(
+            argv=argv,
+            log=str(log),
+            ids=str(log.with_suffix(".ids")),
+            batches=batches,
+            environ=environ or {},
+        )
         return Life(self, pid, log)
 
     def wait(self, pid: int) -> int:
@@ -58,15 +95,25 @@ class Server:
         assert life.wait() == 0, life.text()
         return life
 
-    def run_together(self, workdir: pathlib.Path, count: int, *overrides: str, each: tuple[str, ...] = (),
-                     present: int = 0) -> list["Life"]:
+    def run_together(
+        self,
+        workdir: pathlib.Path,
+        count: int,
+        *overrides: str,
+        each: tuple[str, ...] = (),
+        present: int = 0,
+    ) -> list["Life"]:
         """Starts the `count` processes of one run, or only the first `present`; `each`: an override for each process."""
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-        return [self.start(workdir, *overrides, *each[i:i + 1], environ=environ | {"JAX_PROCESS_ID": str(i)})
-                for i in range(present or count)]
+        return [
+            self.start(
+                workdir, *overrides, *each[i : i + 1], environ=environ | {"JAX_PROCESS_ID": str(i)}
+            )
+            for i in range(present or count)
+        ]
 
     def close(self):
         self._process.stdin.close()
@@ -111,11 +158,16 @@ def losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timed = ("train/images_per_second", "train/data_wait", "train/seconds_left", "train/mfu")
     assert len({line["step"] for line in lines}) == len(lines)
-    return {line.pop("step"): {name: value for name, value in line.items() if name not in timed} for line in lines}
+    return {
+        line.pop("step"): {name: value for name, value in line.items() if name not in timed}
+        for line in lines
+    }
 
 
 def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
-    return json.loads((workdir / "checkpoints" / str(step) / "metadata" / "metadata").read_text())["fingerprints"]
+    return json.loads((workdir / "checkpoints" / str(step) / "metadata" / "metadata").read_text())[
+        "fingerprints"
+    ]
 
 
 def record_ids(path: str, batches: int) -> None:
@@ -129,7 +181,10 @@ def record_ids(path: str, batches: int) -> None:
             time.sleep(0.05)
         left[0] -= 1
         batch = hand_out(self)
-        rows = {shard.index[0].start or 0: shard.data.tolist() for shard in batch["index"].addressable_shards}
+        rows = {
+            shard.index[0].start or 0: shard.data.tolist()
+            for shard in batch["index"].addressable_shards
+        }
         with open(path, "a") as file:
             file.write(json.dumps(sum((rows[start] for start in sorted(rows)), [])) + "\n")
         return batch

@@ -1,4 +1,5 @@
 """Slow, obvious references in NumPy float64, and the one comparison helper of the suite."""
+
 import numpy as np
 
 _UNIT = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-52}
@@ -10,15 +11,21 @@ def assert_close(actual, expected, *, reduction=1, dtype="float32", factor=8.0, 
     `reduction` is the length of the longest sum behind one element: rounding errors of a sum grow with its root.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
-    assert np.isfinite(actual).all(), f"{what}: {np.size(actual) - np.isfinite(actual).sum()} elements are not finite"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {actual.shape}, expected {expected.shape}"
+    )
+    assert np.isfinite(actual).all(), (
+        f"{what}: {np.size(actual) - np.isfinite(actual).sum()} elements are not finite"
+    )
     scale = np.max(np.abs(expected), initial=0.0)
     bound = factor * _UNIT[dtype] * np.sqrt(reduction) * max(scale, 1e-30)
     error = np.abs(actual - expected)
     if error.size and error.max() > bound:
         worst = np.unravel_index(error.argmax(), error.shape)
-        raise AssertionError(f"{what}: at {tuple(map(int, worst))} got {actual[worst]:.9g}, expected {expected[worst]:.9g}; "
-                             f"error {error.max():.3g} > {bound:.3g} ({dtype}, reduction {reduction}, factor {factor})")
+        raise AssertionError(
+            f"{what}: at {tuple(map(int, worst))} got {actual[worst]:.9g}, expected {expected[worst]:.9g}; "
+            f"error {error.max():.3g} > {bound:.3g} ({dtype}, reduction {reduction}, factor {factor})"
+        )
 
 
 def linear_schedule(num_steps=1000):
@@ -35,8 +42,13 @@ def posterior(x_start, x_t, t, betas, alphas_cumprod):
     """Mean and variance of q(x_{t-1} | x_t, x_start) of one sample, by Bayes' rule on two Gaussians; t = 0 is a point."""
     if t == 0:
         return np.array(x_start, np.float64), 0.0
-    likelihood, prior = (1.0 - betas[t]) / betas[t], 1.0 / (1.0 - alphas_cumprod[t - 1])  # precisions
-    mean = (np.sqrt(1.0 - betas[t]) / betas[t] * x_t + np.sqrt(alphas_cumprod[t - 1]) * prior * x_start)
+    likelihood, prior = (
+        (1.0 - betas[t]) / betas[t],
+        1.0 / (1.0 - alphas_cumprod[t - 1]),
+    )  # precisions
+    mean = (
+        np.sqrt(1.0 - betas[t]) / betas[t] * x_t + np.sqrt(alphas_cumprod[t - 1]) * prior * x_start
+    )
     return mean / (likelihood + prior), 1.0 / (likelihood + prior)
 
 
@@ -54,6 +66,7 @@ def learned_log_variance(v, t, betas, alphas_cumprod):
 
 def discretized_log_likelihood(x, mean, log_scale):
     """log-probability of the level x (scalar, one of 256 in [-1, 1]); the CDF is DiT's tanh approximation."""
+
     def cdf(z):
         return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
 
@@ -71,10 +84,16 @@ def variational_bound(output, x_start, x_t, t, betas, alphas_cumprod):
     mean, _ = posterior(predicted, x_t, t, betas, alphas_cumprod)
     log_variance = learned_log_variance(v, t, betas, alphas_cumprod)
     if t == 0:
-        nats = [-discretized_log_likelihood(*args)
-                for args in zip(x_start.ravel(), mean.ravel(), 0.5 * log_variance.ravel(), strict=True)]
+        nats = [
+            -discretized_log_likelihood(*args)
+            for args in zip(x_start.ravel(), mean.ravel(), 0.5 * log_variance.ravel(), strict=True)
+        ]
         return np.mean(nats) / np.log(2.0)
     true_mean, true_variance = posterior(x_start, x_t, t, betas, alphas_cumprod)
     variance = np.exp(log_variance)
-    nats = 0.5 * (np.log(variance / true_variance) + (true_variance + (true_mean - mean) ** 2) / variance - 1.0)
+    nats = 0.5 * (
+        np.log(variance / true_variance)
+        + (true_variance + (true_mean - mean) ** 2) / variance
+        - 1.0
+    )
     return nats.mean() / np.log(2.0)

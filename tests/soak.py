@@ -1,7 +1,8 @@
 """Kills a training run again and again at random moments and compares its end, bit by bit, with a run that nobody disturbed.
 
-    python tests/soak.py [KILLS] [SEED]         (100 and 0 if not given; a few seconds a kill on one core)
+python tests/soak.py [KILLS] [SEED]         (100 and 0 if not given; a few seconds a kill on one core)
 """
+
 import pathlib
 import random
 import shutil
@@ -17,32 +18,44 @@ def soak(kills: int, seed: int) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
     server, draw = lives.Server(folder), random.Random(seed)
     steps = 6 * kills
-    rhythm = (f"--config.train.steps={steps}", "--config.train.log_every=7", "--config.checkpoint.every=3")
+    rhythm = (
+        f"--config.train.steps={steps}",
+        "--config.train.log_every=7",
+        "--config.checkpoint.every=3",
+    )
     expected, workdir = folder / "undisturbed", folder / "killed"
     ids, started = server.run(expected, *rhythm).ids(), time.monotonic()
     during_save = 0
     for kill in range(kills):
         batches = draw.randint(0, 8)
         life = server.start(workdir, *rhythm, batches=batches + draw.randint(0, 3))
-        if draw.random() < 0.8:     # the others die while they start
+        if draw.random() < 0.8:  # the others die while they start
             life.wait_for_batches(batches)
         time.sleep(draw.uniform(0.0, 1.0))
         life.kill(signal.SIGKILL)
         assert life.wait() == -signal.SIGKILL, life.text()
         during_save += any(not path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
         taken, first = life.ids(), life.first_step()
-        assert taken == ids[first:][:len(taken)], f"kill {kill}: other images than the undisturbed run saw from step {first}"
-        sys.stdout.write(f"\rkill {kill + 1} of {kills}: went on from step {first}, took {len(taken)} batches ")
+        assert taken == ids[first:][: len(taken)], (
+            f"kill {kill}: other images than the undisturbed run saw from step {first}"
+        )
+        sys.stdout.write(
+            f"\rkill {kill + 1} of {kills}: went on from step {first}, took {len(taken)} batches "
+        )
         sys.stdout.flush()
     life = server.run(workdir, *rhythm)
     assert lives.losses(workdir) == lives.losses(expected), "other losses"
-    assert lives.fingerprints(workdir, steps) == lives.fingerprints(expected, steps), "other parameters"
+    assert lives.fingerprints(workdir, steps) == lives.fingerprints(expected, steps), (
+        "other parameters"
+    )
     server.close()
-    sys.stdout.write(f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
-                     f"{life.first_step()} of {steps}: same ids, losses, parameters, EMA and optimizer state, every bit; "
-                     f"{time.monotonic() - started:.0f} s\n")
+    sys.stdout.write(
+        f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
+        f"{life.first_step()} of {steps}: same ids, losses, parameters, EMA and optimizer state, every bit; "
+        f"{time.monotonic() - started:.0f} s\n"
+    )
     shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    soak(*(int(argument) for argument in (sys.argv[1:] + ["100", "0"][len(sys.argv) - 1:])))
+    soak(*(int(argument) for argument in (sys.argv[1:] + ["100", "0"][len(sys.argv) - 1 :])))

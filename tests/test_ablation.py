@@ -1,4 +1,5 @@
 """The paper's ablation path: every file is the one before it and the change that its name says."""
+
 import importlib
 import pathlib
 
@@ -12,16 +13,28 @@ from lit_jax.train_step import init_params
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "ablation"
 INIT = "workdir/imagenet256_dit_s/checkpoints"
 PATH = [  # config, the one that it is compared with, what differs
-    ("scratch", "imagenet256_dit_s", {"model.attention": "linear", "model.num_heads": 6, "model.conv_size": 0}),
+    (
+        "scratch",
+        "imagenet256_dit_s",
+        {"model.attention": "linear", "model.num_heads": 6, "model.conv_size": 0},
+    ),
     ("conv", "scratch", {"model.conv_size": 5}),
     ("few_heads", "conv", {"model.num_heads": 2}),
     ("inherit_200k", "few_heads", {"student.init": f"{INIT}/200000"}),
     ("inherit_400k", "inherit_200k", {"student.init": f"{INIT}/400000"}),
     ("inherit_600k", "inherit_400k", {"student.init": f"{INIT}/600000"}),
     ("inherit_800k", "inherit_600k", {"student.init": f"{INIT}/800000"}),
-    ("noise_kd", "inherit_800k", {"teacher.checkpoint": "DiT-XL-2-256x256.pt", "teacher.size": "XL",
-                                  "distill.variance_weight": 0.0}),
-    ("variance_kd", "noise_kd", {"distill.variance_weight": 0.05})]
+    (
+        "noise_kd",
+        "inherit_800k",
+        {
+            "teacher.checkpoint": "DiT-XL-2-256x256.pt",
+            "teacher.size": "XL",
+            "distill.variance_weight": 0.0,
+        },
+    ),
+    ("variance_kd", "noise_kd", {"distill.variance_weight": 0.05}),
+]
 
 
 def load(name):
@@ -33,7 +46,11 @@ def leaves(config, prefix=""):
     found = {}
     for name in config:
         value = config[name]
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
+        found |= (
+            leaves(value, f"{prefix}{name}.")
+            if isinstance(value, ConfigDict)
+            else {prefix + name: value}
+        )
     return found
 
 
@@ -49,8 +66,13 @@ def test_a_step_changes_what_it_says(name, before, change):
     assert differing == {field: value for field, value in change.items() if old[field] != value}
     assert {field: config[field] for field in change} == change
     assert f"--config=configs/ablation/{name}.py" in load(name).__doc__
-    budget = {"train.steps": 400_000, "train.batch_size": 256, "sample.cfg_scale": 1.0, "model.size": "S",
-              "autoencoder.checkpoint": "sd-vae-ft-mse"}
+    budget = {
+        "train.steps": 400_000,
+        "train.batch_size": 256,
+        "sample.cfg_scale": 1.0,
+        "model.size": "S",
+        "autoencoder.checkpoint": "sd-vae-ft-mse",
+    }
     assert {field: config[field] for field in budget} == budget
 
 

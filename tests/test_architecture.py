@@ -18,7 +18,16 @@ FLOORS = (
     ("main",),
     ("jobs",),
     ("experiment", "fields"),
-    ("data", "porting", "evaluation", "sampling", "train_step", "checkpoint", "inherit", "pictures"),
+    (
+        "data",
+        "porting",
+        "evaluation",
+        "sampling",
+        "train_step",
+        "checkpoint",
+        "inherit",
+        "pictures",
+    ),
     ("models", "samplers", "losses"),
     ("kernels", "diffusion", "conditions", "partitioning", "sharding", "runtime", "costs"),
 )

@@ -1,4 +1,5 @@
 """Checkpoints: what is kept, what is restored and onto which devices, and what damaged or foreign ones lead to."""
+
 import json
 import logging
 import pathlib
@@ -16,7 +17,9 @@ from lit_jax.models.dit import DiT
 from lit_jax.train_step import TrainState, state_shapes
 
 SIZE = 8
-MODEL = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear")
+MODEL = DiT(
+    depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear"
+)
 OPTIMIZER = optax.adamw(1e-3)
 FIELDS = {"train.batch_size": 8}
 
@@ -24,7 +27,9 @@ FIELDS = {"train.batch_size": 8}
 def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
     """A state with random numbers in every leaf, on a mesh."""
     shapes = state_shapes(model, optimizer, SIZE)
-    shardings = sharding.fsdp_sharding(shapes, sharding.make_mesh(data, fsdp, devices=jax.devices()[:data * fsdp]), min_size=64)
+    shardings = sharding.fsdp_sharding(
+        shapes, sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp]), min_size=64
+    )
     rng = np.random.default_rng(seed)
 
     def draw(leaf, where):
@@ -36,7 +41,9 @@ def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):
 
 
 def shapes_of(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state).items()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    ).items()
 
 
 def open_run(folder, **options):
@@ -47,13 +54,22 @@ def save_run(folder, states, **options):
     """Saves {step: state} in order; the data state names the step."""
     run = open_run(folder, **options)
     for number, state in states.items():
-        run.save(number, state.items(), data={"read": number}, metadata={"name": f"step {number}", "fields": FIELDS})
+        run.save(
+            number,
+            state.items(),
+            data={"read": number},
+            metadata={"name": f"step {number}", "fields": FIELDS},
+        )
     run.wait()
     run.close()
 
 
 def assert_same(restored, state):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(TrainState.from_items(restored)), jax.device_get(state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(TrainState.from_items(restored)),
+        jax.device_get(state),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +99,11 @@ def test_the_newest_is_restored_bit_for_bit(saved, states):
     number, items, data, metadata = run.restore(shapes_of(states[6]))
     assert (number, data, metadata["name"]) == (6, {"read": 6}, "step 6")
     assert_same(items, states[6])
-    jax.tree.map(lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b.sharding else None,
-                 items["params"], states[6].params)
+    jax.tree.map(
+        lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b.sharding else None,
+        items["params"],
+        states[6].params,
+    )
     run.close()
 
 
@@ -113,7 +132,7 @@ def test_saving_copies_before_it_returns(tmp_path):
     state, run = make_state(seed=9), open_run(tmp_path)
     kept = jax.device_get(state)
     run.save(1, state.items(), data={}, metadata={})
-    jax.tree.map(lambda x: x.delete(), state)       # as the next step does, which donates the state
+    jax.tree.map(lambda x: x.delete(), state)  # as the next step does, which donates the state
     run.wait()
     _, items, _, _ = run.restore(shapes_of(make_state()))
     assert_same(items, kept)
@@ -122,10 +141,11 @@ def test_saving_copies_before_it_returns(tmp_path):
 
 # Damage. --------------------------------------------------------------------------------------------------------------
 
+
 def spoil(item):
     """Cuts every file of array data of one saved item in half."""
     for path in item.rglob("d/*"):
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def damage(folder, how):
@@ -135,7 +155,7 @@ def damage(folder, how):
         shutil.rmtree(folder / "ema_params")
     elif how == "metadata garbled":
         (folder / "params" / "_METADATA").write_text("{")
-    else:       # a file of JSON, and what becomes of its text
+    else:  # a file of JSON, and what becomes of its text
         item, change = how
         path = folder / item / "metadata"
         before = path.read_text()
@@ -155,11 +175,16 @@ JSON_DAMAGE = {
     "metadata a list": ("metadata", lambda text: "[]"),
     "metadata empty": ("metadata", lambda text: "{}"),
     "a field changed": ("metadata", lambda text: text.replace(": 8", ": 9")),
-    "checksum changed": ("metadata", lambda text: text[:-3] + ('0"}' if text[-3] != "0" else '1"}')),
+    "checksum changed": (
+        "metadata",
+        lambda text: text[:-3] + ('0"}' if text[-3] != "0" else '1"}'),
+    ),
 }
 
 
-@pytest.mark.parametrize("how", ["array data cut short", "item missing", "metadata garbled", *JSON_DAMAGE])
+@pytest.mark.parametrize(
+    "how", ["array data cut short", "item missing", "metadata garbled", *JSON_DAMAGE]
+)
 def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states, how, caplog):
     damage(copy / "6", JSON_DAMAGE.get(how, how))
     run = open_run(copy)
@@ -167,10 +192,12 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states
         number, items, data, _ = run.restore(shapes_of(states[4]), FIELDS)
     assert (number, data) == (4, {"read": 4})
     assert_same(items, states[4])
-    warnings = [record.getMessage() for record in caplog.records if "is damaged and" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "is damaged and" in record.getMessage()
+    ]
     assert len(warnings) == 1 and str(copy / "6") in warnings[0]
     assert folders(copy) == ["2", "4", "6.damaged"]
-    run.save(6, states[6].items(), data={}, metadata={})    # the step is free again
+    run.save(6, states[6].items(), data={}, metadata={})  # the step is free again
     run.wait()
     assert run.latest_step() == 6
     run.close()
@@ -179,9 +206,12 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states
 def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, states):
     for number in (2, 4, 6):
         damage(copy / str(number), "item missing")
-    for _ in range(2):      # the same command again finds only what the first has set aside
+    for _ in range(2):  # the same command again finds only what the first has set aside
         run = open_run(copy)
-        with pytest.raises(ValueError, match="no checkpoint in .*checkpoints can be read; set aside: 2.damaged, 4.d.*, 6.d"):
+        with pytest.raises(
+            ValueError,
+            match="no checkpoint in .*checkpoints can be read; set aside: 2.damaged, 4.d.*, 6.d",
+        ):
             run.restore(shapes_of(states[2]))
         run.close()
 
@@ -198,10 +228,16 @@ def test_a_checkpoint_from_before_the_checksum_is_taken_with_a_warning(copy, sta
     run.close()
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
-                                   TypeError("a fault of ours")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+        TypeError("a fault of ours"),
+    ],
+)
 def test_no_memory_or_a_fault_of_ours_is_no_damage(copy, states, monkeypatch, error):
     """What XLA raises when the arrays do not fit the devices, and what a bug raises."""
+
     def fail(items):
         raise error
 
@@ -213,18 +249,27 @@ def test_no_memory_or_a_fault_of_ours_is_no_damage(copy, states, monkeypatch, er
     assert folders(copy) == ["2", "4", "6"]
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="needs a file that answers EIO")
-@pytest.mark.parametrize("files, target, message", [
-    ("metadata/metadata", "/proc/self/mem", "Input/output error"),      # Python reads it
-    ("params/_METADATA", "/proc/self/mem", "Input/output error"),       # Orbax
-    ("opt_state/d/*", "", "Too many levels of symbolic links"),     # TensorStore, a link to itself
-])
-def test_a_failing_file_system_stops_the_run_and_leaves_the_checkpoint_alone(copy, states, files, target, message):
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/mem").exists(), reason="needs a file that answers EIO"
+)
+@pytest.mark.parametrize(
+    "files, target, message",
+    [
+        ("metadata/metadata", "/proc/self/mem", "Input/output error"),  # Python reads it
+        ("params/_METADATA", "/proc/self/mem", "Input/output error"),  # Orbax
+        ("opt_state/d/*", "", "Too many levels of symbolic links"),  # TensorStore, a link to itself
+    ],
+)
+def test_a_failing_file_system_stops_the_run_and_leaves_the_checkpoint_alone(
+    copy, states, files, target, message
+):
     for path in list((copy / "6").glob(files)):
         path.unlink()
         path.symlink_to(target or path)
     run = open_run(copy)
-    with pytest.raises(OSError, match=f"checkpoint {copy}/6 cannot be read and is left as it is: .*{message}") as error:
+    with pytest.raises(
+        OSError, match=f"checkpoint {copy}/6 cannot be read and is left as it is: .*{message}"
+    ) as error:
         run.restore(shapes_of(states[6]))
     run.close()
     assert "\n" not in str(error.value) and folders(copy) == ["2", "4", "6"]
@@ -238,14 +283,20 @@ def test_a_half_written_checkpoint_does_not_count(copy, states):
     run.close()
 
 
-@pytest.mark.parametrize("change, name, there, wanted", [
-    (dict(width=32), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(2, 192\)"),
-    (dict(depth=3), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(3, 96\)"),
-    (dict(attention="softmax"), "blocks/attn/dwc/bias", r"\(2, 8\)", "not there"),
-])
+@pytest.mark.parametrize(
+    "change, name, there, wanted",
+    [
+        (dict(width=32), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(2, 192\)"),
+        (dict(depth=3), "blocks/adaLN_modulation/bias", r"\(2, 96\)", r"\(3, 96\)"),
+        (dict(attention="softmax"), "blocks/attn/dwc/bias", r"\(2, 8\)", "not there"),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused_and_left_alone(copy, change, name, there, wanted):
     run = open_run(copy)
-    with pytest.raises(ValueError, match=f"{copy}/6 does not fit the model: {name} is {there} in the checkpoint, {wanted} in"):
+    with pytest.raises(
+        ValueError,
+        match=f"{copy}/6 does not fit the model: {name} is {there} in the checkpoint, {wanted} in",
+    ):
         run.restore(shapes_of(make_state(model=MODEL.clone(**change))))
     run.close()
     assert folders(copy) == ["2", "4", "6"]
@@ -253,7 +304,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(copy, change, n
 
 def test_a_checkpoint_of_another_optimizer_is_refused_and_left_alone(copy):
     run = open_run(copy)
-    other = make_state(optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)))
+    other = make_state(
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9))
+    )
     with pytest.raises(ValueError, match=f"{copy}/6 .*optimizer"):
         run.restore(shapes_of(other))
     run.close()
@@ -262,17 +315,20 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_left_alone(copy):
 
 # Parameters alone. ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("below", ["", "6"])
 @pytest.mark.parametrize("ema", [True, False])
 def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema, below):
     for number in ("6", "4"):
-        shutil.rmtree(copy / number / "opt_state")      # what is not needed may be missing or damaged
+        shutil.rmtree(copy / number / "opt_state")  # what is not needed may be missing or damaged
         spoil(copy / number / ("params" if ema else "ema_params"))
-    path = copy / below if below else copy.parent       # a checkpoint, or a workdir and so its newest
+    path = copy / below if below else copy.parent  # a checkpoint, or a workdir and so its newest
     params, metadata = checkpoint.restore_params(path, ema=ema)
     expected = states[6].ema_params if ema else states[6].params
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
-    assert metadata["weights"] == ("ema_params" if ema else "params") and metadata["name"] == "step 6"
+    assert (
+        metadata["weights"] == ("ema_params" if ema else "params") and metadata["name"] == "step 6"
+    )
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
 
@@ -289,8 +345,12 @@ def test_parameters_are_read_onto_shards(saved, states):
     mesh = sharding.make_mesh(1, 8)
     shardings = sharding.fsdp_sharding(states[6].params, mesh, min_size=64)
     params, _ = checkpoint.restore_params(saved, shardings)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(states[6].ema_params))
-    jax.tree.map(lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b else None, params, shardings)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(params), jax.device_get(states[6].ema_params)
+    )
+    jax.tree.map(
+        lambda a, b: pytest.fail(f"{a.sharding}") if a.sharding != b else None, params, shardings
+    )
 
 
 def test_a_parameter_checkpoint_goes_there_and_back(tmp_path, states):
@@ -320,15 +380,24 @@ def test_unreadable_parameters_are_named_in_one_line(copy):
 
 
 def test_paths_and_sizes_of_a_tree():
-    tree = {"a": {"b": np.zeros((2, 3))}, "c": [np.zeros(4), ()], "d": optax.ScaleByScheduleState(np.zeros(1))}
+    tree = {
+        "a": {"b": np.zeros((2, 3))},
+        "c": [np.zeros(4), ()],
+        "d": optax.ScaleByScheduleState(np.zeros(1)),
+    }
     assert {path: leaf.shape for path, leaf in checkpoint.flatten(tree).items()} == {
-        "a/b": (2, 3), "c/0": (4,), "d/count": (1,)}
+        "a/b": (2, 3),
+        "c/0": (4,),
+        "d/count": (1,),
+    }
     assert checkpoint.parameter_count(tree) == 11
 
 
 def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, states):
     """JAX's service hears one count alone, that of distributed.Preemption."""
     asked = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False
+    )
     save_run(tmp_path, states)
     assert not asked

@@ -1,4 +1,5 @@
 """Every config: it loads, its train step traces, its fields are those of default.py, and none of them is dead."""
+
 import ast
 import contextlib
 import importlib
@@ -14,7 +15,9 @@ from lit_jax import diffusion, experiment, fields, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-ALL = NAMES + sorted(f"ablation.{path.stem}" for path in (ROOT / "configs" / "ablation").glob("*.py"))
+ALL = NAMES + sorted(
+    f"ablation.{path.stem}" for path in (ROOT / "configs" / "ablation").glob("*.py")
+)
 
 
 def load(name):
@@ -27,7 +30,11 @@ def leaves(config, prefix=""):
     found = {}
     for name in config:
         value = config[name]
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
+        found |= (
+            leaves(value, f"{prefix}{name}.")
+            if isinstance(value, ConfigDict)
+            else {prefix + name: value}
+        )
     return found
 
 
@@ -40,19 +47,27 @@ def test_a_config_has_the_fields_of_the_default_and_no_others(name):
     assert set(config) == set(DEFAULTS)
     for field, value in config.items():
         default = DEFAULTS[field]
-        assert default is None or isinstance(value, type(default)), f"{field} = {value!r}, the default is {default!r}"
+        assert default is None or isinstance(value, type(default)), (
+            f"{field} = {value!r}, the default is {default!r}"
+        )
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_config_is_a_recipe(name):
     """The docstring says what to type, and how to get the FID that it promises."""
     text = importlib.import_module(f"configs.{name}").__doc__
-    commands = [line for line in text.splitlines() if f"--config=configs/{name.replace('.', '/')}.py" in line]
+    commands = [
+        line
+        for line in text.splitlines()
+        if f"--config=configs/{name.replace('.', '/')}.py" in line
+    ]
     assert commands or name == "debug"
     assert "FID" not in text or any("--mode=evaluate" in command for command in commands)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+)
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
     config = load(name)
@@ -63,19 +78,32 @@ def test_one_train_step_of_every_config_traces(name):
     teacher = teacher_shapes = None
     if config.teacher.checkpoint or config.student.init == "teacher":
         teacher = experiment.teacher(config, model)
-        teacher_shapes = jax.eval_shape(lambda: train_step.init_params(teacher, jax.random.key(0), size))
+        teacher_shapes = jax.eval_shape(
+            lambda: train_step.init_params(teacher, jax.random.key(0), size)
+        )
     optimizer = experiment.optimizer(config)
-    train_step = experiment.train_step(config, model, teacher, optimizer, diffusion.make_diffusion(), mesh)
+    train_step = experiment.train_step(
+        config, model, teacher, optimizer, diffusion.make_diffusion(), mesh
+    )
     state = train_step.state_shapes(model, optimizer, size)
     B = config.train.batch_size
-    batch = {"image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32)}
-    new, metrics = jax.eval_shape(train_step, state, teacher_shapes, batch, jax.eval_shape(lambda: jax.random.key(0)))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    batch = {
+        "image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((B,), jnp.int32),
+    }
+    new, metrics = jax.eval_shape(
+        train_step, state, teacher_shapes, batch, jax.eval_shape(lambda: jax.random.key(0))
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
     wanted = {"loss", "mse", "grad_norm"} | ({"vb"} if config.model.learn_sigma else set())
     if teacher:
         wanted |= {"kd_noise"} | ({"kd_variance"} if config.model.learn_sigma else set())
     assert set(metrics) == wanted
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema_params, metrics)))
+    assert all(
+        leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema_params, metrics))
+    )
 
 
 def reads_of_fields():
@@ -87,8 +115,11 @@ def reads_of_fields():
         # `sample = config.sample` makes `sample` another name of the section within that file; so does `self._sample = ...`.
         aliases = {}
         for node in ast.walk(tree):
-            if (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-                    and (section := section_of(node.value, {}))):
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and (section := section_of(node.value, {}))
+            ):
                 aliases[node.targets[0].id] = section
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
@@ -96,13 +127,17 @@ def reads_of_fields():
                     reads[section].add("*" if node.attr in ("items", "to_dict") else node.attr)
                 if isinstance(node.value, ast.Name) and node.value.id == "config":
                     reads[""].add(node.attr)
-            elif isinstance(node, ast.keyword) and node.arg is None and (section := section_of(node.value, aliases)) in reads:
+            elif (
+                isinstance(node, ast.keyword)
+                and node.arg is None
+                and (section := section_of(node.value, aliases)) in reads
+            ):
                 reads[section].add("*")
     return reads
 
 
 def section_of(node, aliases):
-    """"model" for `config.model`, main's `CONFIG.value.model`, or a name that stands for it."""
+    """ "model" for `config.model`, main's `CONFIG.value.model`, or a name that stands for it."""
     if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "CONFIG.value"):
         return node.attr
     return aliases.get(ast.unparse(node))
@@ -120,19 +155,38 @@ def test_every_field_is_read_somewhere():
 
 def test_every_field_that_is_read_is_in_the_default():
     sections = {field.split(".")[0] for field in DEFAULTS}
-    methods = {"to_json_best_effort", "items", "to_dict", "get", "update", "lock", "unlock", "value"}
+    methods = {
+        "to_json_best_effort",
+        "items",
+        "to_dict",
+        "get",
+        "update",
+        "lock",
+        "unlock",
+        "value",
+    }
     reads = reads_of_fields()
-    assert reads[""] - methods <= sections, f"not in default.py: {sorted(reads[''] - methods - sections)}"
+    assert reads[""] - methods <= sections, (
+        f"not in default.py: {sorted(reads[''] - methods - sections)}"
+    )
     for section in sections & set(reads):
-        fields = {field.removeprefix(f"{section}.").split(".")[0] for field in DEFAULTS if field.startswith(f"{section}.")}
-        assert reads[section] - methods - {"*"} <= fields, \
+        fields = {
+            field.removeprefix(f"{section}.").split(".")[0]
+            for field in DEFAULTS
+            if field.startswith(f"{section}.")
+        }
+        assert reads[section] - methods - {"*"} <= fields, (
             f"not in default.py: {[f'{section}.{name}' for name in sorted(reads[section] - methods - {'*'} - fields)]}"
+        )
 
 
 def test_every_number_has_a_range():
     ranged = {name for *_, names in fields.NUMBERS for name in names} | set(fields.WORDS)
-    numbers = {field for field, value in DEFAULTS.items()
-               if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    numbers = {
+        field
+        for field, value in DEFAULTS.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
     assert numbers - ranged == set()
     assert ranged <= set(DEFAULTS)
 
@@ -142,15 +196,32 @@ def test_every_config_holds_only_what_fields_may_hold(name):
     fields.check(load(name))
 
 
-@pytest.mark.parametrize("field, good, bad", [
-    ("train.steps", 1, 0), ("train.preview_every", 0, -1), ("mesh.fsdp", -1, 0), ("model.conv_size", 0, -3),
-    ("model.conv_size", 7, 4), ("seed", 2**32 - 1, 2**32), ("ema.decay", 0.0, 1.0), ("sample.eta", 1.0, 1.5),
-    ("optimizer.learning_rate", 0.0, float("inf")), ("distill.variance_weight", 1.0, float("nan")),
-    ("optimizer.epsilon", 1e-30, 0.0), ("sample.cfg_interval", (5.0, 5.0), (5.0, 4.0)),
-    ("sample.cfg_interval", (-1.0, 0.0), ("a", "b")), ("sample.spacing", "trailing", "zigzag"),
-    ("model.implementation", "pallas_gpu", "cudnn"), ("model.timestep_freq_shift", 1, 2)])
+@pytest.mark.parametrize(
+    "field, good, bad",
+    [
+        ("train.steps", 1, 0),
+        ("train.preview_every", 0, -1),
+        ("mesh.fsdp", -1, 0),
+        ("model.conv_size", 0, -3),
+        ("model.conv_size", 7, 4),
+        ("seed", 2**32 - 1, 2**32),
+        ("ema.decay", 0.0, 1.0),
+        ("sample.eta", 1.0, 1.5),
+        ("optimizer.learning_rate", 0.0, float("inf")),
+        ("distill.variance_weight", 1.0, float("nan")),
+        ("optimizer.epsilon", 1e-30, 0.0),
+        ("sample.cfg_interval", (5.0, 5.0), (5.0, 4.0)),
+        ("sample.cfg_interval", (-1.0, 0.0), ("a", "b")),
+        ("sample.spacing", "trailing", "zigzag"),
+        ("model.implementation", "pallas_gpu", "cudnn"),
+        ("model.timestep_freq_shift", 1, 2),
+    ],
+)
 def test_values_at_the_ends_of_their_ranges(field, good, bad):
-    for value, message in ((good, None), (bad, f"^{field} must be .*; got {re.escape(repr(bad))}$")):
+    for value, message in (
+        (good, None),
+        (bad, f"^{field} must be .*; got {re.escape(repr(bad))}$"),
+    ):
         config = load("default")
         group, _, name = field.rpartition(".")
         (config[group] if group else config)[name] = value
@@ -168,9 +239,23 @@ def test_a_misspelt_field_fails_at_once():
 
 def test_the_defaults_are_the_papers():
     """Class-conditional ImageNet: the numbers that LiT and DiT publish."""
-    papers = {"distill.noise_weight": 0.5, "distill.variance_weight": 0.05, "optimizer.learning_rate": 1e-4,
-              "optimizer.weight_decay": 0.0, "optimizer.b2": 0.999, "optimizer.warmup": 0, "optimizer.clip_norm": 0.0,
-              "ema.decay": 0.9999, "train.batch_size": 256, "train.label_dropout": 0.1, "sample.steps": 250,
-              "sample.cfg_channels": "3", "model.conv_size": 5, "model.qkv_bias": True, "inherit.load": (),
-              "distill.variance_target": "raw", "distill.teacher_sees_dropped_labels": False}
+    papers = {
+        "distill.noise_weight": 0.5,
+        "distill.variance_weight": 0.05,
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.b2": 0.999,
+        "optimizer.warmup": 0,
+        "optimizer.clip_norm": 0.0,
+        "ema.decay": 0.9999,
+        "train.batch_size": 256,
+        "train.label_dropout": 0.1,
+        "sample.steps": 250,
+        "sample.cfg_channels": "3",
+        "model.conv_size": 5,
+        "model.qkv_bias": True,
+        "inherit.load": (),
+        "distill.variance_target": "raw",
+        "distill.teacher_sees_dropped_labels": False,
+    }
     assert {field: DEFAULTS[field] for field in papers} == papers

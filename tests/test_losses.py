@@ -1,4 +1,5 @@
 """The denoising and the distillation loss against float64 oracles, and where their gradients may not go."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +33,15 @@ def test_denoising_loss_matches_the_oracle_sample_by_sample(batch):
     x_start, x_t, noise, output, _ = batch
     terms = losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)
     assert set(terms) == {"mse", "vb"} and terms["mse"].shape == terms["vb"].shape == (len(T),)
-    assert_close(terms["mse"], ((output[..., :C].astype(np.float64) - noise) ** 2).mean(axis=(1, 2, 3)), reduction=96)
+    assert_close(
+        terms["mse"],
+        ((output[..., :C].astype(np.float64) - noise) ** 2).mean(axis=(1, 2, 3)),
+        reduction=96,
+    )
     for i, t in enumerate(T):
-        expected = oracles.variational_bound(output[i], x_start[i], x_t[i], int(t), BETAS, ALPHAS_CUMPROD)
+        expected = oracles.variational_bound(
+            output[i], x_start[i], x_t[i], int(t), BETAS, ALPHAS_CUMPROD
+        )
         # As for vb_terms: log-variances of -9 in float32 leave 1e-5 of a ratio of exponentials.
         assert float(terms["vb"][i]) == pytest.approx(expected, rel=2e-5)
 
@@ -42,13 +49,17 @@ def test_denoising_loss_matches_the_oracle_sample_by_sample(batch):
 def test_without_a_variance_head_only_the_noise_counts(batch):
     x_start, x_t, noise, output, teacher = batch
     assert set(losses.denoising_loss(DIFFUSION, output[..., :C], x_start, x_t, T, noise)) == {"mse"}
-    assert set(losses.distillation_loss(DIFFUSION, output[..., :C], teacher[..., :C], T, in_channels=C)) == {"kd_noise"}
+    assert set(
+        losses.distillation_loss(DIFFUSION, output[..., :C], teacher[..., :C], T, in_channels=C)
+    ) == {"kd_noise"}
 
 
 def test_the_true_noise_has_no_error(batch):
     x_start, x_t, noise, output, _ = batch
     output = np.concatenate([noise, output[..., C:]], axis=-1)
-    np.testing.assert_array_equal(losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)["mse"], 0.0)
+    np.testing.assert_array_equal(
+        losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)["mse"], 0.0
+    )
 
 
 def test_the_bound_trains_the_variance_alone(batch):
@@ -57,7 +68,10 @@ def test_the_bound_trains_the_variance_alone(batch):
     def total(output, term):
         return losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)[term].sum()
 
-    vb, mse = jax.grad(total)(jnp.asarray(output), "vb"), jax.grad(total)(jnp.asarray(output), "mse")
+    vb, mse = (
+        jax.grad(total)(jnp.asarray(output), "vb"),
+        jax.grad(total)(jnp.asarray(output), "mse"),
+    )
     np.testing.assert_array_equal(vb[..., :C], 0.0)
     assert (jnp.abs(vb[..., C:]).max(axis=(1, 2, 3)) > 0).all()
     np.testing.assert_array_equal(mse[..., C:], 0.0)
@@ -75,16 +89,23 @@ def test_distillation_matches_the_oracle(batch):
 
 def test_log_variance_target_matches_the_oracle(batch):
     *_, student, teacher = batch
-    terms = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C, variance_target="log_variance")
+    terms = losses.distillation_loss(
+        DIFFUSION, student, teacher, T, in_channels=C, variance_target="log_variance"
+    )
     raw = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C)
     np.testing.assert_array_equal(terms["kd_noise"], raw["kd_noise"])
     for i, t in enumerate(T):
-        ours, theirs = (oracles.learned_log_variance(x[i, ..., C:], t, BETAS, ALPHAS_CUMPROD) for x in (student, teacher))
+        ours, theirs = (
+            oracles.learned_log_variance(x[i, ..., C:], t, BETAS, ALPHAS_CUMPROD)
+            for x in (student, teacher)
+        )
         expected = np.mean((ours - theirs) ** 2)
         # The range narrows with t (6e-6 wide at the last step) while both ends are about -4 to -14, so its square is lost
         # in float32 below the rounding of the log-variances themselves.
         rounding = (16 * 2.0**-23) ** 2 * 4
-        assert float(terms["kd_variance"][i]) == pytest.approx(expected, rel=1e-3, abs=max(rounding, 1e-9)), f"t = {t}"
+        assert float(terms["kd_variance"][i]) == pytest.approx(
+            expected, rel=1e-3, abs=max(rounding, 1e-9)
+        ), f"t = {t}"
 
 
 def test_nothing_flows_into_the_teacher(batch):
@@ -94,7 +115,9 @@ def test_nothing_flows_into_the_teacher(batch):
         terms = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C)
         return terms["kd_noise"].sum() + terms["kd_variance"].sum()
 
-    to_student, to_teacher = jax.grad(total, argnums=(0, 1))(jnp.asarray(student), jnp.asarray(teacher))
+    to_student, to_teacher = jax.grad(total, argnums=(0, 1))(
+        jnp.asarray(student), jnp.asarray(teacher)
+    )
     np.testing.assert_array_equal(to_teacher, 0.0)
     assert_close(to_student, 2 * (student.astype(np.float64) - teacher) / (4 * 6 * C))
 
@@ -102,7 +125,9 @@ def test_nothing_flows_into_the_teacher(batch):
 def test_a_student_that_copies_its_teacher_has_no_distance(batch):
     *_, teacher = batch
     for target in ("raw", "log_variance"):
-        for value in losses.distillation_loss(DIFFUSION, teacher, teacher, T, in_channels=C, variance_target=target).values():
+        for value in losses.distillation_loss(
+            DIFFUSION, teacher, teacher, T, in_channels=C, variance_target=target
+        ).values():
             np.testing.assert_array_equal(value, 0.0)
 
 
@@ -111,4 +136,6 @@ def test_what_does_not_fit_is_named(batch):
     with pytest.raises(ValueError, match=r"\(5, 4, 6, 8\).*\(5, 4, 6, 4\)"):
         losses.distillation_loss(DIFFUSION, student, teacher[..., :C], T, in_channels=C)
     with pytest.raises(ValueError, match="raw or log_variance, got 'variance'"):
-        losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C, variance_target="variance")
+        losses.distillation_loss(
+            DIFFUSION, student, teacher, T, in_channels=C, variance_target="variance"
+        )

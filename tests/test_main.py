@@ -1,4 +1,5 @@
 """Every way to get the command line wrong ends in one line that names the thing and both values, status 1, and no files."""
+
 import subprocess
 import sys
 
@@ -21,7 +22,9 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     """Runs the command; it must fail with one line that holds all the parts, and leave no workdir behind."""
     before = sorted(folder.rglob("*"))
     code = command.run(monkeypatch, *arguments)
-    assert isinstance(code, str), f"the command ended with {code!r}"    # a string: Python prints it and exits with 1
+    assert isinstance(code, str), (
+        f"the command ended with {code!r}"
+    )  # a string: Python prints it and exits with 1
     assert code.startswith("error: ") and "\n" not in code and "\\n" not in code, code
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
@@ -30,32 +33,53 @@ def expect_error(monkeypatch, folder, arguments, *parts):
 
 # What the flags catch before JAX is loaded. ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, parts", [
-    (["--config=configs/debug.py", "--config.train.batchsize=8"], ["batchsize"]),
-    (["--config=configs/debug.py", "--config.trian.batch_size=8"], ["trian"]),
-    (["--config=configs/debug.py", "--config.train.batch_size=many"], ["train.batch_size", "many"]),
-    (["--config=configs/debug.py", "--config.train.batch_size=8.5"], ["train.batch_size", "8.5"]),
-    (["--config=configs/debug.py", "--config.data.flip=maybe"], ["data.flip", "maybe"]),
-    (["--config=configs/debug.py", "--config.inherit.load=3"], ["inherit.load", "(3,)"]),
-    (["--config=configs/debug.py", "--config.optimizer.learning_rate=fast"], ["optimizer.learning_rate", "fast"]),
-    (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
-    (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
-    (["--config=configs/no_such.py"], ["configs/no_such.py"]),
-    (["--config=configs"], ["configs", "directory"]),
-    (["--config=configs/debug.py", "stray"], ["stray"]),
-    ([], ["--config"]),
-], ids=lambda value: value[-1] if value and value[-1].startswith("-") else None)
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--config=configs/debug.py", "--config.train.batchsize=8"], ["batchsize"]),
+        (["--config=configs/debug.py", "--config.trian.batch_size=8"], ["trian"]),
+        (
+            ["--config=configs/debug.py", "--config.train.batch_size=many"],
+            ["train.batch_size", "many"],
+        ),
+        (
+            ["--config=configs/debug.py", "--config.train.batch_size=8.5"],
+            ["train.batch_size", "8.5"],
+        ),
+        (["--config=configs/debug.py", "--config.data.flip=maybe"], ["data.flip", "maybe"]),
+        (["--config=configs/debug.py", "--config.inherit.load=3"], ["inherit.load", "(3,)"]),
+        (
+            ["--config=configs/debug.py", "--config.optimizer.learning_rate=fast"],
+            ["optimizer.learning_rate", "fast"],
+        ),
+        (["--config=configs/debug.py", "--mode=fly"], ["mode", "fly", "train", "sample"]),
+        (["--config=configs/debug.py", "--workdri=x"], ["workdri"]),
+        (["--config=configs/no_such.py"], ["configs/no_such.py"]),
+        (["--config=configs"], ["configs", "directory"]),
+        (["--config=configs/debug.py", "stray"], ["stray"]),
+        ([], ["--config"]),
+    ],
+    ids=lambda value: value[-1] if value and value[-1].startswith("-") else None,
+)
 def test_wrong_flags(monkeypatch, folder, arguments, parts):
     expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", *arguments], *parts)
 
 
-@pytest.mark.parametrize("program, parts", [
-    ("def get_config(:", ["SyntaxError", "line 1"]),
-    ("import no_such_module", ["no_such_module"]),
-    ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
-    ("from configs import default\n\ndef get_config():\n    config = default.get_config()\n    config.train.stepss = 9\n"
-     "    return config", ["stepss"]),
-], ids=["syntax", "import", "dict", "misspelt"])
+@pytest.mark.parametrize(
+    "program, parts",
+    [
+        ("def get_config(:", ["SyntaxError", "line 1"]),
+        ("import no_such_module", ["no_such_module"]),
+        ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
+        (
+            "from configs import default\n\ndef get_config():\n    config = default.get_config()\n    config.train.stepss = 9\n"
+            "    return config",
+            ["stepss"],
+        ),
+    ],
+    ids=["syntax", "import", "dict", "misspelt"],
+)
 def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
     path = tmp_path / "wrong.py"
     path.write_text(program)
@@ -64,135 +88,216 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
 
 # What the training job refuses. ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("overrides, parts", [
-    # what is not there
-    (["teacher.checkpoint=no/such/teacher.pt"], ["teacher.checkpoint", "no/such/teacher.pt"]),
-    (["student.init=no/such/init.pt"], ["student.init", "no/such/init.pt"]),
-    (["data.name=cifar10:9.9.9"], ["data.name", "'cifar10:9.9.9'"]),
-    (["data.name=cifar10"], ["data.name", "'cifar10'", "mnist_digits"]),
-    (["data.name=no_such_set"], ["data.name", "'no_such_set'", "mnist_digits"]),
-    (["data.split=validation"], ["data.split", "'validation'", "train"]),
-    (["teacher.checkpoint="], ["student.init", "teacher.checkpoint"]),
-    # numbers that do not divide
-    (["model.num_heads=3"], ["model.num_heads", "3", "32"]),
-    (["teacher.num_heads=5"], ["teacher.num_heads", "5", "32"]),
-    (["train.batch_size=12"], ["train.batch_size", "12", "8 devices"]),
-    (["train.batch_size=16", "train.accumulation=3"], ["train.batch_size", "16", "train.accumulation", "3"]),
-    (["train.batch_size=4800"], ["train.batch_size", "4800", "4500"]),
-    (["sample.batch_size=12"], ["sample.batch_size", "12", "8 devices"]),
-    (["mesh.data=3"], ["mesh.data", "3", "8 devices"]),
-    (["mesh.data=4", "mesh.fsdp=4"], ["mesh.data", "mesh.fsdp", "4", "8 devices"]),
-    (["model.patch_size=3"], ["model.patch_size", "3", "28"]),
-    (["model.width=30"], ["model.width", "30"]),
-    # what the models and the data disagree on
-    (["model.input_size=32"], ["model.input_size", "(32, 32, 1)", "(28, 28, 1)"]),
-    (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
-    (["model.in_channels=3"], ["model.in_channels", "3", "1"]),
-    (["model.learn_sigma=False"], ["model.learn_sigma", "False", "True"]),
-    (["model.width=64"], ["(2, 64, 256)", "(2, 32, 128)"]),
-    (["model.depth=3"], ["(3,", "(2,"]),
-    # values out of range
-    (["train.steps=-5"], ["train.steps", "-5"]),
-    (["train.batch_size=0"], ["train.batch_size", "0"]),
-    (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
-    (["distill.noise_weight=nan"], ["distill.noise_weight", "nan"]),
-    (["ema.decay=1.0"], ["ema.decay", "1.0"]),
-    (["optimizer.warmup=9"], ["optimizer.warmup", "9", "3"]),
-    (["sample.steps=2000"], ["2000", "1000"]),
-    (["sample.cfg_interval=(9.0, 1.0)"], ["sample.cfg_interval", "(9.0, 1.0)"]),
-    (["sample.cfg_interval=(9.0,)"], ["sample.cfg_interval", "(9.0,)"]),
-    (["model.conv_size=4"], ["model.conv_size", "4"]),
-    (["model.depth=-1"], ["model.depth", "-1"]),
-    (["model.patch_size=0"], ["model.patch_size", "0"]),
-    # words that mean nothing, or nothing here
-    (["model.size=XXL"], ["model.size", "'XXL'", "XL"]),
-    (["model.attention=sigmoid"], ["model.attention", "'sigmoid'", "linear"]),
-    (["model.kernel_function=swish"], ["model.kernel_function", "'swish'", "relu"]),
-    (["model.implementation=fast"], ["model.implementation", "'fast'", "xla"]),
-    (["model.implementation=pallas_gpu"], ["model.implementation", "pallas_gpu", "gpu devices", "cpu devices"]),
-    (["teacher.implementation=fast"], ["teacher.implementation", "'fast'", "xla"]),
-    (["teacher.implementation=cudnn"], ["teacher.implementation", "cudnn", "gpu devices", "cpu devices"]),
-    (["model.dtype=float16"], ["model.dtype", "'float16'", "bfloat16"]),
-    (["teacher.dtype=float16"], ["teacher.dtype", "'float16'", "bfloat16"]),
-    (["train.remat=some"], ["train.remat", "'some'", "dots"]),
-    (["optimizer.schedule=linear"], ["optimizer.schedule", "'linear'", "cosine"]),
-    (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
-    (["sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
-    (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
-    (["evaluate.every=1"], ["evaluate.reference"]),
-    (["evaluate.every=1", "evaluate.reference=no/such.npz"], ["evaluate.reference", "no/such.npz"]),
-    (["inherit.load=('z',)"], ["inherit.load", "z", "q, k, v, o"]),
-    (["inherit.keep_init=('final_layr',)"], ["inherit.keep_init", "'final_layr'", "final_layer"]),
-], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        # what is not there
+        (["teacher.checkpoint=no/such/teacher.pt"], ["teacher.checkpoint", "no/such/teacher.pt"]),
+        (["student.init=no/such/init.pt"], ["student.init", "no/such/init.pt"]),
+        (["data.name=cifar10:9.9.9"], ["data.name", "'cifar10:9.9.9'"]),
+        (["data.name=cifar10"], ["data.name", "'cifar10'", "mnist_digits"]),
+        (["data.name=no_such_set"], ["data.name", "'no_such_set'", "mnist_digits"]),
+        (["data.split=validation"], ["data.split", "'validation'", "train"]),
+        (["teacher.checkpoint="], ["student.init", "teacher.checkpoint"]),
+        # numbers that do not divide
+        (["model.num_heads=3"], ["model.num_heads", "3", "32"]),
+        (["teacher.num_heads=5"], ["teacher.num_heads", "5", "32"]),
+        (["train.batch_size=12"], ["train.batch_size", "12", "8 devices"]),
+        (
+            ["train.batch_size=16", "train.accumulation=3"],
+            ["train.batch_size", "16", "train.accumulation", "3"],
+        ),
+        (["train.batch_size=4800"], ["train.batch_size", "4800", "4500"]),
+        (["sample.batch_size=12"], ["sample.batch_size", "12", "8 devices"]),
+        (["mesh.data=3"], ["mesh.data", "3", "8 devices"]),
+        (["mesh.data=4", "mesh.fsdp=4"], ["mesh.data", "mesh.fsdp", "4", "8 devices"]),
+        (["model.patch_size=3"], ["model.patch_size", "3", "28"]),
+        (["model.width=30"], ["model.width", "30"]),
+        # what the models and the data disagree on
+        (["model.input_size=32"], ["model.input_size", "(32, 32, 1)", "(28, 28, 1)"]),
+        (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
+        (["model.in_channels=3"], ["model.in_channels", "3", "1"]),
+        (["model.learn_sigma=False"], ["model.learn_sigma", "False", "True"]),
+        (["model.width=64"], ["(2, 64, 256)", "(2, 32, 128)"]),
+        (["model.depth=3"], ["(3,", "(2,"]),
+        # values out of range
+        (["train.steps=-5"], ["train.steps", "-5"]),
+        (["train.batch_size=0"], ["train.batch_size", "0"]),
+        (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
+        (["distill.noise_weight=nan"], ["distill.noise_weight", "nan"]),
+        (["ema.decay=1.0"], ["ema.decay", "1.0"]),
+        (["optimizer.warmup=9"], ["optimizer.warmup", "9", "3"]),
+        (["sample.steps=2000"], ["2000", "1000"]),
+        (["sample.cfg_interval=(9.0, 1.0)"], ["sample.cfg_interval", "(9.0, 1.0)"]),
+        (["sample.cfg_interval=(9.0,)"], ["sample.cfg_interval", "(9.0,)"]),
+        (["model.conv_size=4"], ["model.conv_size", "4"]),
+        (["model.depth=-1"], ["model.depth", "-1"]),
+        (["model.patch_size=0"], ["model.patch_size", "0"]),
+        # words that mean nothing, or nothing here
+        (["model.size=XXL"], ["model.size", "'XXL'", "XL"]),
+        (["model.attention=sigmoid"], ["model.attention", "'sigmoid'", "linear"]),
+        (["model.kernel_function=swish"], ["model.kernel_function", "'swish'", "relu"]),
+        (["model.implementation=fast"], ["model.implementation", "'fast'", "xla"]),
+        (
+            ["model.implementation=pallas_gpu"],
+            ["model.implementation", "pallas_gpu", "gpu devices", "cpu devices"],
+        ),
+        (["teacher.implementation=fast"], ["teacher.implementation", "'fast'", "xla"]),
+        (
+            ["teacher.implementation=cudnn"],
+            ["teacher.implementation", "cudnn", "gpu devices", "cpu devices"],
+        ),
+        (["model.dtype=float16"], ["model.dtype", "'float16'", "bfloat16"]),
+        (["teacher.dtype=float16"], ["teacher.dtype", "'float16'", "bfloat16"]),
+        (["train.remat=some"], ["train.remat", "'some'", "dots"]),
+        (["optimizer.schedule=linear"], ["optimizer.schedule", "'linear'", "cosine"]),
+        (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
+        (["sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
+        (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
+        (["evaluate.every=1"], ["evaluate.reference"]),
+        (
+            ["evaluate.every=1", "evaluate.reference=no/such.npz"],
+            ["evaluate.reference", "no/such.npz"],
+        ),
+        (["inherit.load=('z',)"], ["inherit.load", "z", "q, k, v, o"]),
+        (
+            ["inherit.keep_init=('final_layr',)"],
+            ["inherit.keep_init", "'final_layr'", "final_layer"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if value and "=" in value[0] else None,
+)
 def test_wrong_training_configs(monkeypatch, folder, overrides, parts):
-    arguments = command.debug_arguments(folder, folder / "teacher.safetensors", *(f"--config.{o}" for o in overrides))
+    arguments = command.debug_arguments(
+        folder, folder / "teacher.safetensors", *(f"--config.{o}" for o in overrides)
+    )
     expect_error(monkeypatch, folder, arguments, *parts)
 
 
 @pytest.mark.parametrize("content", ["garbage", "truncated", "empty"])
 def test_an_unreadable_teacher(monkeypatch, folder, tmp_path, content):
     whole, path = (folder / "teacher.safetensors").read_bytes(), tmp_path / "bad.safetensors"
-    path.write_bytes({"garbage": b"\x00\x01garbage" * 99, "truncated": whole[:len(whole) // 2], "empty": b""}[content])
+    path.write_bytes(
+        {"garbage": b"\x00\x01garbage" * 99, "truncated": whole[: len(whole) // 2], "empty": b""}[
+            content
+        ]
+    )
     expect_error(monkeypatch, folder, command.debug_arguments(folder, path), str(path))
 
 
-@pytest.mark.parametrize("change, parts", [
-    (dict(in_channels=3), ["model.in_channels", "1", "3"]),
-    (dict(num_classes=12), ["model.num_classes", "10", "12"]),
-    (dict(learn_sigma=False), ["model.learn_sigma", "True", "False"]),
-])
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (dict(in_channels=3), ["model.in_channels", "1", "3"]),
+        (dict(num_classes=12), ["model.num_classes", "10", "12"]),
+        (dict(learn_sigma=False), ["model.learn_sigma", "True", "False"]),
+    ],
+)
 def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts):
     command.write_teacher(tmp_path / "other.safetensors", **change)
-    expect_error(monkeypatch, folder, command.debug_arguments(folder, tmp_path / "other.safetensors"), *parts)
+    expect_error(
+        monkeypatch, folder, command.debug_arguments(folder, tmp_path / "other.safetensors"), *parts
+    )
 
 
 def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     """The damage is found when a record is read: the error names the data set, the split and the record."""
     dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
-    path, = (tmp_path / "data").rglob("*train*array_record*")
+    (path,) = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
-    for start in range(0, len(content) * 9 // 10, 1024):    # all over, but neither block headers nor the index at the end
-        content[start + 100:start + 200] = bytes(100)
+    for start in range(
+        0, len(content) * 9 // 10, 1024
+    ):  # all over, but neither block headers nor the index at the end
+        content[start + 100 : start + 200] = bytes(100)
     path.write_bytes(content)
-    code = command.run(monkeypatch, *command.debug_arguments(tmp_path, folder / "teacher.safetensors"))
+    code = command.run(
+        monkeypatch, *command.debug_arguments(tmp_path, folder / "teacher.safetensors")
+    )
     assert code.startswith("error: ") and "\n" not in code
     assert "mnist_digits" in code and "train" in code and "record" in code
 
 
 def test_a_workdir_that_is_a_file(monkeypatch, folder):
     (folder / "file").write_text("")
-    expect_error(monkeypatch, folder, [*command.debug_arguments(folder, folder / "teacher.safetensors"),
-                                       f"--workdir={folder / 'file'}"], "--workdir", str(folder / "file"), "not a folder")
+    expect_error(
+        monkeypatch,
+        folder,
+        [
+            *command.debug_arguments(folder, folder / "teacher.safetensors"),
+            f"--workdir={folder / 'file'}",
+        ],
+        "--workdir",
+        str(folder / "file"),
+        "not a folder",
+    )
 
 
 # What the sampling job refuses. ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("overrides, parts", [
-    (["sample.checkpoint=no/such"], ["no/such"]),
-    ([], ["run"]),                                                  # a workdir that has no checkpoint
-    (["sample.num_images=0"], ["sample.num_images", "0"]),
-    (["sample.order=4"], ["sample.order", "4", "1, 2, 3"]),
-    (["sample.checkpoint=TEACHER", "model.attention=linear"], ["model.attention", "linear", "softmax"]),
-    (["sample.checkpoint=TEACHER", "model.attention=softmax", "model.width=64"], ["model.width", "64", "32"]),
-    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.batch_size=12"], ["sample.batch_size", "12", "8"]),
-    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.labels=sorted"], ["sample.labels", "'sorted'"]),
-    (["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
-], ids=lambda value: ",".join(value) if value and "=" in value[0] else None)
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["sample.checkpoint=no/such"], ["no/such"]),
+        ([], ["run"]),  # a workdir that has no checkpoint
+        (["sample.num_images=0"], ["sample.num_images", "0"]),
+        (["sample.order=4"], ["sample.order", "4", "1, 2, 3"]),
+        (
+            ["sample.checkpoint=TEACHER", "model.attention=linear"],
+            ["model.attention", "linear", "softmax"],
+        ),
+        (
+            ["sample.checkpoint=TEACHER", "model.attention=softmax", "model.width=64"],
+            ["model.width", "64", "32"],
+        ),
+        (
+            ["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.batch_size=12"],
+            ["sample.batch_size", "12", "8"],
+        ),
+        (
+            ["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.labels=sorted"],
+            ["sample.labels", "'sorted'"],
+        ),
+        (
+            ["sample.checkpoint=TEACHER", "model.attention=softmax", "sample.sampler=euler"],
+            ["sample.sampler", "'euler'", "ddpm"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if value and "=" in value[0] else None,
+)
 def test_wrong_sampling_configs(monkeypatch, folder, overrides, parts):
-    overrides = [f"--config.{o}".replace("TEACHER", str(folder / "teacher.safetensors")) for o in overrides]
-    arguments = ["--mode=sample", *command.debug_arguments(folder, folder / "teacher.safetensors", *overrides)]
+    overrides = [
+        f"--config.{o}".replace("TEACHER", str(folder / "teacher.safetensors")) for o in overrides
+    ]
+    arguments = [
+        "--mode=sample",
+        *command.debug_arguments(folder, folder / "teacher.safetensors", *overrides),
+    ]
     expect_error(monkeypatch, folder, arguments, *parts)
 
 
 # The process itself. --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--config=configs/debug.py", "--config.train.batchsize=8"], "batchsize"),
-    (["--config=configs/debug.py", "--config.train.batch_size=7", "--config.mesh.data=2"], "mesh.data = 2"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--config=configs/debug.py", "--config.train.batchsize=8"], "batchsize"),
+        (
+            ["--config=configs/debug.py", "--config.train.batch_size=7", "--config.mesh.data=2"],
+            "mesh.data = 2",
+        ),
+    ],
+)
 def test_the_process_prints_one_line_and_exits_with_1(tmp_path, arguments, part):
-    result = subprocess.run([sys.executable, "-m", "lit_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
-                            cwd=command.ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
+        cwd=command.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and part in lines[0]

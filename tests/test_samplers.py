@@ -1,4 +1,5 @@
 """Samplers against a float64 transcription of the DDPM chain, diffusers' schedulers, and the properties they must have."""
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def model_fn(x, t, y):
 def run(grid, count=3, model_fn=model_fn, **kwargs):
     kwargs = dict(labels=jnp.arange(count) % 10, null_label=NULL) | kwargs
     keys = kwargs.pop("keys", make_keys(count))
-    return np.asarray(jax.jit(lambda k: samplers.sample(model_fn, k, SHAPE, grid=grid, **kwargs))(keys))
+    return np.asarray(
+        jax.jit(lambda k: samplers.sample(model_fn, k, SHAPE, grid=grid, **kwargs))(keys)
+    )
 
 
 def ddpm_oracle(steps, noises, labels, variance="learned_range"):
@@ -50,7 +53,9 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range"):
         previous = spaced[i - 1] if i else 1.0
         beta = 1.0 - spaced[i] / previous
         x_start = (x - np.sqrt(1 - spaced[i]) * eps) / np.sqrt(spaced[i])
-        mean = (np.sqrt(previous) * beta * x_start + np.sqrt(1 - beta) * (1 - previous) * x) / (1 - spaced[i])
+        mean = (np.sqrt(previous) * beta * x_start + np.sqrt(1 - beta) * (1 - previous) * x) / (
+            1 - spaced[i]
+        )
         posterior = beta * (1 - previous) / (1 - spaced[i])
         if variance == "learned_range":
             posterior = posterior or 1.0
@@ -61,8 +66,10 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range"):
     return x
 
 
-@pytest.mark.parametrize("steps, variance", [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"),
-                                             (7, "fixed_large")])
+@pytest.mark.parametrize(
+    "steps, variance",
+    [(2, "learned_range"), (50, "learned_range"), (7, "fixed_small"), (7, "fixed_large")],
+)
 def test_ddpm_is_the_respaced_chain(steps, variance):
     grid = samplers.make_grid(DIFFUSION, "ddpm", steps, variance=variance)
     keys, labels = make_keys(3), jnp.arange(3)
@@ -77,19 +84,31 @@ def test_ddpm_tables_are_those_of_the_training_diffusion():
     spaced = diffusion.respace(DIFFUSION, 250)
     grid = samplers.make_grid(DIFFUSION, "ddpm", 250)
     np.testing.assert_array_equal(grid.timesteps, spaced.timestep_map[::-1])
-    np.testing.assert_allclose(grid.x_start_coefs[:, 0], spaced.posterior_mean_coef1[::-1], rtol=1e-12)
+    np.testing.assert_allclose(
+        grid.x_start_coefs[:, 0], spaced.posterior_mean_coef1[::-1], rtol=1e-12
+    )
     np.testing.assert_allclose(grid.x_coef, spaced.posterior_mean_coef2[::-1], rtol=1e-12)
-    np.testing.assert_allclose(grid.log_variance_bounds[:, 0], spaced.posterior_log_variance_clipped[::-1], rtol=1e-12)
-    np.testing.assert_allclose(grid.log_variance_bounds[:, 1], np.log(spaced.betas)[::-1], rtol=1e-12)
+    np.testing.assert_allclose(
+        grid.log_variance_bounds[:, 0], spaced.posterior_log_variance_clipped[::-1], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        grid.log_variance_bounds[:, 1], np.log(spaced.betas)[::-1], rtol=1e-12
+    )
 
 
 EXPECTED_TIMESTEPS = {
     ("ddpm", 4, None): [999, 666, 333, 0],
-    ("ddpm", 5, None): [999, 749, 500, 250, 0],              # 249.75, 499.5 and 749.25 rounded
+    ("ddpm", 5, None): [999, 749, 500, 250, 0],  # 249.75, 499.5 and 749.25 rounded
     ("ddim", 5, "leading"): [800, 600, 400, 200, 0],
     ("ddim", 4, "trailing"): [999, 749, 499, 249],
     ("ddim", 3, "linspace"): [999, 500, 0],
-    ("dpm++", 5, None): [999, 799, 599, 400, 200],           # 199.8, 399.6, 599.4 and 799.2 rounded, without 0
+    ("dpm++", 5, None): [
+        999,
+        799,
+        599,
+        400,
+        200,
+    ],  # 199.8, 399.6, 599.4 and 799.2 rounded, without 0
     ("dpm++", 4, "leading"): [800, 600, 400, 200],
 }
 
@@ -112,10 +131,14 @@ def test_the_model_sees_exactly_these_timesteps(case):
 def test_timesteps_are_those_of_diffusers(steps, spacing):
     ddim = diffusers.DDIMScheduler(beta_schedule="linear", timestep_spacing=spacing)
     ddim.set_timesteps(steps)
-    np.testing.assert_array_equal(samplers.make_grid(DIFFUSION, "ddim", steps, spacing=spacing).timesteps, ddim.timesteps)
+    np.testing.assert_array_equal(
+        samplers.make_grid(DIFFUSION, "ddim", steps, spacing=spacing).timesteps, ddim.timesteps
+    )
     dpm = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing=spacing)
     dpm.set_timesteps(steps)
-    np.testing.assert_array_equal(samplers.make_grid(DIFFUSION, "dpm++", steps, spacing=spacing).timesteps, dpm.timesteps)
+    np.testing.assert_array_equal(
+        samplers.make_grid(DIFFUSION, "dpm++", steps, spacing=spacing).timesteps, dpm.timesteps
+    )
 
 
 ALPHAS_CUMPROD = jnp.asarray(DIFFUSION.alphas_cumprod, jnp.float32)
@@ -152,7 +175,9 @@ TABLES = [(10, True, 1e-5), (50, True, 1e-5), (50, False, 1e-4)]
 @pytest.mark.parametrize("steps, exact_tables, tolerance", TABLES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_agrees_with_diffusers(steps, spacing, exact_tables, tolerance):
-    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing=spacing)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="linear", clip_sample=False, timestep_spacing=spacing
+    )
     grid = samplers.make_grid(DIFFUSION, "ddim", steps, spacing=spacing)
     actual, expected = run_both(scheduler, grid, exact_tables)
     np.testing.assert_allclose(actual, expected, atol=tolerance)
@@ -162,13 +187,19 @@ def test_ddim_agrees_with_diffusers(steps, spacing, exact_tables, tolerance):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpm_solver_agrees_with_diffusers(steps, order, exact_tables, tolerance):
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=order)
-    actual, expected = run_both(scheduler, samplers.make_grid(DIFFUSION, "dpm++", steps, order=order), exact_tables)
+    actual, expected = run_both(
+        scheduler, samplers.make_grid(DIFFUSION, "dpm++", steps, order=order), exact_tables
+    )
     np.testing.assert_allclose(actual, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("sampler, kwargs, steps", [
-    ("ddim", dict(spacing="leading"), 40),
-    *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)]])
+@pytest.mark.parametrize(
+    "sampler, kwargs, steps",
+    [
+        ("ddim", dict(spacing="leading"), 40),
+        *[("dpm++", dict(order=order), steps) for order in (1, 2, 3) for steps in (10, 40)],
+    ],
+)
 def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kwargs, steps):
     """Fed arbitrary outputs nothing corrects a rounding error, and the first is multiplied by 157, the root of
     1 / alphas_cumprod at t = 999: so both sides run in float64 here,
@@ -183,8 +214,13 @@ def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kw
         x_starts = np.concatenate([[(x - np.sqrt(1 - a) * outputs[s]) / np.sqrt(a)], x_starts[:-1]])
         x = grid.x_coef[s] * x + grid.x_start_coefs[s] @ x_starts
 
-    scheduler = (diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False) if sampler == "ddim" else
-                 diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=kwargs["order"]))
+    scheduler = (
+        diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        if sampler == "ddim"
+        else diffusers.DPMSolverMultistepScheduler(
+            beta_schedule="linear", solver_order=kwargs["order"]
+        )
+    )
     scheduler.alphas_cumprod = torch.from_numpy(DIFFUSION.alphas_cumprod)
     scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     scheduler.set_timesteps(steps)
@@ -194,7 +230,9 @@ def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kw
     for t, output in zip(scheduler.timesteps, outputs):
         expected = scheduler.step(torch.from_numpy(output), t, expected).prev_sample
     assert expected.dtype == torch.float64
-    np.testing.assert_allclose(x, expected, atol=(1e-9 if sampler == "ddim" else 1e-6) * np.abs(expected).max())
+    np.testing.assert_allclose(
+        x, expected, atol=(1e-9 if sampler == "ddim" else 1e-6) * np.abs(expected).max()
+    )
 
 
 def test_ddim_noise_is_that_of_diffusers():
@@ -206,7 +244,9 @@ def test_ddim_noise_is_that_of_diffusers():
     keys = make_keys(2)
     x = torch.from_numpy(np.array(samplers.step_noise(keys, 0, SHAPE)))
     for s, t in enumerate(scheduler.timesteps):
-        out = np.array(model_fn(jnp.asarray(x.float().numpy()), jnp.full((2,), int(t)), jnp.arange(2)))[..., :4]
+        out = np.array(
+            model_fn(jnp.asarray(x.float().numpy()), jnp.full((2,), int(t)), jnp.arange(2))
+        )[..., :4]
         fresh = torch.from_numpy(np.array(samplers.step_noise(keys, s + 1, SHAPE)))
         x = scheduler.step(torch.from_numpy(out), t, x, eta=eta, variance_noise=fresh).prev_sample
     actual, expected = run(grid, 2), x.numpy()
@@ -247,10 +287,11 @@ def test_higher_orders_come_closer_to_the_exact_flow():
 
     Between two timesteps, not to the end: the last stride of every order is of the first.
     """
+
     def error(order, steps):
         timesteps = np.linspace(900, 100, steps + 1).round()
         grid = samplers.make_grid(DIFFUSION, "dpm++", steps + 1, timesteps=timesteps, order=order)
-        s2 = np.array([0.1, 0.3, 1.0, 3.0])                    # one image for each variance
+        s2 = np.array([0.1, 0.3, 1.0, 3.0])  # one image for each variance
         x, past = np.ones(4), np.zeros((order, 4))
         for s, a in enumerate(grid.alphas_cumprod[:-1]):
             past = np.concatenate([[x * np.sqrt(a) * s2 / (a * s2 + 1.0 - a)], past[:-1]])
@@ -259,8 +300,16 @@ def test_higher_orders_come_closer_to_the_exact_flow():
         return np.abs(x - np.sqrt((last * s2 + 1.0 - last) / (first * s2 + 1.0 - first))).max()
 
     first, second, third = ([error(order, steps) for steps in (20, 80)] for order in (1, 2, 3))
-    assert first[0] > 3 * second[0] > 6 * third[0] and first[1] > 20 * second[1] > 60 * third[1], (first, second, third)
-    assert first[0] > 3.5 * first[1] and second[0] > 10 * second[1] and third[0] > 20 * third[1], (first, second, third)
+    assert first[0] > 3 * second[0] > 6 * third[0] and first[1] > 20 * second[1] > 60 * third[1], (
+        first,
+        second,
+        third,
+    )
+    assert first[0] > 3.5 * first[1] and second[0] > 10 * second[1] and third[0] > 20 * third[1], (
+        first,
+        second,
+        third,
+    )
 
 
 GRIDS = {"ddpm": dict(steps=6), "ddim": dict(steps=6, eta=0.5), "dpm++": dict(steps=6, order=3)}
@@ -269,11 +318,14 @@ GRIDS = {"ddpm": dict(steps=6), "ddim": dict(steps=6, eta=0.5), "dpm++": dict(st
 @pytest.mark.parametrize("sampler", GRIDS)
 def test_an_image_depends_on_its_key_and_label_alone(sampler):
     grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
-    draw = jax.jit(lambda keys, labels: samplers.sample(model_fn, keys, SHAPE, grid=grid, labels=labels, null_label=NULL,
-                                                        cfg_scale=1.5))
+    draw = jax.jit(
+        lambda keys, labels: samplers.sample(
+            model_fn, keys, SHAPE, grid=grid, labels=labels, null_label=NULL, cfg_scale=1.5
+        )
+    )
     keys, labels = make_keys(6), jnp.array([1, 2, 3, 4, 5, 6])
     whole = draw(keys, labels)
-    split = [draw(keys[i:i + 2], labels[i:i + 2]) for i in (0, 2, 4)]
+    split = [draw(keys[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
     np.testing.assert_allclose(whole, np.concatenate(split), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole, draw(keys[::-1], labels[::-1])[::-1], rtol=1e-5, atol=1e-5)
 
@@ -284,7 +336,13 @@ def test_eight_devices_draw_what_one_draws(sampler):
     keys, labels = make_keys(16), jnp.arange(16) % 10
     one = run(grid, 16, keys=keys, labels=labels, cfg_scale=1.5)
     spread = sharding.batch_sharding(sharding.make_mesh())
-    eight = run(grid, 16, keys=jax.device_put(keys, spread), labels=jax.device_put(labels, spread), cfg_scale=1.5)
+    eight = run(
+        grid,
+        16,
+        keys=jax.device_put(keys, spread),
+        labels=jax.device_put(labels, spread),
+        cfg_scale=1.5,
+    )
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
 
 
@@ -299,7 +357,9 @@ def test_noise_differs_between_steps_and_images():
 @pytest.mark.parametrize("cfg_channels", ["3", "all"])
 def test_guidance_of_one_is_no_guidance(sampler, cfg_channels):
     grid = samplers.make_grid(DIFFUSION, sampler, **GRIDS[sampler])
-    guided = run(grid, cfg_scale=1.0 + 1e-12, cfg_channels=cfg_channels)   # takes the guided path, batch of two halves
+    guided = run(
+        grid, cfg_scale=1.0 + 1e-12, cfg_channels=cfg_channels
+    )  # takes the guided path, batch of two halves
     np.testing.assert_allclose(guided, run(grid, cfg_scale=1.0), rtol=1e-4, atol=1e-4)
 
 
@@ -312,7 +372,7 @@ def test_guidance_moves_only_the_guided_channels(cfg_channels, guided):
     expected = cond.copy()
     expected[..., :guided] = uncond[..., :guided] + 4.0 * (cond - uncond)[..., :guided]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert np.abs(cond - uncond)[..., :4].min() > 1e-4   # else the test could not tell
+    assert np.abs(cond - uncond)[..., :4].min() > 1e-4  # else the test could not tell
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -320,27 +380,37 @@ def test_guidance_of_pixel_models_leaves_the_variance_alone(channels):
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, channels))
 
     def label_model_fn(x, t, y):
-        return jnp.broadcast_to(y.astype(jnp.float32)[:, None, None, None], (*x.shape[:-1], 2 * channels))
+        return jnp.broadcast_to(
+            y.astype(jnp.float32)[:, None, None, None], (*x.shape[:-1], 2 * channels)
+        )
 
-    out = samplers.guide(label_model_fn, x, jnp.zeros(2, jnp.int32), jnp.array([1, 2]), NULL, 2.0, "3")
-    np.testing.assert_array_equal(out[0, 0, 0], [10.0 + 2.0 * (1.0 - 10.0)] * channels + [1.0] * channels)
+    out = samplers.guide(
+        label_model_fn, x, jnp.zeros(2, jnp.int32), jnp.array([1, 2]), NULL, 2.0, "3"
+    )
+    np.testing.assert_array_equal(
+        out[0, 0, 0], [10.0 + 2.0 * (1.0 - 10.0)] * channels + [1.0] * channels
+    )
 
 
 def test_guidance_interval_guides_inside_and_costs_nothing_outside():
     batches = []
 
     def recording_model_fn(x, t, y):
-        jax.experimental.io_callback(lambda t: batches.append((int(t[0]), len(t))), None, t, ordered=True)
+        jax.experimental.io_callback(
+            lambda t: batches.append((int(t[0]), len(t))), None, t, ordered=True
+        )
         return model_fn(x, t, y)
 
-    grid = samplers.make_grid(DIFFUSION, "ddim", 5)      # 999, 749, 500, 250, 0
+    grid = samplers.make_grid(DIFFUSION, "ddim", 5)  # 999, 749, 500, 250, 0
     run(grid, model_fn=recording_model_fn, cfg_scale=2.0, cfg_interval=(250, 749))
     assert batches == [(999, 3), (749, 6), (500, 6), (250, 6), (0, 3)]
 
 
 def test_a_guidance_interval_at_its_limits_is_all_or_nothing():
     grid = samplers.make_grid(DIFFUSION, "ddim", 5)
-    nowhere, everywhere = (run(grid, cfg_scale=2.0, cfg_interval=interval) for interval in [(600, 601), (0, 999)])
+    nowhere, everywhere = (
+        run(grid, cfg_scale=2.0, cfg_interval=interval) for interval in [(600, 601), (0, 999)]
+    )
     np.testing.assert_allclose(nowhere, run(grid), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(everywhere, run(grid, cfg_scale=2.0), rtol=1e-5, atol=1e-5)
     assert np.abs(everywhere - nowhere).max() > 1e-2
@@ -352,30 +422,45 @@ def test_clipping_bounds_the_estimate_of_pixels():
 
 
 def test_a_model_in_bfloat16_samples_in_float32():
-    images = run(samplers.make_grid(DIFFUSION, "ddpm", 3),
-                 model_fn=lambda x, t, y: model_fn(x, t, y).astype(jnp.bfloat16))
+    images = run(
+        samplers.make_grid(DIFFUSION, "ddpm", 3),
+        model_fn=lambda x, t, y: model_fn(x, t, y).astype(jnp.bfloat16),
+    )
     assert images.dtype == np.float32 and np.isfinite(images).all()
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(sampler="euler", steps=10), "unknown sampler 'euler'"),
-    (dict(sampler="ddim", steps=10, spacing="karras"), "unknown timestep spacing 'karras'"),
-    (dict(sampler="dpm++", steps=10, order=4), "order 1, 2 or 3, got 4"),
-    (dict(sampler="ddim", steps=10, eta=1.5), "between 0 and 1, got 1.5"),
-    (dict(sampler="ddpm", steps=10, variance="learned"), "unknown variance 'learned'"),
-    (dict(sampler="ddpm", steps=1001), "1001"),
-    (dict(sampler="dpm++", steps=1000), "1000 sampling steps"),
-    (dict(sampler="ddim", steps=2, timesteps=np.array([1000, 0])), r"\[0, 999\], got \[1000, 0\]"),
-    (dict(sampler="ddim", steps=2, timesteps=np.array([0, 500])), "expected 2 decreasing timesteps"),
-])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(sampler="euler", steps=10), "unknown sampler 'euler'"),
+        (dict(sampler="ddim", steps=10, spacing="karras"), "unknown timestep spacing 'karras'"),
+        (dict(sampler="dpm++", steps=10, order=4), "order 1, 2 or 3, got 4"),
+        (dict(sampler="ddim", steps=10, eta=1.5), "between 0 and 1, got 1.5"),
+        (dict(sampler="ddpm", steps=10, variance="learned"), "unknown variance 'learned'"),
+        (dict(sampler="ddpm", steps=1001), "1001"),
+        (dict(sampler="dpm++", steps=1000), "1000 sampling steps"),
+        (
+            dict(sampler="ddim", steps=2, timesteps=np.array([1000, 0])),
+            r"\[0, 999\], got \[1000, 0\]",
+        ),
+        (
+            dict(sampler="ddim", steps=2, timesteps=np.array([0, 500])),
+            "expected 2 decreasing timesteps",
+        ),
+    ],
+)
 def test_impossible_requests_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         samplers.make_grid(DIFFUSION, **kwargs)
 
 
-@pytest.mark.parametrize("interval", [(700.0, 100.0), (700.0,), (0.0, 1.0, 2.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "interval", [(700.0, 100.0), (700.0,), (0.0, 1.0, 2.0), (float("nan"), 1.0)]
+)
 def test_an_interval_that_guides_nowhere_by_mistake_is_refused(interval):
-    with pytest.raises(ValueError, match="cfg_interval is two timesteps, the lower one first, got "):
+    with pytest.raises(
+        ValueError, match="cfg_interval is two timesteps, the lower one first, got "
+    ):
         run(samplers.make_grid(DIFFUSION, "ddim", 2), cfg_interval=interval)
 
 

@@ -1,4 +1,5 @@
 """The mesh, the FSDP rule and the batch's sharding, on eight pretend devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,17 +12,23 @@ from lit_jax.models.dit import DiT
 from lit_jax.train_step import init_params
 
 
-@pytest.mark.parametrize("data, fsdp, expected", [
-    (-1, 1, (8, 1)), (1, -1, (1, 8)), (2, 4, (2, 4)), (-1, 4, (2, 4)), (8, 1, (8, 1))])
+@pytest.mark.parametrize(
+    "data, fsdp, expected",
+    [(-1, 1, (8, 1)), (1, -1, (1, 8)), (2, 4, (2, 4)), (-1, 4, (2, 4)), (8, 1, (8, 1))],
+)
 def test_a_size_of_minus_one_takes_what_is_left(data, fsdp, expected):
     mesh = sharding.make_mesh(data, fsdp)
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == expected
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
 
 
-@pytest.mark.parametrize("data, fsdp", [(3, -1), (2, 2), (16, 1), (-1, -1), (0, -1), (-1, 0), (-1, 16), (-2, 4)])
+@pytest.mark.parametrize(
+    "data, fsdp", [(3, -1), (2, 2), (16, 1), (-1, -1), (0, -1), (-1, 0), (-1, 16), (-2, 4)]
+)
 def test_impossible_meshes_name_both_sizes_and_the_devices(data, fsdp):
-    with pytest.raises(ValueError, match=rf"mesh.data = {data} and mesh.fsdp = {fsdp} .* 8 devices"):
+    with pytest.raises(
+        ValueError, match=rf"mesh.data = {data} and mesh.fsdp = {fsdp} .* 8 devices"
+    ):
         sharding.make_mesh(data, fsdp)
 
 
@@ -30,17 +37,20 @@ def test_a_mesh_of_some_devices():
     assert list(mesh.devices.ravel()) == jax.devices()[:2]
 
 
-@pytest.mark.parametrize("shape, spec", [
-    ((256, 1024), PartitionSpec(None, "fsdp")),
-    ((1024, 256), PartitionSpec("fsdp")),
-    ((28, 1152, 3456), PartitionSpec(None, None, "fsdp")),      # the layer axis stays whole
-    ((400, 128, 130), PartitionSpec(None, "fsdp")),             # even where it is the largest
-    ((1001, 1153), PartitionSpec()),                            # nothing divides by 4
-    ((1001, 1152), PartitionSpec(None, "fsdp")),
-    ((64, 64), PartitionSpec()),                                # too small to be worth it
-    ((2**17,), PartitionSpec("fsdp")),
-    ((), PartitionSpec()),
-])
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((256, 1024), PartitionSpec(None, "fsdp")),
+        ((1024, 256), PartitionSpec("fsdp")),
+        ((28, 1152, 3456), PartitionSpec(None, None, "fsdp")),  # the layer axis stays whole
+        ((400, 128, 130), PartitionSpec(None, "fsdp")),  # even where it is the largest
+        ((1001, 1153), PartitionSpec()),  # nothing divides by 4
+        ((1001, 1152), PartitionSpec(None, "fsdp")),
+        ((64, 64), PartitionSpec()),  # too small to be worth it
+        ((2**17,), PartitionSpec("fsdp")),
+        ((), PartitionSpec()),
+    ],
+)
 def test_the_largest_dividable_axis_is_sharded(shape, spec):
     mesh = sharding.make_mesh(2, 4)
     found = sharding.fsdp_sharding({"a": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)["a"].spec
@@ -49,7 +59,9 @@ def test_the_largest_dividable_axis_is_sharded(shape, spec):
 
 def test_without_fsdp_everything_is_replicated():
     mesh = sharding.make_mesh(8, 1)
-    assert sharding.fsdp_sharding({"a": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}, mesh)["a"].is_fully_replicated
+    assert sharding.fsdp_sharding({"a": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}, mesh)[
+        "a"
+    ].is_fully_replicated
 
 
 def test_the_batch_is_split_over_both_axes():
@@ -68,14 +80,25 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
 
 def test_a_process_reads_the_rows_that_its_devices_hold():
     mesh = sharding.make_mesh(2, 4)
-    np.testing.assert_array_equal(sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16))
+    np.testing.assert_array_equal(
+        sharding.process_rows(sharding.batch_sharding(mesh), 16), np.arange(16)
+    )
     some = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
     np.testing.assert_array_equal(sharding.process_rows(sharding.replicated(some), 6), np.arange(6))
 
 
 def test_a_rematerialised_model_whose_weights_are_split_has_the_same_gradients():
-    model = DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear", remat="dots",
-                dtype=jnp.float32)
+    model = DiT(
+        depth=2,
+        width=16,
+        num_heads=2,
+        patch_size=4,
+        in_channels=1,
+        num_classes=3,
+        attention="linear",
+        remat="dots",
+        dtype=jnp.float32,
+    )
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 8))
     params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), shapes)
@@ -83,9 +106,13 @@ def test_a_rematerialised_model_whose_weights_are_split_has_the_same_gradients()
     t, y = rng.integers(0, 1000, 16), rng.integers(0, 3, 16)
 
     def gradient(params, x, t, y, model=model):
-        return jax.grad(lambda p: jnp.mean((model.apply({"params": p}, x, t, y)[..., :1] - target) ** 2))(params)
+        return jax.grad(
+            lambda p: jnp.mean((model.apply({"params": p}, x, t, y)[..., :1] - target) ** 2)
+        )(params)
 
-    expected = jax.jit(lambda *args: gradient(*args, model=model.clone(remat="none")))(params, x, t, y)
+    expected = jax.jit(lambda *args: gradient(*args, model=model.clone(remat="none")))(
+        params, x, t, y
+    )
     mesh = sharding.make_mesh(2, 4)
     where = sharding.fsdp_sharding(shapes, mesh, min_size=64)
     split = jax.device_put((params, x, t, y), (where, *[sharding.batch_sharding(mesh)] * 3))

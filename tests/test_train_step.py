@@ -3,6 +3,7 @@
 The step is compiled for a model of one parameter where a claim is about the step alone, and for small real models where
 it is about the models in it.
 """
+
 import functools
 
 import flax.struct
@@ -27,16 +28,48 @@ from lit_jax.train_step import (
 )
 
 DIFFUSION = make_diffusion()
-OPTIMIZER = dict(learning_rate=1e-2, b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=0.0, schedule="constant",
-                 warmup=0, steps=100)
-STEP = dict(teacher=None, noise_weight=0.5, variance_weight=0.05, variance_target="raw", teacher_sees_dropped_labels=False,
-            label_dropout=0.1, accumulation=1, ema_decay=0.9, ema_warmup=False)
+OPTIMIZER = dict(
+    learning_rate=1e-2,
+    b1=0.9,
+    b2=0.999,
+    epsilon=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,
+    schedule="constant",
+    warmup=0,
+    steps=100,
+)
+STEP = dict(
+    teacher=None,
+    noise_weight=0.5,
+    variance_weight=0.05,
+    variance_target="raw",
+    teacher_sees_dropped_labels=False,
+    label_dropout=0.1,
+    accumulation=1,
+    ema_decay=0.9,
+    ema_warmup=False,
+)
 RNG = jax.random.key(7)
 
 
 # The optimizer. -------------------------------------------------------------------------------------------------------
 
-def adamw_oracle(x, gradients, *, learning_rate, b1, b2, epsilon, weight_decay, clip_norm, schedule, warmup, steps):
+
+def adamw_oracle(
+    x,
+    gradients,
+    *,
+    learning_rate,
+    b1,
+    b2,
+    epsilon,
+    weight_decay,
+    clip_norm,
+    schedule,
+    warmup,
+    steps,
+):
     """AdamW step by step in float64, written from the paper's equations."""
     x, m, v, path = np.array(x, np.float64), 0.0, 0.0, []
     for n, g in enumerate(gradients):
@@ -49,14 +82,26 @@ def adamw_oracle(x, gradients, *, learning_rate, b1, b2, epsilon, weight_decay, 
             rate *= (n + 1) / warmup
         elif schedule == "cosine":
             rate *= 0.5 * (1 + np.cos(np.pi * (n - warmup) / (steps - warmup)))
-        x = x - rate * (m / (1 - b1**(n + 1)) / (np.sqrt(v / (1 - b2**(n + 1))) + epsilon) + weight_decay * x)
+        x = x - rate * (
+            m / (1 - b1 ** (n + 1)) / (np.sqrt(v / (1 - b2 ** (n + 1))) + epsilon)
+            + weight_decay * x
+        )
         path.append(x)
     return path
 
 
-@pytest.mark.parametrize("change", [
-    {}, dict(weight_decay=0.1), dict(clip_norm=1.0), dict(warmup=3), dict(warmup=1), dict(schedule="cosine", steps=8),
-    dict(schedule="cosine", warmup=4, steps=8, b2=0.95, epsilon=1e-3)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(weight_decay=0.1),
+        dict(clip_norm=1.0),
+        dict(warmup=3),
+        dict(warmup=1),
+        dict(schedule="cosine", steps=8),
+        dict(schedule="cosine", warmup=4, steps=8, b2=0.95, epsilon=1e-3),
+    ],
+)
 def test_the_optimizer_follows_its_equations(change):
     fields = OPTIMIZER | change
     optimizer = make_optimizer(**fields)
@@ -69,15 +114,20 @@ def test_the_optimizer_follows_its_equations(change):
         assert_close(x, wanted, factor=16)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(schedule="linear"), "optimizer.schedule must be constant or cosine, got 'linear'"),
-    (dict(warmup=100), "optimizer.warmup = 100 is not shorter than train.steps = 100")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(schedule="linear"), "optimizer.schedule must be constant or cosine, got 'linear'"),
+        (dict(warmup=100), "optimizer.warmup = 100 is not shorter than train.steps = 100"),
+    ],
+)
 def test_impossible_optimizers_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(**OPTIMIZER | change)
 
 
 # A model of one parameter. --------------------------------------------------------------------------------------------
+
 
 @flax.struct.dataclass
 class Scalar:
@@ -89,8 +139,12 @@ class Scalar:
 
     def apply(self, variables, x, t, y):
         w = variables["params"]["w"]
-        value = {"null": (y == self.num_classes).astype(jnp.float32), "t": t.astype(jnp.float32),
-                 "one": jnp.ones(len(y)), "three": jnp.where(y == 3, jnp.inf, 1.0)}[self.function]
+        value = {
+            "null": (y == self.num_classes).astype(jnp.float32),
+            "t": t.astype(jnp.float32),
+            "one": jnp.ones(len(y)),
+            "three": jnp.where(y == 3, jnp.inf, 1.0),
+        }[self.function]
         return w * jnp.broadcast_to(value[:, None, None, None], x.shape)
 
 
@@ -109,8 +163,12 @@ def fresh_state(params, optimizer):
 
 def make_images(count, size=2, channels=1, label=None):
     rng = np.random.default_rng(count)
-    return {"image": rng.integers(0, 256, (count, size, size, channels), np.uint8),
-            "label": rng.integers(0, 10, count).astype(np.int32) if label is None else np.full(count, label, np.int32)}
+    return {
+        "image": rng.integers(0, 256, (count, size, size, channels), np.uint8),
+        "label": rng.integers(0, 10, count).astype(np.int32)
+        if label is None
+        else np.full(count, label, np.int32),
+    }
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
@@ -127,7 +185,7 @@ def test_labels_are_dropped_at_the_rate_asked_for(rate):
     # The noise adds 1e-6, and its product with the constant 2e-3 / sqrt(pixels) of the share: 2e-5.
     assert abs(np.mean(shares) - rate) < 5 * deviation + 4e-5
     if rate:
-        assert len(set(shares)) == 4      # other labels each step
+        assert len(set(shares)) == 4  # other labels each step
 
 
 def test_timesteps_are_uniform_over_the_whole_schedule():
@@ -145,7 +203,12 @@ def test_timesteps_are_uniform_over_the_whole_schedule():
 def test_the_draws_depend_on_the_step_and_the_seed_alone():
     train_step, state = scalar_step("t")
     batch, losses = make_images(64), {}
-    for name, number, rng in (("first", 0, 7), ("again", 0, 7), ("next step", 1, 7), ("other seed", 0, 8)):
+    for name, number, rng in (
+        ("first", 0, 7),
+        ("again", 0, 7),
+        ("next step", 1, 7),
+        ("other seed", 0, 8),
+    ):
         start = jax.tree.map(jnp.copy, state).replace(step=jnp.int32(number))
         _, metrics = train_step(start, None, batch, jax.random.key(rng))
         losses[name] = float(metrics["loss"])
@@ -155,11 +218,15 @@ def test_the_draws_depend_on_the_step_and_the_seed_alone():
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_ema_matches_the_oracle(warmup):
-    train_step, state = scalar_step("one", w=5.0, ema_warmup=warmup, ema_decay=0.9 if not warmup else 0.35)
+    train_step, state = scalar_step(
+        "one", w=5.0, ema_warmup=warmup, ema_decay=0.9 if not warmup else 0.35
+    )
     ema = 5.0
     for number in range(8):
         state, _ = train_step(state, None, make_images(16), RNG)
-        decay = min(0.35, (1 + number) / (10 + number)) if warmup else 0.9     # the bound is reached at step 4
+        decay = (
+            min(0.35, (1 + number) / (10 + number)) if warmup else 0.9
+        )  # the bound is reached at step 4
         ema = decay * ema + (1 - decay) * float(state.params["w"])
         assert float(state.ema_params["w"]) == pytest.approx(ema, rel=1e-6)
     assert float(state.params["w"]) < 4.95
@@ -185,10 +252,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 @pytest.mark.parametrize("sees_dropped", [False, True])
 def test_the_teacher_sees_the_labels_it_should(sees_dropped):
     """Student and teacher are the same function of the label: they differ where the teacher does not see it dropped."""
-    train_step, state = scalar_step("null", teacher=Scalar("null"), label_dropout=0.5,
-                                    teacher_sees_dropped_labels=sees_dropped)
+    train_step, state = scalar_step(
+        "null", teacher=Scalar("null"), label_dropout=0.5, teacher_sees_dropped_labels=sees_dropped
+    )
     _, metrics = train_step(state, {"w": np.float32(1.0)}, make_images(4096), RNG)
-    assert float(metrics["kd_noise"]) == pytest.approx(0.0 if sees_dropped else 0.5, abs=5 * 0.5 / 64)
+    assert float(metrics["kd_noise"]) == pytest.approx(
+        0.0 if sees_dropped else 0.5, abs=5 * 0.5 / 64
+    )
 
 
 def test_the_variance_target_reaches_the_loss():
@@ -205,16 +275,28 @@ def test_uint8_becomes_minus_one_to_one():
 # Small real models. ---------------------------------------------------------------------------------------------------
 
 SIZE = 8
-STUDENT = DiT(depth=2, width=32, num_heads=2, patch_size=2, in_channels=1, num_classes=10, attention="linear",
-              dtype=jnp.float32)
-TEACHER = DiT(depth=1, width=48, num_heads=3, patch_size=4, in_channels=1, num_classes=10, dtype=jnp.float32)
+STUDENT = DiT(
+    depth=2,
+    width=32,
+    num_heads=2,
+    patch_size=2,
+    in_channels=1,
+    num_classes=10,
+    attention="linear",
+    dtype=jnp.float32,
+)
+TEACHER = DiT(
+    depth=1, width=48, num_heads=3, patch_size=4, in_channels=1, num_classes=10, dtype=jnp.float32
+)
 
 
 def random_params(model, seed):
     """Parameters that are random everywhere (a fresh model's output is zero), of the sizes of an init."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), SIZE))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -226,18 +308,25 @@ def start():
 @functools.cache
 def compiled(data, fsdp, **change):
     """(train_step, place) on a mesh; `place` puts a host state on it, sharded as finely as it goes."""
-    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[:data * fsdp])
+    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
     optimizer = make_optimizer(**OPTIMIZER | dict(clip_norm=1.0))
-    train_step = make_train_step(STUDENT, optimizer, DIFFUSION, mesh=mesh, **STEP | dict(teacher=TEACHER) | change)
+    train_step = make_train_step(
+        STUDENT, optimizer, DIFFUSION, mesh=mesh, **STEP | dict(teacher=TEACHER) | change
+    )
 
     def place(params):
         shapes = state_shapes(STUDENT, optimizer, SIZE)
         shardings = sharding.fsdp_sharding(shapes, mesh, min_size=64)
         params = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, shardings.params)
-        return jax.jit(lambda p: new_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+        return jax.jit(
+            lambda p: new_state(p, optimizer), out_shardings=shardings, donate_argnums=0
+        )(params)
 
     def put(batch):
-        return {name: jax.device_put(value, sharding.batch_sharding(mesh)) for name, value in batch.items()}
+        return {
+            name: jax.device_put(value, sharding.batch_sharding(mesh))
+            for name, value in batch.items()
+        }
 
     return train_step, place, put
 
@@ -259,10 +348,21 @@ def test_the_loss_falls_on_one_repeated_batch_and_its_terms_add_up(start):
     state, history = run(40, *start, data=1, fsdp=1)
     assert set(history[0]) == {"loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm"}
     for metrics in history:
-        total = metrics["mse"] + metrics["vb"] + 0.5 * metrics["kd_noise"] + 0.05 * metrics["kd_variance"]
+        total = (
+            metrics["mse"]
+            + metrics["vb"]
+            + 0.5 * metrics["kd_noise"]
+            + 0.05 * metrics["kd_variance"]
+        )
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
-    for name in ("loss", "mse", "vb"):  # not the distance to the teacher: that of this test is random, and mse pulls away
-        first, last = (np.mean([metrics[name] for metrics in part]) for part in (history[:5], history[-5:]))
+    for name in (
+        "loss",
+        "mse",
+        "vb",
+    ):  # not the distance to the teacher: that of this test is random, and mse pulls away
+        first, last = (
+            np.mean([metrics[name] for metrics in part]) for part in (history[:5], history[-5:])
+        )
         assert last < 0.7 * first, name
     assert state.step == 40 and state.skipped == 0
 
@@ -276,8 +376,10 @@ def test_the_teacher_does_not_move(start):
     for _ in range(3):
         state, _ = train_step(state, on_device, put(BATCH), RNG)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(on_device), kept)
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(state.params), params)
-    assert jax.tree.all(moved)      # every leaf of the student does
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), jax.device_get(state.params), params
+    )
+    assert jax.tree.all(moved)  # every leaf of the student does
 
 
 def test_the_state_is_donated(start):
@@ -327,7 +429,9 @@ def test_distillation_weights_of_zero_are_plain_training(start, reference):
     for a, b in zip(weightless[1], plain[1], strict=True):
         assert a["kd_noise"] > 0 and {name: a[name] for name in b} == pytest.approx(b, rel=1e-5)
     assert_same_run((weightless[0], plain[1]), plain, reduction=1e5)
-    assert reference[1][1]["mse"] != pytest.approx(plain[1][1]["mse"], rel=1e-6)    # weights that are not zero do count
+    assert reference[1][1]["mse"] != pytest.approx(
+        plain[1][1]["mse"], rel=1e-6
+    )  # weights that are not zero do count
 
 
 def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
@@ -338,23 +442,39 @@ def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
         state, _ = train_step(state, teacher, put(BATCH), RNG)
     checkpoints = checkpoint.Checkpointer(tmp_path, keep=1, keep_every=0)
     checkpoints.save(2, state.items(), data={"at": 2}, metadata={})
-    state, metrics = train_step(state, teacher, put(BATCH), RNG)    # donates what is still being written
+    state, metrics = train_step(
+        state, teacher, put(BATCH), RNG
+    )  # donates what is still being written
     checkpoints.wait()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), place(params))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), place(params)
+    )
     number, items, data, _ = checkpoints.restore(shapes.items())
     resumed, resumed_metrics = train_step(TrainState.from_items(items), teacher, put(BATCH), RNG)
     checkpoints.close()
     assert number == 2 and data == {"at": 2} and int(resumed.step) == 3
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed_metrics), jax.device_get(metrics))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(resumed_metrics), jax.device_get(metrics)
+    )
 
 
 def test_a_student_inherits_and_then_trains_from_its_teacher():
     """Inheritance into the sharded student gives a step whose loss is finite and whose new attention moves."""
-    source = DiT(depth=2, width=32, num_heads=2, patch_size=2, in_channels=1, num_classes=10, dtype=jnp.float32)
+    source = DiT(
+        depth=2,
+        width=32,
+        num_heads=2,
+        patch_size=2,
+        in_channels=1,
+        num_classes=10,
+        dtype=jnp.float32,
+    )
     teacher = random_params(source, 20)
     fresh = jax.tree.map(jnp.asarray, random_params(STUDENT, 30))
     merged, _ = inherit.merge_params(teacher, fresh)
     state, history = run(2, jax.device_get(merged), random_params(TEACHER, 10), data=1, fsdp=1)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
-    assert (state.params["blocks"]["attn"]["dwc"]["kernel"] != merged["blocks"]["attn"]["dwc"]["kernel"]).any()
+    assert (
+        state.params["blocks"]["attn"]["dwc"]["kernel"] != merged["blocks"]["attn"]["dwc"]["kernel"]
+    ).any()

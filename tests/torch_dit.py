@@ -1,4 +1,5 @@
 """DiT and LiT in PyTorch, written from the papers in the key layout of the official checkpoints: the parity oracle."""
+
 import math
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 def sincos_table(grid_height, grid_width, dim):
     """(1, T, dim) float32: half of the width encodes the column, half the row; raster order."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(torch.arange(grid_height), torch.arange(grid_width), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(grid_height), torch.arange(grid_width), indexing="ij"
+    )
     halves = []
     for position in (columns, rows):
         angle = position.reshape(-1, 1).to(torch.float64) * omega
@@ -33,7 +36,9 @@ class TimestepEmbedder(nn.Module):
         self.freq_shift = freq_shift
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32) / (128 - self.freq_shift))
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(128, dtype=torch.float32) / (128 - self.freq_shift)
+        )
         angle = t.float()[:, None] * frequencies
         return self.mlp(torch.cat([torch.cos(angle), torch.sin(angle)], dim=1))
 
@@ -71,14 +76,18 @@ class LinearAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         head = dim // num_heads
-        self.dwc = nn.Conv2d(head, head, conv_size, padding=conv_size // 2, groups=head) if conv_size else None
+        self.dwc = (
+            nn.Conv2d(head, head, conv_size, padding=conv_size // 2, groups=head)
+            if conv_size
+            else None
+        )
 
     def forward(self, x, grid):
         B, T, D = x.shape
         N, H = self.num_heads, D // self.num_heads
 
         def split(array):
-            return array.reshape(B, T, N, H).transpose(1, 2)      # (B, N, T, H)
+            return array.reshape(B, T, N, H).transpose(1, 2)  # (B, N, T, H)
 
         q = split(F.relu(self.q(x)) + 1e-6)
         k, v = self.kv(x).chunk(2, dim=-1)
@@ -115,7 +124,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, grid):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -138,8 +149,23 @@ class DiT(nn.Module):
     forward(x (B, C, h, w), t (B,), y (B,)) -> (B, C_out, h, w), channels first as in torch.
     """
 
-    def __init__(self, depth, width, num_heads, patch_size, in_channels, num_classes, grid, *, learn_sigma=True,
-                 attention="softmax", qkv_bias=True, conv_size=5, timestep_freq_shift=0, mlp_norm_epsilon=1e-6):
+    def __init__(
+        self,
+        depth,
+        width,
+        num_heads,
+        patch_size,
+        in_channels,
+        num_classes,
+        grid,
+        *,
+        learn_sigma=True,
+        attention="softmax",
+        qkv_bias=True,
+        conv_size=5,
+        timestep_freq_shift=0,
+        mlp_norm_epsilon=1e-6,
+    ):
         super().__init__()
         self.patch_size, self.grid = patch_size, tuple(grid)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -153,7 +179,9 @@ class DiT(nn.Module):
                 return SoftmaxAttention(width, num_heads)
             return LinearAttention(width, num_heads, qkv_bias, conv_size)
 
-        self.blocks = nn.ModuleList(Block(width, make_attention(), mlp_norm_epsilon) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, make_attention(), mlp_norm_epsilon) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(width, patch_size, self.out_channels)
 
     def forward(self, x, t, y):

@@ -3,6 +3,7 @@
 `Inception3` is torchvision's Inception-v3 with the four changes of pytorch-fid, under the same keys. Branches are rows
 of a table here and code in lit_jax, so that a slip in one is not repeated in the other.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,11 +20,13 @@ class BasicConv2d(nn.Module):
 
 
 def fid_avg_pool(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)          # changes 1 to 3: in blocks A, C and the first E
+    return F.avg_pool2d(
+        x, 3, 1, 1, count_include_pad=False
+    )  # changes 1 to 3: in blocks A, C and the first E
 
 
 def fid_max_pool(x):
-    return F.max_pool2d(x, 3, 1, 1)                                   # change 4: in the second E
+    return F.max_pool2d(x, 3, 1, 1)  # change 4: in the second E
 
 
 def halving_max_pool(x):
@@ -58,50 +61,97 @@ class Mixed(nn.Module):
                 y = [getattr(self, name)(torch.cat(y, 1)) for name in names]
             outputs += y
         pooled = self.pool(x)
-        return torch.cat([*outputs, self.branch_pool(pooled) if hasattr(self, "branch_pool") else pooled], 1)
+        return torch.cat(
+            [*outputs, self.branch_pool(pooled) if hasattr(self, "branch_pool") else pooled], 1
+        )
 
 
 def mixed_a(inputs, pool_features):
-    return Mixed(inputs, [
-        [("branch1x1", 64, 1, 1, 0)],
-        [("branch5x5_1", 48, 1, 1, 0), ("branch5x5_2", 64, 5, 1, 2)],
-        [("branch3x3dbl_1", 64, 1, 1, 0), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)],
-    ], fid_avg_pool, pool_features)
+    return Mixed(
+        inputs,
+        [
+            [("branch1x1", 64, 1, 1, 0)],
+            [("branch5x5_1", 48, 1, 1, 0), ("branch5x5_2", 64, 5, 1, 2)],
+            [
+                ("branch3x3dbl_1", 64, 1, 1, 0),
+                ("branch3x3dbl_2", 96, 3, 1, 1),
+                ("branch3x3dbl_3", 96, 3, 1, 1),
+            ],
+        ],
+        fid_avg_pool,
+        pool_features,
+    )
 
 
 def mixed_b(inputs):
-    return Mixed(inputs, [
-        [("branch3x3", 384, 3, 2, 0)],
-        [("branch3x3dbl_1", 64, 1, 1, 0), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2, 0)],
-    ], halving_max_pool)
+    return Mixed(
+        inputs,
+        [
+            [("branch3x3", 384, 3, 2, 0)],
+            [
+                ("branch3x3dbl_1", 64, 1, 1, 0),
+                ("branch3x3dbl_2", 96, 3, 1, 1),
+                ("branch3x3dbl_3", 96, 3, 2, 0),
+            ],
+        ],
+        halving_max_pool,
+    )
 
 
 def mixed_c(inputs, c):
     across, down = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
-    return Mixed(inputs, [
-        [("branch1x1", 192, 1, 1, 0)],
-        [("branch7x7_1", c, 1, 1, 0), ("branch7x7_2", c, *across), ("branch7x7_3", 192, *down)],
-        [("branch7x7dbl_1", c, 1, 1, 0), ("branch7x7dbl_2", c, *down), ("branch7x7dbl_3", c, *across),
-         ("branch7x7dbl_4", c, *down), ("branch7x7dbl_5", 192, *across)],
-    ], fid_avg_pool, 192)
+    return Mixed(
+        inputs,
+        [
+            [("branch1x1", 192, 1, 1, 0)],
+            [("branch7x7_1", c, 1, 1, 0), ("branch7x7_2", c, *across), ("branch7x7_3", 192, *down)],
+            [
+                ("branch7x7dbl_1", c, 1, 1, 0),
+                ("branch7x7dbl_2", c, *down),
+                ("branch7x7dbl_3", c, *across),
+                ("branch7x7dbl_4", c, *down),
+                ("branch7x7dbl_5", 192, *across),
+            ],
+        ],
+        fid_avg_pool,
+        192,
+    )
 
 
 def mixed_d(inputs):
-    return Mixed(inputs, [
-        [("branch3x3_1", 192, 1, 1, 0), ("branch3x3_2", 320, 3, 2, 0)],
-        [("branch7x7x3_1", 192, 1, 1, 0), ("branch7x7x3_2", 192, (1, 7), 1, (0, 3)),
-         ("branch7x7x3_3", 192, (7, 1), 1, (3, 0)), ("branch7x7x3_4", 192, 3, 2, 0)],
-    ], halving_max_pool)
+    return Mixed(
+        inputs,
+        [
+            [("branch3x3_1", 192, 1, 1, 0), ("branch3x3_2", 320, 3, 2, 0)],
+            [
+                ("branch7x7x3_1", 192, 1, 1, 0),
+                ("branch7x7x3_2", 192, (1, 7), 1, (0, 3)),
+                ("branch7x7x3_3", 192, (7, 1), 1, (3, 0)),
+                ("branch7x7x3_4", 192, 3, 2, 0),
+            ],
+        ],
+        halving_max_pool,
+    )
 
 
 def mixed_e(inputs, pool):
     def fork(name):
         return [(f"{name}a", 384, (1, 3), 1, (0, 1)), (f"{name}b", 384, (3, 1), 1, (1, 0))]
-    return Mixed(inputs, [
-        [("branch1x1", 320, 1, 1, 0)],
-        [("branch3x3_1", 384, 1, 1, 0), fork("branch3x3_2")],
-        [("branch3x3dbl_1", 448, 1, 1, 0), ("branch3x3dbl_2", 384, 3, 1, 1), fork("branch3x3dbl_3")],
-    ], pool, 192)
+
+    return Mixed(
+        inputs,
+        [
+            [("branch1x1", 320, 1, 1, 0)],
+            [("branch3x3_1", 384, 1, 1, 0), fork("branch3x3_2")],
+            [
+                ("branch3x3dbl_1", 448, 1, 1, 0),
+                ("branch3x3dbl_2", 384, 3, 1, 1),
+                fork("branch3x3dbl_3"),
+            ],
+        ],
+        pool,
+        192,
+    )
 
 
 class Inception3(nn.Module):
@@ -116,10 +166,17 @@ class Inception3(nn.Module):
         self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
         channels = 192
         for name, make in {
-            "Mixed_5b": lambda n: mixed_a(n, 32), "Mixed_5c": lambda n: mixed_a(n, 64), "Mixed_5d": lambda n: mixed_a(n, 64),
-            "Mixed_6a": mixed_b, "Mixed_6b": lambda n: mixed_c(n, 128), "Mixed_6c": lambda n: mixed_c(n, 160),
-            "Mixed_6d": lambda n: mixed_c(n, 160), "Mixed_6e": lambda n: mixed_c(n, 192), "Mixed_7a": mixed_d,
-            "Mixed_7b": lambda n: mixed_e(n, fid_avg_pool), "Mixed_7c": lambda n: mixed_e(n, fid_max_pool),
+            "Mixed_5b": lambda n: mixed_a(n, 32),
+            "Mixed_5c": lambda n: mixed_a(n, 64),
+            "Mixed_5d": lambda n: mixed_a(n, 64),
+            "Mixed_6a": mixed_b,
+            "Mixed_6b": lambda n: mixed_c(n, 128),
+            "Mixed_6c": lambda n: mixed_c(n, 160),
+            "Mixed_6d": lambda n: mixed_c(n, 160),
+            "Mixed_6e": lambda n: mixed_c(n, 192),
+            "Mixed_7a": mixed_d,
+            "Mixed_7b": lambda n: mixed_e(n, fid_avg_pool),
+            "Mixed_7c": lambda n: mixed_e(n, fid_max_pool),
         }.items():
             block = make(channels)
             setattr(self, name, block)
@@ -151,10 +208,16 @@ class LiteBlock(nn.Module):
         wide = inputs * expansion
         self.expands, self.is_residual = expansion > 1, stride == 1 and inputs == outputs
         if self.expands:
-            self._expand_conv, self._bn0 = nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide, eps=1e-3)
+            self._expand_conv, self._bn0 = (
+                nn.Conv2d(inputs, wide, 1, bias=False),
+                nn.BatchNorm2d(wide, eps=1e-3),
+            )
         self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
         self._bn1 = nn.BatchNorm2d(wide, eps=1e-3)
-        self._project_conv, self._bn2 = nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs, eps=1e-3)
+        self._project_conv, self._bn2 = (
+            nn.Conv2d(wide, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs, eps=1e-3),
+        )
 
     def forward(self, x):
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
@@ -168,14 +231,23 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        self._conv_stem, self._bn0 = (
+            nn.Conv2d(3, 32, 3, 2, bias=False),
+            nn.BatchNorm2d(32, eps=1e-3),
+        )
         widths = [16] + [24] * 2 + [40] * 2 + [80] * 3 + [112] * 3 + [192] * 4 + [320]
         kernels = [3] + [3] * 2 + [5] * 2 + [3] * 3 + [5] * 3 + [5] * 4 + [3]
         strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
         self._blocks = nn.ModuleList(
             LiteBlock(before, after, kernel, stride, 1 if i == 0 else 6)
-            for i, (before, after, kernel, stride) in enumerate(zip([32, *widths], widths, kernels, strides)))
-        self._conv_head, self._bn1 = nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
+            for i, (before, after, kernel, stride) in enumerate(
+                zip([32, *widths], widths, kernels, strides)
+            )
+        )
+        self._conv_head, self._bn1 = (
+            nn.Conv2d(320, 1280, 1, bias=False),
+            nn.BatchNorm2d(1280, eps=1e-3),
+        )
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, x):
@@ -192,7 +264,7 @@ def randomise(network, seed=0):
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=(2.0 / fan_in)**0.5, generator=generator)
+            nn.init.normal_(module.weight, std=(2.0 / fan_in) ** 0.5, generator=generator)
             if module.bias is not None:
                 nn.init.normal_(module.bias, generator=generator)
         elif isinstance(module, nn.BatchNorm2d):

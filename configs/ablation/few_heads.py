@@ -1,9 +1,10 @@
 """Ablation, step 3: two heads for six. FID 63.24, IS 22.07 (LiT, head ablation; see scratch.py).
 
-    python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads
-    python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=sample
-    python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=evaluate
+python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads
+python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=sample
+python -m lit_jax.main --config=configs/ablation/few_heads.py --workdir=workdir/ablation/few_heads --mode=evaluate
 """
+
 from configs.ablation import conv
 
 

@@ -6,6 +6,7 @@ inheritance; see scratch.py).
     python -m lit_jax.main --config=configs/ablation/inherit_200k.py --workdir=workdir/ablation/inherit_200k --mode=sample
     python -m lit_jax.main --config=configs/ablation/inherit_200k.py --workdir=workdir/ablation/inherit_200k --mode=evaluate
 """
+
 from configs.ablation import few_heads
 
 

@@ -6,6 +6,7 @@ inheritance; see scratch.py).
     python -m lit_jax.main --config=configs/ablation/inherit_800k.py --workdir=workdir/ablation/inherit_800k --mode=sample
     python -m lit_jax.main --config=configs/ablation/inherit_800k.py --workdir=workdir/ablation/inherit_800k --mode=evaluate
 """
+
 from configs.ablation import inherit_200k
 
 

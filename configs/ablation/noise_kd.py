@@ -7,6 +7,7 @@ see scratch.py).
 
 A teacher of the student's own size hurts instead: FID 55.11 with DiT-S/2 and weight 0.1 (the same table).
 """
+
 from configs.ablation import inherit_800k
 
 

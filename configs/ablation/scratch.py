@@ -22,6 +22,7 @@ it and one change:
 the same --config and --workdir. A run is 0.036 TFLOP an image, three hours on a GPU that sustains 400 TFLOP/s, and 19 hours
 with the teacher of the last two. Images are decoded with sd-vae-ft-mse, as DiT's rows without guidance were. Not run here.
 """
+
 from configs import imagenet256_dit_s
 
 

@@ -7,6 +7,7 @@ scratch.py).
 
 The variance alone (--config.distill.noise_weight=0.0) gives FID 53.49.
 """
+
 from configs.ablation import noise_kd
 
 

@@ -7,6 +7,7 @@
 The first C output channels are the predicted noise; the other C, if any, the variance's interpolation weights.
 LiT: Wang et al., arXiv 2501.12976. DiT: Peebles and Xie, arXiv 2212.09748.
 """
+
 import json
 import math
 import pathlib
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-EPSILON = 1e-6      # of the kernel function, and of the normaliser
+EPSILON = 1e-6  # of the kernel function, and of the normaliser
 
 
 def position_table(grid, width):
@@ -23,7 +24,9 @@ def position_table(grid, width):
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [position.reshape(-1, 1) * frequencies for position in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()[
+        None
+    ]
 
 
 class PatchEmbed(nn.Module):
@@ -32,7 +35,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)      # (B, T, D)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -42,10 +45,14 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        index = torch.arange(128, dtype=torch.float64)     # not every device has float64
-        frequencies = torch.exp(-math.log(10000.0) * index / (128 - self.freq_shift)).float().to(t.device)
+        index = torch.arange(128, dtype=torch.float64)  # not every device has float64
+        frequencies = (
+            torch.exp(-math.log(10000.0) * index / (128 - self.freq_shift)).float().to(t.device)
+        )
         angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class LabelEmbedder(nn.Module):
@@ -66,7 +73,9 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x, grid):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
@@ -80,7 +89,7 @@ class LinearAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.dwc = None
-        if conv_size:   # one filter a head channel, shared by the heads
+        if conv_size:  # one filter a head channel, shared by the heads
             H = width // num_heads
             self.dwc = nn.Conv2d(H, H, conv_size, padding=conv_size // 2, groups=H)
 
@@ -95,10 +104,12 @@ class LinearAttention(nn.Module):
 
     def forward(self, x, grid):
         (B, T, D), N = x.shape, self.num_heads
-        q, k, v = (a.reshape(B, T, N, D // N).transpose(1, 2)                       # (B, N, T, H)
-                   for a in (self.q(x), *self.kv(x).chunk(2, dim=-1)))
+        q, k, v = (
+            a.reshape(B, T, N, D // N).transpose(1, 2)  # (B, N, T, H)
+            for a in (self.q(x), *self.kv(x).chunk(2, dim=-1))
+        )
         phi_q, phi_k = self.phi(q.float()), self.phi(k.float())
-        state = phi_k.transpose(-1, -2) @ v.float() / T                             # (B, N, H, H)
+        state = phi_k.transpose(-1, -2) @ v.float() / T  # (B, N, H, H)
         norm = phi_q @ phi_k.mean(dim=2, keepdim=True).transpose(-1, -2) + EPSILON  # (B, N, T, 1)
         out = phi_q @ state / norm
         if self.dwc is not None:
@@ -131,7 +142,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, grid):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -151,8 +164,24 @@ class FinalLayer(nn.Module):
 class LiT(nn.Module):
     """The model of one architecture, as a lit_jax export describes it; attention "softmax" is DiT."""
 
-    def __init__(self, *, attention, depth, width, num_heads, patch_size, in_channels, num_classes, learn_sigma,
-                 qkv_bias, conv_size, kernel_function, grid, timestep_freq_shift, mlp_norm_epsilon):
+    def __init__(
+        self,
+        *,
+        attention,
+        depth,
+        width,
+        num_heads,
+        patch_size,
+        in_channels,
+        num_classes,
+        learn_sigma,
+        qkv_bias,
+        conv_size,
+        kernel_function,
+        grid,
+        timestep_freq_shift,
+        mlp_norm_epsilon,
+    ):
         super().__init__()
         self.patch_size, self.grid = patch_size, tuple(grid)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -166,7 +195,9 @@ class LiT(nn.Module):
                 return SoftmaxAttention(width, num_heads, qkv_bias)
             return LinearAttention(width, num_heads, qkv_bias, conv_size, kernel_function)
 
-        self.blocks = nn.ModuleList(Block(width, make_attention(), mlp_norm_epsilon) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, make_attention(), mlp_norm_epsilon) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(width, patch_size * patch_size * self.out_channels)
 
     def forward(self, x, t, y):

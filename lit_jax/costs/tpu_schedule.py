@@ -14,6 +14,7 @@ prints the rows of docs/kernels_tpu.md for one size and resolution, and
 
 compiles the kernels for every chip, model size, resolution and pass, and prints what came of each.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -35,7 +36,12 @@ import numpy as np
 from lit_jax.kernels import linear_attention_tpu
 
 # device kind -> (clock in GHz, HBM in GB/s), the vendor's figures of a chip, which is one device with all of its cores
-CHIPS = {"TPU v4": (1.05, 1228), "TPU v5 lite": (1.5, 819), "TPU v5": (1.75, 2765), "TPU v6 lite": (1.75, 1640)}
+CHIPS = {
+    "TPU v4": (1.05, 1228),
+    "TPU v5 lite": (1.5, 819),
+    "TPU v5": (1.75, 2765),
+    "TPU v6 lite": (1.75, 1640),
+}
 
 # What the kernels have to compile for: LiT's S, B, L and XL by (width, heads), on a slice of each chip.
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -52,7 +58,9 @@ class KernelCost:
 
     name: str
     bundles: int
-    least_bundles: dict[str, float]  # unit -> bundles it would need if no other unit and no dependency held it up
+    least_bundles: dict[
+        str, float
+    ]  # unit -> bundles it would need if no other unit and no dependency held it up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +68,11 @@ class StaticCost:
     """The estimate for one program. Times are seconds."""
 
     device_kind: str
-    floor: float             # arguments read and outputs written once, at the chip's HBM bandwidth
-    memory: float            # what the kernels move by their own account: in bands some arrays pass more than once
+    floor: float  # arguments read and outputs written once, at the chip's HBM bandwidth
+    memory: float  # what the kernels move by their own account: in bands some arrays pass more than once
     kernels: tuple[KernelCost, ...]
-    compute: float           # all kernels' bundles x grid steps of a core / clock
-    temporaries: int         # bytes of HBM beside arguments and outputs
+    compute: float  # all kernels' bundles x grid steps of a core / clock
+    temporaries: int  # bytes of HBM beside arguments and outputs
 
     @property
     def ratio(self) -> float:
@@ -72,8 +80,13 @@ class StaticCost:
         return max(self.compute, self.memory, self.floor) / self.floor
 
 
-def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: int, topology: str,
-             loop_turns: int = 1) -> StaticCost:
+def estimate(
+    fn: Callable,
+    args: tuple[jax.ShapeDtypeStruct, ...],
+    grid_steps: int,
+    topology: str,
+    loop_turns: int = 1,
+) -> StaticCost:
     """Compiles fn(*args) for one chip of the topology in a process of its own (libtpu reads its flags once).
 
     Args:
@@ -87,11 +100,18 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
     this file does not know; FileNotFoundError without libtpu.
     """
     with tempfile.TemporaryDirectory(prefix="static_cost_") as dump:
-        environment = dict(os.environ, JAX_PLATFORMS="cpu",
-                           LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
+        environment = dict(
+            os.environ,
+            JAX_PLATFORMS="cpu",
+            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        )
         result = os.path.join(dump, "result.pickle")
-        child = subprocess.run([sys.executable, "-m", "lit_jax.costs.tpu_schedule", "--compile-to", result],
-                               input=pickle.dumps((fn, args, topology)), env=environment, capture_output=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "lit_jax.costs.tpu_schedule", "--compile-to", result],
+            input=pickle.dumps((fn, args, topology)),
+            env=environment,
+            capture_output=True,
+        )
         if child.returncode:
             words = child.stderr.decode(errors="replace").strip().splitlines()
             for kind in (ValueError, FileNotFoundError):
@@ -105,8 +125,14 @@ def estimate(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], grid_steps: i
     clock, bandwidth = CHIPS[device_kind]
     steps = grid_steps // cores if grid_steps % cores == 0 else grid_steps
     compute = sum(kernel.bundles for kernel in kernels) * steps * loop_turns / (clock * 1e9)
-    return StaticCost(device_kind=device_kind, floor=least / (bandwidth * 1e9), memory=moved / (bandwidth * 1e9),
-                      kernels=kernels, compute=compute, temporaries=temporaries)
+    return StaticCost(
+        device_kind=device_kind,
+        floor=least / (bandwidth * 1e9),
+        memory=moved / (bandwidth * 1e9),
+        kernels=kernels,
+        compute=compute,
+        temporaries=temporaries,
+    )
 
 
 def _compile_to(path):
@@ -116,17 +142,31 @@ def _compile_to(path):
     memory = compiled.memory_analysis()
     chip = compiled.input_shardings[0][0].mesh.devices.flat[0]
     kernels = "\n".join(line for line in compiled.as_text().splitlines() if KERNEL in line)
-    moved = sum(map(int, re.findall(r'"bytes_accessed":"(\d+)"', kernels)))  # what each kernel's pl.CostEstimate says
+    moved = sum(
+        map(int, re.findall(r'"bytes_accessed":"(\d+)"', kernels))
+    )  # what each kernel's pl.CostEstimate says
     with open(path, "wb") as file:
-        pickle.dump((chip.device_kind, chip.num_cores, memory.argument_size_in_bytes + memory.output_size_in_bytes, moved,
-                     memory.temp_size_in_bytes), file)
+        pickle.dump(
+            (
+                chip.device_kind,
+                chip.num_cores,
+                memory.argument_size_in_bytes + memory.output_size_in_bytes,
+                moved,
+                memory.temp_size_in_bytes,
+            ),
+            file,
+        )
 
 
-def compile_for(fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: str) -> jax.stages.Compiled:
+def compile_for(
+    fn: Callable, args: tuple[jax.ShapeDtypeStruct, ...], topology: str
+) -> jax.stages.Compiled:
     """fn(*args) compiled for one chip of the topology, in this process."""
     with on_chip(topology) as mesh:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+        args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+        )
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).compile()
 
 
@@ -148,34 +188,52 @@ def topology_devices(topology: str, slices: int = 1, field: str = "topology") ->
     if not topology:  # libtpu would take it for its oldest chip
         raise ValueError(f"{field} is empty; it names a TPU slice, for example v5e:2x4, v5p:2x2x2")
     # Nothing is loaded onto a chip, so libtpu may be loaded twice and need not ask who and where it is: any answer will do.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-8")):
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+    ):
         os.environ.setdefault(name, value)
     kwargs = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4:"):
-        kwargs["chip_config_name"] = "megacore"  # both cores of a chip are one device, as where JAX runs on one
+        kwargs["chip_config_name"] = (
+            "megacore"  # both cores of a chip are one device, as where JAX runs on one
+        )
     try:
         devices = list(topologies.get_topology_desc(topology, platform="tpu", **kwargs).devices)
     except RuntimeError as error:
         if "not installed" in str(error):
-            raise FileNotFoundError("compiling for a TPU needs libtpu, its compiler: pip install libtpu") from error
-        raise ValueError(f"{field} = {topology!r} (for example v5e:2x4, v5p:2x2x2): {str(error).splitlines()[0]}") from error
+            raise FileNotFoundError(
+                "compiling for a TPU needs libtpu, its compiler: pip install libtpu"
+            ) from error
+        raise ValueError(
+            f"{field} = {topology!r} (for example v5e:2x4, v5p:2x2x2): {str(error).splitlines()[0]}"
+        ) from error
     if devices[0].device_kind not in CHIPS:
-        raise ValueError(f"{field} = {topology} is of {devices[0].device_kind} chips; known are {', '.join(CHIPS)}")
+        raise ValueError(
+            f"{field} = {topology} is of {devices[0].device_kind} chips; known are {', '.join(CHIPS)}"
+        )
     return devices
 
 
 def _read_kernels(dump):
     """The Pallas kernels among the compiler's dumps."""
-    for path in sorted(glob.glob(os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt"))):
+    for path in sorted(
+        glob.glob(os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt"))
+    ):
         name = re.match(r"\d+-(.+?)-\d+-final_hlo-static", os.path.basename(path)).group(1)
-        schedules = glob.glob(os.path.join(dump, f"*-{glob.escape(name)}-*-schedule-analysis_final_bundles.txt"))
+        schedules = glob.glob(
+            os.path.join(dump, f"*-{glob.escape(name)}-*-schedule-analysis_final_bundles.txt")
+        )
         if name == "TLP" or not any(KERNEL in _read(schedule) for schedule in schedules):
             continue  # the program's own code and XLA's fusions
         lines = _read(path).splitlines()
         head = next(i for i, line in enumerate(lines) if line.startswith("MATMUL"))
         units, slots = lines[head].split(", "), [int(x) for x in lines[head + 1].split()]
-        rows = np.array([[int(x) for x in line.split()] for line in lines[head + 3:] if line.strip()])
+        rows = np.array(
+            [[int(x) for x in line.split()] for line in lines[head + 3 :] if line.strip()]
+        )
         needed = {unit: used / slot for unit, used, slot in zip(units, rows.sum(0), slots) if used}
         yield KernelCost(name=name, bundles=len(rows), least_bundles=needed)
 
@@ -185,27 +243,55 @@ def _read(path):
         return file.read()
 
 
-def attention_program(D: int, num_heads: int, grid: tuple[int, int], batch: int, name: str, K: int = 5,
-                      dtype: str = "bfloat16") -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
+def attention_program(
+    D: int,
+    num_heads: int,
+    grid: tuple[int, int],
+    batch: int,
+    name: str,
+    K: int = 5,
+    dtype: str = "bfloat16",
+) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
     """The linear attention's TPU kernels as (fn, args); name is forward or backward."""
 
     T, H = grid[0] * grid[1], D // num_heads
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
-    filters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K, K, H), (H,))] if K else [None, None]
+    filters = (
+        [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K, K, H), (H,))] if K else [None, None]
+    )
     args = (shape((batch, T, D)), shape((batch, T, 2 * D)), *filters)
     if name == "backward":
         args += (None, shape((batch, T, D)))  # nothing saved by the forward, and the cotangent
-    return functools.partial(getattr(linear_attention_tpu, name), num_heads=num_heads, grid=grid), args
+    return functools.partial(
+        getattr(linear_attention_tpu, name), num_heads=num_heads, grid=grid
+    ), args
 
 
-def attention_costs(D: int, num_heads: int, grid: tuple[int, int], batch: int, topology: str, K: int = 5,
-                    dtype: str = "bfloat16") -> dict[str, StaticCost]:
+def attention_costs(
+    D: int,
+    num_heads: int,
+    grid: tuple[int, int],
+    batch: int,
+    topology: str,
+    K: int = 5,
+    dtype: str = "bfloat16",
+) -> dict[str, StaticCost]:
     """The estimates of the linear attention's TPU kernels, {"forward": ..., "backward": ...}, each by itself."""
 
     with on_chip(topology):
-        turns = {name: linear_attention_tpu.loop_turns(D, num_heads, grid, K, dtype, name == "backward") for name in PASSES}
-    return {name: estimate(*attention_program(D, num_heads, grid, batch, name, K, dtype), batch, topology, turns[name])
-            for name in PASSES}
+        turns = {
+            name: linear_attention_tpu.loop_turns(D, num_heads, grid, K, dtype, name == "backward")
+            for name in PASSES
+        }
+    return {
+        name: estimate(
+            *attention_program(D, num_heads, grid, batch, name, K, dtype),
+            batch,
+            topology,
+            turns[name],
+        )
+        for name in PASSES
+    }
 
 
 def compile_product(tokens: int) -> int:
@@ -224,17 +310,25 @@ def compile_product(tokens: int) -> int:
                 for name in PASSES:
                     start = time.monotonic()
                     try:
-                        program = attention_program(D, num_heads, (side, side), max(1, tokens // side**2), name)
+                        program = attention_program(
+                            D, num_heads, (side, side), max(1, tokens // side**2), name
+                        )
                         compiled = compile_for(*program, topology)
-                    except Exception as error:  # whatever the compiler raises is the result of this cell
+                    except (
+                        Exception
+                    ) as error:  # whatever the compiler raises is the result of this cell
                         failures += 1
                         cells.append(f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
                         continue
                     launches = compiled.as_text().count(f'custom_call_target="{KERNEL}"')
                     temporaries = compiled.memory_analysis().temp_size_in_bytes
-                    cells.append(f"{launches}, {temporaries / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
+                    cells.append(
+                        f"{launches}, {temporaries / 1e6:.1f} MB, {time.monotonic() - start:.0f} s"
+                    )
             _row(topology.split(":")[0], size, *cells)
-    sys.stdout.write(f"{len(TOPOLOGIES) * len(SIZES) * len(PIXELS) * len(PASSES)} programs, {failures} failed\n")
+    sys.stdout.write(
+        f"{len(TOPOLOGIES) * len(SIZES) * len(PIXELS) * len(PASSES)} programs, {failures} failed\n"
+    )
     return failures
 
 
@@ -244,13 +338,17 @@ def _row(*cells):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=1152)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=256, help="a token is 16 pixels wide")
     parser.add_argument("--tokens", type=int, default=8192, help="B * T; at least two images")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--product", action="store_true", help="compile for every chip, size, resolution and pass")
+    parser.add_argument(
+        "--product", action="store_true", help="compile for every chip, size, resolution and pass"
+    )
     parser.add_argument("--compile-to", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.compile_to:
@@ -270,12 +368,19 @@ def main() -> None:
         costs = attention_costs(flags.width, flags.heads, (side, side), batch, flags.topology)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    sys.stdout.write("| width | pixels | chip | pass | bundles | vector unit | matrix unit | us | x floor |\n")
+    sys.stdout.write(
+        "| width | pixels | chip | pass | bundles | vector unit | matrix unit | us | x floor |\n"
+    )
     for name, cost in costs.items():
         bundles = sum(kernel.bundles for kernel in cost.kernels)
-        vector, matrix = (sum(kernel.least_bundles.get(unit, 0) for kernel in cost.kernels) for unit in ("VALU", "MATMUL"))
-        sys.stdout.write(f"| {flags.width} | {flags.pixels} | {cost.device_kind} | {name} | {bundles} | {vector:.0f} | "
-                         f"{matrix:.0f} | {cost.compute * 1e6:.1f} | {cost.ratio:.2f} |\n")
+        vector, matrix = (
+            sum(kernel.least_bundles.get(unit, 0) for kernel in cost.kernels)
+            for unit in ("VALU", "MATMUL")
+        )
+        sys.stdout.write(
+            f"| {flags.width} | {flags.pixels} | {cost.device_kind} | {name} | {bundles} | {vector:.0f} | "
+            f"{matrix:.0f} | {cost.compute * 1e6:.1f} | {cost.ratio:.2f} |\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,13 @@ class MnistDigits(tfds.core.GeneratorBasedBuilder):
         # A Tensor feature: TFDS can write it without TensorFlow, which an Image feature needs to encode.
         image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding="bytes")
         return self.dataset_info_from_configs(
-            description=self.__doc__, homepage="http://yann.lecun.com/exdb/mnist/", supervised_keys=("image", "label"),
-            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)}))
+            description=self.__doc__,
+            homepage="http://yann.lecun.com/exdb/mnist/",
+            supervised_keys=("image", "label"),
+            features=tfds.features.FeaturesDict(
+                {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+            ),
+        )
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
@@ -23,10 +28,13 @@ class MnistDigits(tfds.core.GeneratorBasedBuilder):
         images, labels = mnist_data()
         images, labels = images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int)
         test = np.concatenate([np.flatnonzero(labels == digit)[-50:] for digit in range(10)])
-        return {"train": self._generate_examples(images, labels, np.setdiff1d(np.arange(len(labels)), test)),
-                "test": self._generate_examples(images, labels, test)}
+        return {
+            "train": self._generate_examples(
+                images, labels, np.setdiff1d(np.arange(len(labels)), test)
+            ),
+            "test": self._generate_examples(images, labels, test),
+        }
 
     def _generate_examples(self, images, labels, rows):
         for row in rows:
             yield int(row), {"image": images[row], "label": labels[row]}
-

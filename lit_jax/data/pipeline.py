@@ -3,6 +3,7 @@
 The order of the records is a pure function of (seed, step, row): every process reads the rows of each global batch that
 its devices hold, so neither the number of processes and devices nor a restart changes what the step sees.
 """
+
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,8 +48,16 @@ def _no_flip(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return _choose_side(record, False)
 
 
-def make_batches(source: dataset.ImageDataset | dataset.LatentDataset, *, batch_size: int, seed: int, flip: bool,
-                 rows: np.ndarray | None = None, num_threads: int = 4, prefetch: int = 64) -> grain.IterDataset:
+def make_batches(
+    source: dataset.ImageDataset | dataset.LatentDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    flip: bool,
+    rows: np.ndarray | None = None,
+    num_threads: int = 4,
+    prefetch: int = 64,
+) -> grain.IterDataset:
     """Endless shuffled batches of this process's rows: {"image" uint8 (B, h, w, C), "label" int32 (B,), "index" int64 (B,)}.
 
     Of latents there are "mean" and "log_variance" float16 (B, h, w, C), of the image or its mirror, for "image".
@@ -61,19 +70,32 @@ def make_batches(source: dataset.ImageDataset | dataset.LatentDataset, *, batch_
       num_threads, prefetch: reader threads, and batches read ahead (speed only).
     """
     if batch_size > len(source):
-        raise ValueError(f"train.batch_size = {batch_size} exceeds the {len(source)} records of {source.name} {source.split}")
+        raise ValueError(
+            f"train.batch_size = {batch_size} exceeds the {len(source)} records of {source.name} {source.split}"
+        )
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(_random_flip) if flip else dataset.map(_no_flip)
     rows = np.arange(batch_size) if rows is None else rows
     dataset = _ProcessRows(dataset, batch_size, rows).batch(len(rows))
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
+    return dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    )
 
 
-def batch_shapes(source: dataset.ImageDataset | dataset.LatentDataset, batch_size: int,
-                 sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    source: dataset.ImageDataset | dataset.LatentDataset,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What `DeviceIterator` hands out of `make_batches`, as shapes, read off the first record."""
-    return {name: jax.ShapeDtypeStruct((batch_size, *np.shape(value)), jax.dtypes.canonicalize_dtype(value.dtype),
-                                       sharding=sharding) for name, value in _no_flip(source[0]).items()}
+    return {
+        name: jax.ShapeDtypeStruct(
+            (batch_size, *np.shape(value)),
+            jax.dtypes.canonicalize_dtype(value.dtype),
+            sharding=sharding,
+        )
+        for name, value in _no_flip(source[0]).items()
+    }
 
 
 class DeviceIterator:
@@ -82,7 +104,9 @@ class DeviceIterator:
     `take_seconds_waiting` tells how long it stood still because the readers had no batch ready.
     """
 
-    def __init__(self, batches: grain.IterDataset, sharding: jax.sharding.Sharding, state: dict | None = None):
+    def __init__(
+        self, batches: grain.IterDataset, sharding: jax.sharding.Sharding, state: dict | None = None
+    ):
         self._iterator = iter(batches)
         if state is not None:
             self._iterator.set_state(state)
@@ -95,7 +119,10 @@ class DeviceIterator:
         asked = time.monotonic()
         host = next(self._iterator)
         self._seconds_waiting += time.monotonic() - asked
-        batch = {name: jax.make_array_from_process_local_data(self._sharding, value) for name, value in host.items()}
+        batch = {
+            name: jax.make_array_from_process_local_data(self._sharding, value)
+            for name, value in host.items()
+        }
         return batch, self._iterator.get_state()
 
     def take_seconds_waiting(self) -> float:
@@ -110,5 +137,3 @@ class DeviceIterator:
         batch, self.state = self._ahead
         self._ahead = self._load()
         return batch
-
-

@@ -4,6 +4,7 @@ The network differs from the usual Inception-v3 (arXiv 1512.00567) where that gr
 their padding, the pool branch of the last block takes the maximum, and there are 1008 classes. Inference only, float32
 with full-precision products: bfloat16 passes on a TPU and TF32 on a GPU both move FID.
 """
+
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,20 +19,28 @@ from lit_jax.porting import torch_file
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7      # sFID keeps the first 7 of the 192 channels of Mixed_6d's 1x1 branch
+SPATIAL_CHANNELS = 7  # sFID keeps the first 7 of the 192 channels of Mixed_6d's 1x1 branch
 
 
 class ConvBN(nn.Module):
     """Convolution, batch normalisation, ReLU."""
+
     features: int
     kernel: tuple[int, int]
     stride: int = 1
-    padding: str = "SAME"      # every kernel here is odd, so SAME is symmetric at stride 1
+    padding: str = "SAME"  # every kernel here is odd, so SAME is symmetric at stride 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(self.features, self.kernel, self.stride, self.padding, use_bias=False,
-                    precision=jax.lax.Precision.HIGHEST, name="conv")(x)
+        x = nn.Conv(
+            self.features,
+            self.kernel,
+            self.stride,
+            self.padding,
+            use_bias=False,
+            precision=jax.lax.Precision.HIGHEST,
+            name="conv",
+        )(x)
         return nn.relu(pretrained.FrozenBatchNorm(name="bn")(x))
 
 
@@ -49,6 +58,7 @@ def _halve(x):
 
 class InceptionA(nn.Module):
     """Mixed_5b to Mixed_5d: 35 x 35."""
+
     pool_features: int
 
     @nn.compact
@@ -77,6 +87,7 @@ class InceptionB(nn.Module):
 
 class InceptionC(nn.Module):
     """Mixed_6b to Mixed_6e: 17 x 17. Returns the block's output and its 1x1 branch, which sFID reads."""
+
     channels_7x7: int
 
     @nn.compact
@@ -92,7 +103,9 @@ class InceptionC(nn.Module):
         branch7x7dbl = ConvBN(C, (7, 1), name="branch7x7dbl_4")(branch7x7dbl)
         branch7x7dbl = ConvBN(192, (1, 7), name="branch7x7dbl_5")(branch7x7dbl)
         branch_pool = ConvBN(192, (1, 1), name="branch_pool")(_avg_pool(x))
-        return jnp.concatenate([branch1x1, branch7x7, branch7x7dbl, branch_pool], axis=-1), branch1x1
+        return jnp.concatenate(
+            [branch1x1, branch7x7, branch7x7dbl, branch_pool], axis=-1
+        ), branch1x1
 
 
 class InceptionD(nn.Module):
@@ -111,19 +124,26 @@ class InceptionD(nn.Module):
 
 class InceptionE(nn.Module):
     """Mixed_7b and Mixed_7c: 8 x 8. The pool branch of the first averages, that of the second takes the maximum."""
+
     max_pool: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         branch1x1 = ConvBN(320, (1, 1), name="branch1x1")(x)
         branch3x3 = ConvBN(384, (1, 1), name="branch3x3_1")(x)
-        branch3x3 = [ConvBN(384, (1, 3), name="branch3x3_2a")(branch3x3),
-                     ConvBN(384, (3, 1), name="branch3x3_2b")(branch3x3)]
+        branch3x3 = [
+            ConvBN(384, (1, 3), name="branch3x3_2a")(branch3x3),
+            ConvBN(384, (3, 1), name="branch3x3_2b")(branch3x3),
+        ]
         branch3x3dbl = ConvBN(448, (1, 1), name="branch3x3dbl_1")(x)
         branch3x3dbl = ConvBN(384, (3, 3), name="branch3x3dbl_2")(branch3x3dbl)
-        branch3x3dbl = [ConvBN(384, (1, 3), name="branch3x3dbl_3a")(branch3x3dbl),
-                        ConvBN(384, (3, 1), name="branch3x3dbl_3b")(branch3x3dbl)]
-        branch_pool = ConvBN(192, (1, 1), name="branch_pool")(_max_pool(x) if self.max_pool else _avg_pool(x))
+        branch3x3dbl = [
+            ConvBN(384, (1, 3), name="branch3x3dbl_3a")(branch3x3dbl),
+            ConvBN(384, (3, 1), name="branch3x3dbl_3b")(branch3x3dbl),
+        ]
+        branch_pool = ConvBN(192, (1, 1), name="branch_pool")(
+            _max_pool(x) if self.max_pool else _avg_pool(x)
+        )
         return jnp.concatenate([branch1x1, *branch3x3, *branch3x3dbl, branch_pool], axis=-1)
 
 
@@ -143,24 +163,26 @@ class InceptionV3(nn.Module):
         x = ConvBN(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = ConvBN(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
         x = ConvBN(64, (3, 3), name="Conv2d_2b_3x3")(x)
-        x = _halve(x)                                                  # (B, 73, 73, 64)
+        x = _halve(x)  # (B, 73, 73, 64)
         x = ConvBN(80, (1, 1), name="Conv2d_3b_1x1")(x)
         x = ConvBN(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x)
-        x = _halve(x)                                                  # (B, 35, 35, 192)
+        x = _halve(x)  # (B, 35, 35, 192)
         x = InceptionA(32, name="Mixed_5b")(x)
         x = InceptionA(64, name="Mixed_5c")(x)
         x = InceptionA(64, name="Mixed_5d")(x)
-        x = InceptionB(name="Mixed_6a")(x)                             # (B, 17, 17, 768)
+        x = InceptionB(name="Mixed_6a")(x)  # (B, 17, 17, 768)
         x, _ = InceptionC(128, name="Mixed_6b")(x)
         x, _ = InceptionC(160, name="Mixed_6c")(x)
         x, branch1x1 = InceptionC(160, name="Mixed_6d")(x)
         spatial = branch1x1[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
         x, _ = InceptionC(192, name="Mixed_6e")(x)
-        x = InceptionD(name="Mixed_7a")(x)                             # (B, 8, 8, 1280)
+        x = InceptionD(name="Mixed_7a")(x)  # (B, 8, 8, 1280)
         x = InceptionE(False, name="Mixed_7b")(x)
         x = InceptionE(True, name="Mixed_7c")(x)
-        pool = x.mean(axis=(1, 2))                                     # (B, 2048)
-        logits = nn.Dense(NUM_CLASSES, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")(pool)
+        pool = x.mean(axis=(1, 2))  # (B, 2048)
+        logits = nn.Dense(
+            NUM_CLASSES, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc"
+        )(pool)
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
@@ -176,7 +198,9 @@ def load_params(path: str | Path) -> dict:
     if path.suffix in (".pickle", ".pkl"):
         flat = _read_flax_pickle(path)
     else:
-        flat = _from_torch({key: np.asarray(value) for key, value in torch_file.read_torch(path).tensors.items()})
+        flat = _from_torch(
+            {key: np.asarray(value) for key, value in torch_file.read_torch(path).tensors.items()}
+        )
     return pretrained.build_params(flat, InceptionV3(), INPUT_SIZE, path)
 
 
@@ -186,7 +210,7 @@ def _from_torch(state_dict):
     for key, value in state_dict.items():
         module, name = key.rsplit(".", 1)
         if name == "num_batches_tracked" or key == "fc.bias":
-            continue              # a counter of training, and a bias that no score reads
+            continue  # a counter of training, and a bias that no score reads
         path, value = pretrained.from_torch(module.replace(".", "/"), name, value)
         flat[path] = value
     return flat
@@ -194,12 +218,21 @@ def _from_torch(state_dict):
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles dicts of NumPy arrays and refuses every other global, so that no code of the file's choosing runs."""
-    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"),
-                ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+
+    _ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+        ("collections", "OrderedDict"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+    }
 
     def find_class(self, module, name):
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"refuses to load {module}.{name}: only NumPy arrays are expected")
+            raise pickle.UnpicklingError(
+                f"refuses to load {module}.{name}: only NumPy arrays are expected"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -208,7 +241,7 @@ def _read_flax_pickle(path):
     try:
         with path.open("rb") as file:
             tree = _ArrayUnpickler(file).load()
-    except Exception as error:       # whatever the bytes provoke; the message says what
+    except Exception as error:  # whatever the bytes provoke; the message says what
         raise ValueError(f"{path} cannot be read as a pickle of arrays: {error}") from error
     flat = {}
 
@@ -219,7 +252,9 @@ def _read_flax_pickle(path):
             elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                 flat[f"{prefix}{name}"] = value
             elif value is not None:
-                raise ValueError(f"{path}: {prefix}{name} is a {type(value).__name__}, expected an array of floats")
+                raise ValueError(
+                    f"{path}: {prefix}{name} is a {type(value).__name__}, expected an array of floats"
+                )
 
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} holds a {type(tree).__name__}, expected a nested dict of arrays")

@@ -1,4 +1,5 @@
 """A figure that a person understands: how often a classifier fitted on real images reads the label that was asked for."""
+
 import numpy as np
 
 

@@ -1,4 +1,5 @@
 """What the pretrained feature networks share: frozen batch normalisation and strict loading of their weights."""
+
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation by stored statistics; they are parameters here, as nothing in these networks is trained."""
+
     epsilon: float = 1e-3
 
     @nn.compact
@@ -23,7 +25,12 @@ class FrozenBatchNorm(nn.Module):
         return (x - mean.reshape(shape)) * multiplier.reshape(shape) + bias.reshape(shape)
 
 
-_BATCH_NORM_NAMES = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+_BATCH_NORM_NAMES = {
+    "weight": "scale",
+    "bias": "bias",
+    "running_mean": "mean",
+    "running_var": "var",
+}
 
 
 def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
@@ -43,22 +50,31 @@ def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarr
     return f"{module}/{name}", value
 
 
-def build_params(flat: Mapping[str, np.ndarray], network: nn.Module, input_size: int, source: str | Path) -> dict:
+def build_params(
+    flat: Mapping[str, np.ndarray], network: nn.Module, input_size: int, source: str | Path
+) -> dict:
     """Nests {"a/b/kernel": array} into the parameters of a network, float32.
 
     Raises: ValueError naming what `source` lacks, what is unknown, and what has the wrong shape.
     """
     x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
-    expected = {"/".join(key.key for key in keys): leaf.shape
-                for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    expected = {
+        "/".join(key.key for key in keys): leaf.shape
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
     problems = [f"missing {key}" for key in expected if key not in flat]
     problems += [f"unknown {key}" for key in flat if key not in expected]
-    problems += [f"{key} has shape {flat[key].shape}, expected {shape}"
-                 for key, shape in expected.items() if key in flat and flat[key].shape != shape]
+    problems += [
+        f"{key} has shape {flat[key].shape}, expected {shape}"
+        for key, shape in expected.items()
+        if key in flat and flat[key].shape != shape
+    ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{source} does not hold the weights of {type(network).__name__}: {'; '.join(problems[:8])}{more}")
+        raise ValueError(
+            f"{source} does not hold the weights of {type(network).__name__}: {'; '.join(problems[:8])}{more}"
+        )
     params = {}
     for key, value in flat.items():
         *parents, last = key.split("/")

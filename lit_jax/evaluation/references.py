@@ -1,4 +1,5 @@
 """Statistics of images and of references: from npz files, data sets and saved moments."""
+
 import dataclasses
 import hashlib
 import json
@@ -28,6 +29,7 @@ class Statistics:
         logits: (count, classes) float32, or None.
         identity: what the set is, for the protocol.
     """
+
     count: int
     moments: dict[str, tuple[np.ndarray, np.ndarray]]
     features: np.ndarray | None
@@ -35,9 +37,14 @@ class Statistics:
     identity: dict[str, Any]
 
 
-
-def collect(extractor: features.Extractor, batches: Iterable[np.ndarray], batch_size: int, *, keep: np.ndarray | None = None,
-            identity: dict[str, Any] | None = None) -> Statistics:
+def collect(
+    extractor: features.Extractor,
+    batches: Iterable[np.ndarray],
+    batch_size: int,
+    *,
+    keep: np.ndarray | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Statistics:
     """Runs images through the network once and keeps what the scores need.
 
     Args:
@@ -55,27 +62,35 @@ def collect(extractor: features.Extractor, batches: Iterable[np.ndarray], batch_
             if extractor.scores_classes:
                 logits.append(outputs["logits"])
         else:
-            kept.append(outputs["pool"][keep[(keep >= count) & (keep < count + num_images)] - count])
+            kept.append(
+                outputs["pool"][keep[(keep >= count) & (keep < count + num_images)] - count]
+            )
         if (count + num_images) // 1000 > count // 1000:
-            logging.info("%d images, %.1f a second", count + num_images, (count + num_images) / (time.monotonic() - start))
+            logging.info(
+                "%d images, %.1f a second",
+                count + num_images,
+                (count + num_images) / (time.monotonic() - start),
+            )
         count += num_images
     if count < 2:
         raise ValueError(f"scores need at least 2 images, got {count}")
-    return Statistics(count, {key: (m.mean, m.covariance) for key, m in moments.items()}, np.concatenate(kept),
-                      np.concatenate(logits) if logits else None, identity or {})
-
+    return Statistics(
+        count,
+        {key: (m.mean, m.covariance) for key, m in moments.items()},
+        np.concatenate(kept),
+        np.concatenate(logits) if logits else None,
+        identity or {},
+    )
 
 
 # What the bytes of a broken archive provoke; the last two: a member flagged as encrypted or compressed in an unknown way.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
-
 def npz_shape(path: pathlib.Path) -> tuple[int, ...]:
     """Shape of the images `arr_0` of an npz, from its header; raises ValueError unless they are (N, H, W, C) uint8."""
     with _open_member(path, "arr_0") as member:
         return _read_npy_header(member, path)
-
 
 
 def _open_member(path, name):
@@ -87,19 +102,29 @@ def _open_member(path, name):
         raise ValueError(f"{path} is not an npz with an array {name!r}: {error}") from error
 
 
-
 def _read_npy_header(member, path):
     try:
         version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran_order, dtype = read(member)
     except (ValueError, *DAMAGE) as error:
         raise ValueError(f"{path}: the header of arr_0 cannot be read: {error}") from error
-    if dtype != np.uint8 or len(shape) != 4 or fortran_order or shape[-1] not in (1, 3) or 0 in shape[1:]:
-        raise ValueError(f"{path}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}, "
-                         "expected uint8 (N, H, W, 1 or 3)")
+    if (
+        dtype != np.uint8
+        or len(shape) != 4
+        or fortran_order
+        or shape[-1] not in (1, 3)
+        or 0 in shape[1:]
+    ):
+        raise ValueError(
+            f"{path}: arr_0 is {dtype} {shape}{' in Fortran order' if fortran_order else ''}, "
+            "expected uint8 (N, H, W, 1 or 3)"
+        )
     return shape
-
 
 
 def npz_batches(path: pathlib.Path, num_images: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -112,11 +137,14 @@ def npz_batches(path: pathlib.Path, num_images: int, batch_size: int) -> Iterato
             try:
                 chunk = member.read(bytes_wanted)
             except DAMAGE as error:
-                raise ValueError(f"{path}: arr_0 is damaged after {start} images: {error}") from error
+                raise ValueError(
+                    f"{path}: arr_0 is damaged after {start} images: {error}"
+                ) from error
             if len(chunk) != bytes_wanted:
-                raise ValueError(f"{path} is truncated: its header promises more than the {start} images it holds")
+                raise ValueError(
+                    f"{path} is truncated: its header promises more than the {start} images it holds"
+                )
             yield np.frombuffer(chunk, np.uint8).reshape(size, *shape)
-
 
 
 def npz_json(path: pathlib.Path, name: str) -> dict[str, Any]:
@@ -125,13 +153,11 @@ def npz_json(path: pathlib.Path, name: str) -> dict[str, Any]:
         return _read_json(path, archive, name) if name in archive else {}
 
 
-
 def _open_archive(path):
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, *DAMAGE) as error:
         raise ValueError(f"{path} is not an npz file: {error}") from error
-
 
 
 def _read_json(path, archive, name):
@@ -144,9 +170,7 @@ def _read_json(path, archive, name):
     return value
 
 
-
-_ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}      # ADM's names
-
+_ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names
 
 
 def _read_floats(path, archive, name, ndim):
@@ -156,9 +180,10 @@ def _read_floats(path, archive, name, ndim):
     except (ValueError, KeyError, *DAMAGE) as error:
         raise ValueError(f"{path}: {name} cannot be read: {error}") from error
     if array.dtype.kind != "f" or array.ndim != ndim or not np.isfinite(array).all():
-        raise ValueError(f"{path}: {name} is {array.dtype} {array.shape}, expected {ndim} axes of finite floats")
+        raise ValueError(
+            f"{path}: {name} is {array.dtype} {array.shape}, expected {ndim} axes of finite floats"
+        )
     return array.astype(np.float64)
-
 
 
 def _read_moments(path, archive, dims):
@@ -166,18 +191,26 @@ def _read_moments(path, archive, dims):
     moments = {}
     for key, (mean_name, covariance_name) in _ARRAYS.items():
         if mean_name in archive.files:
-            mean, covariance = (_read_floats(path, archive, name, ndim)
-                                for name, ndim in ((mean_name, 1), (covariance_name, 2)))
+            mean, covariance = (
+                _read_floats(path, archive, name, ndim)
+                for name, ndim in ((mean_name, 1), (covariance_name, 2))
+            )
             if mean.shape != (dims[key],) or covariance.shape != (dims[key],) * 2:
-                raise ValueError(f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} are not of the "
-                                 f"network's {dims[key]} features")
+                raise ValueError(
+                    f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} are not of the "
+                    f"network's {dims[key]} features"
+                )
             moments[key] = mean, covariance
     return moments
 
 
-
-def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, batch_size: int,
-                   num_neighbour_images: int) -> Statistics:
+def load_reference(
+    path: str | pathlib.Path,
+    extractor: features.Extractor,
+    *,
+    batch_size: int,
+    num_neighbour_images: int,
+) -> Statistics:
     """Reads a reference npz: ADM's (mu, sigma, mu_s, sigma_s, arr_0), pytorch-fid's (mu, sigma), ours, or images alone.
 
     Statistics are taken only if they are the extractor's own: ours say whose they are; ADM's are of `inception_adm`,
@@ -196,12 +229,25 @@ def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, b
         keys = set(archive.files)
         if "features" in keys and "protocol" in keys:
             return _read_own_statistics(path, archive, extractor)
-        owner = None if "mu" not in keys else "inception_adm" if "mu_s" in keys else "inception_pytorch_fid"
-        moments = _read_moments(path, archive, features.dims(extractor)) if owner == extractor.name else {}
+        owner = (
+            None
+            if "mu" not in keys
+            else "inception_adm"
+            if "mu_s" in keys
+            else "inception_pytorch_fid"
+        )
+        moments = (
+            _read_moments(path, archive, features.dims(extractor))
+            if owner == extractor.name
+            else {}
+        )
         if not moments and "arr_0" not in keys:
-            raise ValueError(f"evaluate.reference {path} holds statistics of {owner} and no images; they do not compare "
-                             f"with evaluate.features = {extractor.name}" if owner else
-                             f"evaluate.reference {path} holds neither statistics nor images, but {sorted(keys)}")
+            raise ValueError(
+                f"evaluate.reference {path} holds statistics of {owner} and no images; they do not compare "
+                f"with evaluate.features = {extractor.name}"
+                if owner
+                else f"evaluate.reference {path} holds neither statistics nor images, but {sorted(keys)}"
+            )
     identity = {"file": file_hash(path)}
     if "arr_0" not in keys:
         return Statistics(0, moments, None, None, identity)
@@ -216,64 +262,98 @@ def load_reference(path: str | pathlib.Path, extractor: features.Extractor, *, b
     return Statistics(0, moments, computed.features, None, identity)
 
 
-
 def file_hash(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-
 def spread(count: int, wanted: int) -> np.ndarray:
     """At most `wanted` indices spread evenly over `count`: data sets may be sorted."""
-    return np.arange(count) if count <= wanted else np.floor(np.arange(wanted) * (count / wanted)).astype(np.int64)
+    return (
+        np.arange(count)
+        if count <= wanted
+        else np.floor(np.arange(wanted) * (count / wanted)).astype(np.int64)
+    )
 
 
-
-def dataset_reference(name: str, split: str, directory: str, extractor: features.Extractor, *, batch_size: int,
-                      num_neighbour_images: int, cache: pathlib.Path) -> Statistics:
+def dataset_reference(
+    name: str,
+    split: str,
+    directory: str,
+    extractor: features.Extractor,
+    *,
+    batch_size: int,
+    num_neighbour_images: int,
+    cache: pathlib.Path,
+) -> Statistics:
     """Statistics of a whole split of a data set; computed once, then read from `cache`."""
     source = dataset.open_dataset(name, directory, split)
     if not isinstance(source, dataset.ImageDataset):
         raise ValueError(f"evaluate.reference {name}:{split} holds latents, images are needed")
     count = len(source)
     keep = spread(count, num_neighbour_images)
-    read = hashlib.sha256()     # of the images that precision and recall look at: another data set may bear the same name
+    read = (
+        hashlib.sha256()
+    )  # of the images that precision and recall look at: another data set may bear the same name
     for i in keep:
         read.update(source[int(i)]["image"].tobytes())
-    identity = {"data": f"{name}:{split}", "count": count, "image_shape": list(source.image_shape),
-                "sha256": read.hexdigest()[:16], "neighbour_images": len(keep)}
+    identity = {
+        "data": f"{name}:{split}",
+        "count": count,
+        "image_shape": list(source.image_shape),
+        "sha256": read.hexdigest()[:16],
+        "neighbour_images": len(keep),
+    }
     if cache.is_file():
         with _open_archive(cache) as archive:
             reference = _read_own_statistics(cache, archive, extractor)
         if reference.identity == identity:
             return reference
-    logging.info("computing %s statistics of the %d images of %s:%s", extractor.name, count, name, split)
-    batches = (np.stack([source[i]["image"] for i in range(start, min(start + batch_size, count))])
-               for start in range(0, count, batch_size))
+    logging.info(
+        "computing %s statistics of the %d images of %s:%s", extractor.name, count, name, split
+    )
+    batches = (
+        np.stack([source[i]["image"] for i in range(start, min(start + batch_size, count))])
+        for start in range(0, count, batch_size)
+    )
     reference = collect(extractor, batches, batch_size, keep=keep, identity=identity)
-    if jax.process_index() == 0:        # in training every process computes them: they may have no folder in common
+    if (
+        jax.process_index() == 0
+    ):  # in training every process computes them: they may have no folder in common
         write_statistics(cache, reference, extractor)
     return reference
 
 
-
-def write_statistics(path: pathlib.Path, statistics: Statistics, extractor: features.Extractor) -> None:
+def write_statistics(
+    path: pathlib.Path, statistics: Statistics, extractor: features.Extractor
+) -> None:
     """Saves statistics under ADM's names, with the features of precision and recall and whose they are."""
-    arrays = {name: array for key, moments in statistics.moments.items() for name, array in zip(_ARRAYS[key], moments)}
-    protocol = {"extractor": extractor.protocol, "identity": statistics.identity, "count": statistics.count}
+    arrays = {
+        name: array
+        for key, moments in statistics.moments.items()
+        for name, array in zip(_ARRAYS[key], moments)
+    }
+    protocol = {
+        "extractor": extractor.protocol,
+        "identity": statistics.identity,
+        "count": statistics.count,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = reports.beside(path, ".partial")      # a killed run leaves no half-written reference behind
+    partial = reports.beside(
+        path, ".partial"
+    )  # a killed run leaves no half-written reference behind
     with partial.open("wb") as file:
         np.savez(file, features=statistics.features, protocol=json.dumps(protocol), **arrays)
     partial.replace(path)
-
 
 
 def _read_own_statistics(path, archive, extractor):
     protocol = _read_json(path, archive, "protocol")
     missing = {"extractor", "identity", "count"} - protocol.keys()
     if missing:
-        raise ValueError(f"{path}: its protocol lacks {', '.join(sorted(missing))}; it is not one of our references")
+        raise ValueError(
+            f"{path}: its protocol lacks {', '.join(sorted(missing))}; it is not one of our references"
+        )
     differences = protocol._differences(protocol["extractor"], extractor.protocol)
     if differences:
         raise ValueError(f"{path} holds statistics of another protocol: {'; '.join(differences)}")
@@ -281,22 +361,35 @@ def _read_own_statistics(path, archive, extractor):
     kept = _read_floats(path, archive, "features", 2).astype(np.float32)
     if kept.shape[1] != dims["pool"]:
         raise ValueError(f"{path}: features {kept.shape} are not of the network's {dims['pool']}")
-    return Statistics(protocol["count"], _read_moments(path, archive, dims), kept, None, protocol["identity"])
+    return Statistics(
+        protocol["count"], _read_moments(path, archive, dims), kept, None, protocol["identity"]
+    )
 
 
-
-def make_reference(reference: str, data_dir: str, workdir: pathlib.Path, extractor: features.Extractor, *, batch_size: int,
-                   num_neighbour_images: int) -> Statistics:
+def make_reference(
+    reference: str,
+    data_dir: str,
+    workdir: pathlib.Path,
+    extractor: features.Extractor,
+    *,
+    batch_size: int,
+    num_neighbour_images: int,
+) -> Statistics:
     """The reference that evaluate.reference names: an npz file, or "DATASET:SPLIT" of the data sets in data.dir."""
     kwargs = dict(batch_size=batch_size, num_neighbour_images=num_neighbour_images)
     if not reference:
-        raise ValueError("evaluate.reference is empty: name an npz file or a split, cifar10:train for instance")
+        raise ValueError(
+            "evaluate.reference is empty: name an npz file or a split, cifar10:train for instance"
+        )
     if reference.endswith(".npz"):
         return load_reference(reference, extractor, **kwargs)
     name, colon, split = reference.rpartition(":")
     if not colon:
-        raise ValueError(f"evaluate.reference = {reference!r} is neither an npz file nor DATASET:SPLIT")
-    cache = workdir / (f"reference_{name.replace('/', '_')}_{split}_{extractor.name}_"
-                       f"{extractor.protocol['weights']}.npz")
+        raise ValueError(
+            f"evaluate.reference = {reference!r} is neither an npz file nor DATASET:SPLIT"
+        )
+    cache = workdir / (
+        f"reference_{name.replace('/', '_')}_{split}_{extractor.name}_"
+        f"{extractor.protocol['weights']}.npz"
+    )
     return dataset_reference(name, split, data_dir, extractor, cache=cache, **kwargs)
-

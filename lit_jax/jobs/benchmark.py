@@ -2,6 +2,7 @@
 
 On a machine with only a CPU it prints the ahead-of-time static estimate of the kernels for a named TPU topology instead.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -42,11 +43,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     wanted, token = config.benchmark, token_pixels(config)
     unknown = set(wanted.what) - {"attention", "model", "data"}
     if unknown or not wanted.what:
-        raise ValueError(f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; it may name attention, model, data")
+        raise ValueError(
+            f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; it may name attention, model, data"
+        )
     on_models = {"attention", "model"} & set(wanted.what)
-    divisible = [isinstance(pixels, int) and pixels >= 1 and pixels % token == 0 for pixels in wanted.pixels]
+    divisible = [
+        isinstance(pixels, int) and pixels >= 1 and pixels % token == 0 for pixels in wanted.pixels
+    ]
     if on_models and not (divisible and all(divisible)):
-        raise ValueError(f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {token} pixels")
+        raise ValueError(
+            f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {token} pixels"
+        )
     device = jax.devices()[0]
     jobs = []
     if on_models and device.platform == "cpu":
@@ -57,15 +64,23 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         jobs += [time_models(config)] if "model" in wanted.what else []
     if "data" in wanted.what:
         jobs.append(time_data(config))
-    head = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__,
-            "date": time.strftime("%Y-%m-%d")}
+    head = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     workdir.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in itertools.chain.from_iterable(jobs):
         logging.info("%s", row)
         rows.append(row)
-        if jax.process_index() == 0:  # after each row: a program that does not fit must not take the others' times with it
-            (workdir / "benchmark.json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
+        if (
+            jax.process_index() == 0
+        ):  # after each row: a program that does not fit must not take the others' times with it
+            (workdir / "benchmark.json").write_text(
+                json.dumps({"machine": head, "rows": rows}, indent=1) + "\n"
+            )
     sys.stdout.write(f"{head}\n{table(rows)}\n")
 
 
@@ -75,7 +90,9 @@ def token_pixels(config: ConfigDict) -> int:
 
 
 def _cell_pixels(config):
-    return 1 if config.model.in_channels in (1, 3) else 8  # as many channels as a picture has are pixels
+    return (
+        1 if config.model.in_channels in (1, 3) else 8
+    )  # as many channels as a picture has are pixels
 
 
 def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
@@ -83,13 +100,18 @@ def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
 
     Heads and implementation of the attention that the model has not are config.teacher's for softmax, else the size's own.
     """
+
     def build(attention, num_heads, implementation):
         ours = ConfigDict(config.to_dict())
         if attention != config.model.attention:
-            ours.model.update(attention=attention, num_heads=num_heads, implementation=implementation)
+            ours.model.update(
+                attention=attention, num_heads=num_heads, implementation=implementation
+            )
         return experiment.student(ours)
 
-    return build("softmax", config.teacher.num_heads, config.teacher.implementation), build("linear", 0, None)
+    return build("softmax", config.teacher.num_heads, config.teacher.implementation), build(
+        "linear", 0, None
+    )
 
 
 def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
@@ -101,21 +123,44 @@ def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
         with tpu_schedule.on_chip(wanted.topology, "benchmark.topology"):  # whose VMEM it is
             reason = refusal("pallas_tpu", **_case(lit, side))
         if reason:
-            raise ValueError(f"no estimate for model.kernel_function = {model.kernel_function}, model.conv_size = "
-                             f"{model.conv_size} at {pixels} pixels: {reason}")
+            raise ValueError(
+                f"no estimate for model.kernel_function = {model.kernel_function}, model.conv_size = "
+                f"{model.conv_size} at {pixels} pixels: {reason}"
+            )
         batch = max(2, wanted.attention_tokens // side**2)
-        costs = tpu_schedule.attention_costs(lit.width, lit.num_heads, (side, side), batch, wanted.topology, lit.conv_size,
-                                            model.dtype)
+        costs = tpu_schedule.attention_costs(
+            lit.width,
+            lit.num_heads,
+            (side, side),
+            batch,
+            wanted.topology,
+            lit.conv_size,
+            model.dtype,
+        )
         for name, cost in costs.items():
-            yield {"what": "static estimate", "chip": cost.device_kind, "pixels": pixels, "pass": name, "batch": batch,
-                   "bundles": sum(kernel.bundles for kernel in cost.kernels), "us": cost.compute * 1e6,
-                   "floor us": cost.floor * 1e6, "x floor": cost.ratio}
+            yield {
+                "what": "static estimate",
+                "chip": cost.device_kind,
+                "pixels": pixels,
+                "pass": name,
+                "batch": batch,
+                "bundles": sum(kernel.bundles for kernel in cost.kernels),
+                "us": cost.compute * 1e6,
+                "floor us": cost.floor * 1e6,
+                "x floor": cost.ratio,
+            }
 
 
 def _case(lit, side):
     """What `refusal` asks of a linear attention over side x side tokens."""
-    return dict(width=lit.width, num_heads=lit.num_heads, grid=(side, side), conv_size=lit.conv_size,
-                kernel_function=lit.kernel_function, dtype=lit.dtype)
+    return dict(
+        width=lit.width,
+        num_heads=lit.num_heads,
+        grid=(side, side),
+        conv_size=lit.conv_size,
+        kernel_function=lit.kernel_function,
+        dtype=lit.dtype,
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -126,7 +171,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(show(row.get(name, "")) for name in names) + " |" for row in rows])
+    return "\n".join(
+        lines
+        + ["| " + " | ".join(show(row.get(name, "")) for name in names) + " |" for row in rows]
+    )
 
 
 def measure(function: Callable, *args: Any, repeats: int, calls: int = 10) -> Timing:
@@ -170,7 +218,10 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
         kv = jax.random.normal(keys[1], (B, T, 2 * D), lit.dtype)
         filters = bias = None
         if K:
-            filters, bias = jax.random.normal(keys[2], (K, K, H)) / K, jax.random.normal(keys[3], (H,))
+            filters, bias = (
+                jax.random.normal(keys[2], (K, K, H)) / K,
+                jax.random.normal(keys[3], (H,)),
+            )
         do = jax.random.normal(keys[4], (B, T, D), lit.dtype)
 
         def softmax(q, kv, filters, bias, T=T, B=B):
@@ -182,20 +233,36 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
             if reason := refusal(name, **_case(lit, side)):
                 logging.info("attention: not %s; %s", name, reason)
                 continue
-            cases[f"linear, {name}"] = functools.partial(linear_attention, num_heads=lit.num_heads, grid=(side, side),
-                                                         kernel_function=lit.kernel_function, implementation=name)
+            cases[f"linear, {name}"] = functools.partial(
+                linear_attention,
+                num_heads=lit.num_heads,
+                grid=(side, side),
+                kernel_function=lit.kernel_function,
+                implementation=name,
+            )
         cases[f"softmax, {dit.implementation or 'fastest'}"] = softmax
         for name, function in cases.items():
+
             def both(q, kv, filters, bias, do, function=function):
                 out, vjp = jax.vjp(function, q, kv, filters, bias)
                 return out, vjp(do)
 
-            for kind, call, args, floor in (("forward", function, (q, kv, filters, bias), 4 * q.nbytes),
-                                            ("forward + backward", both, (q, kv, filters, bias, do), 11 * q.nbytes)):
+            for kind, call, args, floor in (
+                ("forward", function, (q, kv, filters, bias), 4 * q.nbytes),
+                ("forward + backward", both, (q, kv, filters, bias, do), 11 * q.nbytes),
+            ):
                 timing = measure(jax.jit(call), *args, repeats=wanted.repeats)
-                yield {"what": f"attention {name}", "pixels": pixels, "pass": kind, "batch": B, "us": timing.median * 1e6,
-                       "least": timing.low * 1e6, "most": timing.high * 1e6, "floor us": floor / bandwidth * 1e6,
-                       "x floor": timing.median / (floor / bandwidth)}
+                yield {
+                    "what": f"attention {name}",
+                    "pixels": pixels,
+                    "pass": kind,
+                    "batch": B,
+                    "us": timing.median * 1e6,
+                    "least": timing.low * 1e6,
+                    "most": timing.high * 1e6,
+                    "floor us": floor / bandwidth * 1e6,
+                    "x floor": timing.median / (floor / bandwidth),
+                }
 
 
 def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
@@ -206,8 +273,12 @@ def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
     dit, lit = make_models(config)
     teacher = dit.clone(remat="none", dtype=jnp.dtype(config.teacher.dtype).type)
     for pixels in wanted.pixels:
-        B = max(1, wanted.model_tokens // (pixels // token_pixels(config))**2) * mesh.size
-        for name, model, guide in (("DiT", dit, None), ("LiT", lit, None), ("LiT with DiT teacher", lit, teacher)):
+        B = max(1, wanted.model_tokens // (pixels // token_pixels(config)) ** 2) * mesh.size
+        for name, model, guide in (
+            ("DiT", dit, None),
+            ("LiT", lit, None),
+            ("LiT with DiT teacher", lit, teacher),
+        ):
             yield from _time_model(config, mesh, name, model, guide, pixels, B)
 
 
@@ -216,25 +287,49 @@ def _time_model(config, mesh, name, model, teacher, pixels, B):
     shapes = state_shapes(model, optimizer, size)
     shardings = sharding.fsdp_sharding(shapes, mesh)
     rng = jax.random.key(0)
-    state = jax.jit(lambda rng: new_state(init_params(model, rng, size), optimizer), out_shardings=shardings)(rng)
-    batch = jax.device_put({"image": np.zeros((B, size, size, model.in_channels), np.uint8), "label": np.zeros(B, np.int32)},
-                           sharding.batch_sharding(mesh))
+    state = jax.jit(
+        lambda rng: new_state(init_params(model, rng, size), optimizer), out_shardings=shardings
+    )(rng)
+    batch = jax.device_put(
+        {
+            "image": np.zeros((B, size, size, model.in_channels), np.uint8),
+            "label": np.zeros(B, np.int32),
+        },
+        sharding.batch_sharding(mesh),
+    )
     flops = forward_flops(model, (size, size))
 
     def row(what, timing, flops):
-        return {"what": f"{name} {what}", "pixels": pixels, "batch": B, "ms": timing.median * 1e3,
-                "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": B / timing.median,
-                "TFLOP/s": flops * B / timing.median / 1e12}
+        return {
+            "what": f"{name} {what}",
+            "pixels": pixels,
+            "batch": B,
+            "ms": timing.median * 1e3,
+            "least": timing.low * 1e3,
+            "most": timing.high * 1e3,
+            "images/s": B / timing.median,
+            "TFLOP/s": flops * B / timing.median / 1e12,
+        }
 
     teacher_params = None
     if teacher is None:
         params = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         x, t = images_to_model(batch, rng), jnp.zeros((B,), jnp.int32)
-        forward = jax.jit(sharding.on_mesh(lambda p, x, t, y: model.apply({"params": p}, x, t, y), mesh))
-        yield row("forward", measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats), flops)
+        forward = jax.jit(
+            sharding.on_mesh(lambda p, x, t, y: model.apply({"params": p}, x, t, y), mesh)
+        )
+        yield row(
+            "forward",
+            measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats),
+            flops,
+        )
         del params
     else:
-        init = jax.jit(lambda rng: jax.tree.map(lambda p: p.astype(teacher.dtype), init_params(teacher, rng, size)))
+        init = jax.jit(
+            lambda rng: jax.tree.map(
+                lambda p: p.astype(teacher.dtype), init_params(teacher, rng, size)
+            )
+        )
         teacher_params = init(rng)
     train_step = experiment.train_step(config, model, teacher, optimizer, make_diffusion(), mesh)
     holder = [state]  # the step donates its state: each call hands its result to the next
@@ -244,7 +339,11 @@ def _time_model(config, mesh, name, model, teacher, pixels, B):
         return metrics
 
     total = 3 * flops + (forward_flops(teacher, (size, size)) if teacher else 0)
-    yield row("distillation step" if teacher else "training step", measure(one, repeats=config.benchmark.repeats), total)
+    yield row(
+        "distillation step" if teacher else "training step",
+        measure(one, repeats=config.benchmark.repeats),
+        total,
+    )
 
 
 def time_data(config: ConfigDict) -> Iterator[dict[str, Any]]:
@@ -254,13 +353,30 @@ def time_data(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """
     source = dataset.open_dataset(config.data.name, config.data.dir, config.data.split)
     rows = config.train.batch_size // jax.process_count()
-    batches = iter(pipeline.make_batches(source, batch_size=config.train.batch_size, seed=config.seed, flip=config.data.flip,
-                                     rows=np.arange(rows), num_threads=config.data.num_threads,
-                                     prefetch=config.data.prefetch))
+    batches = iter(
+        pipeline.make_batches(
+            source,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            flip=config.data.flip,
+            rows=np.arange(rows),
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
+    )
     next(batches)
     start, calls = time.process_time(), 10
     timing = measure(lambda: next(batches)["label"], repeats=config.benchmark.repeats, calls=calls)
-    batches_a_core_second = (config.benchmark.repeats * calls + 1) / (time.process_time() - start)  # the first is not timed
-    yield {"what": f"data {source.name}", "batch": rows, "threads": config.data.num_threads, "ms": timing.median * 1e3,
-           "least": timing.low * 1e3, "most": timing.high * 1e3, "images/s": rows / timing.median,
-           "images/core second": rows * batches_a_core_second}
+    batches_a_core_second = (config.benchmark.repeats * calls + 1) / (
+        time.process_time() - start
+    )  # the first is not timed
+    yield {
+        "what": f"data {source.name}",
+        "batch": rows,
+        "threads": config.data.num_threads,
+        "ms": timing.median * 1e3,
+        "least": timing.low * 1e3,
+        "most": timing.high * 1e3,
+        "images/s": rows / timing.median,
+        "images/core second": rows * batches_a_core_second,
+    }

@@ -5,6 +5,7 @@
 
 Nothing is written unless the whole source is read, explained, finite and what the config describes.
 """
+
 import os
 import pathlib
 import resource
@@ -41,21 +42,31 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     if layout not in LAYOUTS:
         raise ValueError(f"port.layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if not port.layout and target.suffix in TORCH_SUFFIXES:
-        raise ValueError(f"port.target = {target}: files are written as .pt or .safetensors, not {target.suffix}")
+        raise ValueError(
+            f"port.target = {target}: files are written as .pt or .safetensors, not {target.suffix}"
+        )
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ValueError(f"port.target = {target} exists; a port never overwrites")
     if not source.exists():
         raise FileNotFoundError(f"port.source = {source}: no such file or folder")
 
-    workdir = pathlib.Path(workdir)     # made at the end; a port whose report has no place is not begun
-    above = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    workdir = pathlib.Path(
+        workdir
+    )  # made at the end; a port whose report has no place is not begun
+    above = next(
+        path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists()
+    )
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
 
     if is_autoencoder(source):
         if layout != "orbax":
-            raise ValueError(f"port.layout = {layout}, but {source} is an autoencoder, which is ported to orbax only")
-        checkpoint = read_autoencoder(source, weights=port.weights, scaling_factor=port.scaling_factor)
+            raise ValueError(
+                f"port.layout = {layout}, but {source} is an autoencoder, which is ported to orbax only"
+            )
+        checkpoint = read_autoencoder(
+            source, weights=port.weights, scaling_factor=port.scaling_factor
+        )
     else:
         checkpoint = _read_dit(config, source)
     writes = jax.process_index() == 0
@@ -72,9 +83,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     if writes:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
-        size, peak = 4 * checkpoint.report.parameters, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        logging.info("ported to %s (%s) in %.1f s, peak memory %.2f GB for %.2f GB of float32 parameters\n%s", target, layout,
-                     time.monotonic() - start, peak / 1e9, size / 1e9, checkpoint.report.summary())
+        size, peak = (
+            4 * checkpoint.report.parameters,
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )
+        logging.info(
+            "ported to %s (%s) in %.1f s, peak memory %.2f GB for %.2f GB of float32 parameters\n%s",
+            target,
+            layout,
+            time.monotonic() - start,
+            peak / 1e9,
+            size / 1e9,
+            checkpoint.report.summary(),
+        )
     multihost_utils.sync_global_devices("ported")
     return checkpoint.report
 
@@ -89,9 +110,15 @@ def _read_dit(config, source):
     """Reads a DiT or LiT with what the config asks for, and checks it against `model`."""
     port = config.port
     checkpoint = read_checkpoint(
-        source, weights=port.weights, num_heads=port.num_heads, num_classes=port.num_classes,
-        input_size=(port.input_size,) * 2 if port.input_size else None, timestep_freq_shift=port.timestep_freq_shift,
-        mlp_norm_epsilon=port.mlp_norm_epsilon, seed=config.seed)
+        source,
+        weights=port.weights,
+        num_heads=port.num_heads,
+        num_classes=port.num_classes,
+        input_size=(port.input_size,) * 2 if port.input_size else None,
+        timestep_freq_shift=port.timestep_freq_shift,
+        mlp_norm_epsilon=port.mlp_norm_epsilon,
+        seed=config.seed,
+    )
     if port.check_model:
         require_architecture(checkpoint, _expected(config, checkpoint.architecture))
     return checkpoint
@@ -104,7 +131,9 @@ def _expected(config, found):
         raise ValueError(f"model.size must be one of {', '.join(dit.SIZES)}; got {model.size!r}")
     depth, width, softmax_heads, linear_heads = dit.SIZES[model.size]
     expected = {"depth": model.depth or depth, "width": model.width or width}
-    expected |= {name: model[name] for name in ("patch_size", "in_channels", "num_classes", "learn_sigma")}
+    expected |= {
+        name: model[name] for name in ("patch_size", "in_channels", "num_classes", "learn_sigma")
+    }
     if config.port.num_classes:
         expected["num_classes"] = config.port.num_classes
     if found["grid"]:

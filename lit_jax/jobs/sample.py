@@ -1,4 +1,5 @@
 """Draws images from a checkpoint: PNG files, a grid, and the npz that evaluators read."""
+
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from lit_jax.runtime import progress
 
 GRID_IMAGES = 100
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"   # the last chunk: no content, its name, its CRC
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -39,25 +40,39 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     source = read_checkpoint(sample.checkpoint or workdir)
     check_architecture(model, source.architecture, sample.checkpoint or str(workdir))
     autoencoder, identity = experiment.autoencoder(config, mesh)
-    generator = experiment.generators(config, {"model": model}, make_diffusion(), mesh, sample.batch_size,
-                                       autoencoder)["model"]
+    generator = experiment.generators(
+        config, {"model": model}, make_diffusion(), mesh, sample.batch_size, autoencoder
+    )["model"]
     index = np.arange(sample.num_images)
     labels = generator.labels(index, sample.labels)
 
     folder = workdir / "samples"
-    claim(folder, sampling.protocol(sample.to_dict(), input_size=config.model.input_size, seed=config.seed,
-                                    dtype=config.model.dtype, weights=source.report.checksum, autoencoder=identity,
-                                    labels=sample.labels))
+    claim(
+        folder,
+        sampling.protocol(
+            sample.to_dict(),
+            input_size=config.model.input_size,
+            seed=config.seed,
+            dtype=config.model.dtype,
+            weights=source.report.checksum,
+            autoencoder=identity,
+            labels=sample.labels,
+        ),
+    )
     missing = np.array([not is_whole(image_path(folder, i)) for i in index], np.int32)
-    todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))  # one list for all: they draw a batch together
+    todo = np.flatnonzero(
+        multihost_utils.broadcast_one_to_all(missing)
+    )  # one list for all: they draw a batch together
     params = load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
     with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
         drawing, clock, compiled = None, time.monotonic(), 0
         for start in range(0, len(todo) + sample.batch_size, sample.batch_size):
-            batch = todo[start:start + sample.batch_size]
+            batch = todo[start : start + sample.batch_size]
             ahead = (batch, generator.draw(params, batch, labels[batch])) if len(batch) else None
             if drawing:  # written while the device draws the next one
-                if start == sample.batch_size and ahead:    # the clock starts after the first batch, which compiles
+                if (
+                    start == sample.batch_size and ahead
+                ):  # the clock starts after the first batch, which compiles
                     jax.block_until_ready(drawing[1])
                     clock, compiled = time.monotonic(), len(drawing[0])
                 save_batch(folder, *drawing)
@@ -68,17 +83,31 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         about = {"protocol": json.loads((folder / "protocol.json").read_text())}
         speed = folder / "speed.json"
         if len(todo):
-            speed.write_text(json.dumps({"images_per_second": (len(todo) - compiled) / (time.monotonic() - clock),
-                                         "device": jax.devices()[0].device_kind, "devices": jax.device_count()}) + "\n")
-        if speed.exists():      # of the last run that drew any
+            speed.write_text(
+                json.dumps(
+                    {
+                        "images_per_second": (len(todo) - compiled) / (time.monotonic() - clock),
+                        "device": jax.devices()[0].device_kind,
+                        "devices": jax.device_count(),
+                    }
+                )
+                + "\n"
+            )
+        if speed.exists():  # of the last run that drew any
             about["speed"] = json.loads(speed.read_text())
-            logging.info("%.1f images/s on %d x %s", *(about["speed"][name] for name in
-                                                       ("images_per_second", "devices", "device")))
+            logging.info(
+                "%.1f images/s on %d x %s",
+                *(about["speed"][name] for name in ("images_per_second", "devices", "device")),
+            )
         paths = [image_path(folder, i) for i in index]
         write_npz(workdir / "samples.npz", paths, labels, about)
         shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
         pictures.square_grid(shown).save(workdir / "samples.png")
-        logging.info("%d images in %s, their grid in samples.png, all of them in samples.npz", len(index), folder)
+        logging.info(
+            "%d images in %s, their grid in samples.png, all of them in samples.npz",
+            len(index),
+            folder,
+        )
 
 
 def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
@@ -104,8 +133,10 @@ def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
     if there:
         for name in sorted(wanted.keys() | there.keys()):
             if wanted.get(name) != there.get(name):
-                raise ValueError(f"{folder} holds images drawn with {name} = {there.get(name)}, this run has "
-                                 f"{wanted.get(name)}; use another --workdir or remove the folder")
+                raise ValueError(
+                    f"{folder} holds images drawn with {name} = {there.get(name)}, this run has "
+                    f"{wanted.get(name)}; use another --workdir or remove the folder"
+                )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=1) + "\n")
@@ -122,7 +153,9 @@ def save_image(path: pathlib.Path, image: np.ndarray) -> None:
     with part.open("wb") as file:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
         file.flush()
-        os.fsync(file.fileno())     # a machine that dies after the renaming would else leave an empty file of that name
+        os.fsync(
+            file.fileno()
+        )  # a machine that dies after the renaming would else leave an empty file of that name
     os.replace(part, path)
 
 
@@ -141,11 +174,18 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     try:
         image = np.asarray(Image.open(path))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; remove it, the same command draws it again") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}; remove it, the same command draws it again"
+        ) from error
     return image[..., None] if image.ndim == 2 else image
 
 
-def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray, about: dict[str, dict[str, Any]]) -> None:
+def write_npz(
+    path: pathlib.Path,
+    images: list[pathlib.Path],
+    labels: np.ndarray,
+    about: dict[str, dict[str, Any]],
+) -> None:
     """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label and `about` beside it.
 
     Raises: ValueError naming an image that cannot be read or is not of the first one's shape; the npz is as it was.
@@ -155,14 +195,21 @@ def write_npz(path: pathlib.Path, images: list[pathlib.Path], labels: np.ndarray
     shape = (len(images), *first)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
             for path_of_image in images:
                 image = read_image(path_of_image)
                 if image.shape != first or image.dtype != np.uint8:
-                    raise ValueError(f"{path_of_image} is {image.dtype} {image.shape}, {images[0].name} is uint8 {first}; "
-                                     f"remove the one that is not of this run")
+                    raise ValueError(
+                        f"{path_of_image} is {image.dtype} {image.shape}, {images[0].name} is uint8 {first}; "
+                        f"remove the one that is not of this run"
+                    )
                 file.write(np.ascontiguousarray(image).tobytes())
-        for name, value in {"label": labels, **{name: np.array(json.dumps(text)) for name, text in about.items()}}.items():
+        for name, value in {
+            "label": labels,
+            **{name: np.array(json.dumps(text)) for name, text in about.items()},
+        }.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value)
     os.replace(part, path)

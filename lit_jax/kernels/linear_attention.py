@@ -7,6 +7,7 @@ With phi(x) = relu(x) + 1e-6, per head (LiT, arXiv 2501.12976, section 3):
 
 where DWC is a K x K zero-padded depth-wise convolution over the token grid whose H filters all heads share.
 """
+
 import functools
 
 import jax
@@ -66,14 +67,22 @@ def linear_attention(
     """
     _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation)
     grid = tuple(grid)
-    case = dict(width=q.shape[2], num_heads=num_heads, grid=grid, conv_size=0 if conv_kernel is None else len(conv_kernel),
-                kernel_function=kernel_function, dtype=q.dtype)
+    case = dict(
+        width=q.shape[2],
+        num_heads=num_heads,
+        grid=grid,
+        conv_size=0 if conv_kernel is None else len(conv_kernel),
+        kernel_function=kernel_function,
+        dtype=q.dtype,
+    )
     if implementation is None:
         implementation = _choose(**case)
     elif reason := refusal(implementation, **case):
         raise ValueError(reason)
     if implementation == "xla":
-        return _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function)
+        return _linear_attention_xla(
+            q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function
+        )
 
     def fused(*arrays):
         return _fused(*arrays, num_heads, grid, implementation, interpret)
@@ -83,35 +92,63 @@ def linear_attention(
 
 def _validate(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel_function, implementation):
     if q.ndim != 3 or kv.shape != (*q.shape[:2], 2 * q.shape[2]):
-        raise ValueError(f"q must be (B, T, D) and kv (B, T, 2D); got q {q.shape} and kv {kv.shape}")
+        raise ValueError(
+            f"q must be (B, T, D) and kv (B, T, 2D); got q {q.shape} and kv {kv.shape}"
+        )
     B, T, D = q.shape
     if 0 in q.shape:
         raise ValueError(f"there is nothing to attend to; got q {q.shape}")
     if q.dtype not in (jnp.float32, jnp.bfloat16) or kv.dtype != q.dtype:
-        raise ValueError(f"q and kv must both be float32 or both bfloat16; got q {q.dtype} and kv {kv.dtype}")
+        raise ValueError(
+            f"q and kv must both be float32 or both bfloat16; got q {q.dtype} and kv {kv.dtype}"
+        )
     if not isinstance(num_heads, int) or num_heads < 1 or D % num_heads:
-        raise ValueError(f"the width must divide into heads; got width {D} and num_heads {num_heads}")
-    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid[0] * grid[1] != T:
+        raise ValueError(
+            f"the width must divide into heads; got width {D} and num_heads {num_heads}"
+        )
+    if (
+        len(grid) != 2
+        or not all(isinstance(side, int) and side > 0 for side in grid)
+        or grid[0] * grid[1] != T
+    ):
         raise ValueError(f"the grid must cover the tokens; got grid {grid} and {T} tokens")
     if (conv_kernel is None) != (conv_bias is None):
         present = "conv_bias" if conv_kernel is None else "conv_kernel"
-        raise ValueError(f"give conv_kernel and conv_bias together or not at all; got only {present}")
+        raise ValueError(
+            f"give conv_kernel and conv_bias together or not at all; got only {present}"
+        )
     H = D // num_heads
     if conv_kernel is not None:
         K = conv_kernel.shape[0] if conv_kernel.ndim else 0
         if conv_kernel.shape != (K, K, H) or K % 2 == 0 or conv_bias.shape != (H,):
-            raise ValueError(f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
-                             f"got {conv_kernel.shape} and {conv_bias.shape}")
+            raise ValueError(
+                f"conv_kernel must be (K, K, {H}) with odd K and conv_bias ({H},); "
+                f"got {conv_kernel.shape} and {conv_bias.shape}"
+            )
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (conv_kernel, conv_bias)):
-            raise ValueError(f"conv_kernel and conv_bias must be floating; got {conv_kernel.dtype} and {conv_bias.dtype}")
+            raise ValueError(
+                f"conv_kernel and conv_bias must be floating; got {conv_kernel.dtype} and {conv_bias.dtype}"
+            )
     if kernel_function not in KERNEL_FUNCTIONS:
-        raise ValueError(f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}")
+        raise ValueError(
+            f"kernel_function must be one of {KERNEL_FUNCTIONS}; got {kernel_function!r}"
+        )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}; got {implementation!r}")
+        raise ValueError(
+            f"implementation must be None or one of {IMPLEMENTATIONS}; got {implementation!r}"
+        )
 
 
-def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int, int], conv_size: int, kernel_function: str,
-            dtype: jnp.dtype) -> str:
+def refusal(
+    implementation: str,
+    *,
+    width: int,
+    num_heads: int,
+    grid: tuple[int, int],
+    conv_size: int,
+    kernel_function: str,
+    dtype: jnp.dtype,
+) -> str:
     """Why an implementation does not offer a case, or "" where it does; for "pallas_tpu" on the TPU of the mesh in context.
 
     Args: conv_size: 0 for no convolution. The others as in `linear_attention`, `width` being D.
@@ -125,8 +162,9 @@ def refusal(implementation: str, *, width: int, num_heads: int, grid: tuple[int,
     if width // num_heads > FUSED[implementation]:
         return f"{implementation} offers heads of at most {FUSED[implementation]} columns; got {width // num_heads}"
     if implementation == "pallas_tpu":
-        return _kernel_module(implementation).refusal(width=width, num_heads=num_heads, grid=grid, conv_size=conv_size,
-                                                      dtype=dtype)
+        return _kernel_module(implementation).refusal(
+            width=width, num_heads=num_heads, grid=grid, conv_size=conv_size, dtype=dtype
+        )
     return ""
 
 
@@ -136,7 +174,9 @@ def _choose(**case):
     # The GPU kernels are written for Hopper; on Ampere they spill, and XLA's form is left to run.
     hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
     implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_gpu" if hopper else "xla"
-    return take_or_xla("linear_attention", implementation, device.device_kind, refusal(implementation, **case))
+    return take_or_xla(
+        "linear_attention", implementation, device.device_kind, refusal(implementation, **case)
+    )
 
 
 @functools.cache
@@ -163,8 +203,9 @@ def _fused(q, kv, conv_kernel, conv_bias, num_heads, grid, implementation, inter
 
 
 # The kernels are long, and a model asks for the same one when it is initialised, run and rematerialised: each is traced once.
-_traced_once = functools.partial(jax.jit, inline=True,
-                                 static_argnames=("num_heads", "grid", "implementation", "interpret"))
+_traced_once = functools.partial(
+    jax.jit, inline=True, static_argnames=("num_heads", "grid", "implementation", "interpret")
+)
 
 
 @_traced_once
@@ -178,13 +219,28 @@ def _backward(*arrays, implementation, **kwargs):
 
 
 def _fused_fwd(q, kv, conv_kernel, conv_bias, num_heads, grid, implementation, interpret):
-    out, saved = _forward(q, kv, conv_kernel, conv_bias, num_heads=num_heads, grid=grid, implementation=implementation,
-                          interpret=interpret)
+    out, saved = _forward(
+        q,
+        kv,
+        conv_kernel,
+        conv_bias,
+        num_heads=num_heads,
+        grid=grid,
+        implementation=implementation,
+        interpret=interpret,
+    )
     return out, (q, kv, conv_kernel, conv_bias, saved)
 
 
 def _fused_bwd(num_heads, grid, implementation, interpret, residuals, do):
-    return _backward(*residuals, do, num_heads=num_heads, grid=grid, implementation=implementation, interpret=interpret)
+    return _backward(
+        *residuals,
+        do,
+        num_heads=num_heads,
+        grid=grid,
+        implementation=implementation,
+        interpret=interpret,
+    )
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -196,18 +252,21 @@ def _linear_attention_xla(q, kv, conv_kernel, conv_bias, num_heads, grid, kernel
     k, v = jnp.split(kv, 2, axis=-1)
     # (B, N, T, H): with heads left inside, XLA copies around each product, and its CPU backend lacks one.
     q_heads, k_heads, v_heads = (
-        x.reshape(B, T, num_heads, D // num_heads).transpose(0, 2, 1, 3) for x in (q, k, v))
+        x.reshape(B, T, num_heads, D // num_heads).transpose(0, 2, 1, 3) for x in (q, k, v)
+    )
 
     # Float32 operands mean float32 products: a TPU's default precision would round them to bfloat16.
     einsum = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None)
+        jnp.einsum,
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+    )
     phi_q = _phi(q_heads.astype(jnp.float32), kernel_function)
     phi_k = _phi(k_heads.astype(jnp.float32), kernel_function)
-    state = einsum("bnth,bntm->bnhm", phi_k.astype(q.dtype), v_heads) / T               # (B, N, H, H)
+    state = einsum("bnth,bntm->bnhm", phi_k.astype(q.dtype), v_heads) / T  # (B, N, H, H)
     numerator = einsum("bnth,bnhm->bntm", phi_q.astype(q.dtype), state.astype(q.dtype))
     denominator = jnp.sum(phi_q * jnp.mean(phi_k, axis=2, keepdims=True), axis=-1, keepdims=True)
-    out = numerator / (denominator + EPSILON)                                           # (B, N, T, H)
+    out = numerator / (denominator + EPSILON)  # (B, N, T, H)
     out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
     if conv_kernel is not None:
         out = out + _depthwise_conv(v, conv_kernel, conv_bias, num_heads, grid)
@@ -235,10 +294,14 @@ def _depthwise_conv(v, conv_kernel, conv_bias, num_heads, grid):
     K = conv_kernel.shape[0]
     pad = K // 2
     # float32 before the taps, not at each: the gradient of v is then summed in float32 too.
-    padded = jnp.pad(v.astype(jnp.float32).reshape(B, h, w, D), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    conv_kernel = jnp.tile(conv_kernel.astype(jnp.float32), (1, 1, num_heads))[:, :, None, None, None]
+    padded = jnp.pad(
+        v.astype(jnp.float32).reshape(B, h, w, D), ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    )
+    conv_kernel = jnp.tile(conv_kernel.astype(jnp.float32), (1, 1, num_heads))[
+        :, :, None, None, None
+    ]
     out = jnp.tile(conv_bias.astype(jnp.float32), num_heads)[None, None, None]
     for dy in range(K):
         for dx in range(K):
-            out = out + padded[:, dy:dy + h, dx:dx + w] * conv_kernel[dy, dx]
+            out = out + padded[:, dy : dy + h, dx : dx + w] * conv_kernel[dy, dx]
     return out.reshape(B, T, D)

@@ -25,6 +25,7 @@ and what XLA's compiler makes of it for sm_90a and sm_80 (registers, spills, sha
 for Hopper: for Ampere the same code compiles, but the state and dq kernels spill there, so let XLA run the
 op.
 """
+
 import dataclasses
 import functools
 
@@ -48,6 +49,7 @@ class BlockSizes:
     state_rows: rows of a state per program of the state kernel.
     programs: the state kernel splits T until it has about this many programs.
     """
+
     tokens: int = 64
     warps: int = 4
     dq_tokens: int = 64
@@ -56,7 +58,9 @@ class BlockSizes:
     programs: int = 256
 
 
-def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False, block_sizes=BlockSizes()):
+def forward(
+    q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False, block_sizes=BlockSizes()
+):
     """Returns linear attention plus convolution, (B, T, D) in the dtype of q, and (S, s) for `backward`."""
     B, T, D = q.shape
     H = D // num_heads
@@ -65,8 +69,15 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False, 
     patch, patches = _patches(grid, block_sizes.tokens)
     has_conv = conv_kernel is not None
     out = pl.pallas_call(
-        functools.partial(_forward_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv,
-                          interpret=interpret),
+        functools.partial(
+            _forward_kernel,
+            grid=grid,
+            patch=patch,
+            H=H,
+            tile=tile,
+            has_conv=has_conv,
+            interpret=interpret,
+        ),
         out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
         grid=(tiles, patches, num_heads, B),
         compiler_params=_compiler_params(block_sizes.warps, q.dtype),
@@ -76,7 +87,19 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False, 
     return out, (state, key_mean)
 
 
-def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, interpret=False, block_sizes=BlockSizes()):
+def backward(
+    q,
+    kv,
+    conv_kernel,
+    conv_bias,
+    saved,
+    do,
+    *,
+    num_heads,
+    grid,
+    interpret=False,
+    block_sizes=BlockSizes(),
+):
     """Returns (dq, dkv, dconv_kernel, dconv_bias), each in its primal's shape and dtype."""
     B, T, D = q.shape
     H = D // num_heads
@@ -102,8 +125,15 @@ def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, inter
         taps = conv_kernel.shape[0] ** 2
         out_shape.append(jax.ShapeDtypeStruct((B, num_heads, patches, taps + 1, H), jnp.float32))
     dkv, *partials = pl.pallas_call(
-        functools.partial(_dkv_kernel, grid=grid, patch=patch, H=H, tile=tile, has_conv=has_conv,
-                          interpret=interpret),
+        functools.partial(
+            _dkv_kernel,
+            grid=grid,
+            patch=patch,
+            H=H,
+            tile=tile,
+            has_conv=has_conv,
+            interpret=interpret,
+        ),
         out_shape=out_shape,
         grid=(tiles, patches, num_heads, B),
         compiler_params=_compiler_params(block_sizes.warps, q.dtype),
@@ -112,9 +142,13 @@ def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, inter
     )(kv, do, dstate, dkey_mean, *((conv_kernel,) if has_conv else ()))
     if not has_conv:
         return dq, dkv, None, None
-    dconv = jnp.sum(partials[0], axis=(0, 1, 2))                                        # (K * K + 1, H)
-    return (dq, dkv, dconv[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype),
-            dconv[-1].astype(conv_bias.dtype))
+    dconv = jnp.sum(partials[0], axis=(0, 1, 2))  # (K * K + 1, H)
+    return (
+        dq,
+        dkv,
+        dconv[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype),
+        dconv[-1].astype(conv_bias.dtype),
+    )
 
 
 def _compiler_params(warps, dtype):
@@ -179,7 +213,9 @@ def _store(ref, batch, rows, columns, value, row_mask, column_mask):
     mask = jnp.broadcast_to(row_mask[:, None], (rows.size, columns.size))
     if column_mask is not None:
         mask &= column_mask[None, :]
-    plgpu.store(ref.at[(*batch, rows[:, None], columns[None, :])], value.astype(ref.dtype), mask=mask)
+    plgpu.store(
+        ref.at[(*batch, rows[:, None], columns[None, :])], value.astype(ref.dtype), mask=mask
+    )
 
 
 def _load_vector(ref, batch, index, mask):
@@ -194,8 +230,13 @@ def _phi(x):
 def _dot(a, b, contract=(1, 0)):
     """Contracts those axes of a and b with float32 accumulation; float32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _fma(a, b, c, interpret):
@@ -203,8 +244,12 @@ def _fma(a, b, c, interpret):
     if interpret:
         return a * b + c
     [out] = plgpu.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)])
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[a, b, c],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
+    )
     return out
 
 
@@ -230,7 +275,10 @@ def _load_row(ref, b, y, x, grid, columns, column_mask):
 
 def _load_taps(kernel_ref, dx, columns, column_mask, shape):
     """Loads the K weights of one column of the filter, each broadcast over a row of a patch."""
-    taps = [_load_vector(kernel_ref, (dy, dx), columns, column_mask) for dy in range(kernel_ref.shape[0])]
+    taps = [
+        _load_vector(kernel_ref, (dy, dx), columns, column_mask)
+        for dy in range(kernel_ref.shape[0])
+    ]
     return [jnp.broadcast_to(tap.astype(jnp.float32)[None, :], shape) for tap in taps]
 
 
@@ -245,17 +293,30 @@ def _state(left, right, scale, weight, num_heads, right_offset, block_sizes, int
     D = left.shape[2] if right_offset == 0 else right_offset
     H = D // num_heads
     block = _block(T, max(16, block_sizes.state_tokens * 2 // right.dtype.itemsize))
-    rows = _block(H, 128 if H % 128 == 0 and right.dtype == jnp.bfloat16 else block_sizes.state_rows)
+    rows = _block(
+        H, 128 if H % 128 == 0 and right.dtype == jnp.bfloat16 else block_sizes.state_rows
+    )
     row_tiles, steps = pl.cdiv(H, rows), pl.cdiv(T, block)
     splits = max(1, min(block_sizes.programs // (row_tiles * num_heads * B), steps // 4))
     steps = pl.cdiv(steps, splits)
     weighted = scale is not None
     state, mean = pl.pallas_call(
-        functools.partial(_state_kernel, T=T, H=H, rows=rows, block=block, steps=steps,
-                          right_offset=right_offset, weighted=weighted),
+        functools.partial(
+            _state_kernel,
+            T=T,
+            H=H,
+            rows=rows,
+            block=block,
+            steps=steps,
+            right_offset=right_offset,
+            weighted=weighted,
+        ),
         out_shape=(
-            jax.ShapeDtypeStruct((splits, B, num_heads, H, H), right.dtype if splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((splits, B, num_heads, H), jnp.float32)),
+            jax.ShapeDtypeStruct(
+                (splits, B, num_heads, H, H), right.dtype if splits == 1 else jnp.float32
+            ),
+            jax.ShapeDtypeStruct((splits, B, num_heads, H), jnp.float32),
+        ),
         grid=(row_tiles, splits, num_heads, B),
         compiler_params=_compiler_params(8, right.dtype),
         interpret=interpret,
@@ -283,7 +344,7 @@ def _state_kernel(left_ref, right_ref, *refs, T, H, rows, block, steps, right_of
         tokens = (split * steps + step) * block + jnp.arange(block)
         mask = tokens < T
         left = _load(left_ref, (b,), tokens, n * H + row, mask, row_mask)
-        phi = jnp.where(mask[:, None], _phi(left), 0)                                   # (block, rows)
+        phi = jnp.where(mask[:, None], _phi(left), 0)  # (block, rows)
         mean += phi * _load_vector(weight_ref, (b, n), tokens, mask)[:, None] if weighted else phi
         phi = phi.astype(left.dtype)
         products = []
@@ -295,16 +356,24 @@ def _state_kernel(left_ref, right_ref, *refs, T, H, rows, block, steps, right_of
             products.append(_dot(phi, right, (0, 0)))
         return tuple(s + p for s, p in zip(states, products)), mean
 
-    states, mean = lax.fori_loop(0, steps, body, (
-        tuple(jnp.zeros((rows, size), jnp.float32) for _, size in chunks),
-        jnp.zeros((block, rows), jnp.float32)))
+    states, mean = lax.fori_loop(
+        0,
+        steps,
+        body,
+        (
+            tuple(jnp.zeros((rows, size), jnp.float32) for _, size in chunks),
+            jnp.zeros((block, rows), jnp.float32),
+        ),
+    )
     every_row = jnp.ones(rows, jnp.bool_) if row_mask is None else row_mask
     for c, column_mask, state in zip(columns, column_masks, states):
         _store(state_ref, (split, b, n), row, c, state * (1 / T), every_row, column_mask)
     plgpu.store(mean_ref.at[split, b, n, row], jnp.sum(mean, axis=0) * (1 / T), mask=every_row)
 
 
-def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
+def _forward_kernel(
+    q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret
+):
     """The output at one patch of tokens and one tile of a head's columns."""
     *conv_refs, out_ref = refs
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
@@ -321,28 +390,39 @@ def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, grid, patch, 
         k_mask = None if H % step_size == 0 else k_columns < H
         state_rows = jnp.ones(step_size, jnp.bool_) if k_mask is None else k_mask
         q = _load(q_ref, (b,), tokens, n * H + k_columns, mask, k_mask)
-        phi_q = _phi(q)                                                                 # (tokens, step)
+        phi_q = _phi(q)  # (tokens, step)
         denominator += phi_q * _load_vector(key_mean_ref, (b, n), k_columns, k_mask)[None, :]
         phi_q = phi_q.astype(q.dtype)
         products = [
             _dot(phi_q, _load(state_ref, (b, n), k_columns, c, state_rows, column_mask))
-            for c, column_mask in zip(columns, column_masks)]
+            for c, column_mask in zip(columns, column_masks)
+        ]
         return tuple(s + p for s, p in zip(numerators, products)), denominator
 
-    numerators, denominator = lax.fori_loop(0, pl.cdiv(H, step_size), body, (
-        tuple(jnp.zeros((tokens.size, size), jnp.float32) for _, size in chunks),
-        jnp.zeros((tokens.size, step_size), jnp.float32)))
+    numerators, denominator = lax.fori_loop(
+        0,
+        pl.cdiv(H, step_size),
+        body,
+        (
+            tuple(jnp.zeros((tokens.size, size), jnp.float32) for _, size in chunks),
+            jnp.zeros((tokens.size, step_size), jnp.float32),
+        ),
+    )
     inverse = 1 / (jnp.sum(denominator, axis=1) + EPSILON)
     for c, column_mask, numerator in zip(columns, column_masks, numerators):
         out = numerator * inverse[:, None]
         if not has_conv:
             _store(out_ref, (b,), tokens, n * H + c, out, mask, column_mask)
             continue
-        local = _convolve(kv_ref, *conv_refs, b, y, x, grid, patch[0], c, D + n * H, column_mask, interpret)
+        local = _convolve(
+            kv_ref, *conv_refs, b, y, x, grid, patch[0], c, D + n * H, column_mask, interpret
+        )
         _store_rows(out_ref, b, y, x, grid, n * H + c, out, local, column_mask)
 
 
-def _convolve(ref, kernel_ref, bias_ref, b, y, x, grid, rows, columns, offset, column_mask, interpret):
+def _convolve(
+    ref, kernel_ref, bias_ref, b, y, x, grid, rows, columns, offset, column_mask, interpret
+):
     """Returns the rows of a patch of DWC(ref[..., offset:]), each (columns of the patch, C) float32."""
     K, shape = kernel_ref.shape[0], (x.size, columns.size)
 
@@ -351,7 +431,9 @@ def _convolve(ref, kernel_ref, bias_ref, b, y, x, grid, rows, columns, offset, c
         taps = _load_taps(kernel_ref, dx, columns, column_mask, shape)
         # A row is loaded and widened once, then feeds up to K rows of the output.
         for row in range(rows + K - 1):
-            v = _load_row(ref, b, y + row - K // 2, x + dx - K // 2, grid, offset + columns, column_mask)
+            v = _load_row(
+                ref, b, y + row - K // 2, x + dx - K // 2, grid, offset + columns, column_mask
+            )
             for dy in range(max(0, row - rows + 1), min(K, row + 1)):
                 local[row - dy] = _fma(v, taps[dy], local[row - dy], interpret)
         return tuple(local)
@@ -360,8 +442,9 @@ def _convolve(ref, kernel_ref, bias_ref, b, y, x, grid, rows, columns, offset, c
     return lax.fori_loop(0, K, add_column, (jnp.broadcast_to(bias[None, :], shape),) * rows)
 
 
-def _convolve_transposed(do_ref, kernel_ref, partial_ref, index, v, y, x, grid, columns, offset,
-                         column_mask, interpret):
+def _convolve_transposed(
+    do_ref, kernel_ref, partial_ref, index, v, y, x, grid, columns, offset, column_mask, interpret
+):
     """Returns the rows of a patch of DWC^T(do), and stores the patch's sums for each tap, then for the bias.
 
     `v` lists the patch's rows of v. A row of do feeds up to K rows of dv and, with the rows of v, K taps.
@@ -374,18 +457,31 @@ def _convolve_transposed(do_ref, kernel_ref, partial_ref, index, v, y, x, grid, 
         taps = _load_taps(kernel_ref, dx, columns, column_mask, shape)
         for row in range(rows + K - 1):
             do = _load_row(
-                do_ref, index[0], y + row - K // 2, x + K // 2 - dx, grid, offset + columns, column_mask)
+                do_ref,
+                index[0],
+                y + row - K // 2,
+                x + K // 2 - dx,
+                grid,
+                offset + columns,
+                column_mask,
+            )
             for back in range(max(0, row - rows + 1), min(K, row + 1)):
                 dy = K - 1 - back
                 local[row - back] = _fma(do, taps[dy], local[row - back], interpret)
                 dtaps[dy] = _fma(do, v[row - back], dtaps[dy], interpret)
         for dy in range(K):
-            plgpu.store(partial_ref.at[(*index, dy * K + dx, columns)], jnp.sum(dtaps[dy], axis=0), mask=mask)
+            plgpu.store(
+                partial_ref.at[(*index, dy * K + dx, columns)],
+                jnp.sum(dtaps[dy], axis=0),
+                mask=mask,
+            )
         return tuple(local)
 
     local = lax.fori_loop(0, K, add_column, (jnp.zeros(shape, jnp.float32),) * rows)
-    dbias = sum(_load_row(do_ref, index[0], y + row, x, grid, offset + columns, column_mask)
-                for row in range(rows))
+    dbias = sum(
+        _load_row(do_ref, index[0], y + row, x, grid, offset + columns, column_mask)
+        for row in range(rows)
+    )
     plgpu.store(partial_ref.at[(*index, K * K, columns)], jnp.sum(dbias, axis=0), mask=mask)
     return local
 
@@ -399,7 +495,9 @@ def _store_rows(ref, b, y, x, grid, columns, product, local, column_mask):
         _store(ref, (b,), tokens, columns, part + local[row], mask, column_mask)
 
 
-def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenominator_ref, *, block, H):
+def _dq_kernel(
+    q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenominator_ref, *, block, H
+):
     """dq of one block of tokens of one head, with 1 / denominator and the denominator's cotangent, for dS.
 
     With E = do S^T the numerator is not needed: do . (phi(q) S) = phi(q) . E.
@@ -424,13 +522,19 @@ def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenom
             out.append(product + _dot(do, state, (1, 1)))
         return tuple(out)
 
-    products = lax.fori_loop(0, pl.cdiv(H, step_size), body, tuple(
-        jnp.zeros((block, size), jnp.float32) for _, size in chunks))
+    products = lax.fori_loop(
+        0,
+        pl.cdiv(H, step_size),
+        body,
+        tuple(jnp.zeros((block, size), jnp.float32) for _, size in chunks),
+    )
     denominator = jnp.full((block,), EPSILON, jnp.float32)
     dot = jnp.zeros((block,), jnp.float32)
     for c, column_mask, product in zip(columns, column_masks, products):
         phi_q = _phi(_load(q_ref, (b,), tokens, n * H + c, mask, column_mask))
-        denominator += jnp.sum(phi_q * _load_vector(key_mean_ref, (b, n), c, column_mask)[None, :], axis=1)
+        denominator += jnp.sum(
+            phi_q * _load_vector(key_mean_ref, (b, n), c, column_mask)[None, :], axis=1
+        )
         dot += jnp.sum(phi_q * product, axis=1)
     scale = 1 / denominator
     ddenominator = -dot * scale * scale
@@ -443,7 +547,9 @@ def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, dq_ref, scale_ref, ddenom
     plgpu.store(ddenominator_ref.at[b, n, tokens], ddenominator, mask=mask)
 
 
-def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret):
+def _dkv_kernel(
+    kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H, tile, has_conv, interpret
+):
     """dk and dv at one patch and one tile of a head's columns, and the patch's filter gradient."""
     kernel_ref, dkv_ref, partial_ref = refs if has_conv else (None, refs[0], None)
     column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
@@ -478,7 +584,22 @@ def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, grid, patch, H
         if not has_conv:
             _store(dkv_ref, (b,), tokens, D + n * H + c, dv, mask, column_mask)
             continue
-        v = [_load_row(kv_ref, b, y + row, x, grid, D + n * H + c, column_mask) for row in range(patch[0])]
-        local = _convolve_transposed(do_ref, kernel_ref, partial_ref, (b, n, patch_index), v, y, x, grid, c,
-                                     n * H, column_mask, interpret)
+        v = [
+            _load_row(kv_ref, b, y + row, x, grid, D + n * H + c, column_mask)
+            for row in range(patch[0])
+        ]
+        local = _convolve_transposed(
+            do_ref,
+            kernel_ref,
+            partial_ref,
+            (b, n, patch_index),
+            v,
+            y,
+            x,
+            grid,
+            c,
+            n * H,
+            column_mask,
+            interpret,
+        )
         _store_rows(dkv_ref, b, y, x, grid, D + n * H + c, dv, local, column_mask)

@@ -16,6 +16,7 @@ pairs (i, j) that share a head, and what belongs to another head is zeroed where
 The convolution is bound by the vector unit, which has no fused multiply-add. In bfloat16 its columns of K taps go by
 Cook and Toom's algorithm (Winograd's, in one dimension): m rows of output need m + K - 1 products in place of m K.
 """
+
 import dataclasses
 import functools
 import math
@@ -26,26 +27,32 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-EPSILON = 1e-6      # as in linear_attention.py: added to phi(q), phi(k) and the denominator
+EPSILON = 1e-6  # as in linear_attention.py: added to phi(q), phi(k) and the denominator
 LANES = 128
-MARGIN = 8          # zero columns beside each row of the convolution's scratch: a sublane tile, to stay aligned
-FORWARD_ARRAYS, BACKWARD_ARRAYS = 4, 7  # of (T, D) that cross HBM: q, k, v, out; and q, k, v, do, dq, dk, dv
+MARGIN = (
+    8  # zero columns beside each row of the convolution's scratch: a sublane tile, to stay aligned
+)
+FORWARD_ARRAYS, BACKWARD_ARRAYS = (
+    4,
+    7,
+)  # of (T, D) that cross HBM: q, k, v, out; and q, k, v, do, dq, dk, dv
 CHUNK_TOKENS = 256  # tokens in one straight line of code; more tokens are a loop of such chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """The static shape of one call: lane tiles, chunks of rows, bands of chunks."""
+
     num_heads: int
     head_width: int
-    tokens: int        # T before padding, the divisor of the means
-    w: int             # padded grid width, a multiple of the sublane tile
+    tokens: int  # T before padding, the divisor of the means
+    w: int  # padded grid width, a multiple of the sublane tile
     chunk_rows: int
-    chunks: int        # chunks in a band
-    bands: int         # 1: the image fits VMEM
-    direct: bool       # by the T x T matrix rather than the state
-    slots: int         # tiles whose windows the convolution's scratch holds: all, or 2 where VMEM is short
-    K: int             # 0: no convolution
+    chunks: int  # chunks in a band
+    bands: int  # 1: the image fits VMEM
+    direct: bool  # by the T x T matrix rather than the state
+    slots: int  # tiles whose windows the convolution's scratch holds: all, or 2 where VMEM is short
+    K: int  # 0: no convolution
     dtype: jnp.dtype
 
     @property
@@ -69,7 +76,11 @@ class _Plan:
     @property
     def outputs(self):
         """m, the rows of output that one window of the convolution yields. One is the plain sum, exact in float32."""
-        return 1 if self.dtype == jnp.float32 else next(m for m in (4, 2, 1) if self.chunk_rows % m == 0)
+        return (
+            1
+            if self.dtype == jnp.float32
+            else next(m for m in (4, 2, 1) if self.chunk_rows % m == 0)
+        )
 
     @property
     def points(self):
@@ -130,7 +141,9 @@ class _Plan:
     def pairs(self):
         """The tile pairs that share a head, in the order S is stored."""
         count = range(len(self.tiles))
-        return [(i, j) for i in count for j in count if set(self.heads_of(i)) & set(self.heads_of(j))]
+        return [
+            (i, j) for i in count for j in count if set(self.heads_of(i)) & set(self.heads_of(j))
+        ]
 
     def heads_of(self, i):
         start, size = self.tiles[i]
@@ -147,9 +160,15 @@ class _Plan:
 
 # ---------------------------------------------------------------- pieces that work on values
 
+
 def _dot(plan, x, y, contract):
-    return jax.lax.dot_general(x, y, ((contract[:1], contract[1:]), ((), ())), precision=plan.precision,
-                               preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x,
+        y,
+        ((contract[:1], contract[1:]), ((), ())),
+        precision=plan.precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _phi(x):
@@ -204,7 +223,9 @@ def _zero_other_heads(plan, i, j, x):
     blocks = []
     for n in plan.heads_of(i):
         lo, hi = plan.lanes_of_head(i, n)
-        blocks.append(_only_head(plan, j, n, x[lo:hi]) if n in plan.heads_of(j) else jnp.zeros_like(x[lo:hi]))
+        blocks.append(
+            _only_head(plan, j, n, x[lo:hi]) if n in plan.heads_of(j) else jnp.zeros_like(x[lo:hi])
+        )
     return jnp.concatenate(blocks, axis=0)
 
 
@@ -241,7 +262,17 @@ def _interleave(*works):
 
 # ---------------------------------------------------------------- the convolution
 
-POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 4.0, -4.0)  # where Cook and Toom evaluate; and at infinity, last
+POINTS = (
+    0.0,
+    1.0,
+    -1.0,
+    2.0,
+    -2.0,
+    0.5,
+    -0.5,
+    4.0,
+    -4.0,
+)  # where Cook and Toom evaluate; and at infinity, last
 
 
 def _cook_toom(m, K):
@@ -252,12 +283,14 @@ def _cook_toom(m, K):
     if m == 1:
         return np.ones((K, 1)), np.eye(K), np.eye(K)
     n = m + K - 1
-    points = POINTS[:n - 1]
+    points = POINTS[: n - 1]
     A, B, G = np.zeros((n, m)), np.zeros((n, n)), np.zeros((n, K))
     for row, p in enumerate(points):
         others = [q for q in points if q != p]
         A[row] = p ** np.arange(m)
-        B[row, :n - 1] = np.poly(others)[::-1]     # the polynomial that vanishes at the others, lowest power first
+        B[row, : n - 1] = np.poly(others)[
+            ::-1
+        ]  # the polynomial that vanishes at the others, lowest power first
         G[row] = p ** np.arange(K) / np.prod([p - q for q in others])
     A[-1, -1] = G[-1, -1] = 1.0
     B[-1] = np.poly(points)[::-1]
@@ -296,18 +329,24 @@ def _interpolate(A, values):
     if A.shape[1] == 1:
         return [_weighted(A[:, 0], values)]
     pairs = [(x + y, x - y) for x, y in zip(values[1:-1:2], values[2:-1:2])]
-    return [_weighted([A[0, i], *A[1:-1:2, i], A[-1, i]], [values[0], *(pair[i % 2] for pair in pairs), values[-1]])
-            for i in range(A.shape[1])]
+    return [
+        _weighted(
+            [A[0, i], *A[1:-1:2, i], A[-1, i]],
+            [values[0], *(pair[i % 2] for pair in pairs), values[-1]],
+        )
+        for i in range(A.shape[1])
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Conv:
     """What the convolution needs in VMEM: the windows of a chunk, as B x, in float32 with margins, and the taps, as G g."""
-    x_ref: jax.Array                   # (1, band tokens, ...): what is convolved, D lanes from `offset` on
+
+    x_ref: jax.Array  # (1, band tokens, ...): what is convolved, D lanes from `offset` on
     offset: int
-    halos: tuple                       # of bands: the blocks above and below, and whether those are in the image
-    windows_ref: jax.Array             # (slots, rows, w + 2 MARGIN, 128)
-    taps_ref: jax.Array                # (n * K, D)
+    halos: tuple  # of bands: the blocks above and below, and whether those are in the image
+    windows_ref: jax.Array  # (slots, rows, w + 2 MARGIN, 128)
+    taps_ref: jax.Array  # (n * K, D)
     bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
     spread_ref: jax.Array | None = None  # (2, rows, w, 128): of v, as A v; the backward's
 
@@ -324,12 +363,13 @@ def _halos(plan, refs):
 
 def _zero_margins(plan, windows_ref):
     """Nothing writes the margins later."""
+
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
         def zero(j, carry):
             side = jnp.zeros((windows_ref.shape[1], MARGIN, LANES), jnp.float32)
             windows_ref[j, :, :MARGIN] = side
-            windows_ref[j, :, MARGIN + plan.w:] = side
+            windows_ref[j, :, MARGIN + plan.w :] = side
             return carry
 
         jax.lax.fori_loop(0, plan.slots, zero, 0)
@@ -376,7 +416,9 @@ def _window_steps(plan, conv, chunk, j):
             if plan.outputs == 1 and window > 0 and i < n - 1:
                 continue  # the window before has written it
             value = jnp.zeros((plan.w, size), jnp.float32) if values[i] is None else values[i]
-            conv.windows_ref[j % plan.slots, _window_row(plan, window, i), MARGIN:MARGIN + plan.w, :size] = value
+            conv.windows_ref[
+                j % plan.slots, _window_row(plan, window, i), MARGIN : MARGIN + plan.w, :size
+            ] = value
 
     return [functools.partial(step, window) for window in range(plan.windows)]
 
@@ -385,7 +427,10 @@ def _shifted(plan, conv, window, i, column, j):
     """The K shifted versions (segment, lanes) of row i of a window of tile j, from `column` on."""
     first = MARGIN - plan.pad + column
     row, size = _window_row(plan, window, i), plan.tiles[j][1]
-    return [conv.windows_ref[j % plan.slots, row, first + dx:first + dx + plan.segment, :size] for dx in range(plan.K)]
+    return [
+        conv.windows_ref[j % plan.slots, row, first + dx : first + dx + plan.segment, :size]
+        for dx in range(plan.K)
+    ]
 
 
 def _convolution_steps(plan, conv, j, window, emit):
@@ -396,7 +441,7 @@ def _convolution_steps(plan, conv, j, window, emit):
         total = None
         for dx, value in enumerate(_shifted(plan, conv, window, i, column, j)):
             tap = i * plan.K + dx
-            term = value * conv.taps_ref[tap:tap + 1, start:start + size]
+            term = value * conv.taps_ref[tap : tap + 1, start : start + size]
             total = term if total is None else total + term
         sums.append(total)
 
@@ -404,9 +449,15 @@ def _convolution_steps(plan, conv, j, window, emit):
         for i, value in enumerate(_interpolate(plan.matrices[0], sums)):
             emit(window * plan.outputs + i, column, value)
 
-    return [step for column in range(0, plan.w, plan.segment) for sums in [[]]
-            for step in [*(functools.partial(point, column, i, sums) for i in range(plan.points)),
-                         functools.partial(finish, column, sums)]]
+    return [
+        step
+        for column in range(0, plan.w, plan.segment)
+        for sums in [[]]
+        for step in [
+            *(functools.partial(point, column, i, sums) for i in range(plan.points)),
+            functools.partial(finish, column, sums),
+        ]
+    ]
 
 
 def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
@@ -420,8 +471,14 @@ def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
     half = j % 2  # of the scratch: a tile need not wait for the one before
 
     def spread(window):
-        tokens = [pl.ds(chunk * plan.chunk_tokens + (window * plan.outputs + y) * plan.w, plan.w) for y in range(plan.outputs)]
-        rows = [kv_ref[0, t, plan.width + start:plan.width + start + size].astype(jnp.float32) for t in tokens]
+        tokens = [
+            pl.ds(chunk * plan.chunk_tokens + (window * plan.outputs + y) * plan.w, plan.w)
+            for y in range(plan.outputs)
+        ]
+        rows = [
+            kv_ref[0, t, plan.width + start : plan.width + start + size].astype(jnp.float32)
+            for t in tokens
+        ]
         for i, value in enumerate(rows if plan.outputs == 1 else _evaluate(plan.matrices[0], rows)):
             conv.spread_ref[half, window * plan.spread_rows + i, :, :size] = value
 
@@ -430,20 +487,27 @@ def _filter_gradient_steps(plan, conv, kv_ref, do_ref, dtaps_ref, chunk, j):
         for window in range(plan.windows):
             for column in range(0, plan.w, plan.segment):
                 row = window * plan.spread_rows + i % plan.spread_rows
-                v = conv.spread_ref[half, row, column:column + plan.segment, :size]
+                v = conv.spread_ref[half, row, column : column + plan.segment, :size]
                 for dx, x in enumerate(_shifted(plan, conv, window, i, column, j)):
                     term = v * x
-                    term = functools.reduce(jnp.add, [term[s:s + 8] for s in range(0, plan.segment, 8)])
+                    term = functools.reduce(
+                        jnp.add, [term[s : s + 8] for s in range(0, plan.segment, 8)]
+                    )
                     sums[dx] = term if sums[dx] is None else sums[dx] + term
         for dx, gradient in enumerate(sums):
             dtaps_ref[0, i * plan.K + dx, :, lanes] += gradient
 
     def bias():  # a product with eighths sums up the tokens, in the matrix unit
         eighths = jnp.full((8, plan.chunk_tokens), 1 / 8, plan.dtype)
-        dtaps_ref[0, plan.points * plan.K, :, lanes] += _dot(plan, eighths, _tile(plan, do_ref, chunk, j), (1, 0))
+        dtaps_ref[0, plan.points * plan.K, :, lanes] += _dot(
+            plan, eighths, _tile(plan, do_ref, chunk, j), (1, 0)
+        )
 
-    return [*(functools.partial(spread, window) for window in range(plan.windows)),
-            *(functools.partial(point, i) for i in range(plan.points)), bias]
+    return [
+        *(functools.partial(spread, window) for window in range(plan.windows)),
+        *(functools.partial(point, i) for i in range(plan.points)),
+        bias,
+    ]
 
 
 def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
@@ -464,18 +528,22 @@ def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
     def compute(first):
         values[first] = value(first, block)
         if conv is None:
-            out_ref[0, pl.ds(chunk * plan.chunk_tokens + first, block), lanes] = values.pop(first).astype(out_ref.dtype)
+            out_ref[0, pl.ds(chunk * plan.chunk_tokens + first, block), lanes] = values.pop(
+                first
+            ).astype(out_ref.dtype)
         elif conv.bias_ref is not None:
-            values[first] += conv.bias_ref[:, start:start + size]
+            values[first] += conv.bias_ref[:, start : start + size]
 
-    blocks = {first: functools.partial(compute, first) for first in range(0, plan.chunk_tokens, block)}
+    blocks = {
+        first: functools.partial(compute, first) for first in range(0, plan.chunk_tokens, block)
+    }
     if conv is None:
         return list(blocks.values())
 
     def emit(row, column, convolved):
         token = row * plan.w + column
         first = token // block * block
-        total = values[first][token - first:token - first + plan.segment] + convolved
+        total = values[first][token - first : token - first + plan.segment] + convolved
         token = pl.ds(chunk * plan.chunk_tokens + token, plan.segment)
         out_ref[0, token, lanes] = total.astype(out_ref.dtype)
 
@@ -488,14 +556,18 @@ def _write_steps(plan, conv, chunk, j, value, out_ref, offset=0, block=0):
 
 # ---------------------------------------------------------------- by state: the passes over a chunk
 
+
 def _tokens(plan, chunk):
     start = chunk * plan.chunk_tokens
-    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, plan.chunk_tokens), plan.chunk_tokens)
+    return pl.ds(
+        start if isinstance(start, int) else pl.multiple_of(start, plan.chunk_tokens),
+        plan.chunk_tokens,
+    )
 
 
 def _tile(plan, ref, chunk, i, offset=0):
     start, size = plan.tiles[i]
-    return ref[0, _tokens(plan, chunk), offset + start:offset + start + size]
+    return ref[0, _tokens(plan, chunk), offset + start : offset + start + size]
 
 
 def _accumulate(ref, index, value, first):
@@ -538,7 +610,7 @@ def _product(plan, xs, state_ref, i, transpose):
     for p, pair in enumerate(plan.pairs):
         row, column = pair if transpose else pair[::-1]
         if row == i:
-            state = state_ref[p, :plan.tiles[pair[0]][1], :plan.tiles[pair[1]][1]]
+            state = state_ref[p, : plan.tiles[pair[0]][1], : plan.tiles[pair[1]][1]]
             term = _dot(plan, xs[column], state, (1, 1) if transpose else (1, 0))
             total = term if total is None else total + term
     return total
@@ -546,18 +618,22 @@ def _product(plan, xs, state_ref, i, transpose):
 
 def _reciprocals(plan, phi_q, mean):
     """z (tokens, 1) of each head: 1 / (phi(q) . mean phi(k) + epsilon)."""
-    products = [phi_q[i] * mean[:, start:start + size] for i, (start, size) in enumerate(plan.tiles)]
+    products = [
+        phi_q[i] * mean[:, start : start + size] for i, (start, size) in enumerate(plan.tiles)
+    ]
     return [_reciprocal(plan, total + EPSILON) for total in _head_sums(plan, products)]
 
 
 def _parts(value):
-    return lambda first, count: value[first:first + count]
+    return lambda first, count: value[first : first + count]
 
 
 def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     """Writes one chunk of out_ref: phi(q) S z, plus the convolution of the padded v."""
     phi_q = [_phi(_tile(plan, q_ref, chunk, i)) for i in range(len(plan.tiles))]
-    z = [z * (1 / plan.tokens) for z in _reciprocals(plan, phi_q, mean)]    # S is a sum, not yet a mean
+    z = [
+        z * (1 / plan.tokens) for z in _reciprocals(plan, phi_q, mean)
+    ]  # S is a sum, not yet a mean
     phi_q = [x.astype(plan.dtype) for x in phi_q]
     for j in range(len(plan.tiles)):
         attention = _product(plan, phi_q, state_ref, j, transpose=False) * _per_lane(plan, j, z)
@@ -572,17 +648,21 @@ def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref
     phi_q = [_phi(x) for x in q]
     z = _reciprocals(plan, phi_q, mean)
     z_mean = [x * (1 / plan.tokens) for x in z]
-    u = [_product(plan, do, state_ref, i, transpose=True) for i in tiles]               # T do S^T
+    u = [_product(plan, do, state_ref, i, transpose=True) for i in tiles]  # T do S^T
     weight = _head_sums(plan, [phi_q[i] * u[i] for i in tiles])
-    dden = [-(z[n] * z_mean[n]) * weight[n] for n in range(plan.num_heads)]             # (tokens, 1)
+    dden = [-(z[n] * z_mean[n]) * weight[n] for n in range(plan.num_heads)]  # (tokens, 1)
     for i, (start, size) in enumerate(plan.tiles):
         lanes = (slice(None), slice(start, start + size))
         dden_i = _per_lane(plan, i, dden)
         dphi_q = u[i] * _per_lane(plan, i, z_mean) + dden_i * mean[lanes]
-        dq_ref[0, _tokens(plan, chunk), lanes[1]] = jnp.where(q[i] > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+        dq_ref[0, _tokens(plan, chunk), lanes[1]] = jnp.where(q[i] > 0, dphi_q, 0.0).astype(
+            dq_ref.dtype
+        )
         _accumulate(dmean_ref, lanes, jnp.sum(dden_i * phi_q[i], 0, keepdims=True), first)
     phi_q = [x.astype(plan.dtype) for x in phi_q]
-    zdo = [(do[j].astype(jnp.float32) * _per_lane(plan, j, z_mean)).astype(plan.dtype) for j in tiles]
+    zdo = [
+        (do[j].astype(jnp.float32) * _per_lane(plan, j, z_mean)).astype(plan.dtype) for j in tiles
+    ]
     for p, (i, j) in enumerate(plan.pairs):
         product = _dot(plan, phi_q[i], zdo[j], (0, 0))
         _accumulate(acc_ref, (p, slice(plan.tiles[i][1]), slice(plan.tiles[j][1])), product, first)
@@ -590,6 +670,7 @@ def _query_pass(plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref
 
 def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, chunk, once=None):
     """Writes one chunk of dk and dv and adds to the filter's gradients; `once` as in _alone, a tile at a time."""
+
     def k(i):
         return _tile(plan, kv_ref, chunk, i).astype(jnp.float32)
 
@@ -597,9 +678,9 @@ def _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref,
         start, size = plan.tiles[i]
         v = {j: _tile(plan, kv_ref, chunk, j, plan.width) for row, j in plan.pairs if row == i}
         dphi_k = _product(plan, v, dstate_ref, i, transpose=True)
-        dphi_k = dphi_k + dmean[:, start:start + size] * (1 / plan.tokens)
+        dphi_k = dphi_k + dmean[:, start : start + size] * (1 / plan.tokens)
         dk = jnp.where(k(i) > 0, dphi_k, 0.0)
-        dkv_ref[0, _tokens(plan, chunk), start:start + size] = dk.astype(dkv_ref.dtype)
+        dkv_ref[0, _tokens(plan, chunk), start : start + size] = dk.astype(dkv_ref.dtype)
 
     def write_dv(j):
         phi_k = {i: _phi(k(i)).astype(plan.dtype) for i, column in plan.pairs if column == j}
@@ -623,7 +704,7 @@ def _whole_tile(plan, ref, i, offset=0, block=None):
     """Tile i of all tokens, or of those of `block` (first, count)."""
     start, size = plan.tiles[i]
     first, count = block or (0, plan.tokens)
-    return ref[0, first:first + count, offset + start:offset + start + size]
+    return ref[0, first : first + count, offset + start : offset + start + size]
 
 
 class _Heads:
@@ -631,9 +712,9 @@ class _Heads:
 
     def __init__(self, plan, q_ref, kv_ref, do_ref=None):
         self.plan, self.q_ref, self.kv_ref, self.do_ref = plan, q_ref, kv_ref, do_ref
-        self.weights = {}    # head -> normalised attention matrix (T, T), in the dtype of q
-        self.dscores = {}    # head -> gradient of phi(q) phi(k)^T (T, T), in the dtype of q
-        self.phi_ks = {}     # tile -> phi(k) (T, lanes), in the dtype of q
+        self.weights = {}  # head -> normalised attention matrix (T, T), in the dtype of q
+        self.dscores = {}  # head -> gradient of phi(q) phi(k)^T (T, T), in the dtype of q
+        self.phi_ks = {}  # tile -> phi(k) (T, lanes), in the dtype of q
 
     def phi_k(self, i):
         if i not in self.phi_ks:
@@ -643,7 +724,10 @@ class _Heads:
     def steps(self, n):
         """Steps that compute head n."""
         rows = ROWS if self.do_ref is None else 2 * ROWS
-        blocks = [(first, min(rows, self.plan.tokens - first)) for first in range(0, self.plan.tokens, rows)]
+        blocks = [
+            (first, min(rows, self.plan.tokens - first))
+            for first in range(0, self.plan.tokens, rows)
+        ]
         weights, dscores = [], []
 
         def finish():
@@ -651,7 +735,9 @@ class _Heads:
             if self.do_ref is not None:
                 self.dscores[n] = jnp.concatenate(dscores, axis=0)
 
-        return [step for block in blocks for step in self._block_steps(n, block, weights, dscores)] + [finish]
+        return [
+            step for block in blocks for step in self._block_steps(n, block, weights, dscores)
+        ] + [finish]
 
     def _block_steps(self, n, block, weights_out, dscores_out):
         """Steps that compute the rows `block` of head n's matrices and append them to the lists."""
@@ -659,12 +745,18 @@ class _Heads:
         values = dict(scores=0.0, dweights=0.0)
 
         def add_scores(i):
-            phi_q = _only_head(plan, i, n, _phi(_whole_tile(plan, self.q_ref, i, block=block))).astype(plan.dtype)
+            phi_q = _only_head(
+                plan, i, n, _phi(_whole_tile(plan, self.q_ref, i, block=block))
+            ).astype(plan.dtype)
             values["scores"] += _dot(plan, phi_q, self.phi_k(i), (1, 1))
 
         def add_dweights(j):
-            do = _only_head(plan, j, n, _whole_tile(plan, self.do_ref, j, block=block).astype(jnp.float32)).astype(plan.dtype)
-            values["dweights"] += _dot(plan, do, _whole_tile(plan, self.kv_ref, j, plan.width), (1, 1))
+            do = _only_head(
+                plan, j, n, _whole_tile(plan, self.do_ref, j, block=block).astype(jnp.float32)
+            ).astype(plan.dtype)
+            values["dweights"] += _dot(
+                plan, do, _whole_tile(plan, self.kv_ref, j, plan.width), (1, 1)
+            )
 
         def normalise():
             mean = jnp.sum(values["scores"], axis=1, keepdims=True) * (1 / plan.tokens)
@@ -683,7 +775,12 @@ class _Heads:
 
     def steps_of_tile(self, i):
         """Steps that compute the heads which tile i is the first to need."""
-        return [step for n in self.plan.heads_of(i) if i == self.plan.tiles_of(n)[0] for step in self.steps(n)]
+        return [
+            step
+            for n in self.plan.heads_of(i)
+            if i == self.plan.tiles_of(n)[0]
+            for step in self.steps(n)
+        ]
 
     def product(self, i, matrices, x, block, transpose=False):
         """The rows `block` of tile i (T, lanes) of the heads' matrices (or their transposes) times x (T, lanes).
@@ -704,19 +801,25 @@ def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
     heads = _Heads(plan, q_ref, kv_ref)
 
     def attention(j):
-        return lambda *block: heads.product(j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), block)
+        return lambda *block: heads.product(
+            j, heads.weights, _whole_tile(plan, kv_ref, j, plan.width), block
+        )
 
     vector_steps = []
     for j in range(len(plan.tiles)):
         _interleave(vector_steps, heads.steps_of_tile(j))
-        vector_steps = _write_steps(plan, conv, 0, j, attention(j), out_ref, block=0 if conv else plan.tokens)
+        vector_steps = _write_steps(
+            plan, conv, 0, j, attention(j), out_ref, block=0 if conv else plan.tokens
+        )
     _interleave(vector_steps)
 
 
 def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_ref):
     """Writes dq_ref (1, T, D) and dkv_ref (1, T, 2 D), and adds to dtaps_ref."""
     heads = _Heads(plan, q_ref, kv_ref, do_ref)
-    columns = LANES if plan.tokens % LANES == 0 else plan.tokens  # a block of a transposed matrix: whole lane tiles
+    columns = (
+        LANES if plan.tokens % LANES == 0 else plan.tokens
+    )  # a block of a transposed matrix: whole lane tiles
 
     def matrix_steps(i):
         start, size = plan.tiles[i]
@@ -724,20 +827,31 @@ def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_r
         def write_dq(*block):
             dphi_q = heads.product(i, heads.dscores, heads.phi_k(i), block)
             q = _whole_tile(plan, q_ref, i, block=block).astype(jnp.float32)
-            dq_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(q > 0, dphi_q, 0.0).astype(dq_ref.dtype)
+            dq_ref[0, block[0] : block[0] + block[1], start : start + size] = jnp.where(
+                q > 0, dphi_q, 0.0
+            ).astype(dq_ref.dtype)
 
         def write_dk(*block):
             phi_q = _phi(_whole_tile(plan, q_ref, i)).astype(plan.dtype)
             dphi_k = heads.product(i, heads.dscores, phi_q, block, transpose=True)
             k = _whole_tile(plan, kv_ref, i, block=block).astype(jnp.float32)
-            dkv_ref[0, block[0]:block[0] + block[1], start:start + size] = jnp.where(k > 0, dphi_k, 0.0).astype(dkv_ref.dtype)
+            dkv_ref[0, block[0] : block[0] + block[1], start : start + size] = jnp.where(
+                k > 0, dphi_k, 0.0
+            ).astype(dkv_ref.dtype)
 
-        return [*heads.steps_of_tile(i),
-                *(functools.partial(write, first, columns) for first in range(0, plan.tokens, columns)
-                  for write in (write_dq, write_dk))]
+        return [
+            *heads.steps_of_tile(i),
+            *(
+                functools.partial(write, first, columns)
+                for first in range(0, plan.tokens, columns)
+                for write in (write_dq, write_dk)
+            ),
+        ]
 
     def dv(i):
-        return lambda *block: heads.product(i, heads.weights, _whole_tile(plan, do_ref, i), block, transpose=True)
+        return lambda *block: heads.product(
+            i, heads.weights, _whole_tile(plan, do_ref, i), block, transpose=True
+        )
 
     vector_steps = []
     for i in range(len(plan.tiles)):
@@ -750,6 +864,7 @@ def _direct_backward(plan, q_ref, kv_ref, do_ref, conv, dq_ref, dkv_ref, dtaps_r
 
 # ---------------------------------------------------------------- the kernels; grid (core, image of the core, band)
 
+
 def _take(refs, *counts):
     """Splits refs into groups of the given sizes."""
     refs = iter(refs)
@@ -759,7 +874,9 @@ def _take(refs, *counts):
 def _forward_kernel(plan, *refs):
     """Whole images: q, kv[, taps, bias] -> out; scratch [windows][, state, acc, sum]."""
     k = bool(plan.K)
-    (q_ref, kv_ref), taps, (out_ref,), windows, scratch = _take(refs, 2, 2 * k, 1, k, 0 if plan.direct else 3)
+    (q_ref, kv_ref), taps, (out_ref,), windows, scratch = _take(
+        refs, 2, 2 * k, 1, k, 0 if plan.direct else 3
+    )
     conv = _Conv(kv_ref, plan.width, (), *windows, *taps) if k else None
     if k:
         _zero_margins(plan, conv.windows_ref)
@@ -777,7 +894,8 @@ def _backward_kernel(plan, *refs):
     [, state, dstate, acc, sum, dmean]."""
     k = bool(plan.K)
     (q_ref, kv_ref, do_ref), taps, (dq_ref, dkv_ref), dtaps, windows, scratch = _take(
-        refs, 3, k, 2, k, 2 * k, 0 if plan.direct else 5)
+        refs, 3, k, 2, k, 2 * k, 0 if plan.direct else 5
+    )
     conv = _backward_conv(do_ref, (), *windows, *taps) if k else None
     dtaps_ref = dtaps[0] if k else None
     if k:
@@ -789,11 +907,18 @@ def _backward_kernel(plan, *refs):
     _loop(plan.chunks, lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, c == 0))
     _finish_state(plan, acc_ref, state_ref)
     mean = _mean_phi_k(plan, sum_ref)
-    _loop(plan.chunks, lambda c: _query_pass(
-        plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, c, c == 0))
+    _loop(
+        plan.chunks,
+        lambda c: _query_pass(
+            plan, q_ref, do_ref, state_ref, mean, dq_ref, acc_ref, dmean_ref, c, c == 0
+        ),
+    )
     _finish_state(plan, acc_ref, dstate_ref)
     dmean = dmean_ref[...]
-    _loop(plan.chunks, lambda c: _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, c))
+    _loop(
+        plan.chunks,
+        lambda c: _key_pass(plan, kv_ref, do_ref, dstate_ref, dmean, conv, dkv_ref, dtaps_ref, c),
+    )
 
 
 def _backward_conv(do_ref, halos, windows_ref, spread_ref, taps_ref):
@@ -809,7 +934,10 @@ def _zero_first(dtaps_ref):
 def _state_kernel(plan, kv_ref, state_ref, mean_ref, acc_ref, sum_ref):
     """A band: adds to the state; the last band writes it."""
     band = pl.program_id(2)
-    _loop(plan.chunks, lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, (band == 0) & (c == 0)))
+    _loop(
+        plan.chunks,
+        lambda c: _state_pass(plan, kv_ref, c, acc_ref, sum_ref, (band == 0) & (c == 0)),
+    )
 
     @pl.when(band == plan.bands - 1)
     def _():
@@ -832,8 +960,21 @@ def _query_kernel(plan, q_ref, do_ref, state_ref, mean_ref, dq_ref, dstate_ref, 
     """A band: writes dq and adds to the gradient of the state; the last band writes that."""
     band = pl.program_id(2)
     mean = mean_ref[0]
-    _loop(plan.chunks, lambda c: _query_pass(
-        plan, q_ref, do_ref, state_ref.at[0], mean, dq_ref, acc_ref, dmean_ref.at[0], c, (band == 0) & (c == 0)))
+    _loop(
+        plan.chunks,
+        lambda c: _query_pass(
+            plan,
+            q_ref,
+            do_ref,
+            state_ref.at[0],
+            mean,
+            dq_ref,
+            acc_ref,
+            dmean_ref.at[0],
+            c,
+            (band == 0) & (c == 0),
+        ),
+    )
 
     @pl.when(band == plan.bands - 1)
     def _():
@@ -851,11 +992,16 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
         _zero_margins(plan, conv.windows_ref)
     dmean = dmean_ref[0]
     once = jnp.minimum(pl.program_id(2) + 1, 1)  # one, but the compiler does not know
-    _loop(plan.chunks, lambda c: _key_pass(
-        plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c, once))
+    _loop(
+        plan.chunks,
+        lambda c: _key_pass(
+            plan, kv_ref, do_ref, dstate_ref.at[0], dmean, conv, dkv_ref, dtaps_ref, c, once
+        ),
+    )
 
 
 # ---------------------------------------------------------------- the calls
+
 
 def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False):
     """Returns the output (B, T, D) of `linear_attention`, whose arguments these are, and None: the backward needs no more."""
@@ -865,17 +1011,26 @@ def forward(q, kv, conv_kernel, conv_bias, *, num_heads, grid, interpret=False):
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
     if plan.bands == 1:
         scratch = call.windows() + ([] if plan.direct else [call.state(), call.acc(), call.row()])
-        out, = call(_forward_kernel, [call.band(q), call.band(kv), *taps], [call.band_like(q)], scratch,
-                    products=2)
+        (out,) = call(
+            _forward_kernel,
+            [call.band(q), call.band(kv), *taps],
+            [call.band_like(q)],
+            scratch,
+            products=2,
+        )
         return call.unpad(out), None
     state, mean = call.state_of(kv)
     values = []
     if plan.K:
         aligned = plan.width % LANES == 0  # then v can be a block of its own
         values = [call.band(kv, half=aligned), *call.halos(kv, half=aligned)]
-    out, = call(functools.partial(_output_kernel, offset=0 if plan.K and aligned else plan.width),
-                [call.band(q), call.image(state), call.image(mean), *values, *taps],
-                [call.band_like(q)], call.windows(), products=1)
+    (out,) = call(
+        functools.partial(_output_kernel, offset=0 if plan.K and aligned else plan.width),
+        [call.band(q), call.image(state), call.image(mean), *values, *taps],
+        [call.band_like(q)],
+        call.windows(),
+        products=1,
+    )
     return call.unpad(out), None
 
 
@@ -891,39 +1046,69 @@ def backward(q, kv, conv_kernel, conv_bias, saved, do, *, num_heads, grid, inter
         if not plan.direct:
             scratch += [call.state(), call.state(), call.acc(), call.row(), call.row()]
         dq, dkv, *dtaps = call(
-            _backward_kernel, [call.band(q), call.band(kv), call.band(do), *taps],
-            [call.band_like(q), call.band_like(kv), *dtaps], scratch, products=5, convolutions=2)
+            _backward_kernel,
+            [call.band(q), call.band(kv), call.band(do), *taps],
+            [call.band_like(q), call.band_like(kv), *dtaps],
+            scratch,
+            products=5,
+            convolutions=2,
+        )
     else:
         state, mean = call.state_of(kv)
         dq, dstate, dmean = call(
-            _query_kernel, [call.band(q), call.band(do), call.image(state), call.image(mean)],
-            [call.band_like(q), call.image_like(state), call.image_like(mean)], [call.acc()], products=2,
-            convolutions=0)
+            _query_kernel,
+            [call.band(q), call.band(do), call.image(state), call.image(mean)],
+            [call.band_like(q), call.image_like(state), call.image_like(mean)],
+            [call.acc()],
+            products=2,
+            convolutions=0,
+        )
         dkv, *dtaps = call(
-            _key_kernel, [call.band(kv), call.band(do), call.image(dstate), call.image(dmean),
-                          *(call.halos(do) if plan.K else []), *taps],
-            [call.band_like(kv), *dtaps], call.windows(spread=True), products=2, convolutions=2, divisions=0)
+            _key_kernel,
+            [
+                call.band(kv),
+                call.band(do),
+                call.image(dstate),
+                call.image(dmean),
+                *(call.halos(do) if plan.K else []),
+                *taps,
+            ],
+            [call.band_like(kv), *dtaps],
+            call.windows(spread=True),
+            products=2,
+            convolutions=2,
+            divisions=0,
+        )
     dq, dkv = call.unpad(dq), call.unpad(dkv)
     if not plan.K:
         return dq, dkv, None, None
     # (cores, n * K + 1, 8 partial sums, D) -> (n * K + 1, H): all heads share the filters
     dtaps = jnp.sum(dtaps[0], axis=(0, 2)).reshape(-1, num_heads, plan.head_width).sum(1)
-    dconv_kernel = _times(plan.matrices[2].T, dtaps[:-1].reshape(plan.points, plan.K, plan.head_width))[::-1, ::-1]
+    dconv_kernel = _times(
+        plan.matrices[2].T, dtaps[:-1].reshape(plan.points, plan.K, plan.head_width)
+    )[::-1, ::-1]
     return dq, dkv, dconv_kernel.astype(conv_kernel.dtype), dtaps[-1].astype(conv_bias.dtype)
 
 
 def _times(matrix, x):
     """A constant matrix (i, j) times x (j, ...), float32."""
-    return jnp.einsum("ij,j...->i...", jnp.asarray(matrix, jnp.float32), x.astype(jnp.float32),
-                      precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+        "ij,j...->i...",
+        jnp.asarray(matrix, jnp.float32),
+        x.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
 
 
 def _per_channel(plan, conv_kernel, conv_bias, flip=False):
     """The taps G g (n * K, D) and the bias (1, D), repeated for each head, float32; what is None is left out."""
     if conv_kernel is not None:
         conv_kernel = _times(plan.matrices[2], conv_kernel[::-1, ::-1] if flip else conv_kernel)
-    return [jnp.tile(x.astype(jnp.float32).reshape(-1, plan.head_width), (1, plan.num_heads))
-            for x in (conv_kernel, conv_bias) if x is not None]
+    return [
+        jnp.tile(x.astype(jnp.float32).reshape(-1, plan.head_width), (1, plan.num_heads))
+        for x in (conv_kernel, conv_bias)
+        if x is not None
+    ]
 
 
 def _vmem_bytes():
@@ -935,7 +1120,9 @@ def refusal(*, width, num_heads, grid, conv_size, dtype):
     """Why VMEM does not hold the forward or the backward of a case, or "" where it holds both."""
     try:
         for arrays in (FORWARD_ARRAYS, BACKWARD_ARRAYS):
-            _make_plan(grid[0] * grid[1], width, jnp.dtype(dtype), conv_size, num_heads, grid, arrays)
+            _make_plan(
+                grid[0] * grid[1], width, jnp.dtype(dtype), conv_size, num_heads, grid, arrays
+            )
     except ValueError as error:
         return str(error)
     return ""
@@ -943,13 +1130,27 @@ def refusal(*, width, num_heads, grid, conv_size, dtype):
 
 def loop_turns(width, num_heads, grid, conv_size, dtype, backward):
     """How often the loops inside the kernels and over their bands turn for an image."""
-    plan = _make_plan(grid[0] * grid[1], width, jnp.dtype(dtype), conv_size, num_heads, grid,
-                      BACKWARD_ARRAYS if backward else FORWARD_ARRAYS)
+    plan = _make_plan(
+        grid[0] * grid[1],
+        width,
+        jnp.dtype(dtype),
+        conv_size,
+        num_heads,
+        grid,
+        BACKWARD_ARRAYS if backward else FORWARD_ARRAYS,
+    )
     return plan.chunks * plan.bands
 
 
 def _plan_of(q, conv_kernel, num_heads, grid, arrays):
-    return _make_plan(*q.shape[1:], q.dtype, 0 if conv_kernel is None else conv_kernel.shape[0], num_heads, grid, arrays)
+    return _make_plan(
+        *q.shape[1:],
+        q.dtype,
+        0 if conv_kernel is None else conv_kernel.shape[0],
+        num_heads,
+        grid,
+        arrays,
+    )
 
 
 def _make_plan(T, D, dtype, K, num_heads, grid, arrays):
@@ -963,8 +1164,19 @@ def _make_plan(T, D, dtype, K, num_heads, grid, arrays):
     chunk_rows = pl.cdiv(h, pl.cdiv(h * w, CHUNK_TOKENS))
     chunks = pl.cdiv(h, chunk_rows)
     direct = chunks == 1 and h * w == T and D // num_heads >= LANES
-    plan = _Plan(num_heads=num_heads, head_width=D // num_heads, tokens=T, w=w, chunk_rows=chunk_rows,
-                 chunks=chunks, bands=1, direct=direct, slots=pl.cdiv(D, LANES), K=K, dtype=dtype)
+    plan = _Plan(
+        num_heads=num_heads,
+        head_width=D // num_heads,
+        tokens=T,
+        w=w,
+        chunk_rows=chunk_rows,
+        chunks=chunks,
+        bands=1,
+        direct=direct,
+        slots=pl.cdiv(D, LANES),
+        K=K,
+        dtype=dtype,
+    )
     limit = _vmem_bytes()
     for slots in (plan.slots, 2):
         plan = dataclasses.replace(plan, slots=slots)
@@ -981,16 +1193,24 @@ def _make_plan(T, D, dtype, K, num_heads, grid, arrays):
         fitting = []
         for bands in range(2, max(2, rows // step) + 1):
             band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
-            plan = dataclasses.replace(plan, chunk_rows=chunk_rows, chunks=band_rows // chunk_rows, bands=bands, direct=False)
+            plan = dataclasses.replace(
+                plan,
+                chunk_rows=chunk_rows,
+                chunks=band_rows // chunk_rows,
+                bands=bands,
+                direct=False,
+            )
             needed.append(_band_bytes(plan, arrays))
             if needed[-1] <= limit:
                 fitting.append(plan)
         if fitting:
             return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands))
     state = len(plan.pairs) * LANES * LANES * 4
-    raise ValueError(f"pallas_tpu walks the rows of a grid, and the fewest rows of {h} x {w} tokens of width {D} {dtype.name} "
-                     f"take {min(needed) / 2**20:.1f} MiB of VMEM, a float32 state of {num_heads} heads of {D // num_heads} "
-                     f"({state / 2**20:.1f} MiB) among them; it has {limit / 2**20:.1f}")
+    raise ValueError(
+        f"pallas_tpu walks the rows of a grid, and the fewest rows of {h} x {w} tokens of width {D} {dtype.name} "
+        f"take {min(needed) / 2**20:.1f} MiB of VMEM, a float32 state of {num_heads} heads of {D // num_heads} "
+        f"({state / 2**20:.1f} MiB) among them; it has {limit / 2**20:.1f}"
+    )
 
 
 def _image_bytes(plan, arrays):
@@ -1007,15 +1227,23 @@ def _image_bytes(plan, arrays):
 def _band_bytes(plan, arrays):
     """The same of a band: the most that any of the kernels takes."""
     itemsize = jnp.dtype(plan.dtype).itemsize
-    array, halo = (rows * plan.w * plan.lanes * itemsize for rows in (plan.band_rows, plan.halo_rows))
+    array, halo = (
+        rows * plan.w * plan.lanes * itemsize for rows in (plan.band_rows, plan.halo_rows)
+    )
     state, acc = (len(plan.pairs) * LANES * LANES * size for size in (itemsize, 4))
-    kernels = [2 * (2 * array + state) + acc]                                               # of the state
+    kernels = [2 * (2 * array + state) + acc]  # of the state
     if arrays == FORWARD_ARRAYS:
-        values = 1 if plan.width % LANES == 0 else 2                                        # v, or k and v
-        kernels += [2 * ((2 + values) * array + 2 * values * halo + state) + _conv_bytes(plan, False) + _column_bytes(plan, 2)]
+        values = 1 if plan.width % LANES == 0 else 2  # v, or k and v
+        kernels += [
+            2 * ((2 + values) * array + 2 * values * halo + state)
+            + _conv_bytes(plan, False)
+            + _column_bytes(plan, 2)
+        ]
     else:
-        kernels += [2 * (3 * array + 2 * state) + acc + _column_bytes(plan, 4),             # of the queries
-                    2 * (5 * array + 2 * halo + state) + _conv_bytes(plan, True)]           # of the keys
+        kernels += [
+            2 * (3 * array + 2 * state) + acc + _column_bytes(plan, 4),  # of the queries
+            2 * (5 * array + 2 * halo + state) + _conv_bytes(plan, True),
+        ]  # of the keys
     return max(kernels) + _spilled_bytes(plan)
 
 
@@ -1023,7 +1251,9 @@ def _conv_bytes(plan, backward):
     """Of the convolution's scratch, its taps and the sums of their gradients; a chip's tiles are of eight rows."""
     if not plan.K:
         return 0
-    scratch = math.prod(plan.windows_shape) * 4 + (math.prod(plan.spread_shape) * 4 if backward else 0)
+    scratch = math.prod(plan.windows_shape) * 4 + (
+        math.prod(plan.spread_shape) * 4 if backward else 0
+    )
     return scratch + 2 * (plan.points * plan.K + 8) * plan.lanes * 4 * (9 if backward else 1)
 
 
@@ -1043,6 +1273,7 @@ class _Call:
 
     The axis of cores is for chips whose two cores share a kernel: each sums the filters' gradients for itself.
     """
+
     plan: _Plan
     batch: int
     grid: tuple[int, int]
@@ -1067,10 +1298,30 @@ class _Call:
         block = (1, plan.halo_rows * plan.w, x.shape[2] // (2 if half else 1))
         step = plan.band_rows // plan.halo_rows
         last = plan.bands * step - 1
-        return [(x, pl.BlockSpec(block, lambda c, b, i: (
-                    self._image_index(c, b), jnp.maximum(i * step - 1, 0), int(half)))),
-                (x, pl.BlockSpec(block, lambda c, b, i: (
-                    self._image_index(c, b), jnp.minimum((i + 1) * step, last), int(half))))]
+        return [
+            (
+                x,
+                pl.BlockSpec(
+                    block,
+                    lambda c, b, i: (
+                        self._image_index(c, b),
+                        jnp.maximum(i * step - 1, 0),
+                        int(half),
+                    ),
+                ),
+            ),
+            (
+                x,
+                pl.BlockSpec(
+                    block,
+                    lambda c, b, i: (
+                        self._image_index(c, b),
+                        jnp.minimum((i + 1) * step, last),
+                        int(half),
+                    ),
+                ),
+            ),
+        ]
 
     def image(self, x):
         """All of one image's (B, ...)."""
@@ -1097,7 +1348,9 @@ class _Call:
     # Scratch.
     def windows(self, spread=False):
         """The convolution's scratch, if there is a convolution; the backward's with `spread`."""
-        shapes = [self.plan.windows_shape, self.plan.spread_shape][:1 + spread] if self.plan.K else []
+        shapes = (
+            [self.plan.windows_shape, self.plan.spread_shape][: 1 + spread] if self.plan.K else []
+        )
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
     def state(self):
@@ -1114,8 +1367,15 @@ class _Call:
         plan, B = self.plan, self.batch
         state = jax.ShapeDtypeStruct((B, len(plan.pairs), LANES, LANES), plan.dtype)
         mean = jax.ShapeDtypeStruct((B, 1, plan.width), jnp.float32)
-        return self(_state_kernel, [self.band(kv)], [self.image_like(state), self.image_like(mean)],
-                    [self.acc(), self.row()], products=1, convolutions=0, divisions=0)
+        return self(
+            _state_kernel,
+            [self.band(kv)],
+            [self.image_like(state), self.image_like(mean)],
+            [self.acc(), self.row()],
+            products=1,
+            convolutions=0,
+            divisions=0,
+        )
 
     def pad(self, x):
         """(B, h * w, C) -> zeros added up to whole sublane tiles and bands; no copy where they fit."""
@@ -1140,24 +1400,33 @@ class _Call:
         plan = self.plan
         taps = plan.points * plan.K / plan.outputs if plan.K else 0
         product = plan.tokens if plan.direct else plan.head_width
-        flops = int(2 * self.batch * plan.tokens * plan.width * (products * product + convolutions * taps))
+        flops = int(
+            2 * self.batch * plan.tokens * plan.width * (products * product + convolutions * taps)
+        )
         moved = sum(_bytes_moved(x, spec, self) for x, spec in [*inputs, *outputs])
         return pl.pallas_call(
             functools.partial(kernel, plan),
             grid=(self.cores, self.batch // self.cores, plan.bands),
-            in_specs=[spec for _, spec in inputs], out_specs=[spec for _, spec in outputs],
-            out_shape=[x for x, _ in outputs], scratch_shapes=scratch, interpret=self.interpret,
-            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved,
-                                          transcendentals=divisions * self.batch * plan.tokens * plan.num_heads),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[spec for _, spec in outputs],
+            out_shape=[x for x, _ in outputs],
+            scratch_shapes=scratch,
+            interpret=self.interpret,
+            cost_estimate=pl.CostEstimate(
+                flops=flops,
+                bytes_accessed=moved,
+                transcendentals=divisions * self.batch * plan.tokens * plan.num_heads,
+            ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=_vmem_bytes()),
+                vmem_limit_bytes=_vmem_bytes(),
+            ),
             name=getattr(kernel, "func", kernel).__name__.strip("_"),
         )(*(x for x, _ in inputs))
 
 
 def _bytes_moved(x, spec, call):
     """Bytes of x that cross HBM: its block once for every image and band it depends on."""
-    if x.ndim != 3 or x.shape[1] == 1:      # constants, states and sums: each once
+    if x.ndim != 3 or x.shape[1] == 1:  # constants, states and sums: each once
         return math.prod(x.shape) * x.dtype.itemsize
     return math.prod(spec.block_shape) * x.dtype.itemsize * call.batch * call.plan.bands

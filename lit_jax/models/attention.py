@@ -1,4 +1,5 @@
 """The two attentions of the one model: DiT's softmax and LiT's linear attention with a depth-wise convolution."""
+
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +13,14 @@ from lit_jax.partitioning import split_rows
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 PROJECTED = "projected"  # what remat saves of the projections: the sum with the bias, which is what the attention reads
-FLASH_BLOCK = 128  # tokens, and columns of wide heads: what the TPU flash kernel's default blocks divide
+FLASH_BLOCK = (
+    128  # tokens, and columns of wide heads: what the TPU flash kernel's default blocks divide
+)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None) -> jax.Array:
+def softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None
+) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v on (B, T, N, H), by the fastest implementation the platform has.
 
     Args:
@@ -28,8 +33,10 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: 
     if implementation is None:
         implementation = _choose(**case)
     elif implementation not in SOFTMAX_IMPLEMENTATIONS:
-        raise ValueError(f"softmax attention's implementation must be one of {', '.join(SOFTMAX_IMPLEMENTATIONS)}; "
-                         f"got {implementation!r}")
+        raise ValueError(
+            f"softmax attention's implementation must be one of {', '.join(SOFTMAX_IMPLEMENTATIONS)}; "
+            f"got {implementation!r}"
+        )
     elif reason := softmax_refusal(implementation, **case):
         raise ValueError(reason)
     if implementation != "pallas_tpu":
@@ -49,10 +56,16 @@ def softmax_refusal(implementation: str, *, tokens: int, head_width: int, dtype:
     """Why an implementation does not offer a case, or "" where it does; for "cudnn" on the GPU at hand."""
     if implementation == "pallas_tpu" and tokens % FLASH_BLOCK:
         return f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {tokens} tokens; use xla"
-    if implementation == "pallas_tpu" and tokens > FLASH_BLOCK < head_width and head_width % FLASH_BLOCK:
+    if (
+        implementation == "pallas_tpu"
+        and tokens > FLASH_BLOCK < head_width
+        and head_width % FLASH_BLOCK
+    ):
         return f"the TPU flash kernel takes heads of {FLASH_BLOCK} columns, fewer or multiples; got {head_width}; use xla"
     if implementation == "cudnn":
-        major = getattr(jax.devices()[0], "compute_capability", "").partition(".")[0]  # "9.0" is Hopper
+        major = getattr(jax.devices()[0], "compute_capability", "").partition(".")[
+            0
+        ]  # "9.0" is Hopper
         if not major.isdigit():
             return f"cudnn runs on NVIDIA's GPUs, this is {jax.devices()[0].device_kind}"
         if dtype not in (jnp.bfloat16, jnp.float16):
@@ -67,7 +80,12 @@ def _choose(**case):
     """Returns the fastest implementation this platform has for the case."""
     device = jax.devices()[0]
     implementation = {"gpu": "cudnn", "tpu": "pallas_tpu"}.get(device.platform, "xla")
-    return take_or_xla("softmax_attention", implementation, device.device_kind, softmax_refusal(implementation, **case))
+    return take_or_xla(
+        "softmax_attention",
+        implementation,
+        device.device_kind,
+        softmax_refusal(implementation, **case),
+    )
 
 
 class SoftmaxAttention(nn.Module):
@@ -85,7 +103,9 @@ class SoftmaxAttention(nn.Module):
         qkv = nn.Dense(3 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads), 2, 0)
         x = softmax_attention(q, k, v, self.implementation)  # (B, T, N, H)
-        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x.reshape(B, T, D))
+        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(
+            x.reshape(B, T, D)
+        )
 
 
 class DepthwiseConv(nn.Module):
@@ -94,7 +114,7 @@ class DepthwiseConv(nn.Module):
     Initialised as PyTorch's Conv2d: uniform in +-1 / sqrt(K * K), bias too (paper section 3.2's plain random start).
     """
 
-    size: int      # K
+    size: int  # K
     channels: int  # H
 
     @nn.compact
@@ -116,7 +136,7 @@ class LinearAttention(nn.Module):
     num_heads: int
     qkv_bias: bool = True
     kernel_function: str = "relu"
-    conv_size: int = 5                 # 0: no convolution
+    conv_size: int = 5  # 0: no convolution
     implementation: str | None = None  # of kernels.linear_attention
     dtype: Any = jnp.bfloat16
 
@@ -128,7 +148,17 @@ class LinearAttention(nn.Module):
         q, kv = checkpoint_name(q, PROJECTED), checkpoint_name(kv, PROJECTED)
         conv_kernel = conv_bias = None
         if self.conv_size:
-            conv_kernel, conv_bias = DepthwiseConv(self.conv_size, D // self.num_heads, name="dwc")()
-        x = linear_attention(q, kv, conv_kernel, conv_bias, num_heads=self.num_heads, grid=grid,
-                             kernel_function=self.kernel_function, implementation=self.implementation)
+            conv_kernel, conv_bias = DepthwiseConv(
+                self.conv_size, D // self.num_heads, name="dwc"
+            )()
+        x = linear_attention(
+            q,
+            kv,
+            conv_kernel,
+            conv_bias,
+            num_heads=self.num_heads,
+            grid=grid,
+            kernel_function=self.kernel_function,
+            implementation=self.implementation,
+        )
         return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x)

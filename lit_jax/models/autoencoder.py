@@ -4,6 +4,7 @@ Module names are those of diffusers, with `_` before an index, so that porting i
 (B, H, W, 3) in [-1, 1]; latents are (B, h, w, Z) with h = H / 8 for four widths. `Autoencoder` holds module,
 parameters and scale; with none configured a diffusion model works on pixels.
 """
+
 import collections
 import contextlib
 import dataclasses
@@ -15,12 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-LOGVAR_RANGE = (-30.0, 20.0)    # of the posterior's log-variance, as in the original
-QUERIES_AT_ONCE = 1024          # of the attention: at 2048 pixels it has 65,536, whose products would take 17 GB
+LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior's log-variance, as in the original
+QUERIES_AT_ONCE = (
+    1024  # of the attention: at 2048 pixels it has 65,536, whose products would take 17 GB
+)
 
 
 class GroupNorm(nn.Module):
     """Group norm with float32 statistics, then SiLU unless told otherwise; output in the input's dtype."""
+
     groups: int
     silu: bool = True
 
@@ -29,7 +33,9 @@ class GroupNorm(nn.Module):
         B, C = x.shape[0], x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
-        grouped = x.astype(jnp.float32).reshape(B, -1, self.groups, C // self.groups)   # (B, hw, G, C/G)
+        grouped = x.astype(jnp.float32).reshape(
+            B, -1, self.groups, C // self.groups
+        )  # (B, hw, G, C/G)
         mean = grouped.mean(axis=(1, 3), keepdims=True)
         # Two passes: the mean of large activations is far from zero, and E[x^2] - E[x]^2 would cancel.
         variance = jnp.square(grouped - mean).mean(axis=(1, 3), keepdims=True)
@@ -41,7 +47,9 @@ class GroupNorm(nn.Module):
 
 def conv(features: int, name: str, dtype: Any, size: int = 3, **kwargs) -> nn.Conv:
     """A convolution with torch's padding: (size - 1) / 2 on every side."""
-    return nn.Conv(features, (size, size), padding=(size - 1) // 2, dtype=dtype, name=name, **kwargs)
+    return nn.Conv(
+        features, (size, size), padding=(size - 1) // 2, dtype=dtype, name=name, **kwargs
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -60,6 +68,7 @@ class ResnetBlock(nn.Module):
 
 class Attention(nn.Module):
     """Single-head self-attention over all positions of (B, h, w, C)."""
+
     groups: int
     dtype: Any
 
@@ -67,12 +76,18 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         B, h, w, C = x.shape
         tokens = GroupNorm(self.groups, silu=False, name="group_norm")(x).reshape(B, h * w, C)
-        q, k, v = (nn.Dense(C, dtype=self.dtype, name=name)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+        q, k, v = (
+            nn.Dense(C, dtype=self.dtype, name=name)(tokens)[:, :, None]
+            for name in ("to_q", "to_k", "to_v")
+        )
         if h * w <= QUERIES_AT_ONCE:
             out = jax.nn.dot_product_attention(q, k, v)
-        else:       # the same, rows of the softmax being independent
-            out = jax.lax.map(lambda q: jax.nn.dot_product_attention(q[:, None], k, v)[:, 0], q.swapaxes(0, 1),
-                              batch_size=QUERIES_AT_ONCE).swapaxes(0, 1)
+        else:  # the same, rows of the softmax being independent
+            out = jax.lax.map(
+                lambda q: jax.nn.dot_product_attention(q[:, None], k, v)[:, 0],
+                q.swapaxes(0, 1),
+                batch_size=QUERIES_AT_ONCE,
+            ).swapaxes(0, 1)
         return x + nn.Dense(C, dtype=self.dtype, name="to_out_0")(out[:, :, 0]).reshape(B, h, w, C)
 
 
@@ -105,7 +120,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)     # nearest
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest
         return conv(x.shape[-1], "conv", self.dtype)(x)
 
 
@@ -139,6 +154,7 @@ class UpBlock(nn.Module):
 
 class Encoder(nn.Module):
     """(B, H, W, 3) -> (B, h, w, 2Z), the posterior's mean | log-variance before `quant_conv`."""
+
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     latent_channels: int
@@ -151,8 +167,14 @@ class Encoder(nn.Module):
         widths = self.block_out_channels
         x = conv(widths[0], "conv_in", self.dtype)(x)
         for i, width in enumerate(widths):
-            x = DownBlock(width, self.layers_per_block, i < len(widths) - 1, self.groups, self.dtype,
-                          name=f"down_blocks_{i}")(x)
+            x = DownBlock(
+                width,
+                self.layers_per_block,
+                i < len(widths) - 1,
+                self.groups,
+                self.dtype,
+                name=f"down_blocks_{i}",
+            )(x)
         x = MidBlock(self.groups, self.attention, self.dtype, name="mid_block")(x)
         x = GroupNorm(self.groups, name="conv_norm_out")(x)
         return conv(2 * self.latent_channels, "conv_out", self.dtype)(x)
@@ -160,6 +182,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, h, w, Z) -> (B, H, W, out_channels)."""
+
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     out_channels: int
@@ -173,8 +196,14 @@ class Decoder(nn.Module):
         x = conv(widths[0], "conv_in", self.dtype)(z)
         x = MidBlock(self.groups, self.attention, self.dtype, name="mid_block")(x)
         for i, width in enumerate(widths):
-            x = UpBlock(width, self.layers_per_block + 1, i < len(widths) - 1, self.groups, self.dtype,
-                        name=f"up_blocks_{i}")(x)
+            x = UpBlock(
+                width,
+                self.layers_per_block + 1,
+                i < len(widths) - 1,
+                self.groups,
+                self.dtype,
+                name=f"up_blocks_{i}",
+            )(x)
         x = GroupNorm(self.groups, name="conv_norm_out")(x)
         return conv(self.out_channels, "conv_out", self.dtype)(x)
 
@@ -191,6 +220,7 @@ class AutoencoderKL(nn.Module):
     Matmuls and convolutions are in `dtype`, group-norm statistics in float32, results in float32. bfloat16 is
     safe; float16 overflows in SDXL's decoder.
     """
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -203,8 +233,13 @@ class AutoencoderKL(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        common = dict(block_out_channels=tuple(self.block_out_channels), layers_per_block=self.layers_per_block,
-                      groups=self.norm_num_groups, attention=self.mid_block_add_attention, dtype=self.dtype)
+        common = dict(
+            block_out_channels=tuple(self.block_out_channels),
+            layers_per_block=self.layers_per_block,
+            groups=self.norm_num_groups,
+            attention=self.mid_block_add_attention,
+            dtype=self.dtype,
+        )
         self.encoder = Encoder(latent_channels=self.latent_channels, **common)
         self.decoder = Decoder(out_channels=self.out_channels, **common)
         if self.use_quant_conv:
@@ -265,33 +300,45 @@ class Autoencoder:
     linearly across it. Every tile sees only itself, in the group norms' statistics, the attention and the
     convolutions' borders: the result is close to the untiled one, not equal to it.
     """
+
     module: AutoencoderKL
     params: Any
     scaling_factor: float
     shift_factor: float = 0.0
-    slice_size: int = 0     # images that pass through the network at once; 0: the whole batch
-    tile_size: int = 0      # latent cells a side of a tile; 0: no tiling
+    slice_size: int = 0  # images that pass through the network at once; 0: the whole batch
+    tile_size: int = 0  # latent cells a side of a tile; 0: no tiling
 
     def __post_init__(self):
         if self.slice_size < 0:
             raise ValueError(f"autoencoder.slice_size must not be negative; got {self.slice_size}")
         if self.tile_size < 0 or self.tile_size % 4:
-            raise ValueError("autoencoder.tile_size must be a multiple of 4, for a quarter of it overlaps, or 0 for no tiles; "
-                             f"got {self.tile_size}")
+            raise ValueError(
+                "autoencoder.tile_size must be a multiple of 4, for a quarter of it overlaps, or 0 for no tiles; "
+                f"got {self.tile_size}"
+            )
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images (B, H, W, 3) -> unscaled posterior mean and log-variance, (B, h, w, Z) float32 each."""
         factor = self.module.factor
-        if images.ndim != 4 or images.shape[-1] != self.module.in_channels or (
-                images.shape[1] % factor or images.shape[2] % factor):
-            raise ValueError(f"images must be (B, H, W, {self.module.in_channels}) with sides that {factor} "
-                             f"divides; got {images.shape}")
-        return split_moments(_encode(self.module, self.slice_size, self.tile_size, self.params, images))
+        if (
+            images.ndim != 4
+            or images.shape[-1] != self.module.in_channels
+            or (images.shape[1] % factor or images.shape[2] % factor)
+        ):
+            raise ValueError(
+                f"images must be (B, H, W, {self.module.in_channels}) with sides that {factor} "
+                f"divides; got {images.shape}"
+            )
+        return split_moments(
+            _encode(self.module, self.slice_size, self.tile_size, self.params, images)
+        )
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Unscaled latents (B, h, w, Z) -> images (B, H, W, 3) float32, about [-1, 1], not clipped."""
         if z.ndim != 4 or z.shape[-1] != self.module.latent_channels:
-            raise ValueError(f"latents must be (B, h, w, {self.module.latent_channels}); got {z.shape}")
+            raise ValueError(
+                f"latents must be (B, h, w, {self.module.latent_channels}); got {z.shape}"
+            )
         return _decode(self.module, self.slice_size, self.tile_size, self.params, z)
 
     def to_latents(self, mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:
@@ -303,25 +350,43 @@ class Autoencoder:
         return self.decode(latents / self.scaling_factor + self.shift_factor)
 
 
-def make_autoencoder(params: Any, architecture: dict, *, dtype: str = "float32", slice_size: int = 0,
-                     tile_size: int = 0) -> Autoencoder:
+def make_autoencoder(
+    params: Any,
+    architecture: dict,
+    *,
+    dtype: str = "float32",
+    slice_size: int = 0,
+    tile_size: int = 0,
+) -> Autoencoder:
     """From the parameters and the architecture that `porting.read_autoencoder` returns."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"autoencoder.dtype must be float32 or bfloat16; got {dtype!r}")
     fields = dict(architecture)
     scale, shift = fields.pop("scaling_factor"), fields.pop("shift_factor")
-    return Autoencoder(AutoencoderKL(**fields, dtype=jnp.dtype(dtype).type), params, scale, shift or 0.0,
-                       slice_size, tile_size)
+    return Autoencoder(
+        AutoencoderKL(**fields, dtype=jnp.dtype(dtype).type),
+        params,
+        scale,
+        shift or 0.0,
+        slice_size,
+        tile_size,
+    )
 
 
 def _in_slices(run, batch, slice_size):
-    return run(batch) if not slice_size else jax.lax.map(lambda x: run(x[None])[0], batch, batch_size=slice_size)
+    return (
+        run(batch)
+        if not slice_size
+        else jax.lax.map(lambda x: run(x[None])[0], batch, batch_size=slice_size)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(module, slice_size, tile_size, params, z):
     def run(z):
-        return _in_slices(lambda z: module.apply({"params": params}, z, method="decode"), z, slice_size)
+        return _in_slices(
+            lambda z: module.apply({"params": params}, z, method="decode"), z, slice_size
+        )
 
     return _in_tiles(run, z, tile_size, tile_size * module.factor) if tile_size else run(z)
 
@@ -329,10 +394,15 @@ def _decode(module, slice_size, tile_size, params, z):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode(module, slice_size, tile_size, params, images):
     """mean | log-variance, not yet clipped: tiles are blended before the clip, as in diffusers."""
-    def run(images):
-        return _in_slices(lambda x: module.apply({"params": params}, x, method="moments"), images, slice_size)
 
-    return _in_tiles(run, images, tile_size * module.factor, tile_size) if tile_size else run(images)
+    def run(images):
+        return _in_slices(
+            lambda x: module.apply({"params": params}, x, method="moments"), images, slice_size
+        )
+
+    return (
+        _in_tiles(run, images, tile_size * module.factor, tile_size) if tile_size else run(images)
+    )
 
 
 def _in_tiles(run: Callable, x: jax.Array, tile: int, tile_out: int) -> jax.Array:
@@ -347,15 +417,15 @@ def _in_tiles(run: Callable, x: jax.Array, tile: int, tile_out: int) -> jax.Arra
         return run(x)
     blend, keep = tile_out // 4, tile_out * 3 // 4
     rows, columns = (range(0, size, tile * 3 // 4) for size in (h, w))
-    places = collections.defaultdict(list)      # tiles at the lower and right border may be smaller
+    places = collections.defaultdict(list)  # tiles at the lower and right border may be smaller
     for i in rows:
         for j in columns:
             places[min(tile, h - i), min(tile, w - j)].append((i, j))
     done = {}
     for (a, b), corners in places.items():
-        tiles = jnp.stack([x[:, i:i + a, j:j + b] for i, j in corners])
+        tiles = jnp.stack([x[:, i : i + a, j : j + b] for i, j in corners])
         done |= zip(corners, jax.lax.map(run, tiles))
-    for i in rows:      # in place: a tile is blended with its blended neighbours
+    for i in rows:  # in place: a tile is blended with its blended neighbours
         for j in columns:
             if i > 0:
                 done[i, j] = _blend(done[i - rows.step, j], done[i, j], blend, axis=1)

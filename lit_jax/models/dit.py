@@ -3,6 +3,7 @@
 DiT: Peebles & Xie, arXiv 2212.09748. LiT: Wang et al., arXiv 2501.12976. Parameter names are those of DiT's checkpoints;
 blocks are scanned, so every leaf under `blocks` carries a leading layer axis.
 """
+
 import functools
 from typing import Any
 
@@ -28,7 +29,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTED)),
+        jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    ),
 }
 
 
@@ -48,7 +50,9 @@ def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
     if width % 4:
         raise ValueError(f"the position table needs a width that 4 divides, got {width}")
     frequencies = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid[0], dtype=np.float64), np.arange(grid[1], dtype=np.float64), indexing="ij")
+    rows, columns = np.meshgrid(
+        np.arange(grid[0], dtype=np.float64), np.arange(grid[1], dtype=np.float64), indexing="ij"
+    )
 
     def encode(position):
         angles = position.reshape(-1, 1) * frequencies
@@ -69,7 +73,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.LayerNorm(self.epsilon, dtype=jnp.float32, use_bias=False, use_scale=False)(x).astype(x.dtype)
+        return nn.LayerNorm(self.epsilon, dtype=jnp.float32, use_bias=False, use_scale=False)(
+            x
+        ).astype(x.dtype)
 
 
 class PatchEmbedder(nn.Module):
@@ -82,8 +88,12 @@ class PatchEmbedder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         p = self.patch_size
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3)
-        return nn.Conv(self.width, (p, p), (p, p), "VALID", dtype=self.dtype, kernel_init=init, name="proj")(x)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3
+        )
+        return nn.Conv(
+            self.width, (p, p), (p, p), "VALID", dtype=self.dtype, kernel_init=init, name="proj"
+        )(x)
 
 
 class TimestepEmbedder(nn.Module):
@@ -95,7 +105,9 @@ class TimestepEmbedder(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        x = nn.Dense(self.width, kernel_init=init, name="mlp_0")(timestep_embedding(t, self.freq_shift))
+        x = nn.Dense(self.width, kernel_init=init, name="mlp_0")(
+            timestep_embedding(t, self.freq_shift)
+        )
         return nn.Dense(self.width, kernel_init=init, name="mlp_2")(nn.silu(x))
 
 
@@ -107,8 +119,12 @@ class LabelEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        return nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(0.02),
-                        name="embedding_table")(y)
+        return nn.Embed(
+            self.num_classes + 1,
+            self.width,
+            embedding_init=nn.initializers.normal(0.02),
+            name="embedding_table",
+        )(y)
 
 
 class Mlp(nn.Module):
@@ -120,7 +136,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         D = x.shape[-1]
         x = nn.Dense(4 * D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc1")(x)
-        return nn.Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(nn.gelu(x, approximate=True))
+        return nn.Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(
+            nn.gelu(x, approximate=True)
+        )
 
 
 class Block(nn.Module):
@@ -133,15 +151,25 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], _: None
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, c = map(constrain_rows, carry)
         D = x.shape[-1]
-        modulation = nn.Dense(6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation")(c)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+        modulation = nn.Dense(
+            6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation"
+        )(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
+            modulation, 6, axis=-1
+        )
         attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
-        x = x + gate_msa[:, None] * attn(modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid)
+        x = x + gate_msa[:, None] * attn(
+            modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
+        )
         mlp = Mlp(self.dtype, name="mlp")
-        x = x + gate_mlp[:, None] * mlp(modulate(LayerNorm(self.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp))
+        x = x + gate_mlp[:, None] * mlp(
+            modulate(LayerNorm(self.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
+        )
         return (x, c), None
 
 
@@ -154,11 +182,15 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         D, zeros = x.shape[-1], nn.initializers.zeros
-        modulation = nn.Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(c)
+        modulation = nn.Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(
+            c
+        )
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x = modulate(LayerNorm(name="norm_final")(x), shift, scale)
         # The output is a regression target: its product accumulates and stays in float32.
-        return nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(x.astype(jnp.float32))
+        return nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(
+            x.astype(jnp.float32)
+        )
 
 
 class DiT(nn.Module):
@@ -175,40 +207,53 @@ class DiT(nn.Module):
     in_channels: int
     num_classes: int
     learn_sigma: bool = True
-    attention: str = "softmax"          # or "linear": LiT
+    attention: str = "softmax"  # or "linear": LiT
     qkv_bias: bool = True
-    kernel_function: str = "relu"       # linear attention: relu, gelu, focused, focused_gelu
-    conv_size: int = 5                  # linear attention: 0 for no convolution
-    implementation: str | None = None   # of the chosen attention; None picks by platform
-    timestep_freq_shift: int = 0        # 0 official DiT, 1 diffusers
-    mlp_norm_epsilon: float = 1e-6      # 1e-6 official DiT, 1e-5 diffusers
+    kernel_function: str = "relu"  # linear attention: relu, gelu, focused, focused_gelu
+    conv_size: int = 5  # linear attention: 0 for no convolution
+    implementation: str | None = None  # of the chosen attention; None picks by platform
+    timestep_freq_shift: int = 0  # 0 official DiT, 1 diffusers
+    mlp_norm_epsilon: float = 1e-6  # 1e-6 official DiT, 1e-5 diffusers
     dtype: Any = jnp.bfloat16
-    remat: str = "none"                 # none, full, dots: what the backward pass recomputes
+    remat: str = "none"  # none, full, dots: what the backward pass recomputes
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         B, height, width, C = x.shape
         p = self.patch_size
         if C != self.in_channels:
-            raise ValueError(f"the model takes {self.in_channels} channels, the images {x.shape} have {C}")
+            raise ValueError(
+                f"the model takes {self.in_channels} channels, the images {x.shape} have {C}"
+            )
         if height % p or width % p:
             raise ValueError(f"patch size {p} does not divide the {height} x {width} images")
         h, w = height // p, width // p
 
-        x = PatchEmbedder(self.width, p, self.dtype, name="x_embedder")(x).reshape(B, h * w, self.width)
+        x = PatchEmbedder(self.width, p, self.dtype, name="x_embedder")(x).reshape(
+            B, h * w, self.width
+        )
         x = x + jnp.asarray(position_embedding((h, w), self.width), self.dtype)[None]
         c = TimestepEmbedder(self.width, self.timestep_freq_shift, name="t_embedder")(t)
         c = nn.silu(c + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(y))
 
         # Inside remat: the backward pass gathers a layer's weights again instead of keeping them all.
-        block = nn.map_variables(Block, "params", functools.partial(gather_weights, dtype=self.dtype),
-                                 init=self.is_initializing(), mutable=self.is_initializing())
+        block = nn.map_variables(
+            Block,
+            "params",
+            functools.partial(gather_weights, dtype=self.dtype),
+            init=self.is_initializing(),
+            mutable=self.is_initializing(),
+        )
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         # c never changes, yet is carried: as an input that the forward and the backward loop share, libtpu 0.0.52 places it
         # twice in the same vector memory and fails ("Value while ... overlaps with another chunk") from 8 rows a chip down.
-        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
-        (x, c), _ = blocks(*self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks")((x, c), None)
+        blocks = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+        )
+        (x, c), _ = blocks(
+            *self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks"
+        )((x, c), None)
 
         out_channels = C * (2 if self.learn_sigma else 1)
         x = FinalLayer(p * p * out_channels, self.dtype, name="final_layer")(x, c)
@@ -216,19 +261,33 @@ class DiT(nn.Module):
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, height, width, out_channels)
 
     def _attention(self) -> tuple[type[nn.Module], dict]:
-        kwargs = dict(num_heads=self.num_heads, qkv_bias=self.qkv_bias, implementation=self.implementation)
+        kwargs = dict(
+            num_heads=self.num_heads, qkv_bias=self.qkv_bias, implementation=self.implementation
+        )
         if self.attention == "softmax":
             return SoftmaxAttention, kwargs
-        return LinearAttention, kwargs | dict(kernel_function=self.kernel_function, conv_size=self.conv_size)
+        return LinearAttention, kwargs | dict(
+            kernel_function=self.kernel_function, conv_size=self.conv_size
+        )
 
 
-def make_dit(*, size: str, depth: int = 0, width: int = 0, num_heads: int = 0, attention: str = "softmax",
-             remat: str = "none", dtype: str = "bfloat16", **kwargs) -> DiT:
+def make_dit(
+    *,
+    size: str,
+    depth: int = 0,
+    width: int = 0,
+    num_heads: int = 0,
+    attention: str = "softmax",
+    remat: str = "none",
+    dtype: str = "bfloat16",
+    **kwargs,
+) -> DiT:
     """Builds a model from a size name; depth, width and num_heads of 0 are the size's own.
 
     Raises: ValueError naming the field and both values for an unknown size, attention, remat or dtype, and for heads that
     do not divide the width.
     """
+
     def known(field, value, choices):
         if value not in choices:
             raise ValueError(f"{field} must be one of {', '.join(choices)}; got {value!r}")
@@ -241,16 +300,38 @@ def make_dit(*, size: str, depth: int = 0, width: int = 0, num_heads: int = 0, a
     depth, width = depth or size_depth, width or size_width
     num_heads = num_heads or (softmax_heads if attention == "softmax" else linear_heads)
     if width % 4:
-        raise ValueError(f"model.width = {width} is not a multiple of 4, as the position table needs")
+        raise ValueError(
+            f"model.width = {width} is not a multiple of 4, as the position table needs"
+        )
     if width % num_heads:
         raise ValueError(f"model.num_heads = {num_heads} does not divide the width {width}")
-    return DiT(depth=depth, width=width, num_heads=num_heads, attention=attention, remat=remat,
-               dtype=jnp.dtype(dtype).type, **kwargs)
+    return DiT(
+        depth=depth,
+        width=width,
+        num_heads=num_heads,
+        attention=attention,
+        remat=remat,
+        dtype=jnp.dtype(dtype).type,
+        **kwargs,
+    )
 
 
 # What parameters alone do not tell, or a config may get wrong: a checkpoint's architecture names them all.
-ARCHITECTURE = ("attention", "depth", "width", "num_heads", "patch_size", "in_channels", "num_classes", "learn_sigma",
-                "qkv_bias", "conv_size", "kernel_function", "timestep_freq_shift", "mlp_norm_epsilon")
+ARCHITECTURE = (
+    "attention",
+    "depth",
+    "width",
+    "num_heads",
+    "patch_size",
+    "in_channels",
+    "num_classes",
+    "learn_sigma",
+    "qkv_bias",
+    "conv_size",
+    "kernel_function",
+    "timestep_freq_shift",
+    "mlp_norm_epsilon",
+)
 _LINEAR_ONLY = ("conv_size", "kernel_function")
 
 
@@ -276,5 +357,11 @@ def forward_flops(model: DiT, input_size: tuple[int, int]) -> float:
     if model.attention == "linear":
         core = 2 * T * D * (D // model.num_heads) + model.conv_size**2 * T * D
     block = 4 * T * D * D + core + 8 * T * D * D + 6 * D * D
-    ends = T * p * p * model.in_channels * D + FREQUENCIES * D + D * D + 2 * D * D + T * D * p * p * out_channels
+    ends = (
+        T * p * p * model.in_channels * D
+        + FREQUENCIES * D
+        + D * D
+        + 2 * D * D
+        + T * D * p * p * out_channels
+    )
     return 2.0 * (model.depth * block + ends)

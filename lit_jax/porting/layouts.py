@@ -1,9 +1,10 @@
 """Names, shapes and axes: how the tensors of the PyTorch world correspond to our parameter trees.
 
-    Linear         weight (out, in)      <-> kernel (in, out)
-    convolution    weight (O, I, h, w)   <-> kernel (h, w, I, O)
-    blocks.i.*                           <-> blocks/*, stacked on a leading layer axis
+Linear         weight (out, in)      <-> kernel (in, out)
+convolution    weight (O, I, h, w)   <-> kernel (h, w, I, O)
+blocks.i.*                           <-> blocks/*, stacked on a leading layer axis
 """
+
 import re
 from collections.abc import Iterator
 
@@ -38,7 +39,7 @@ DIFFUSERS_BLOCK = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
-DIFFUSERS_EMBEDDERS = {    # stored again in every block
+DIFFUSERS_EMBEDDERS = {  # stored again in every block
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
     "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
@@ -61,10 +62,15 @@ def dit_rules(architecture: dict) -> Iterator[Rule]:
     C, K = architecture["in_channels"], architecture["conv_size"]
     linear = architecture["attention"] == "linear"
     shapes = {
-        "x_embedder/proj": (D, C, p, p), "t_embedder/mlp_0": (D, FREQUENCIES), "t_embedder/mlp_2": (D, D),
+        "x_embedder/proj": (D, C, p, p),
+        "t_embedder/mlp_0": (D, FREQUENCIES),
+        "t_embedder/mlp_2": (D, D),
         "y_embedder/embedding_table": (architecture["num_classes"] + 1, D),
-        "blocks/attn/proj": (D, D), "blocks/mlp/fc1": (4 * D, D), "blocks/mlp/fc2": (D, 4 * D),
-        "blocks/adaLN_modulation": (6 * D, D), "final_layer/adaLN_modulation": (2 * D, D),
+        "blocks/attn/proj": (D, D),
+        "blocks/mlp/fc1": (4 * D, D),
+        "blocks/mlp/fc2": (D, 4 * D),
+        "blocks/adaLN_modulation": (6 * D, D),
+        "final_layer/adaLN_modulation": (2 * D, D),
         "final_layer/linear": (p * p * C * (2 if architecture["learn_sigma"] else 1), D),
     }
     if linear:
@@ -73,12 +79,19 @@ def dit_rules(architecture: dict) -> Iterator[Rule]:
         shapes["blocks/attn/qkv"] = (3 * D, D)
     if linear and K:
         shapes["blocks/attn/dwc"] = (D // architecture["num_heads"], 1, K, K)
-    unbiased = () if architecture["qkv_bias"] else ("blocks/attn/qkv", "blocks/attn/q", "blocks/attn/kv")
+    unbiased = (
+        () if architecture["qkv_bias"] else ("blocks/attn/qkv", "blocks/attn/q", "blocks/attn/kv")
+    )
     for module, official, kind in DIT_MODULES:
         if module not in shapes:
             continue
         names = [official.format(layer) for layer in range(L)] if "{}" in official else [official]
-        yield f"{module}/{WEIGHT_NAME[kind]}", [f"{name}.weight" for name in names], kind, shapes[module]
+        yield (
+            f"{module}/{WEIGHT_NAME[kind]}",
+            [f"{name}.weight" for name in names],
+            kind,
+            shapes[module],
+        )
         if kind != "embedding" and module not in unbiased:
             yield f"{module}/bias", [f"{name}.bias" for name in names], "bias", shapes[module][:1]
 
@@ -116,7 +129,9 @@ def autoencoder_rules(architecture: dict) -> Iterator[Rule]:
             yield from resnet(f"encoder.down_blocks.{i}.resnets.{j}", width_in, width)
             width_in = width
         if i < len(widths) - 1:
-            yield from module(f"encoder.down_blocks.{i}.downsamplers.0.conv", "conv", (width, width, 3, 3))
+            yield from module(
+                f"encoder.down_blocks.{i}.downsamplers.0.conv", "conv", (width, width, 3, 3)
+            )
     yield from mid("encoder.mid_block", widths[-1])
     yield from module("encoder.conv_norm_out", "norm", (widths[-1],))
     yield from module("encoder.conv_out", "conv", (2 * Z, widths[-1], 3, 3))
@@ -132,7 +147,9 @@ def autoencoder_rules(architecture: dict) -> Iterator[Rule]:
             yield from resnet(f"decoder.up_blocks.{i}.resnets.{j}", width_in, width)
             width_in = width
         if i < len(widths) - 1:
-            yield from module(f"decoder.up_blocks.{i}.upsamplers.0.conv", "conv", (width, width, 3, 3))
+            yield from module(
+                f"decoder.up_blocks.{i}.upsamplers.0.conv", "conv", (width, width, 3, 3)
+            )
     yield from module("decoder.conv_norm_out", "norm", (widths[0],))
     yield from module("decoder.conv_out", "conv", (architecture["out_channels"], widths[0], 3, 3))
 

@@ -6,6 +6,7 @@ nothing and reading one tensor costs that tensor. Every size a file claims is ch
 A .pt file is a pickle, that is a program. `_Unpickler` interprets the few opcodes that tensor files use by
 itself: it has no way to import or call anything, whatever the file asks for.
 """
+
 import bisect
 import collections
 import dataclasses
@@ -24,15 +25,24 @@ import zlib
 import ml_dtypes
 import numpy as np
 
-MAX_HEADER_BYTES = 100 << 20    # of a safetensors header, the library's own limit
-MAX_PICKLE_BYTES = 16 << 20     # of a pickle; it holds names and shapes, a training checkpoint needs 1 MB
-MAX_RECORDS = 1 << 20           # of a zip archive
-MAX_DIMENSIONS = 16             # more than any weight has; keeps products of hostile shapes short
+MAX_HEADER_BYTES = 100 << 20  # of a safetensors header, the library's own limit
+MAX_PICKLE_BYTES = (
+    16 << 20
+)  # of a pickle; it holds names and shapes, a training checkpoint needs 1 MB
+MAX_RECORDS = 1 << 20  # of a zip archive
+MAX_DIMENSIONS = 16  # more than any weight has; keeps products of hostile shapes short
 
 _SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 
 
@@ -50,6 +60,7 @@ class TensorFileError(ValueError):
 
 class Record(typing.NamedTuple):
     """A stored file of a zip archive; a CRC-32 of 0 is none (torch.serialization.set_crc32_options(False))."""
+
     begin: int
     num_bytes: int
     crc: int
@@ -59,7 +70,9 @@ class Record(typing.NamedTuple):
         """torch.load does not look at the CRC, so a byte that flipped on a disk or on the way goes unnoticed there."""
         actual = zlib.crc32(memoryview(buffer)[self.begin : self.begin + self.num_bytes])
         if self.crc and actual != self.crc:
-            fail(f"record {self.name[:80]!r} is damaged: its CRC-32 is {actual:08x}, the archive says {self.crc:08x}")
+            fail(
+                f"record {self.name[:80]!r} is damaged: its CRC-32 is {actual:08x}, the archive says {self.crc:08x}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +83,7 @@ class TensorFile:
     holds (an argparse.Namespace comes as a dict); `metadata` is the string dict of a safetensors file. `records`
     are those of a zip archive in the order of the file.
     """
+
     path: pathlib.Path
     tensors: dict
     metadata: dict[str, str]
@@ -84,7 +98,9 @@ class TensorFile:
         base = np.frombuffer(self.map, np.uint8).ctypes.data
         places = [array.ctypes.data - base for array in arrays if array.size]
         starts = [record.begin for record in self.records]
-        found = {bisect.bisect_right(starts, place) - 1 for place in places if 0 <= place < len(self.map)}
+        found = {
+            bisect.bisect_right(starts, place) - 1 for place in places if 0 <= place < len(self.map)
+        }
         checked = [self.records[index] for index in sorted(found) if self.records[index].crc]
         for record in checked:
             record.check(self.map, _failure(self.path))
@@ -107,15 +123,20 @@ def map_file(path):
             raise TensorFileError(f"{path}: the file is empty")
         start = file.read(64).lstrip().lower()
         if start.startswith(b"version https://git-lfs"):
-            raise TensorFileError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` there")
+            raise TensorFileError(
+                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` there"
+            )
         if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise TensorFileError(f"{path}: a web page, not the weights: the download got a login or an error page")
+            raise TensorFileError(
+                f"{path}: a web page, not the weights: the download got a login or an error page"
+            )
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _failure(path):
     def fail(what):
         raise TensorFileError(f"{path}: {what}")
+
     return fail
 
 
@@ -140,8 +161,11 @@ def _is_size(value):
 
 def _describe(value):
     """A short name for an untrusted value; containers are not printed, for they may be endless."""
-    return repr(value)[:80] if isinstance(value, str | bytes | float | bool | None) or _is_size(value) else (
-        f"a {type(value).__name__}")
+    return (
+        repr(value)[:80]
+        if isinstance(value, str | bytes | float | bool | None) or _is_size(value)
+        else (f"a {type(value).__name__}")
+    )
 
 
 def read_safetensors(path):
@@ -157,16 +181,22 @@ def read_safetensors(path):
         fail(f"{len(buffer)} bytes are too few for a safetensors file")
     header_bytes = int.from_bytes(buffer[:8], "little")
     if header_bytes > min(MAX_HEADER_BYTES, len(buffer) - 8):
-        fail(f"the header claims {header_bytes} bytes; the file has {len(buffer) - 8}, "
-             f"the limit is {MAX_HEADER_BYTES}")
+        fail(
+            f"the header claims {header_bytes} bytes; the file has {len(buffer) - 8}, "
+            f"the limit is {MAX_HEADER_BYTES}"
+        )
     try:
-        header = json.loads(buffer[8 : 8 + header_bytes].decode("utf-8"), object_pairs_hook=unique_keys)
+        header = json.loads(
+            buffer[8 : 8 + header_bytes].decode("utf-8"), object_pairs_hook=unique_keys
+        )
     except (ValueError, RecursionError) as error:
         fail(f"the header is not valid JSON: {error}")
     if not isinstance(header, dict):
         fail(f"the header is a {type(header).__name__}, not an object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         fail("__metadata__ is not an object of strings")
 
     data_bytes = len(buffer) - 8 - header_bytes
@@ -176,9 +206,15 @@ def read_safetensors(path):
             fail(f"{key[:80]}: the entry is not {{dtype, shape, data_offsets}}")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in _SAFETENSORS_DTYPES:
-            fail(f"{key[:80]}: dtype {_describe(entry['dtype'])} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
+            fail(
+                f"{key[:80]}: dtype {_describe(entry['dtype'])} is not one of {', '.join(_SAFETENSORS_DTYPES)}"
+            )
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > MAX_DIMENSIONS
+            or not all(map(_is_size, shape))
+        ):
             fail(f"{key[:80]}: {json.dumps(shape)[:80]} is not a shape")
         if not _fits(shape, dtype.itemsize):
             fail(f"{key[:80]}: shape {tuple(shape)} of {entry['dtype']} needs 2^63 bytes or more")
@@ -186,18 +222,26 @@ def read_safetensors(path):
             fail(f"{key[:80]}: {json.dumps(offsets)[:80]} are not data offsets")
         begin, end = offsets
         if begin > end or end > data_bytes:
-            fail(f"{key[:80]}: data offsets {begin}..{end} are outside the {data_bytes} bytes of data")
+            fail(
+                f"{key[:80]}: data offsets {begin}..{end} are outside the {data_bytes} bytes of data"
+            )
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes != end - begin:
-            fail(f"{key[:80]}: shape {tuple(shape)} of {entry['dtype']} needs {num_bytes} bytes, "
-                 f"the offsets span {end - begin}")
+            fail(
+                f"{key[:80]}: shape {tuple(shape)} of {entry['dtype']} needs {num_bytes} bytes, "
+                f"the offsets span {end - begin}"
+            )
         spans.append((begin, end, key))
-        tensors[key] = np.frombuffer(buffer, dtype, math.prod(shape), 8 + header_bytes + begin).reshape(shape)
+        tensors[key] = np.frombuffer(
+            buffer, dtype, math.prod(shape), 8 + header_bytes + begin
+        ).reshape(shape)
     position = 0
     for begin, end, key in sorted(spans):
         if begin != position:
-            fail(f"{key[:80]}: starts at byte {begin} of the data, expected {position}: "
-                 "tensors overlap or leave a gap")
+            fail(
+                f"{key[:80]}: starts at byte {begin} of the data, expected {position}: "
+                "tensors overlap or leave a gap"
+            )
         position = end
     if position != data_bytes:
         fail(f"{data_bytes - position} bytes after the last tensor belong to none")
@@ -214,10 +258,14 @@ def write_safetensors(path, tensors, metadata):
     header, position = {"__metadata__": metadata}, 0
     for key, shape, _ in tensors:
         size = 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + size]}
+        header[key] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
         position += size
     text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)     # tensors start on 8 bytes, as the library writes them
+    text += b" " * (-len(text) % 8)  # tensors start on 8 bytes, as the library writes them
 
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
@@ -230,10 +278,16 @@ def write_safetensors(path, tensors, metadata):
 # The storages that a tensor file names, by dtype.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -242,12 +296,14 @@ _LEGACY_PROTOCOL = 1001
 @dataclasses.dataclass(frozen=True)
 class Global:
     """A global that the pickle names; it stays a name, whatever it is: nothing imports it."""
+
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
     """Elements `start` to `start + numel` of the stored record `key`."""
+
     key: str
     dtype: np.dtype
     start: int
@@ -277,8 +333,10 @@ class _Unpickler:
     def __init__(self, stream, fail):
         self._stream, self._fail = stream, fail
         self._stack, self._memo, self._dicts = [], {}, []
-        self._budget = stream.getbuffer().nbytes    # characters and entries that REDUCE and BUILD may make
-        self.storages = {}      # key -> dtype of every storage that was named
+        self._budget = (
+            stream.getbuffer().nbytes
+        )  # characters and entries that REDUCE and BUILD may make
+        self.storages = {}  # key -> dtype of every storage that was named
 
     def replace_tensors(self, view_of):
         """Puts the array in place of every `_Tensor` that is a value of a dict."""
@@ -290,7 +348,9 @@ class _Unpickler:
     def _spend(self, amount):
         self._budget -= amount
         if self._budget < 0:
-            self._fail("the pickle makes more out of its objects than it holds, which no tensor file does")
+            self._fail(
+                "the pickle makes more out of its objects than it holds, which no tensor file does"
+            )
 
     def _new_dict(self):
         self._dicts.append({})
@@ -301,14 +361,23 @@ class _Unpickler:
             for opcode, argument, _ in pickletools.genops(self._stream):
                 if opcode.name == "STOP":
                     if len(self._stack) != 1:
-                        self._fail("the pickle is damaged: it ends with a stack of "
-                                   f"{len(self._stack)} objects instead of one")
+                        self._fail(
+                            "the pickle is damaged: it ends with a stack of "
+                            f"{len(self._stack)} objects instead of one"
+                        )
                     value = self._stack.pop()
                     return self._refuse(value) if isinstance(value, Global) else value
                 self._step(opcode.name, argument)
         except TensorFileError:
             raise
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             self._fail(f"the pickle is damaged: {str(error)[:200] or type(error).__name__}")
 
     def _step(self, opcode, argument):
@@ -320,9 +389,26 @@ class _Unpickler:
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode == "NEWTRUE")
-            case ("INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT"
-                  | "UNICODE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
-                  | "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "SHORT_BINBYTES" | "BINBYTES"):
+            case (
+                "INT"
+                | "BININT"
+                | "BININT1"
+                | "BININT2"
+                | "LONG"
+                | "LONG1"
+                | "LONG4"
+                | "FLOAT"
+                | "BINFLOAT"
+                | "UNICODE"
+                | "SHORT_BINUNICODE"
+                | "BINUNICODE"
+                | "BINUNICODE8"
+                | "STRING"
+                | "BINSTRING"
+                | "SHORT_BINSTRING"
+                | "SHORT_BINBYTES"
+                | "BINBYTES"
+            ):
                 stack.append(argument)
             case "EMPTY_DICT":
                 stack.append(self._new_dict())
@@ -383,7 +469,9 @@ class _Unpickler:
                 state, target = self._pop(), self._top(dict)
                 # A state_dict carries its module versions as an attribute; a Namespace is all attributes.
                 if not isinstance(state, dict):
-                    self._fail(f"the pickle sets a {type(state).__name__} as the state of an object")
+                    self._fail(
+                        f"the pickle sets a {type(state).__name__} as the state of an object"
+                    )
                 if state.keys() != {"_metadata"}:
                     self._spend(len(state))
                     self._fill(target, [item for entry in state.items() for item in entry])
@@ -413,7 +501,9 @@ class _Unpickler:
         for key, value in zip(items[::2], items[1::2]):
             if not isinstance(key, str | int | float | bytes | Global | None):
                 self._fail(f"the pickle uses a {type(key).__name__} as a key")
-            if isinstance(key, int) and abs(key) >= 2**32:      # larger ones can be chosen to have one hash
+            if (
+                isinstance(key, int) and abs(key) >= 2**32
+            ):  # larger ones can be chosen to have one hash
                 self._fail("the pickle uses an integer of more than 32 bits as a key")
             if key in target:
                 self._fail(f"the key {str(key)[:80]!r} appears twice")
@@ -430,11 +520,17 @@ class _Unpickler:
 
     def _refuse(self, function):
         what = function.name if isinstance(function, Global) else type(function).__name__
-        self._fail(f"asks to run {what[:120]}, which is refused: only tensors in plain containers are read "
-                   "(save the state_dict alone)")
+        self._fail(
+            f"asks to run {what[:120]}, which is refused: only tensors in plain containers are read "
+            "(save the state_dict alone)"
+        )
 
     def _storage(self, identity):
-        if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
+        if (
+            not isinstance(identity, tuple)
+            or len(identity) not in (5, 6)
+            or identity[0] != "storage"
+        ):
             self._fail("a persistent object that is not a tensor storage")
         _, kind, key, _, numel = identity[:5]
         if not isinstance(kind, Global) or not isinstance(key, str) or not _is_size(numel):
@@ -446,7 +542,7 @@ class _Unpickler:
             self._fail(f"storage {key[:80]!r} is named with two types")
         if len(identity) == 5 or identity[5] is None:
             return _Storage(key, dtype, 0, numel, numel)
-        view = identity[5]      # old files: (name of the view, first element, number of elements)
+        view = identity[5]  # old files: (name of the view, first element, number of elements)
         if not isinstance(view, tuple) or len(view) != 3 or not all(map(_is_size, view[1:])):
             self._fail(f"storage {key[:80]!r}: not a view")
         return _Storage(key, dtype, view[1], view[2], numel)
@@ -460,7 +556,9 @@ class _Unpickler:
                 if len(arguments) > 1 or not isinstance(pairs, list):
                     self._fail("an OrderedDict of something else than a list")
                 self._spend(len(pairs))
-                return self._fill(self._new_dict(), [item for key, value in pairs for item in (key, value)])
+                return self._fill(
+                    self._new_dict(), [item for key, value in pairs for item in (key, value)]
+                )
             case "collections.defaultdict" if len(arguments) <= 1:
                 return self._new_dict()
             case "argparse.Namespace" if not arguments:
@@ -472,17 +570,27 @@ class _Unpickler:
                 if all(isinstance(argument, str) for argument in arguments):
                     self._spend(sum(map(len, arguments)))
                     return str(pathlib.PurePosixPath(*arguments))
-            case "torch._utils._rebuild_parameter" if arguments and isinstance(arguments[0], _Tensor):
+            case "torch._utils._rebuild_parameter" if arguments and isinstance(
+                arguments[0], _Tensor
+            ):
                 return arguments[0]
-            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" if len(arguments) >= 4:
+            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" if (
+                len(arguments) >= 4
+            ):
                 storage, offset, shape, strides = arguments[:4]
                 if not isinstance(storage, _Storage):
                     self._fail("a tensor without a storage")
                 if not isinstance(shape, tuple) or not isinstance(strides, tuple):
                     self._fail("a tensor whose shape or strides are not a tuple of sizes")
-                if not _is_size(offset) or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
-                    self._fail(f"a tensor at {_describe(offset)} with {len(shape)} dimensions and "
-                               f"{len(strides)} strides (limit {MAX_DIMENSIONS})")
+                if (
+                    not _is_size(offset)
+                    or len(shape) != len(strides)
+                    or len(shape) > MAX_DIMENSIONS
+                ):
+                    self._fail(
+                        f"a tensor at {_describe(offset)} with {len(shape)} dimensions and "
+                        f"{len(strides)} strides (limit {MAX_DIMENSIONS})"
+                    )
                 if not all(map(_is_size, shape + strides)):
                     self._fail("a tensor whose shape or strides are not a tuple of sizes")
                 return _Tensor(storage, offset, shape, strides)
@@ -499,24 +607,37 @@ def _viewer(buffer, places, fail):
         begin, num_bytes = places[storage.key]
         itemsize = storage.dtype.itemsize
         if storage.record_numel * itemsize != num_bytes:
-            fail(f"storage {storage.key[:80]!r} claims {storage.record_numel} x {itemsize} bytes, "
-                 f"the file holds {num_bytes}")
+            fail(
+                f"storage {storage.key[:80]!r} claims {storage.record_numel} x {itemsize} bytes, "
+                f"the file holds {num_bytes}"
+            )
         if storage.start + storage.numel > storage.record_numel:
-            fail(f"storage {storage.key[:80]!r} has {storage.record_numel} elements, a view takes "
-                 f"{storage.start}..{storage.start + storage.numel}")
+            fail(
+                f"storage {storage.key[:80]!r} has {storage.record_numel} elements, a view takes "
+                f"{storage.start}..{storage.start + storage.numel}"
+            )
         if not _fits(shape, itemsize):
             fail(f"{str(key)[:80]}: shape {shape} of {storage.dtype} needs 2^63 bytes or more")
         size = math.prod(shape)
-        last = tensor.offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else 0
+        last = (
+            tensor.offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
+            if size
+            else 0
+        )
         if size > storage.numel or (size and last >= storage.numel):
-            fail(f"{str(key)[:80]}: shape {shape}, strides {strides}, offset {tensor.offset} does not fit in its "
-                 f"storage {storage.key[:80]!r} of {storage.numel} elements")
+            fail(
+                f"{str(key)[:80]}: shape {shape}, strides {strides}, offset {tensor.offset} does not fit in its "
+                f"storage {storage.key[:80]!r} of {storage.numel} elements"
+            )
         flat = np.frombuffer(buffer, storage.dtype, storage.numel, begin + storage.start * itemsize)
         if size == 0:
             return np.empty(shape, storage.dtype)
         return np.lib.stride_tricks.as_strided(
-            flat[tensor.offset :], shape, [stride * itemsize if n > 1 else 0 for n, stride in zip(shape, strides)],
-            writeable=False)
+            flat[tensor.offset :],
+            shape,
+            [stride * itemsize if n > 1 else 0 for n, stride in zip(shape, strides)],
+            writeable=False,
+        )
 
     return view_of
 
@@ -526,7 +647,13 @@ def _read_zip(path, buffer, fail):
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        struct.error,
+        OverflowError,
+    ) as error:
         fail(f"a damaged or truncated zip archive: {error}")
     if len(records) > MAX_RECORDS:
         fail(f"{len(records)} records, the limit is {MAX_RECORDS}")
@@ -547,8 +674,10 @@ def _read_zip(path, buffer, fail):
         if record.flag_bits & 0x1:
             fail(f"{what} is encrypted")
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-            fail(f"{what} is compressed ({record.compress_size} to {record.file_size} bytes), "
-                 "which torch.save never does")
+            fail(
+                f"{what} is compressed ({record.compress_size} to {record.file_size} bytes), "
+                "which torch.save never does"
+            )
         start = max(record.header_offset, 0)
         header = buffer[start : start + 30]
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -557,8 +686,10 @@ def _read_zip(path, buffer, fail):
         begin = start + 30 + name_bytes + extra_bytes
         total += record.file_size
         if begin + record.file_size > len(buffer) or total > len(buffer):
-            fail(f"{what} of {record.file_size} bytes does not fit in the file of {len(buffer)} bytes "
-                 "beside the others")
+            fail(
+                f"{what} of {record.file_size} bytes does not fit in the file of {len(buffer)} bytes "
+                "beside the others"
+            )
         places[record.filename] = Record(begin, record.file_size, record.CRC, record.filename)
 
     spans = sorted(places.values())
@@ -576,7 +707,11 @@ def _read_zip(path, buffer, fail):
     unpickler = _Unpickler(io.BytesIO(buffer[begin : begin + num_bytes]), fail)
     value = unpickler.load()
     prefix = f"{root}data/"
-    storages = {name[len(prefix) :]: record[:2] for name, record in places.items() if name.startswith(prefix)}
+    storages = {
+        name[len(prefix) :]: record[:2]
+        for name, record in places.items()
+        if name.startswith(prefix)
+    }
     unpickler.replace_tensors(_viewer(buffer, storages, fail))
     return value, tuple(spans)
 
@@ -595,8 +730,11 @@ def _read_legacy(buffer, fail):
     unpickler = _Unpickler(stream, fail)
     value = unpickler.load()
     keys = _Unpickler(stream, fail).load()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(
-            set(keys)) != len(keys):
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or len(set(keys)) != len(keys)
+    ):
         fail("the list of storages is damaged")
     places, position = {}, stream.tell()
     for key in keys:
@@ -607,8 +745,10 @@ def _read_legacy(buffer, fail):
         numel = int.from_bytes(buffer[position : position + 8], "little")
         num_bytes = numel * unpickler.storages[key].itemsize
         if position + 8 + num_bytes > len(buffer):
-            fail(f"truncated: storage {key[:80]!r} needs {num_bytes} bytes, "
-                 f"{len(buffer) - position - 8} are left")
+            fail(
+                f"truncated: storage {key[:80]!r} needs {num_bytes} bytes, "
+                f"{len(buffer) - position - 8} are left"
+            )
         places[key] = (position + 8, num_bytes)
         position += 8 + num_bytes
     if position != len(buffer):
@@ -652,7 +792,9 @@ def _pickled_state_dict(tensors):
     out = [b"\x80\x02", empty, b"("]
     for index, (key, shape, _) in enumerate(tensors):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(index)) + text("cpu")
+        storage = (
+            b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(index)) + text("cpu")
+        )
         storage += number(math.prod(shape)) + b"tQ"
         out += [text(key), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, number(0)]
         out += [b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides)]

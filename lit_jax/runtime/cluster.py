@@ -8,6 +8,7 @@ A run ends with one of these exit statuses, which is all that a launcher has to 
          in a row without a checkpoint between them is 1)
     75   stopped from outside, by SIGTERM or because another process is gone: run the same command again to go on
 """
+
 import contextlib
 import errno
 import json
@@ -28,12 +29,6 @@ ZERO_FIRST_SECONDS = 600  # how long the others wait for process 0 to prepare so
 SHUTDOWN_SECONDS = 86_400  # processes with nothing left to do wait this long at the end for one that writes a report
 
 
-
-
-
-
-
-
 def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments for jax.distributed.initialize that the environment implies; None: this process is alone.
 
@@ -42,16 +37,33 @@ def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
     Raises: ValueError when only a part of the first group is set, or it makes no sense.
     """
     if address := environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
+        count, index = (
+            environ.get("JAX_NUM_PROCESSES"),
+            environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX")),
+        )
         if not count or not index:
             missing = "JAX_PROCESS_ID" if count else "JAX_NUM_PROCESSES"
             raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} is set, but not {missing}")
-        if not re.fullmatch(r".+:\d+", address) or not (count + index).isdecimal() or int(index) >= int(count):
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS = {address} must be HOST:PORT, and JAX_PROCESS_ID (or "
-                             f"JOB_COMPLETION_INDEX) = {index} one of 0 to JAX_NUM_PROCESSES = {count} less 1")
-        return dict(coordinator_address=address, num_processes=int(count), process_id=int(index),
-                    cluster_detection_method="deactivate")
-    if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ:
+        if (
+            not re.fullmatch(r".+:\d+", address)
+            or not (count + index).isdecimal()
+            or int(index) >= int(count)
+        ):
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS = {address} must be HOST:PORT, and JAX_PROCESS_ID (or "
+                f"JOB_COMPLETION_INDEX) = {index} one of 0 to JAX_NUM_PROCESSES = {count} less 1"
+            )
+        return dict(
+            coordinator_address=address,
+            num_processes=int(count),
+            process_id=int(index),
+            cluster_detection_method="deactivate",
+        )
+    if (
+        int(environ.get("SLURM_NTASKS", 1)) > 1
+        and "SLURM_PROCID" in environ
+        and "SLURM_STEP_NODELIST" in environ
+    ):
         return dict(cluster_detection_method="slurm")
     if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu") and tpu_attached():
         return {}  # from the TPU VM's metadata, or from what GKE sets: JAX reads both
@@ -59,7 +71,9 @@ def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def tpu_attached() -> bool:
-    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
+        pathlib.Path("/dev/vfio").glob("[0-9]*")
+    )
 
 
 def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> None:
@@ -78,9 +92,19 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
     if (cluster["num_processes"] or 1) == 1:
         return
     # Not left to JAX: its runtime aborts the process when another does not come, without a name.
-    rendezvous(cluster["coordinator_address"], cluster["num_processes"], cluster["process_id"], fields, timeout=timeout)
-    jax.distributed.initialize(**cluster | {"cluster_detection_method": "deactivate"}, initialization_timeout=int(timeout),
-                               heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    rendezvous(
+        cluster["coordinator_address"],
+        cluster["num_processes"],
+        cluster["process_id"],
+        fields,
+        timeout=timeout,
+    )
+    jax.distributed.initialize(
+        **cluster | {"cluster_detection_method": "deactivate"},
+        initialization_timeout=int(timeout),
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
 
 
 def ask_cluster(method: str | None, timeout: float) -> dict[str, Any]:
@@ -91,26 +115,40 @@ def ask_cluster(method: str | None, timeout: float) -> dict[str, Any]:
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
 
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, timeout)
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, method, timeout
+        )
     except RuntimeError as error:
-        raise TimeoutError(f"process 0 is not to be found within {timeout:.0f} s (mesh.join_timeout): {error}") from error
-    return dict(zip(("coordinator_address", "num_processes", "process_id", "local_device_ids"), found))
+        raise TimeoutError(
+            f"process 0 is not to be found within {timeout:.0f} s (mesh.join_timeout): {error}"
+        ) from error
+    return dict(
+        zip(("coordinator_address", "num_processes", "process_id", "local_device_ids"), found)
+    )
 
 
-def rendezvous(address: str, count: int, index: int, fields: dict[str, Any], *, timeout: float) -> None:
+def rendezvous(
+    address: str, count: int, index: int, fields: dict[str, Any], *, timeout: float
+) -> None:
     """Waits until all processes have come to the coordinator's address and compares `fields`; all get the same verdict.
 
     Process 0 listens there, before JAX's own service does. Raises: as `initialize`.
     """
     host, port = address.rsplit(":", 1)
     deadline = time.monotonic() + timeout
-    message = {"index": index, "host": socket.gethostname(), "fields": flatten_dict(fields, sep=".")}
+    message = {
+        "index": index,
+        "host": socket.gethostname(),
+        "fields": flatten_dict(fields, sep="."),
+    }
     message = json.loads(json.dumps(message))
     if index == 0:
         kind, text = _judge(int(port), count, message, timeout)
     else:
         kind, text = _ask(host, int(port), message, deadline + ANSWER_SECONDS) or (
-            "missing", f"process 0 at {address} did not answer within {timeout + ANSWER_SECONDS:.0f} s (mesh.join_timeout)")
+            "missing",
+            f"process 0 at {address} did not answer within {timeout + ANSWER_SECONDS:.0f} s (mesh.join_timeout)",
+        )
     if text:
         raise {"missing": TimeoutError, "differs": ValueError}[kind](text)
 
@@ -132,15 +170,19 @@ def _judge(port: int, count: int, ours: dict[str, Any], timeout: float) -> tuple
         missing = [i for i in range(1, count) if i not in there]
         kind, lines = "missing", []
         if missing:
-            lines = [f"process {', '.join(map(str, missing))} of {count} did not come within {timeout:.0f} s "
-                     f"(mesh.join_timeout)"]
+            lines = [
+                f"process {', '.join(map(str, missing))} of {count} did not come within {timeout:.0f} s "
+                f"(mesh.join_timeout)"
+            ]
         else:
             kind = "differs"
             for i, (theirs, _) in sorted(there.items()):
-                lines += [f"process {i} ({theirs['host']}) has {name} = {theirs['fields'].get(name)}, process 0 "
-                          f"({ours['host']}) has {ours['fields'].get(name)}"
-                          for name in sorted(ours["fields"].keys() | theirs["fields"].keys())
-                          if ours["fields"].get(name) != theirs["fields"].get(name)]
+                lines += [
+                    f"process {i} ({theirs['host']}) has {name} = {theirs['fields'].get(name)}, process 0 "
+                    f"({ours['host']}) has {ours['fields'].get(name)}"
+                    for name in sorted(ours["fields"].keys() | theirs["fields"].keys())
+                    if ours["fields"].get(name) != theirs["fields"].get(name)
+                ]
         verdict = kind, "; ".join(lines[:4] + [f"and {len(lines) - 4} more"] * (len(lines) > 4))
         for _, stream in there.values():
             with contextlib.suppress(OSError):
@@ -163,8 +205,10 @@ def _listen(port: int, deadline: float) -> socket.socket:
             if error.errno != errno.EADDRINUSE:
                 raise
             if time.monotonic() > deadline:
-                raise TimeoutError(f"port {port} of {socket.gethostname()}, where the processes should meet, is in use by "
-                                   f"another program (mesh.join_timeout)") from error
+                raise TimeoutError(
+                    f"port {port} of {socket.gethostname()}, where the processes should meet, is in use by "
+                    f"another program (mesh.join_timeout)"
+                ) from error
         time.sleep(0.2)
 
 
@@ -172,7 +216,10 @@ def _ask(host: str, port: int, message: dict[str, Any], deadline: float) -> tupl
     """Another process's part: tells process 0 its fields and returns the verdict; None when there is none in time."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError, ValueError):
-            with socket.create_connection((host, port), left) as connection, connection.makefile("rw") as stream:
+            with (
+                socket.create_connection((host, port), left) as connection,
+                connection.makefile("rw") as stream,
+            ):
                 stream.write(json.dumps(message) + "\n")
                 stream.flush()
                 return tuple(json.loads(stream.readline()))
@@ -212,15 +259,3 @@ def lost_processes(seconds: float) -> list[int]:
     asking.start()
     asking.join(seconds)
     return lost
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,4 +1,5 @@
 """How a run ends: exit statuses that a launcher understands, and what counts as which."""
+
 import contextlib
 import json
 import os
@@ -13,18 +14,14 @@ from lit_jax.runtime import cluster
 EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
 
 
-
 MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not tried for ever
-
 
 
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
-
 class TryAgainError(Exception):
     """The run stopped in good order, and the same command continues it."""
-
 
 
 class CrashError(Exception):
@@ -38,10 +35,8 @@ class CrashError(Exception):
         self.count = count
 
 
-
 class GiveUpError(ValueError):
     """A run that would come to the same end again, however far it has come."""
-
 
 
 class Crashes:
@@ -54,14 +49,20 @@ class Crashes:
         self.begun, self._path, self._step, self._before = False, path, step, 0
 
     def __enter__(self) -> "Crashes":
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or not ours
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError
+        ):  # none yet, or not ours
             before = json.loads(self._path.read_text())
             self._before = before["crashes"] if before["step"] == self._step else 0
         self._write(self._before)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if self.begun and isinstance(error, Exception) and not isinstance(error, (TryAgainError, GiveUpError)):
+        if (
+            self.begun
+            and isinstance(error, Exception)
+            and not isinstance(error, (TryAgainError, GiveUpError))
+        ):
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
@@ -75,7 +76,6 @@ class Crashes:
             file.write(json.dumps({"step": self._step, "crashes": crashes}).ljust(80))
 
 
-
 @contextlib.contextmanager
 def shared_fate(heartbeat: float) -> Iterator[None]:
     """Turns the end of a job into the exit statuses above.
@@ -87,14 +87,21 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        several, crash = cluster._runtime().num_processes > 1, error if isinstance(error, CrashError) else None
+        several, crash = (
+            cluster._runtime().num_processes > 1,
+            error if isinstance(error, CrashError) else None,
+        )
         error = crash.__cause__ if crash else error
         if isinstance(error, TryAgainError) or isinstance(error, TimeoutError) and not crash:
             status, message = EXIT_TRY_AGAIN, str(error)
         elif not several and not crash:
             raise
         else:
-            message, again, lost = f"error: {' '.join(str(error).split())}", "; run the same command again to go on", []
+            message, again, lost = (
+                f"error: {' '.join(str(error).split())}",
+                "; run the same command again to go on",
+                [],
+            )
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exception(error)
                 message = f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -105,7 +112,10 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
             elif crash and (count := crash.count()) < MOST_CRASHES:
                 status, message = EXIT_CRASHED, f"{message}{again} from the last checkpoint"
             elif crash:
-                status, message = 1, f"{message}; crash {count} in a row without a new checkpoint, mend the cause first"
+                status, message = (
+                    1,
+                    f"{message}; crash {count} in a row without a new checkpoint, mend the cause first",
+                )
             else:
                 status = 1
         sys.stderr.write(message + "\n")
@@ -114,4 +124,3 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
         if several or crash:
             os._exit(status)
         sys.exit(status)
-

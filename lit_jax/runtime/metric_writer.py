@@ -1,4 +1,5 @@
 """What a run leaves for people: a progress line, metrics as JSON lines and TensorBoard events, image grids, MFU."""
+
 import contextlib
 import json
 import math
@@ -27,8 +28,15 @@ CLEAR_LINE = "\r\x1b[2K"  # of a terminal
 class MetricWriter:
     """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, *, total_steps: int, images_per_step: int, flops_per_step: float,
-                 first_step: int = 0):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        total_steps: int,
+        images_per_step: int,
+        flops_per_step: float,
+        first_step: int = 0,
+    ):
         self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
         self._active = jax.process_index() == 0
         self._terminal = self._active and sys.stderr.isatty()
@@ -42,7 +50,9 @@ class MetricWriter:
             self._folder = workdir / "tensorboard"
             self._folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(self._folder / "events"))
-            self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # what was after it is void
+            self._write_event(
+                first_step + 1, session_log=SessionLog(status=SessionLog.START)
+            )  # what was after it is void
         if self._terminal:
             logging.get_absl_handler().addFilter(_clear_line)
 
@@ -50,7 +60,9 @@ class MetricWriter:
         """Starts the clock at `step`, after compilation, so that the first rate is a rate."""
         self._clock = (step, time.monotonic())
 
-    def write(self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0) -> dict[str, float]:
+    def write(
+        self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0
+    ) -> dict[str, float]:
         """Records training metrics of `step` together with the speed since the last call.
 
         Args: seconds_waiting: how long of that time the loop stood still for want of data.
@@ -58,9 +70,11 @@ class MetricWriter:
         if self._clock and step > self._clock[0]:
             elapsed = time.monotonic() - self._clock[1]
             seconds = elapsed / (step - self._clock[0])
-            metrics = metrics | {"train/images_per_second": self._images / seconds,
-                                 "train/data_wait": seconds_waiting / elapsed,
-                                 "train/seconds_left": (self._total - step) * seconds}
+            metrics = metrics | {
+                "train/images_per_second": self._images / seconds,
+                "train/data_wait": seconds_waiting / elapsed,
+                "train/seconds_left": (self._total - step) * seconds,
+            }
             if self._peak:
                 metrics["train/mfu"] = self._flops / seconds / self._peak
         self.start(step)
@@ -72,7 +86,9 @@ class MetricWriter:
     def write_scores(self, step: int, scores: dict[str, float]) -> None:
         """Records an evaluation during training, as eval/NAME."""
         self._record(step, {f"eval/{name}": value for name, value in scores.items()})
-        logging.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        logging.info(
+            "step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        )
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._active:
@@ -85,7 +101,10 @@ class MetricWriter:
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
         if self._active:
-            self._write_event(step, summary=summary.image(name, np.asarray(picture.convert("RGB")), dataformats="HWC"))
+            self._write_event(
+                step,
+                summary=summary.image(name, np.asarray(picture.convert("RGB")), dataformats="HWC"),
+            )
 
     def _write_event(self, step: int, **content: Any) -> None:
         with naming_file(self._folder):
@@ -104,7 +123,7 @@ class MetricWriter:
             line += f"  {int(metrics['train/skipped'])} steps skipped"
         if self._terminal:
             # A line that wraps could not be cleared again.
-            sys.stderr.write(CLEAR_LINE + line[:shutil.get_terminal_size().columns - 1])
+            sys.stderr.write(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
         else:
             logging.info(line)
@@ -115,7 +134,9 @@ class MetricWriter:
             sys.stderr.write("\n")
         if self._active:
             for file in (self._file, self._events):
-                with contextlib.suppress(OSError):  # all is flushed; what could not be written has been told
+                with contextlib.suppress(
+                    OSError
+                ):  # all is flushed; what could not be written has been told
                     file.close()
 
 
@@ -140,14 +161,10 @@ def forget_after(path: pathlib.Path, step: int) -> None:
         return
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     part = path.with_suffix(".part")
-    part.write_text("".join(line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step))
+    part.write_text(
+        "".join(line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step)
+    )
     os.replace(part, path)
-
-
-
-
-
-
 
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -161,14 +178,6 @@ def _parse(path: pathlib.Path, lines: list[str]) -> list[dict[str, float]]:
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is no JSON: {error.doc.strip()[:80]}; remove it") from error
-
-
-
-
-
-
-
-
-
-
+        raise ValueError(
+            f"{path} has a line that is no JSON: {error.doc.strip()[:80]}; remove it"
+        ) from error

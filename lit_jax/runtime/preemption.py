@@ -1,4 +1,5 @@
 """Stopping on request, on every process at the same step, and a watch over steps that do not end."""
+
 import contextlib
 import faulthandler
 import signal
@@ -17,6 +18,7 @@ from lit_jax.runtime import cluster, exit_status
 @contextlib.contextmanager
 def sigterm_stops() -> Iterator[None]:
     """SIGTERM ends what is inside by TryAgainError, for jobs that lose nothing so; training has `Preemption`."""
+
     def stop(*_):
         raise exit_status.TryAgainError("stopped by SIGTERM; run the same command again to go on")
 
@@ -27,10 +29,8 @@ def sigterm_stops() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-
 class StopRequest(Exception):
     """Training has been asked to save and stop."""
-
 
 
 class Preemption:
@@ -57,9 +57,12 @@ class Preemption:
     def check(self, *_) -> None:
         """Raises StopRequest when it is time; every process calls it equally often: after each step and each batch drawn."""
         self._checks += 1
-        if self._told if self._alone else multihost_utils.reached_preemption_sync_point(self._checks):
+        if (
+            self._told
+            if self._alone
+            else multihost_utils.reached_preemption_sync_point(self._checks)
+        ):
             raise StopRequest
-
 
 
 class Watchdog:
@@ -76,14 +79,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported = self._last
-        while not self._closed.wait(max(0.01, max(self._last, reported) + self._seconds - time.monotonic())):
+        while not self._closed.wait(
+            max(0.01, max(self._last, reported) + self._seconds - time.monotonic())
+        ):
             now = time.monotonic()
             if now - max(self._last, reported) >= self._seconds:
                 reported = now
-                logging.error("process %d: no step has ended for %.0f s (train.watchdog), the last was step %d; the stacks:",
-                              cluster._runtime().process_id, now - self._last, self._step)
+                logging.error(
+                    "process %d: no step has ended for %.0f s (train.watchdog), the last was step %d; the stacks:",
+                    cluster._runtime().process_id,
+                    now - self._last,
+                    self._step,
+                )
                 faulthandler.dump_traceback(sys.__stderr__)
 
     def close(self) -> None:
         self._closed.set()
-

@@ -1,4 +1,5 @@
 """How far a job is, and where the time before its first step goes."""
+
 import contextlib
 import os
 import pathlib
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PROGRESS_SECONDS = 60.0
-
 
 
 class StartUp:
@@ -33,7 +33,6 @@ class StartUp:
         return f"first step after {sum(self._parts.values()):.1f} s: {parts}"
 
 
-
 def _process_age() -> float:
     """Seconds since this process was started, where /proc tells; else 0."""
     try:
@@ -43,7 +42,6 @@ def _process_age() -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
-
 @contextlib.contextmanager
 def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """How far a job over images is: a bar on a terminal, elsewhere a log line every PROGRESS_SECONDS; by process 0 alone.
@@ -51,7 +49,13 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     Yields a function that is told how many more are done.
     """
     terminal, shows = sys.stderr.isatty(), jax.process_index() == 0
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not (terminal and shows)) as bar:
         task = bar.add_task("", total=total, completed=done)
         before, start = done, time.monotonic()
@@ -65,15 +69,19 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
             if shows and not terminal and now - logged >= PROGRESS_SECONDS:
                 logged = now
                 speed = (done - before) / (now - start)
-                logging.info("%s: %d of %d images, %.1f images/s, %s left", name, done, total, speed,
-                             _duration((total - done) / speed))
+                logging.info(
+                    "%s: %d of %d images, %.1f images/s, %s left",
+                    name,
+                    done,
+                    total,
+                    speed,
+                    _duration((total - done) / speed),
+                )
 
         yield advance
-
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-

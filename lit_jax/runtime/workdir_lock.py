@@ -1,4 +1,5 @@
 """The lock of a workdir: two runs that write to one would cut each other's files to pieces."""
+
 import contextlib
 import fcntl
 import os
@@ -13,7 +14,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-WAIT_SECONDS = 10  # a run that was told to stop may overlap a little with the one that goes on from it
+WAIT_SECONDS = (
+    10  # a run that was told to stop may overlap a little with the one that goes on from it
+)
 
 
 @contextlib.contextmanager
@@ -31,8 +34,10 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
             if not owner:
                 stack.callback(file.truncate, 0)
         if multihost_utils.broadcast_one_to_all(np.bool_(owner)):
-            raise ValueError(f"--workdir={workdir} is in use by {owner or 'another run, which process 0 names'}; let that end "
-                             f"or stop it, or use another --workdir")
+            raise ValueError(
+                f"--workdir={workdir} is in use by {owner or 'another run, which process 0 names'}; let that end "
+                f"or stop it, or use another --workdir"
+            )
         yield
 
 
@@ -49,8 +54,11 @@ def _lock(file: TextIO) -> str:
                 return file.read().strip() or "another process"
             time.sleep(0.2)
         except OSError as error:
-            logging.info("%s cannot be locked (%s): see to it yourself that no second run uses this workdir", file.name,
-                         error.strerror)
+            logging.info(
+                "%s cannot be locked (%s): see to it yourself that no second run uses this workdir",
+                file.name,
+                error.strerror,
+            )
             return ""
     file.truncate(0)  # who was killed has left its name
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -1,4 +1,5 @@
 """The feature networks against torch, layer by layer from random weights; their weights files; and the resizes."""
+
 import pickle
 
 import jax
@@ -40,6 +41,7 @@ def record_outputs(network):
         def record(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else output
             outputs[name] = output.movedim(1, -1).numpy() if output.ndim == 4 else output.numpy()
+
         return record
 
     for name, module in network.named_modules():
@@ -52,8 +54,12 @@ def flatten_intermediates(state):
     flat = {}
     for keys, value in jax.tree_util.tree_leaves_with_path(state["intermediates"]):
         names = [key.key for key in keys if hasattr(key, "key")]
-        if names[-1] == "__call__" and keys[-1] == jax.tree_util.SequenceKey(0) or "__call__" in names:
-            flat.setdefault("/".join(names[:names.index("__call__")]), np.asarray(value))
+        if (
+            names[-1] == "__call__"
+            and keys[-1] == jax.tree_util.SequenceKey(0)
+            or "__call__" in names
+        ):
+            flat.setdefault("/".join(names[: names.index("__call__")]), np.asarray(value))
     return flat
 
 
@@ -61,29 +67,40 @@ def test_inception_is_pytorch_fids_network_layer_by_layer(torch_network, params)
     expected = record_outputs(torch_network)
     x = np.random.default_rng(0).uniform(-1, 1, (2, 299, 299, 3)).astype(np.float32)
     pool, logits = torch_network(torch.from_numpy(x).movedim(-1, 1))
-    actual, state = jax.jit(lambda p, x: inception.InceptionV3().apply(
-        {"params": p}, x, capture_intermediates=True, mutable=["intermediates"]))(params, x)
+    actual, state = jax.jit(
+        lambda p, x: inception.InceptionV3().apply(
+            {"params": p}, x, capture_intermediates=True, mutable=["intermediates"]
+        )
+    )(params, x)
     layers = flatten_intermediates(state)
     compared = 0
     for name, value in layers.items():
         if name and name != "fc":
             oracles.assert_close(value, expected[name.replace("/", ".")], reduction=1024, what=name)
             compared += 1
-    assert compared == 94 * 3 + 11                # 94 convolutions with norm and ReLU, 11 blocks
+    assert compared == 94 * 3 + 11  # 94 convolutions with norm and ReLU, 11 blocks
     oracles.assert_close(actual["pool"], pool, reduction=1024, what="pool")
-    oracles.assert_close(actual["logits"], logits - torch_network.fc.bias, reduction=2048, what="logits")
-    assert np.abs(torch_network.fc.bias).max() > 1.0        # the bias that is left out would show
+    oracles.assert_close(
+        actual["logits"], logits - torch_network.fc.bias, reduction=2048, what="logits"
+    )
+    assert np.abs(torch_network.fc.bias).max() > 1.0  # the bias that is left out would show
 
-    branch = expected["Mixed_6d.branch1x1"]                 # (2, 17, 17, 192)
+    branch = expected["Mixed_6d.branch1x1"]  # (2, 17, 17, 192)
     spatial = [branch[:, i, j, c] for i in range(17) for j in range(17) for c in range(7)]
-    oracles.assert_close(actual["spatial"], np.stack(spatial, axis=1), reduction=1024, what="spatial")
+    oracles.assert_close(
+        actual["spatial"], np.stack(spatial, axis=1), reduction=1024, what="spatial"
+    )
     assert actual["spatial"].shape == (2, 2023)
 
 
 def test_a_flax_pickle_holds_the_same_network(params, tmp_path):
     path = tmp_path / "inception_v3_weights_fid.pickle"
     for protocol in (2, 4):
-        path.write_bytes(pickle.dumps(params | {"fc": params["fc"] | {"bias": np.zeros(1008, np.float32)}}, protocol))
+        path.write_bytes(
+            pickle.dumps(
+                params | {"fc": params["fc"] | {"bias": np.zeros(1008, np.float32)}}, protocol
+            )
+        )
         loaded = inception.load_params(path)
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert features.hash_params(loaded) == features.hash_params(params)
@@ -112,7 +129,9 @@ def test_a_pickle_cannot_run_code(tmp_path, monkeypatch):
     path.write_bytes(pickle.dumps(endless))
     with pytest.raises(ValueError, match="weights.pickle nests its dicts without end"):
         inception.load_params(path)
-    path.write_bytes(b"cnumpy\nload\n(S'was_run'\ntR.")        # a function of NumPy's own is no array either
+    path.write_bytes(
+        b"cnumpy\nload\n(S'was_run'\ntR."
+    )  # a function of NumPy's own is no array either
     with pytest.raises(ValueError, match="refuses to load numpy.load"):
         inception.load_params(path)
     path.write_bytes(b"\x80\x04not a pickle")
@@ -129,8 +148,11 @@ def test_incomplete_weights_are_listed(params, tmp_path):
     path.write_bytes(pickle.dumps(broken))
     with pytest.raises(ValueError) as error:
         inception.load_params(path)
-    for text in ("missing Mixed_5b/branch1x1/conv/kernel", r"unknown extra/kernel",
-                 "Mixed_5c/branch1x1/bn/var has shape (7,), expected (64,)"):
+    for text in (
+        "missing Mixed_5b/branch1x1/conv/kernel",
+        r"unknown extra/kernel",
+        "Mixed_5c/branch1x1/bn/var has shape (7,), expected (64,)",
+    ):
         assert text in str(error.value)
     with pytest.raises(FileNotFoundError, match="nowhere.pth not found"):
         inception.load_params(tmp_path / "nowhere.pth")
@@ -168,19 +190,29 @@ def test_resize_is_tensorflow_1s(shape, size=299):
 def test_resize_has_the_known_pixels_of_tensorflow_1():
     """Corners stay, the far edge is repeated rather than reached, and a ramp is read at i * in / out."""
     ramp = jnp.broadcast_to(jnp.arange(4.0)[None, None, :, None], (1, 4, 4, 1))
-    np.testing.assert_array_equal(features.resize_tf1(ramp, 8)[0, 0, :, 0], [0, 0.5, 1, 1.5, 2, 2.5, 3, 3])
+    np.testing.assert_array_equal(
+        features.resize_tf1(ramp, 8)[0, 0, :, 0], [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
+    )
     np.testing.assert_array_equal(features.resize_tf1(ramp, 2)[0, 0, :, 0], [0, 2])
     # With half-pixel centres, as pytorch-fid resizes, the same rows differ:
-    np.testing.assert_allclose(features.resize_half_pixel(ramp, 8)[0, 0, :, 0], [0, .25, .75, 1.25, 1.75, 2.25, 2.75, 3])
+    np.testing.assert_allclose(
+        features.resize_half_pixel(ramp, 8)[0, 0, :, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    )
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (256, 256), (512, 384)])
 def test_half_pixel_resize_is_torchs(shape):
     images = np.random.default_rng(0).uniform(0, 1, (2, *shape, 3)).astype(np.float32)
-    expected = torch.nn.functional.interpolate(torch.from_numpy(images).movedim(-1, 1), size=(299, 299), mode="bilinear",
-                                               align_corners=False).movedim(1, -1)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(images).movedim(-1, 1),
+        size=(299, 299),
+        mode="bilinear",
+        align_corners=False,
+    ).movedim(1, -1)
     # A position near 512 is known to 2^-15 in float32, and a pixel can change by its full range from one to the next.
-    oracles.assert_close(features.resize_half_pixel(images, 299), expected, factor=512.0, what=str(shape))
+    oracles.assert_close(
+        features.resize_half_pixel(images, 299), expected, factor=512.0, what=str(shape)
+    )
 
 
 def test_clean_resize_keeps_fractions_and_overshoot():
@@ -189,20 +221,33 @@ def test_clean_resize_keeps_fractions_and_overshoot():
     resized = features.resize_clean(images, 299)
     assert resized.dtype == np.float32 and resized.shape == (1, 299, 299, 3)
     assert resized.min() < -1 and resized.max() > 256 and (resized != np.round(resized)).any()
-    np.testing.assert_array_equal(features.resize_clean(np.full((1, 50, 50, 3), 7, np.uint8), 299), 7.0)
+    np.testing.assert_array_equal(
+        features.resize_clean(np.full((1, 50, 50, 3), 7, np.uint8), 299), 7.0
+    )
 
 
 def expected_input(name, images):
     """Preprocessing of (B, H, W, 3) uint8 in torch and NumPy."""
     if name == "inception_adm":
-        return (np.stack([resize_tf1_oracle(image.astype(np.float64), 299) for image in images]) - 128) / 128
+        return (
+            np.stack([resize_tf1_oracle(image.astype(np.float64), 299) for image in images]) - 128
+        ) / 128
     if name == "inception_pytorch_fid":
         x = torch.from_numpy(images).movedim(-1, 1).float() / 255
-        x = torch.nn.functional.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        x = torch.nn.functional.interpolate(
+            x, size=(299, 299), mode="bilinear", align_corners=False
+        )
         return (2 * x - 1).movedim(1, -1).numpy()
-    channels = [[Image.fromarray(image[..., c].astype(np.float32)).resize((299, 299), Image.BICUBIC) for c in range(3)]
-                for image in images]
-    return (np.array([[np.asarray(c) for c in image] for image in channels]).transpose(0, 2, 3, 1) - 128) / 128
+    channels = [
+        [
+            Image.fromarray(image[..., c].astype(np.float32)).resize((299, 299), Image.BICUBIC)
+            for c in range(3)
+        ]
+        for image in images
+    ]
+    return (
+        np.array([[np.asarray(c) for c in image] for image in channels]).transpose(0, 2, 3, 1) - 128
+    ) / 128
 
 
 def test_extractors_preprocess_as_their_protocol_says(params):
@@ -221,23 +266,39 @@ def test_extract_gives_the_features_of_the_images(torch_network, params):
     actual = next(features.extract(extractor, [images], 8))
     x = torch.from_numpy(expected_input("inception_adm", images).astype(np.float32)).movedim(-1, 1)
     oracles.assert_close(actual["pool"], torch_network(x)[0], reduction=2048, what="pool")
-    assert actual["pool"].shape == (3, 2048) and actual["spatial"].shape == (3, 2023) and actual["logits"].shape == (3, 1008)
+    assert (
+        actual["pool"].shape == (3, 2048)
+        and actual["spatial"].shape == (3, 2023)
+        and actual["logits"].shape == (3, 1008)
+    )
 
 
-apply_efficientnet = jax.jit(lambda params, x: efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x))
+apply_efficientnet = jax.jit(
+    lambda params, x: efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x)
+)
 
 
 def check_efficientnet(network, path):
     outputs = record_outputs(network)
     params = efficientnet_lite0.load_params(path)
     rng = np.random.default_rng(0)
-    smooth = rng.uniform(-1, 1, (2, 8, 8, 3)).repeat(28, axis=1).repeat(28, axis=2).astype(np.float32)
+    smooth = (
+        rng.uniform(-1, 1, (2, 8, 8, 3)).repeat(28, axis=1).repeat(28, axis=2).astype(np.float32)
+    )
     pool, logits = network(torch.from_numpy(smooth).movedim(-1, 1))
-    actual, state = jax.jit(lambda p, x: efficientnet_lite0.EfficientNetLite0().apply(
-        {"params": p}, x, capture_intermediates=True, mutable=["intermediates"]))(params, smooth)
+    actual, state = jax.jit(
+        lambda p, x: efficientnet_lite0.EfficientNetLite0().apply(
+            {"params": p}, x, capture_intermediates=True, mutable=["intermediates"]
+        )
+    )(params, smooth)
     layers = flatten_intermediates(state)
     for index in range(16):
-        oracles.assert_close(layers[f"blocks_{index}"], outputs[f"_blocks.{index}"], reduction=1152, what=f"block {index}")
+        oracles.assert_close(
+            layers[f"blocks_{index}"],
+            outputs[f"_blocks.{index}"],
+            reduction=1152,
+            what=f"block {index}",
+        )
     oracles.assert_close(actual["pool"], pool, reduction=1280, what="pool")
     oracles.assert_close(actual["logits"], logits, reduction=1280, what="logits")
 
@@ -259,15 +320,21 @@ def test_extract_drops_padding_and_repeats_grey_images():
     extractor = features.make_extractor("efficientnet_lite0")
     images = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     whole = np.concatenate([f["pool"] for f in features.extract(extractor, [images], 16)])
-    ragged = np.concatenate([f["pool"] for f in features.extract(extractor, [images[:8], images[8:]], 8)])
+    ragged = np.concatenate(
+        [f["pool"] for f in features.extract(extractor, [images[:8], images[8:]], 8)]
+    )
     assert whole.shape == ragged.shape == (11, 1280)
     oracles.assert_close(ragged, whole, reduction=1280, what="ragged last batch")
     grey = images[..., :1]
-    from_grey, from_rgb = (next(features.extract(extractor, [x], 16))["pool"] for x in (grey, grey.repeat(3, -1)))
+    from_grey, from_rgb = (
+        next(features.extract(extractor, [x], 16))["pool"] for x in (grey, grey.repeat(3, -1))
+    )
     np.testing.assert_array_equal(from_grey, from_rgb)
 
 
-@pytest.mark.parametrize("picture, label", [("matplotlib/grace_hopper.jpg", 652), ("sklearn/china.jpg", 698)])
+@pytest.mark.parametrize(
+    "picture, label", [("matplotlib/grace_hopper.jpg", 652), ("sklearn/china.jpg", 698)]
+)
 def test_efficientnet_recognises_a_uniform_and_a_palace(picture, label):
     """The published weights under our preprocessing see what is there (ImageNet classes 652 and 698)."""
     package, file = picture.split("/")
@@ -279,7 +346,9 @@ def test_efficientnet_recognises_a_uniform_and_a_palace(picture, label):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = np.asarray(image.convert("RGB").crop((left, top, left + side, top + side)))
     extractor = features.make_extractor("efficientnet_lite0")
-    logits = apply_efficientnet(extractor.params, jax.jit(extractor.preprocess)(image[None]))["logits"]
+    logits = apply_efficientnet(extractor.params, jax.jit(extractor.preprocess)(image[None]))[
+        "logits"
+    ]
     assert int(logits[0].argmax()) == label
 
 
@@ -288,7 +357,9 @@ def test_bad_requests_are_named():
         features.make_extractor("fid")
     with pytest.raises(FileNotFoundError, match="evaluate.weights is empty: inception_adm needs"):
         features.make_extractor("inception_adm")
-    fake = features.Extractor("x", "x", {}, False, {}, {}, lambda p, x: {"pool": x.mean((1, 2))}, lambda x: x, lambda x: x)
+    fake = features.Extractor(
+        "x", "x", {}, False, {}, {}, lambda p, x: {"pool": x.mean((1, 2))}, lambda x: x, lambda x: x
+    )
     with pytest.raises(ValueError, match=r"uint8, got \(2, 4, 4, 3\) float32"):
         next(features.extract(fake, [np.zeros((2, 4, 4, 3), np.float32)], 8))
     with pytest.raises(ValueError, match="between 1 and 8 images a batch, got 9"):

@@ -1,4 +1,5 @@
 """What the benchmark times and estimates is the config's model; bad input is one line. No test looks at a time."""
+
 import dataclasses
 import json
 import sys
@@ -19,10 +20,23 @@ from lit_jax.models.dit import forward_flops
 def tiny_config(**model):
     """Latents of 4 x 4 at 32 pixels, 16 tokens."""
     config = debug.get_config()
-    config.model.update({"in_channels": 4, "patch_size": 1, "num_classes": 3, "conv_size": 3, "num_heads": 1, "qkv_bias": False,
-                         "kernel_function": "focused", "dtype": "float32"} | model)
+    config.model.update(
+        {
+            "in_channels": 4,
+            "patch_size": 1,
+            "num_classes": 3,
+            "conv_size": 3,
+            "num_heads": 1,
+            "qkv_bias": False,
+            "kernel_function": "focused",
+            "dtype": "float32",
+        }
+        | model
+    )
     config.teacher.num_heads = 4
-    config.benchmark.update(what=("attention", "model"), pixels=(32,), attention_tokens=32, model_tokens=32, repeats=1)
+    config.benchmark.update(
+        what=("attention", "model"), pixels=(32,), attention_tokens=32, model_tokens=32, repeats=1
+    )
     return config
 
 
@@ -48,20 +62,29 @@ def test_the_models_that_are_timed_are_the_configs(measured, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: one)  # eight would only compile longer
     config = tiny_config(depth=1)
     rows = list(benchmark.time_models(config))
-    assert [row["what"] for row in rows] == ["DiT forward", "DiT training step", "LiT forward", "LiT training step",
-                                             "LiT with DiT teacher distillation step"]
+    assert [row["what"] for row in rows] == [
+        "DiT forward",
+        "DiT training step",
+        "LiT forward",
+        "LiT training step",
+        "LiT with DiT teacher distillation step",
+    ]
     B = 2
     lit = experiment.student(config)
     dit = lit.clone(attention="softmax", num_heads=4)
     for model, (args, out) in zip((dit, lit), (measured[0], measured[2])):
         x, t, y = args[1:]
-        assert shapes(args[0]) == shapes(jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y)["params"]))
+        assert shapes(args[0]) == shapes(
+            jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y)["params"])
+        )
         assert out.shape == (B, 4, 4, 8)
     # A millisecond each: TFLOP/s tells the FLOPs of a row.
     forward = [forward_flops(model, (4, 4)) for model in (dit, lit)]
     expected = [forward[0], 3 * forward[0], forward[1], 3 * forward[1], 3 * forward[1] + forward[0]]
     np.testing.assert_allclose([row["TFLOP/s"] * 1e9 / B for row in rows], expected)
-    assert all(row["images/s"] == B / 1e-3 and row["pixels"] == 32 and row["batch"] == B for row in rows)
+    assert all(
+        row["images/s"] == B / 1e-3 and row["pixels"] == 32 and row["batch"] == B for row in rows
+    )
     assert "kd_noise" in " ".join(measured[4][1]) and "kd_noise" not in " ".join(measured[3][1])
 
 
@@ -69,30 +92,46 @@ def test_the_attention_that_is_timed_is_the_configs(measured):
     config = tiny_config()
     rows = list(benchmark.time_attention(config))
     assert [(row["what"], row["pass"]) for row in rows] == [
-        (f"attention {name}", kind) for name in ("linear, xla", "softmax, fastest")
-        for kind in ("forward", "forward + backward")]
+        (f"attention {name}", kind)
+        for name in ("linear, xla", "softmax, fastest")
+        for kind in ("forward", "forward + backward")
+    ]
     calls = measured[1:]  # the first is the copy that tells the bandwidth
     q, kv, filters, bias = calls[0][0]
     assert shapes((q, kv, filters, bias)) == ((2, 16, 32), (2, 16, 64), (3, 3, 32), (32,))
-    linear = linear_attention(q, kv, filters, bias, num_heads=1, grid=(4, 4), kernel_function="focused")
+    linear = linear_attention(
+        q, kv, filters, bias, num_heads=1, grid=(4, 4), kernel_function="focused"
+    )
     np.testing.assert_allclose(calls[0][1], linear, rtol=1e-5, atol=1e-5)
     heads = [x.reshape(2, 16, 4, 8) for x in (q, *np.split(kv, 2, axis=-1))]
     softmax = jax.nn.dot_product_attention(*heads).reshape(q.shape)
     np.testing.assert_allclose(calls[2][1], softmax, rtol=1e-5, atol=1e-5)
     for out, gradients in (calls[1][1], calls[3][1]):
-        assert out.shape == q.shape and shapes(gradients) == shapes((q, kv, filters, bias)) or gradients[2] is None
+        assert (
+            out.shape == q.shape
+            and shapes(gradients) == shapes((q, kv, filters, bias))
+            or gradients[2] is None
+        )
     for row, arrays in zip(rows, (4, 11, 4, 11)):
-        copied = 2 * 64 * 2**20 * 4     # bytes that the copy moves in its millisecond
+        copied = 2 * 64 * 2**20 * 4  # bytes that the copy moves in its millisecond
         assert row["floor us"] == pytest.approx(arrays * q.nbytes / copied * 1e3)
         assert row["x floor"] == pytest.approx(row["us"] / row["floor us"])
 
 
-@pytest.mark.parametrize("fields, names", [
-    (dict(kernel_function="relu"), ["linear, xla", "linear, pallas_tpu", "softmax, fastest"]),
-    (dict(kernel_function="relu", conv_size=9), ["linear, xla", "softmax, fastest"])])
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        (dict(kernel_function="relu"), ["linear, xla", "linear, pallas_tpu", "softmax, fastest"]),
+        (dict(kernel_function="relu", conv_size=9), ["linear, xla", "softmax, fastest"]),
+    ],
+)
 def test_a_kernel_is_timed_where_it_offers_the_case(monkeypatch, fields, names):
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="tpu", device_kind="a TPU")])
-    monkeypatch.setattr(benchmark, "measure", lambda *args, **kwargs: benchmark.Timing(1e-3, 1e-3, 1e-3))
+    monkeypatch.setattr(
+        jax, "devices", lambda: [types.SimpleNamespace(platform="tpu", device_kind="a TPU")]
+    )
+    monkeypatch.setattr(
+        benchmark, "measure", lambda *args, **kwargs: benchmark.Timing(1e-3, 1e-3, 1e-3)
+    )
     rows = list(benchmark.time_attention(tiny_config(**fields)))
     assert [row["what"] for row in rows[::2]] == [f"attention {name}" for name in names]
 
@@ -108,14 +147,20 @@ def test_a_failure_leaves_the_rows_before_it(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "benchmark.json").read_text())["rows"] == [{"what": "the first"}]
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(pixels=("a",)), r"benchmark.pixels = \('a',\) must be multiples of a token's 8 pixels"),
-    (dict(pixels=()), r"benchmark.pixels = \(\)"),
-    (dict(pixels=(64, 36)), r"benchmark.pixels = \(64, 36\)"),
-    (dict(what=("speed",)), "benchmark.what names speed"),
-    (dict(topology=""), "benchmark.topology is empty"),
-    (dict(topology="v9:2x2"), "benchmark.topology = 'v9:2x2'"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(pixels=("a",)),
+            r"benchmark.pixels = \('a',\) must be multiples of a token's 8 pixels",
+        ),
+        (dict(pixels=()), r"benchmark.pixels = \(\)"),
+        (dict(pixels=(64, 36)), r"benchmark.pixels = \(64, 36\)"),
+        (dict(what=("speed",)), "benchmark.what names speed"),
+        (dict(topology=""), "benchmark.topology is empty"),
+        (dict(topology="v9:2x2"), "benchmark.topology = 'v9:2x2'"),
+    ],
+)
 def test_bad_fields_are_one_line(tmp_path, fields, message):
     config = tiny_config()
     config.benchmark.update(fields)
@@ -123,9 +168,19 @@ def test_bad_fields_are_one_line(tmp_path, fields, message):
         benchmark.run(config, tmp_path)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(kernel_function="relu", conv_size=9), "model.conv_size = 9 at 32 pixels: pallas_tpu offers convolutions of 3, 5 or"),
-    (dict(kernel_function="gelu"), "model.kernel_function = gelu, .* offers kernel_function 'relu'")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(kernel_function="relu", conv_size=9),
+            "model.conv_size = 9 at 32 pixels: pallas_tpu offers convolutions of 3, 5 or",
+        ),
+        (
+            dict(kernel_function="gelu"),
+            "model.kernel_function = gelu, .* offers kernel_function 'relu'",
+        ),
+    ],
+)
 def test_no_estimate_of_what_the_kernels_do_not_offer(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         benchmark.run(tiny_config(**fields), tmp_path)
@@ -133,40 +188,62 @@ def test_no_estimate_of_what_the_kernels_do_not_offer(tmp_path, fields, message)
 
 # The static estimates, by the TPU's compiler.
 
-@pytest.mark.parametrize("topology, clock, cores", [("v5e:2x2", 1.5e9, 1), ("v4:2x2x1", 1.05e9, 2), ("v5p:2x2x1", 1.75e9, 2)])
-def test_a_static_estimate_is_of_the_configs_model_on_the_whole_chip(tmp_path, topology, clock, cores):
+
+@pytest.mark.parametrize(
+    "topology, clock, cores",
+    [("v5e:2x2", 1.5e9, 1), ("v4:2x2x1", 1.05e9, 2), ("v5p:2x2x1", 1.75e9, 2)],
+)
+def test_a_static_estimate_is_of_the_configs_model_on_the_whole_chip(
+    tmp_path, topology, clock, cores
+):
     """The cores of a chip share its images and its HBM."""
     config = tiny_config(kernel_function="relu", dtype="bfloat16")
     config.benchmark.update(topology=topology, pixels=(128,), attention_tokens=4 * 256)
     benchmark.run(config, tmp_path)
     forward, backward = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert (forward["pass"], backward["pass"], forward["batch"], forward["pixels"]) == ("forward", "backward", 4, 128)
+    assert (forward["pass"], backward["pass"], forward["batch"], forward["pixels"]) == (
+        "forward",
+        "backward",
+        4,
+        128,
+    )
     bandwidth = 1e9 * tpu_schedule.CHIPS[forward["chip"]][1]
     for row, arrays in ((forward, 4), (backward, 7)):
         # Of B T D bfloat16 elements; 5 % for the filter and its gradient, which the compiler pads.
-        assert row["floor us"] * 1e-6 * bandwidth == pytest.approx(arrays * 4 * 256 * 32 * 2, rel=0.05)
+        assert row["floor us"] * 1e-6 * bandwidth == pytest.approx(
+            arrays * 4 * 256 * 32 * 2, rel=0.05
+        )
     for row in (forward, backward):
-        assert row["bundles"] > 100 and row["us"] == pytest.approx(1e6 * row["bundles"] * 4 / cores / clock)
-        assert row["x floor"] == pytest.approx(row["us"] / row["floor us"])  # far above what memory takes
+        assert row["bundles"] > 100 and row["us"] == pytest.approx(
+            1e6 * row["bundles"] * 4 / cores / clock
+        )
+        assert row["x floor"] == pytest.approx(
+            row["us"] / row["floor us"]
+        )  # far above what memory takes
 
 
 def test_a_loop_over_chunks_counts_as_often_as_it_turns_and_bands_move_more_than_the_floor():
     """LiT-S/2 at 1024 pixels on a v4: 4096 tokens are 16 chunks, in bands, and v is read for the state and for the output."""
     cost = tpu_schedule.attention_costs(384, 2, (64, 64), 2, "v4:2x2x1")["forward"]
     assert len(cost.kernels) == 2
-    assert cost.compute == pytest.approx(sum(kernel.bundles for kernel in cost.kernels) * 16 / 1.05e9)
+    assert cost.compute == pytest.approx(
+        sum(kernel.bundles for kernel in cost.kernels) * 16 / 1.05e9
+    )
     assert 5 / 4 < cost.memory / cost.floor < 6 / 4  # 5 arrays and the halos of the bands, for 4
     memory_bound = dataclasses.replace(cost, compute=0.0)
     assert memory_bound.ratio == cost.memory / cost.floor
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--pixels=8"], "--pixels=8 is not a multiple of a token's 16"),
-    (["--pixels=100"], "--pixels=100"),
-    (["--width=1000", "--heads=3"], "--heads=3 does not divide --width=1000"),
-    (["--tokens=-5"], "--tokens=-5"),
-    (["--topology=v5e:3x7"], "topology = 'v5e:3x7'"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--pixels=8"], "--pixels=8 is not a multiple of a token's 16"),
+        (["--pixels=100"], "--pixels=100"),
+        (["--width=1000", "--heads=3"], "--heads=3 does not divide --width=1000"),
+        (["--tokens=-5"], "--tokens=-5"),
+        (["--topology=v5e:3x7"], "topology = 'v5e:3x7'"),
+    ],
+)
 def test_bad_flags_of_the_estimate_are_one_line(monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["static_cost", *flags])
     with pytest.raises(SystemExit):

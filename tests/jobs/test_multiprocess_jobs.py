@@ -1,4 +1,5 @@
 """Preparing and sampling by real processes: two give what one gives, and a killed one goes on."""
+
 import json
 import pathlib
 import signal
@@ -34,14 +35,23 @@ def folder(tmp_path_factory):
     for i in range(IMAGES):
         path = folder / f"class_{i % 3}" / f"{i:03d}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (24, 20, 3)).astype(np.uint8)).save(path, compress_level=0)
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3)).astype(np.uint8)).save(
+            path, compress_level=0
+        )
     return folder
 
 
 def overrides(folder, out):
-    return ("--mode=prepare", f"--config.prepare.source={folder}", "--config.data.name=small", f"--config.data.dir={out}",
-            "--config.prepare.image_size=16", "--config.prepare.batch_size=2", f"--config.prepare.shard_records={SHARD}",
-            "--config.data.num_threads=1")
+    return (
+        "--mode=prepare",
+        f"--config.prepare.source={folder}",
+        "--config.data.name=small",
+        f"--config.data.dir={out}",
+        "--config.prepare.image_size=16",
+        "--config.prepare.batch_size=2",
+        f"--config.prepare.shard_records={SHARD}",
+        "--config.data.num_threads=1",
+    )
 
 
 def files(out):
@@ -91,12 +101,21 @@ def test_two_processes_sample_what_one_samples(server, tmp_path):
     model = experiment.student(config)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
-    checkpoint.save_params(tmp_path / "weights", params, {"model": train.architecture(model, config)})
+    params = jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
+    checkpoint.save_params(
+        tmp_path / "weights", params, {"model": train.architecture(model, config)}
+    )
     config.sample.checkpoint = str(tmp_path / "weights")
     sample.run(config, tmp_path / "one")
-    pair = server.run_together(tmp_path / "two", 2, "--mode=sample", f"--config.sample.checkpoint={tmp_path / 'weights'}",
-                               "--config.sample.num_images=11")
+    pair = server.run_together(
+        tmp_path / "two",
+        2,
+        "--mode=sample",
+        f"--config.sample.checkpoint={tmp_path / 'weights'}",
+        "--config.sample.num_images=11",
+    )
     assert [life.wait() for life in pair] == [0, 0], "".join(life.text() for life in pair)
     results = []
     for name in ("one", "two"):
@@ -114,9 +133,16 @@ def test_two_processes_port_together(server, tmp_path):
     expected = read_checkpoint(source).report.checksum
     for name, origin in (("orbax", source), ("b.safetensors", tmp_path / "orbax")):
         work = tmp_path / f"work_{name}"
-        pair = server.run_together(work, 2, "--mode=port", f"--config.port.source={origin}",
-                                   f"--config.port.target={tmp_path / name}", "--config.port.check_model=False",
-                                   "--config.mesh.data=1", "--config.mesh.fsdp=2")
+        pair = server.run_together(
+            work,
+            2,
+            "--mode=port",
+            f"--config.port.source={origin}",
+            f"--config.port.target={tmp_path / name}",
+            "--config.port.check_model=False",
+            "--config.mesh.data=1",
+            "--config.mesh.fsdp=2",
+        )
         assert [life.wait() for life in pair] == [0, 0], "".join(life.text() for life in pair)
         assert json.loads((work / "port_report.json").read_text())["checksum"] == expected
         assert sum("ported to" in life.text() for life in pair) == 1

@@ -1,4 +1,5 @@
 """Plans: the numbers read off compiled programs, against hand arithmetic."""
+
 import dataclasses
 import json
 
@@ -78,7 +79,10 @@ def test_collectives_are_counted_with_their_groups_and_the_slices_they_cross():
     gather, reduce = hlo.Program(MODULE).collectives(slices=2)
     assert dataclasses.astuple(gather)[:5] == ("all-gather", 8 * 64 * 64 * 2, 8, False, 28)
     assert dataclasses.astuple(reduce)[:5] == ("all-reduce", 28 * 8 * 64 * 4, 4, True, 1)
-    assert gather.wire_bytes == 28 * gather.size * 7 / 8 and reduce.wire_bytes == 2 * reduce.size * 3 / 4
+    assert (
+        gather.wire_bytes == 28 * gather.size * 7 / 8
+        and reduce.wire_bytes == 2 * reduce.size * 3 / 4
+    )
 
 
 # One gather that runs beside two fusions, and two sums of which each chip keeps a part: the compiler's forms of them.
@@ -121,16 +125,26 @@ ENTRY %main (x: bf16[64,64], y: f32[64,64], z: f32[32,64]) -> f32[8,64] {
 
 def test_a_collective_counts_once_and_two_on_one_channel_count_twice():
     found = [(c.kind, c.size, c.group) for c in hlo.Program(FUSED).collectives()]
-    assert found == [("all-gather", 256 * 64 * 2, 4), ("reduce-scatter", 64 * 64 * 4, 4), ("reduce-scatter", 32 * 64 * 4, 4)]
+    assert found == [
+        ("all-gather", 256 * 64 * 2, 4),
+        ("reduce-scatter", 64 * 64 * 4, 4),
+        ("reduce-scatter", 32 * 64 * 4, 4),
+    ]
 
 
 def test_replica_groups_are_read_in_each_of_their_forms():
     rows = np.arange(8).reshape(2, 4)
-    for text in ("replica_groups={{0,1,2,3},{4,5,6,7}}", "replica_groups=[2,4]<=[8]",
-                 "replica_groups=mesh['a'=2,'b'=4] {'b'}"):
+    for text in (
+        "replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "replica_groups=[2,4]<=[8]",
+        "replica_groups=mesh['a'=2,'b'=4] {'b'}",
+    ):
         np.testing.assert_array_equal(hlo._groups(text), rows)
-    for text in ("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=mesh['a'=2,'b'=4] {'a'}",
-                 "replica_groups=mesh['a'=8] {'a':(1)2}"):
+    for text in (
+        "replica_groups=[4,2]<=[2,4]T(1,0)",
+        "replica_groups=mesh['a'=2,'b'=4] {'a'}",
+        "replica_groups=mesh['a'=8] {'a':(1)2}",
+    ):
         np.testing.assert_array_equal(hlo._groups(text), rows.T)
 
 
@@ -141,7 +155,9 @@ def test_flops_of_xl_are_six_times_parameters_times_tokens():
     per_token = sum(checkpoint.parameter_count(shapes["blocks"][name]) for name in ("attn", "mlp"))
     by_hand = 6 * per_token * tokens + 3 * plan.attention_flops(model, (32, 32))
     assert 3 * forward_flops(model, (32, 32)) == pytest.approx(by_hand, rel=0.01)
-    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(0.711e12, rel=0.01)  # 119 Gflop of the paper, times 2 and 3
+    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(
+        0.711e12, rel=0.01
+    )  # 119 Gflop of the paper, times 2 and 3
 
 
 def tiny_config(**mesh):
@@ -166,10 +182,16 @@ def planned(tmp_path_factory):
 def test_memory_is_what_the_arrays_take_by_hand(planned):
     planner, programs = planned
     shapes = state_shapes(planner.model, plan.from_config.optimizer(tiny_config()), 32)
-    held = sum(np.prod(h.shard_shape(s.shape)) * s.dtype.itemsize
-               for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(sharding.fsdp_sharding(shapes, planner.mesh))))
+    held = sum(
+        np.prod(h.shard_shape(s.shape)) * s.dtype.itemsize
+        for s, h in zip(
+            jax.tree.leaves(shapes), jax.tree.leaves(sharding.fsdp_sharding(shapes, planner.mesh))
+        )
+    )
     parameters = checkpoint.parameter_count(shapes.params)
-    assert held == pytest.approx(4 * 4 * parameters / 4, rel=0.05)  # params, EMA, two moments; float32; four chips
+    assert held == pytest.approx(
+        4 * 4 * parameters / 4, rel=0.05
+    )  # params, EMA, two moments; float32; four chips
     teacher = 2 * checkpoint.parameter_count(planner.teacher_params) / 4
     # What is small is padded: a stack of six biases fills eight rows of a tile.
     for name, by_hand in (("distill", held + teacher), ("sample", 4 * parameters / 4)):
@@ -193,29 +215,42 @@ def test_nothing_is_replicated_by_accident(planned):
     assert found["all-to-all"]["bytes"] < 0.005 * 4 * parameters
     # Gradients are summed once, and scattered: over the four chips that share them first, then what each keeps over the two
     # copies. (The compiler sums those whose parts are no whole tiles in full: here two of six matrices, none of XL's.)
-    assert sum(entry["bytes"] for kind, entry in found.items() if "reduce" in kind) <= 3 * parameters
-    assert sum(entry["wire_bytes"] for kind, entry in found.items() if "reduce" in kind) <= 3 * parameters
+    assert (
+        sum(entry["bytes"] for kind, entry in found.items() if "reduce" in kind) <= 3 * parameters
+    )
+    assert (
+        sum(entry["wire_bytes"] for kind, entry in found.items() if "reduce" in kind)
+        <= 3 * parameters
+    )
     # No array on a chip is larger than the activations that remat=dots saves of its own 8 images, all layers stacked.
     tokens, width = 64, planner.model.width
     saved = layers * 8 * tokens * 4 * width * 2
-    assert max(size for size, _, _ in programs["distill"]["largest"]) <= max(saved, 4 * parameters / 4)
+    assert max(size for size, _, _ in programs["distill"]["largest"]) <= max(
+        saved, 4 * parameters / 4
+    )
 
 
 def test_the_programs_are_those_that_a_tpu_would_run():
     """Not what this machine's CPU would pick; a name in the config stands."""
     config = tiny_config(fsdp=4)
-    config.model.patch_size = 2                                 # 256 tokens: the flash kernel takes multiples of 128
+    config.model.patch_size = 2  # 256 tokens: the flash kernel takes multiples of 128
     chips = plan.topology_devices("v5e:2x4", 1)
     planner = plan.Planner(config, chips)
-    assert (planner.model.implementation, planner.teacher.implementation) == ("pallas_tpu", "pallas_tpu")
-    config.model.patch_size = 4                                 # 64 tokens
+    assert (planner.model.implementation, planner.teacher.implementation) == (
+        "pallas_tpu",
+        "pallas_tpu",
+    )
+    config.model.patch_size = 4  # 64 tokens
     config.model.implementation = "xla"
     planner = plan.Planner(config, chips)
     assert (planner.model.implementation, planner.teacher.implementation) == ("xla", "xla")
-    config.model.update(implementation=None, conv_size=9)       # no kernel offers it
+    config.model.update(implementation=None, conv_size=9)  # no kernel offers it
     assert plan.Planner(config, chips).model.implementation == "xla"
     config.model.update(conv_size=5, implementation="pallas_gpu")
-    with pytest.raises(ValueError, match="model.implementation = pallas_gpu runs on gpu devices, these are tpu devices"):
+    with pytest.raises(
+        ValueError,
+        match="model.implementation = pallas_gpu runs on gpu devices, these are tpu devices",
+    ):
         plan.Planner(config, chips)
 
 
@@ -226,42 +261,63 @@ def test_a_plan_comes_before_the_weights():
     planner = plan.Planner(config, plan.topology_devices("v5e:2x4", 1))
     assert (planner.model.width, planner.teacher.width, planner.teacher.depth) == (384, 1152, 28)
     heading = planner.heading()
-    assert "nowhere/DiT-XL-2-256x256.pt is not there (yet): the teacher planned is a DiT of 28 layers of width 1152" in heading
-    assert "teacher 674,834,720 (pallas_tpu)" in heading     # DiT-XL/2, less the 256 x 1152 of the position table
+    assert (
+        "nowhere/DiT-XL-2-256x256.pt is not there (yet): the teacher planned is a DiT of 28 layers of width 1152"
+        in heading
+    )
+    assert (
+        "teacher 674,834,720 (pallas_tpu)" in heading
+    )  # DiT-XL/2, less the 256 x 1152 of the position table
 
 
 def test_the_heading_says_that_the_decoder_is_left_out_and_what_it_weighs():
     config = tiny_config()
     config.model.in_channels = 4
     chips = plan.topology_devices("v5e:2x4", 1)
-    assert "decode" not in plan.Planner(config, chips).heading()        # pixels
+    assert "decode" not in plan.Planner(config, chips).heading()  # pixels
     config.autoencoder.checkpoint = "sd-vae-ft-ema"
     assert "to decode them" in plan.Planner(config, chips).heading()
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(AutoencoderKL().init, jax.random.key(0), images)
     parameters = checkpoint.parameter_count(shapes)
-    assert f"{4 * parameters / plan.GiB:.2f} GiB for the {parameters:,} parameters" in plan.AUTOENCODER
+    assert (
+        f"{4 * parameters / plan.GiB:.2f} GiB for the {parameters:,} parameters" in plan.AUTOENCODER
+    )
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_device_of_the_plan_is_a_chip_with_the_memory_that_the_compiler_lets_it_use(topology):
     chips = plan.topology_devices(topology, 1)
     assert len(chips) == 4
-    huge = jax.ShapeDtypeStruct((2**34,), np.float32, sharding=jax.sharding.SingleDeviceSharding(chips[0]))
+    huge = jax.ShapeDtypeStruct(
+        (2**34,), np.float32, sharding=jax.sharding.SingleDeviceSharding(chips[0])
+    )
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(lambda x: x[::-1] + x).lower(huge).compile()
     needed, allowed = plan.memory_shortage(str(refused.value))
     assert needed >= 64 * plan.GiB
-    assert allowed == pytest.approx(plan.CHIPS[chips[0].device_kind].memory, rel=1e-3)      # the text has two decimals
+    assert allowed == pytest.approx(
+        plan.CHIPS[chips[0].device_kind].memory, rel=1e-3
+    )  # the text has two decimals
 
 
 def test_both_refusals_of_the_compiler_are_understood():
-    long = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.42G of 15.75G "
-            "hbm. Exceeded hbm capacity by 2.67G.")
-    short = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-             "temporaries (18.42G) exceeds available HBM (15.75G). HLO module: jit_draw.")
-    assert plan.memory_shortage(long) == plan.memory_shortage(short) == (18.42 * plan.GiB, 15.75 * plan.GiB)
-    assert plan.memory_shortage("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+    long = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.42G of 15.75G "
+        "hbm. Exceeded hbm capacity by 2.67G."
+    )
+    short = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (18.42G) exceeds available HBM (15.75G). HLO module: jit_draw."
+    )
+    assert (
+        plan.memory_shortage(long)
+        == plan.memory_shortage(short)
+        == (18.42 * plan.GiB, 15.75 * plan.GiB)
+    )
+    assert (
+        plan.memory_shortage("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+    )
 
 
 def test_a_real_program_that_does_not_fit_is_told_by_how_much(planned):
@@ -281,19 +337,32 @@ def test_the_program_does_not_grow_with_the_depth():
 
 
 @pytest.mark.parametrize("jump, needs, largest", [(0, 34, 1792), (2, 36, 1536)])
-def test_a_program_that_does_not_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch, capsys, jump, needs, largest):
+def test_a_program_that_does_not_fit_says_by_how_much_and_what_would(
+    tmp_path, monkeypatch, capsys, jump, needs, largest
+):
     """8 MiB an image, and `jump` GiB more above 512 images, as when the compiler changes its mind; six compilations."""
+
     def estimate(self, program, batch_size=0):
         batch_size = batch_size or 4096
         needs = 2 * plan.GiB + batch_size * 2**23 + jump * plan.GiB * (batch_size > 512)
         tried.append(batch_size)
-        return plan.Estimate(program, batch_size, needs <= 16 * plan.GiB, needs, 16 * plan.GiB, seconds={"compute": 1.0})
+        return plan.Estimate(
+            program,
+            batch_size,
+            needs <= 16 * plan.GiB,
+            needs,
+            16 * plan.GiB,
+            seconds={"compute": 1.0},
+        )
 
     tried = []
     monkeypatch.setattr(plan.Planner, "estimate", estimate)
     config = tiny_config()
     config.plan.programs = ("plain",)
-    with pytest.raises(ValueError, match=f"batch 4096 needs {needs}.00 GiB a chip of v5e:2x4, {needs - 16}.00 GiB more"):
+    with pytest.raises(
+        ValueError,
+        match=f"batch 4096 needs {needs}.00 GiB a chip of v5e:2x4, {needs - 16}.00 GiB more",
+    ):
         plan.run(config, tmp_path)
     assert f"the largest batch found to fit is {largest}" in capsys.readouterr().out
     assert len(tried) <= plan.MAX_TRIES
@@ -311,13 +380,18 @@ def test_a_mesh_need_not_be_made_of_whole_axes_of_the_torus():
     """The same command on any slice: of 4 x 4 x 4, 8 takes one axis and half of the next."""
     mesh = sharding.make_mesh(-1, 8, plan.topology_devices("v5p:4x4x4", 1))
     assert dict(mesh.shape) == {"data": 8, "fsdp": 8}
-    for row in mesh.devices:    # neighbours: the eight that share a copy lie in a box of 8 chips
+    for row in mesh.devices:  # neighbours: the eight that share a copy lie in a box of 8 chips
         assert np.prod(np.ptp([device.coords for device in row], axis=0) + 1) == 8
 
 
-@pytest.mark.parametrize("topology, message", [
-    ("v5e:3x7", "plan.topology = 'v5e:3x7'"), ("", "plan.topology is empty"),
-    ("v3:2x2x1", "plan.topology = v3:2x2x1 is of TPU v3")])
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v5e:3x7", "plan.topology = 'v5e:3x7'"),
+        ("", "plan.topology is empty"),
+        ("v3:2x2x1", "plan.topology = v3:2x2x1 is of TPU v3"),
+    ],
+)
 def test_an_unknown_topology_is_one_clear_line(tmp_path, topology, message):
     config = tiny_config()
     config.plan.topology = topology

@@ -1,4 +1,5 @@
 """The preparing job: ADM's crop, the shards and what is in them, interruptions, damage, refusals."""
+
 import hashlib
 import io
 import json
@@ -29,12 +30,17 @@ SIZE = 16
 
 # The crop.
 
+
 def kernel(name, x):
     if name == "box":
         return np.where((-0.5 < x) & (x <= 0.5), 1.0, 0.0)
     x = np.abs(x)
     a = -0.5  # Keys' cubic
-    return np.where(x < 1, (a + 2) * x**3 - (a + 3) * x**2 + 1, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
+    return np.where(
+        x < 1,
+        (a + 2) * x**3 - (a + 3) * x**2 + 1,
+        np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0),
+    )
 
 
 def resize_axis(pixels, size, name):
@@ -45,7 +51,10 @@ def resize_axis(pixels, size, name):
     out = []
     for i in range(size):
         center = (i + 0.5) * scale
-        low, high = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), len(pixels))
+        low, high = (
+            max(int(center - support + 0.5), 0),
+            min(int(center + support + 0.5), len(pixels)),
+        )
         weights = kernel(name, (np.arange(low, high) + 0.5 - center) / width)
         out.append(np.tensordot(weights / weights.sum(), pixels[low:high], axes=1))
     return np.clip(np.floor(np.array(out) + 0.5), 0, 255)
@@ -64,15 +73,28 @@ def center_crop_oracle(pixels, size):
     scale = size / min(h, w)
     pixels = resize(pixels, round(h * scale), round(w * scale), "bicubic")
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+    return pixels[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("width, height", [(16, 16), (32, 32), (33, 47), (31, 40), (9, 13), (100, 70), (65, 64), (131, 260),
-                                           (32, 66), (40, 300)])
+@pytest.mark.parametrize(
+    "width, height",
+    [
+        (16, 16),
+        (32, 32),
+        (33, 47),
+        (31, 40),
+        (9, 13),
+        (100, 70),
+        (65, 64),
+        (131, 260),
+        (32, 66),
+        (40, 300),
+    ],
+)
 def test_the_crop_is_box_halving_then_bicubic_then_the_middle(width, height):
     rng = np.random.default_rng(width)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-    pixels[height // 3:, width // 4:] //= 2
+    pixels[height // 3 :, width // 4 :] //= 2
     cropped = np.asarray(prepare.center_crop(Image.fromarray(pixels), SIZE), int)
     error = np.abs(cropped - center_crop_oracle(pixels, SIZE))
     # Pillow's weights have 22 bits: a value that falls on a rounding boundary may land on its other side.
@@ -82,15 +104,20 @@ def test_the_crop_is_box_halving_then_bicubic_then_the_middle(width, height):
 def test_the_crop_of_an_image_twice_the_size_is_the_mean_of_its_squares():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     means = pixels.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
-    assert np.abs(np.asarray(prepare.center_crop(Image.fromarray(pixels), 16)) - means).max() <= 1.0  # two roundings
+    assert (
+        np.abs(np.asarray(prepare.center_crop(Image.fromarray(pixels), 16)) - means).max() <= 1.0
+    )  # two roundings
 
 
 def test_an_image_of_the_size_is_left_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(np.asarray(prepare.center_crop(Image.fromarray(pixels), 16)), pixels)
+    np.testing.assert_array_equal(
+        np.asarray(prepare.center_crop(Image.fromarray(pixels), 16)), pixels
+    )
 
 
 # The job.
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -101,7 +128,9 @@ def folder(tmp_path_factory):
         path = folder / ("n03", "n01", "n02")[i % 3] / f"{i:02d}.{('png', 'jpeg')[i % 2]}"
         path.parent.mkdir(exist_ok=True)
         image = Image.fromarray(rng.integers(0, 256, (17 + 3 * i, 60 - 2 * i, 3)).astype(np.uint8))
-        image.convert(("RGB", "L", "P")[i % 3] if path.suffix == ".png" else ("RGB", "L", "CMYK")[i % 3]).save(path)
+        image.convert(
+            ("RGB", "L", "P")[i % 3] if path.suffix == ".png" else ("RGB", "L", "CMYK")[i % 3]
+        ).save(path)
     (folder / "n01" / "readme.txt").write_text("not an image")
     (folder / ".hidden").mkdir()
     return folder
@@ -134,7 +163,11 @@ def shard_files(folder):
 def test_pixels_of_a_folder_come_back_in_order_with_label_and_id(folder, tmp_path):
     out = run(make_config(tmp_path, folder))
     source = dataset.open_dataset("prepared", str(tmp_path / "data"), "train")
-    assert isinstance(source, dataset.ImageDataset) and source.image_shape == (SIZE, SIZE, 3) and source.num_classes == 3
+    assert (
+        isinstance(source, dataset.ImageDataset)
+        and source.image_shape == (SIZE, SIZE, 3)
+        and source.num_classes == 3
+    )
     files = sorted(path.relative_to(folder) for path in folder.glob("n*/*.*g"))
     assert len(source) == len(files) == 23
     raw = tfds.builder_from_directory(str(out)).as_data_source(split="train")  # TFDS alone reads it
@@ -152,7 +185,9 @@ def test_counts_and_hashes_are_those_of_the_files(folder, tmp_path):
     out = run(make_config(tmp_path, folder))
     shards = json.loads((out / dataset.PREPARED).read_text())["splits"]["train"]["shards"]
     assert [count for count, _ in shards] == [5, 5, 5, 5, 3]
-    assert [sha for _, sha in shards] == [hashlib.sha256(content).hexdigest() for content in shard_files(out).values()]
+    assert [sha for _, sha in shards] == [
+        hashlib.sha256(content).hexdigest() for content in shard_files(out).values()
+    ]
     assert not list(out.glob("journal*")) and not list(out.glob("part*"))
 
 
@@ -165,7 +200,11 @@ def latents(folder, autoencoder, tmp_path_factory):
 def test_latents_are_the_posteriors_of_image_and_mirror_unscaled(folder, autoencoder, latents):
     config, _ = latents
     source = dataset.open_dataset("prepared", config.data.dir, "train")
-    assert isinstance(source, dataset.LatentDataset) and source.image_shape == (SIZE // FACTOR, SIZE // FACTOR, 4)
+    assert isinstance(source, dataset.LatentDataset) and source.image_shape == (
+        SIZE // FACTOR,
+        SIZE // FACTOR,
+        4,
+    )
     built, identity = experiment.autoencoder(config, sharding.make_mesh(devices=jax.devices()[:1]))
     pixels = prepare.open_images(f"{folder}/", "", "train", SIZE)
     for i in (0, 7, 22):
@@ -175,8 +214,14 @@ def test_latents_are_the_posteriors_of_image_and_mirror_unscaled(folder, autoenc
         assert record["mean"].dtype == record["log_variance"].dtype == np.float16
         np.testing.assert_allclose(record["mean"], mean, rtol=2e-3, atol=1e-3)
         np.testing.assert_allclose(record["log_variance"], log_variance, rtol=2e-3, atol=1e-3)
-        assert np.abs(record["mean"][0] - record["mean"][1]).max() > 0.01  # a mirror is another image
-    assert source.autoencoder == identity and source.scaling_factor == 0.5 and source.shift_factor == 0.1
+        assert (
+            np.abs(record["mean"][0] - record["mean"][1]).max() > 0.01
+        )  # a mirror is another image
+    assert (
+        source.autoencoder == identity
+        and source.scaling_factor == 0.5
+        and source.shift_factor == 0.1
+    )
     assert identity["name"] == "tiny-vae"
 
 
@@ -186,13 +231,32 @@ def write_as_one_of(config, process_index, process_count, images=None):
     images = images or prepare.open_images(config.prepare.source, "", "train", SIZE)
     folder = pathlib.Path(target.dir) / target.name / prepare.VERSION
     shards = prepare.Shards(folder, target.name, "train", len(images), config.prepare.shard_records)
-    plan = {"source_split": "train", "source_list": images.listing, "records": len(images), "shard_records": shards.size}
-    about = {"source": images.name, "crop": "adm", "image_size": SIZE, "num_classes": 3,
-             "class_names": prepare.hash_of(images.class_names), "autoencoder": None}
+    plan = {
+        "source_split": "train",
+        "source_list": images.listing,
+        "records": len(images),
+        "shard_records": shards.size,
+    }
+    about = {
+        "source": images.name,
+        "crop": "adm",
+        "image_size": SIZE,
+        "num_classes": 3,
+        "class_names": prepare.hash_of(images.class_names),
+        "autoencoder": None,
+    }
     prepare.claim(folder, about, "train", plan)
     features = prepare.make_features(images, None)
-    prepare.write_shards(shards, images, features, prepare.make_encoder(None, sharding.make_mesh()), num_threads=1,
-                         batch_size=2, process_index=process_index, process_count=process_count)
+    prepare.write_shards(
+        shards,
+        images,
+        features,
+        prepare.make_encoder(None, sharding.make_mesh()),
+        num_threads=1,
+        batch_size=2,
+        process_index=process_index,
+        process_count=process_count,
+    )
     return shards, features, about
 
 
@@ -206,10 +270,14 @@ def test_three_processes_write_what_one_writes(folder, tmp_path):
         prepare.verify(shards, process, 3)
     prepare.finish(shards, features, about)
     assert shard_files(shards.folder) == shard_files(alone)
-    assert (shards.folder / dataset.PREPARED).read_bytes() == (alone / dataset.PREPARED).read_bytes()
+    assert (shards.folder / dataset.PREPARED).read_bytes() == (
+        alone / dataset.PREPARED
+    ).read_bytes()
 
 
-def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written_again(folder, tmp_path):
+def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written_again(
+    folder, tmp_path
+):
     config = make_config(tmp_path, folder)
     images = prepare.open_images(config.prepare.source, "", "train", SIZE)
 
@@ -249,9 +317,16 @@ def test_sigterm_ends_it_with_75_and_the_same_command_goes_on(folder, tmp_path, 
         return {"image": images}
 
     monkeypatch.setattr(prepare, "make_encoder", lambda *_: encode)
-    with pytest.raises(SystemExit) as stopped, exit_status.shared_fate(1.0), preemption.sigterm_stops():
+    with (
+        pytest.raises(SystemExit) as stopped,
+        exit_status.shared_fate(1.0),
+        preemption.sigterm_stops(),
+    ):
         run(config)
-    assert stopped.value.code == exit_status.EXIT_TRY_AGAIN and signal.getsignal(signal.SIGTERM) is previous
+    assert (
+        stopped.value.code == exit_status.EXIT_TRY_AGAIN
+        and signal.getsignal(signal.SIGTERM) is previous
+    )
     assert len(encoded) == 4
     assert shard_files(run(config)) == shard_files(run(make_config(tmp_path / "whole", folder)))
 
@@ -287,9 +362,13 @@ def test_damage_is_found(folder, tmp_path):
     assert path.exists() and {**before, path.name: path.read_bytes()} == shard_files(out)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"image_size": 8}, "begun with image_size = 16, this run has 8"),
-    ({"shard_records": 4}, "begun with shard_records = 5, this run has 4")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": 8}, "begun with image_size = 16, this run has 8"),
+        ({"shard_records": 4}, "begun with shard_records = 5, this run has 4"),
+    ],
+)
 def test_a_folder_takes_one_preparation(latents, change, message):
     config = latents[0].copy_and_resolve_references()
     config.prepare.update(change)
@@ -301,8 +380,9 @@ def test_another_folder_of_the_same_name_is_refused(folder, tmp_path):
     """Another list, other files under the same names, or other classes: each would put new labels over old images."""
     config = make_config(tmp_path, folder)
     before = shard_files(run(config))
-    for number, (old, new, message) in enumerate((("n01", "n09", "class_names"),
-                                                  ("n01/19.jpeg", "n01/99.jpeg", "source_list"))):
+    for number, (old, new, message) in enumerate(
+        (("n01", "n09", "class_names"), ("n01/19.jpeg", "n01/99.jpeg", "source_list"))
+    ):
         other = tmp_path / str(number) / folder.name
         shutil.copytree(folder, other)
         (other / old).rename(other / new)
@@ -314,18 +394,22 @@ def test_another_folder_of_the_same_name_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="was begun with source_list = "):
         run(make_config(tmp_path, other))
     shutil.move(other, tmp_path / "3")
-    shutil.copytree(folder, other)                          # the same folder, elsewhere
+    shutil.copytree(folder, other)  # the same folder, elsewhere
     assert shard_files(run(make_config(tmp_path, other))) == before
 
 
 def test_a_name_that_training_would_open_otherwise_is_refused(folder, tmp_path):
     config = make_config(tmp_path, folder)
     config.data.name = "cifar10"
-    with pytest.raises(ValueError, match="data.name = cifar10 is the name of a data set of TFDS itself"):
+    with pytest.raises(
+        ValueError, match="data.name = cifar10 is the name of a data set of TFDS itself"
+    ):
         run(config)
     assert not (tmp_path / "data").exists()
     (tmp_path / "data" / "prepared" / "2.0.0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="data.name = prepared: .* holds 2.0.0 beside the version 1.0.0"):
+    with pytest.raises(
+        ValueError, match="data.name = prepared: .* holds 2.0.0 beside the version 1.0.0"
+    ):
         run(make_config(tmp_path, folder))
     assert not (tmp_path / "data" / "prepared" / "1.0.0").exists()
 
@@ -333,26 +417,51 @@ def test_a_name_that_training_would_open_otherwise_is_refused(folder, tmp_path):
 def test_another_autoencoder_is_refused(latents, tmp_path):
     config = latents[0].copy_and_resolve_references()
     config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "other", seed=1))
-    with pytest.raises(ValueError, match="begun with autoencoder = .*tiny-vae.*this run has .*other"):
+    with pytest.raises(
+        ValueError, match="begun with autoencoder = .*tiny-vae.*this run has .*other"
+    ):
         run(config)
 
 
 def test_bad_input_is_named(folder, autoencoder, tmp_path):
     config = make_config(tmp_path, folder)
     for change, error, message in (
-            ({"source": "/no/such/"}, FileNotFoundError, "no folder /no/such"),
-            ({"source": "nothing"}, FileNotFoundError, "prepare.source: no prepared TFDS data set 'nothing'"),
-            ({"source": f"{tmp_path}/"}, ValueError, "no class folders of images"),
-            ({"split": "test"}, ValueError, "prepare.split = test is of TFDS data sets; .* is an image folder"),
-            ({"source": "prepared", "dir": f"{tmp_path}/./data"}, ValueError, "and also prepare.source"),
-            ({"source": "prepared"}, ValueError, "data.name = prepared is what is written, and also prepare.source"),
-            ({"shard_records": 0}, ValueError, "prepare.shard_records must be at least 1, got 0"),
-            ({"batch_size": 9}, ValueError, "prepare.batch_size = 9 is not a multiple of the 8 devices")):
+        ({"source": "/no/such/"}, FileNotFoundError, "no folder /no/such"),
+        (
+            {"source": "nothing"},
+            FileNotFoundError,
+            "prepare.source: no prepared TFDS data set 'nothing'",
+        ),
+        ({"source": f"{tmp_path}/"}, ValueError, "no class folders of images"),
+        (
+            {"split": "test"},
+            ValueError,
+            "prepare.split = test is of TFDS data sets; .* is an image folder",
+        ),
+        (
+            {"source": "prepared", "dir": f"{tmp_path}/./data"},
+            ValueError,
+            "and also prepare.source",
+        ),
+        (
+            {"source": "prepared"},
+            ValueError,
+            "data.name = prepared is what is written, and also prepare.source",
+        ),
+        ({"shard_records": 0}, ValueError, "prepare.shard_records must be at least 1, got 0"),
+        (
+            {"batch_size": 9},
+            ValueError,
+            "prepare.batch_size = 9 is not a multiple of the 8 devices",
+        ),
+    ):
         broken = config.copy_and_resolve_references()
         broken.prepare.update(change)
         with pytest.raises(error, match=message):
             run(broken)
-    with pytest.raises(ValueError, match="prepare.image_size = 17 is not a multiple of the 2 pixels"):
+    with pytest.raises(
+        ValueError, match="prepare.image_size = 17 is not a multiple of the 2 pixels"
+    ):
         run(make_config(tmp_path, folder, autoencoder, image_size=17))
     assert not (tmp_path / "data").exists()
 
@@ -361,14 +470,18 @@ def test_a_damaged_image_is_named(folder, tmp_path):
     for name in ("a/0.png", "a/1.png", "b/2.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / "images" / name)
-    (tmp_path / "images" / "a/1.png").write_bytes((tmp_path / "images" / "a/1.png").read_bytes()[:40])
+    (tmp_path / "images" / "a/1.png").write_bytes(
+        (tmp_path / "images" / "a/1.png").read_bytes()[:40]
+    )
     with pytest.raises(ValueError, match="image 1 of train cannot be read: a/1.png"):
         run(make_config(tmp_path, tmp_path / "images"))
     bomb = bytearray((tmp_path / "images" / "a/0.png").read_bytes())
-    bomb[16:24] = struct.pack(">II", 60_000, 60_000)        # the header's width and height, and its CRC
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)  # the header's width and height, and its CRC
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     (tmp_path / "images" / "a/1.png").write_bytes(bomb)
-    with pytest.raises(ValueError, match="image 1 of train cannot be read: a/1.png: .*decompression bomb"):
+    with pytest.raises(
+        ValueError, match="image 1 of train cannot be read: a/1.png: .*decompression bomb"
+    ):
         run(make_config(tmp_path / "again", tmp_path / "images"))
 
 
@@ -377,7 +490,10 @@ def write_source(folder, features, examples):
     name = folder.name
     shards = prepare.Shards(folder / "2.0.0", name, "train", len(examples), len(examples))
     shards.folder.mkdir(parents=True)
-    prepare.write_about(shards.folder, {"splits": {"train": {"records": len(examples), "shard_records": len(examples)}}})
+    prepare.write_about(
+        shards.folder,
+        {"splits": {"train": {"records": len(examples), "shard_records": len(examples)}}},
+    )
     shards.write(0, (features.serialize_example(example) for example in examples), 0)
     prepare.finish(shards, features, {"source": name, "image_size": 0, "autoencoder": None})
     (shards.folder / dataset.PREPARED).unlink()
@@ -387,15 +503,25 @@ def test_a_tfds_data_set_of_image_files_of_many_sizes_is_decoded_by_pillow(tmp_p
     """As imagenet2012 is stored: JPEGs, a PNG and a CMYK among them; TFDS decodes none, so TensorFlow is not asked for."""
     assert "tensorflow" not in sys.modules
     rng, files = np.random.default_rng(0), []
-    for i, (kind, mode) in enumerate((("jpeg", "RGB"), ("png", "RGB"), ("jpeg", "CMYK"), ("jpeg", "L"), ("jpeg", "RGB"))):
+    for i, (kind, mode) in enumerate(
+        (("jpeg", "RGB"), ("png", "RGB"), ("jpeg", "CMYK"), ("jpeg", "L"), ("jpeg", "RGB"))
+    ):
         files.append(io.BytesIO())
-        image = Image.fromarray(rng.integers(0, 256, (20 + 30 * i, 90 - 9 * i, 3)).astype(np.uint8)).convert(mode)
+        image = Image.fromarray(
+            rng.integers(0, 256, (20 + 30 * i, 90 - 9 * i, 3)).astype(np.uint8)
+        ).convert(mode)
         image.save(files[-1], kind)
         files[-1].seek(0)
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(num_classes=3),
-        "file_name": tfds.features.Text()})
-    examples = [{"image": file, "label": i % 3, "file_name": f"n0{i}.JPEG"} for i, file in enumerate(files)]
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=3),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    examples = [
+        {"image": file, "label": i % 3, "file_name": f"n0{i}.JPEG"} for i, file in enumerate(files)
+    ]
     write_source(tmp_path / "source" / "photos", features, examples)
     config = make_config(tmp_path, "unused", source="photos")
     config.prepare.dir = str(tmp_path / "source")
@@ -412,11 +538,21 @@ def test_a_tfds_data_set_of_image_files_of_many_sizes_is_decoded_by_pillow(tmp_p
 def test_a_tfds_data_set_of_grey_images_keeps_its_channel_and_its_ids(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (7, 20, 24, 1)).astype(np.uint8)
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Tensor(shape=(20, 24, 1), dtype=np.uint8), "label": tfds.features.ClassLabel(num_classes=3),
-        "file_name": tfds.features.Text()})
-    write_source(tmp_path / "source" / "grey", features, [{"image": image, "label": i % 3, "file_name": f"{i}.png"}
-                                                          for i, image in enumerate(pixels)])
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Tensor(shape=(20, 24, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=3),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    write_source(
+        tmp_path / "source" / "grey",
+        features,
+        [
+            {"image": image, "label": i % 3, "file_name": f"{i}.png"}
+            for i, image in enumerate(pixels)
+        ],
+    )
     config = make_config(tmp_path, "unused", source="grey", split="train[1:6]", image_size=12)
     config.prepare.dir = str(tmp_path / "source")
     out = run(config)

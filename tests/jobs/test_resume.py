@@ -1,4 +1,5 @@
 """Exact resume: after any kill the run ends in the same bits as one that nobody disturbed."""
+
 import random
 import resource
 import shutil
@@ -25,7 +26,11 @@ from lit_jax.train_step import state_shapes, with_sharding
 
 # A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a line that another one began.
 STEPS = 60
-RHYTHM = (f"--config.train.steps={STEPS}", "--config.train.log_every=4", "--config.checkpoint.every=3")
+RHYTHM = (
+    f"--config.train.steps={STEPS}",
+    "--config.train.log_every=4",
+    "--config.checkpoint.every=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
     assert sorted({life.first_step() for life in everything})[-1] >= 9
     for life in everything:
         taken = life.ids()
-        assert taken == undisturbed[1][life.first_step():][:len(taken)]
+        assert taken == undisturbed[1][life.first_step() :][: len(taken)]
     check_same_end(workdir, undisturbed)
 
 
@@ -81,23 +86,30 @@ def saves(workdir):
     return names - complete, complete
 
 
-def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_its_restart(server, undisturbed):
+def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_its_restart(
+    server, undisturbed
+):
     workdir = server.folder / "two_at_once"
     first = server.start(workdir, *RHYTHM, batches=20)
     first.wait_for_batches(20)
     second = server.start(workdir, *RHYTHM)
     assert second.wait() == 1
     message = second.text().splitlines()[-1]
-    assert message.startswith(f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20")
+    assert message.startswith(
+        f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20"
+    )
     assert not second.ids()
-    first.kill(signal.SIGKILL)      # its name stays in the file, its lock does not
+    first.kill(signal.SIGKILL)  # its name stays in the file, its lock does not
     assert first.wait() == -signal.SIGKILL
     assert server.run(workdir, *RHYTHM).first_step() >= 9
     check_same_end(workdir, undisturbed)
 
 
 def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
-    workdir, never = server.folder / "terminated", (*RHYTHM[:2], "--config.checkpoint.every=1000000")
+    workdir, never = (
+        server.folder / "terminated",
+        (*RHYTHM[:2], "--config.checkpoint.every=1000000"),
+    )
     life = server.start(workdir, *never)
     life.wait_for_batches(2)
     life.kill(signal.SIGTERM)
@@ -108,7 +120,10 @@ def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
     check_same_end(workdir, undisturbed)
 
 
-ENDLESS = ("--config.train.preview_images=800000", "--config.sample.batch_size=8")  # a preview of hours, in short batches
+ENDLESS = (
+    "--config.train.preview_images=800000",
+    "--config.sample.batch_size=8",
+)  # a preview of hours, in short batches
 
 
 def test_sigterm_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server, undisturbed):
@@ -119,15 +134,22 @@ def test_sigterm_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(serve
     told = time.monotonic()
     life.kill(signal.SIGTERM)
     assert life.wait() == exit_status.EXIT_TRY_AGAIN, life.text()
-    assert time.monotonic() - told < 30     # a batch and a save take less than a second here, the rest is for a busy machine
+    assert (
+        time.monotonic() - told < 30
+    )  # a batch and a save take less than a second here, the rest is for a busy machine
     assert len(life.ids()) == 7 and "step 7 is saved" in life.text()
     assert server.run(workdir, *previews).first_step() == 7
-    assert {path.name for path in (workdir / "previews").iterdir()} == {f"step_{n:07d}.png" for n in (*range(7, 60, 7), 60)}
+    assert {path.name for path in (workdir / "previews").iterdir()} == {
+        f"step_{n:07d}.png" for n in (*range(7, 60, 7), 60)
+    }
     check_same_end(workdir, undisturbed)
 
 
 def test_sigterm_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for(server):
-    workdir, run = server.folder / "drawing_last", ("--config.train.steps=2", "--config.train.preview_every=100")
+    workdir, run = (
+        server.folder / "drawing_last",
+        ("--config.train.steps=2", "--config.train.preview_every=100"),
+    )
     life = server.start(workdir, *run, *ENDLESS)
     life.wait_for_batches(2)
     time.sleep(2.0)
@@ -135,10 +157,14 @@ def test_sigterm_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for
     assert life.wait() == exit_status.EXIT_TRY_AGAIN and "step 2 is saved" in life.text()
     again = server.run(workdir, *run)
     assert again.first_step() == 2 and again.ids() == []
-    assert (workdir / "previews" / "step_0000002.png").exists() and (workdir / "curves.png").exists()
+    assert (workdir / "previews" / "step_0000002.png").exists() and (
+        workdir / "curves.png"
+    ).exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folder_and_status_70(server):
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folder_and_status_70(
+    server,
+):
     workdir = server.folder / "no_folder"
     life = server.start(workdir, "--config.train.steps=1000000", "--config.checkpoint.every=3")
     life.wait_until(lambda: saves(workdir)[1])
@@ -146,13 +172,20 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folde
     (workdir / "checkpoints").write_text("in the way")
     broken = time.monotonic()
     assert life.wait() == exit_status.EXIT_CRASHED, life.text()
-    assert time.monotonic() - broken < 30   # Orbax alone: 300
+    assert time.monotonic() - broken < 30  # Orbax alone: 300
     message = life.text().splitlines()[-1]
-    assert message.startswith("error: the checkpoint of step ") and message.endswith("from the last checkpoint")
+    assert message.startswith("error: the checkpoint of step ") and message.endswith(
+        "from the last checkpoint"
+    )
     assert f"in {workdir}/checkpoints cannot be written: " in message
     (workdir / "checkpoints").unlink()
     (workdir / "elsewhere").rename(workdir / "checkpoints")
-    assert server.run(workdir, "--config.train.steps=2", "--config.checkpoint.force_config=True").first_step() >= 3
+    assert (
+        server.run(
+            workdir, "--config.train.steps=2", "--config.checkpoint.force_config=True"
+        ).first_step()
+        >= 3
+    )
 
 
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(server, undisturbed):
@@ -170,15 +203,31 @@ def test_a_change_that_would_change_the_run_is_refused_with_both_values(server, 
     life = server.start(undisturbed[0], *RHYTHM, "--config.train.batch_size=16")
     assert life.wait() == 1
     message = life.text().splitlines()[-1]
-    assert message.startswith("error: ") and "train.batch_size was 8 and is now 16" in message and "force_config" in message
+    assert (
+        message.startswith("error: ")
+        and "train.batch_size was 8 and is now 16" in message
+        and "force_config" in message
+    )
 
 
 def test_another_number_of_devices_sees_the_same_data_and_the_same_losses(server):
-    wide = ("--config.model.width=128", "--config.optimizer.schedule=constant", "--config.train.log_every=1")
+    wide = (
+        "--config.model.width=128",
+        "--config.optimizer.schedule=constant",
+        "--config.train.log_every=1",
+    )
     alone, moving = server.folder / "alone", server.folder / "moving"
     ids = server.run(alone, *wide, "--config.train.steps=6").ids()
-    parts = [server.run(moving, *wide, f"--config.train.steps={steps}", f"--config.mesh.cpu_devices={devices}",
-                        f"--config.mesh.fsdp={fsdp}").ids() for steps, devices, fsdp in ((2, 8, 2), (4, 1, 1), (6, 4, 4))]
+    parts = [
+        server.run(
+            moving,
+            *wide,
+            f"--config.train.steps={steps}",
+            f"--config.mesh.cpu_devices={devices}",
+            f"--config.mesh.fsdp={fsdp}",
+        ).ids()
+        for steps, devices, fsdp in ((2, 8, 2), (4, 1, 1), (6, 4, 4))
+    ]
     assert sum(parts, []) == ids
     expected, actual = lives.losses(alone), lives.losses(moving)
     assert actual.keys() == expected.keys()
@@ -189,41 +238,62 @@ def test_another_number_of_devices_sees_the_same_data_and_the_same_losses(server
 
 # Below: the checkpoints alone, in this process.
 
+
 def damage_by_flip(folder):
     """Flips one bit in the middle of the largest file, where only numbers are."""
-    path = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path = max(
+        (p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def tiny_state(value):
-    items = {name: {"kernel": jnp.full((64, 32), value)} for name in ("params", "ema_params", "opt_state")}
+    items = {
+        name: {"kernel": jnp.full((64, 32), value)}
+        for name in ("params", "ema_params", "opt_state")
+    }
     return items | {"train": {"step": jnp.int32(value)}}
 
 
 def save_two(folder, fields=None):
     checkpoints = checkpoint.Checkpointer(folder, keep=3, keep_every=0)
     for now in (1, 2):
-        checkpoints.save(now, tiny_state(now), data={"read": now}, metadata={"fields": fields or {}})
+        checkpoints.save(
+            now, tiny_state(now), data={"read": now}, metadata={"fields": fields or {}}
+        )
     checkpoints.wait()
     checkpoints.close()
     return jax.eval_shape(lambda: tiny_state(0))
 
 
 def with_device(shapes):
-    return with_sharding(shapes, jax.tree.map(lambda _: sharding.replicated(sharding.make_mesh(fsdp=1)), shapes))
+    return with_sharding(
+        shapes, jax.tree.map(lambda _: sharding.replicated(sharding.make_mesh(fsdp=1)), shapes)
+    )
 
 
 def test_a_write_that_fails_in_the_background_is_told_by_the_next_check_and_by_wait(tmp_path):
     checkpoints = checkpoint.Checkpointer(tmp_path, keep=3, keep_every=0)
-    items = tiny_state(0) | {"params": {"kernel": jnp.asarray(np.random.default_rng(0).random((512, 512)))}}   # 1 MB
+    items = tiny_state(0) | {
+        "params": {"kernel": jnp.asarray(np.random.default_rng(0).random((512, 512)))}
+    }  # 1 MB
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))    # as on a full disk: folders and small files still work
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**18, hard)
+    )  # as on a full disk: folders and small files still work
     try:
         checkpoints.save(1, items, data={}, metadata={})
-        for tell in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save(2, items, data={}, metadata={})):
-            with pytest.raises(OSError, match=f"the checkpoint of step 1 in {tmp_path} cannot be written: .*too large"):
+        for tell in (
+            checkpoints.wait,
+            checkpoints.check,
+            lambda: checkpoints.save(2, items, data={}, metadata={}),
+        ):
+            with pytest.raises(
+                OSError,
+                match=f"the checkpoint of step 1 in {tmp_path} cannot be written: .*too large",
+            ):
                 tell()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -250,7 +320,9 @@ def test_changed_fields_are_refused_unless_forced(tmp_path):
 
 def make_source(name="digits", split="train", count=20, invert=False):
     images = [np.full((28, 28, 1), 255 - i if invert else i, np.uint8) for i in range(count)]
-    return dataset.ImageDataset(name, split, [{"image": image, "label": 3} for image in images], (28, 28, 1), 10)
+    return dataset.ImageDataset(
+        name, split, [{"image": image, "label": 3} for image in images], (28, 28, 1), 10
+    )
 
 
 @pytest.fixture(scope="module")
@@ -279,41 +351,61 @@ def go_on(started, *, source=None, teacher=0, **changes):
         checkpoints.close()
 
 
-@pytest.mark.parametrize("field, change", [
-    ("seed", {"seed": 1}),
-    ("data.records", dict(source=make_source(name="letters"))),
-    ("data.records", dict(source=make_source(split="test"))),
-    ("data.content", dict(source=make_source(invert=True))),
-    ("data.flip", {"data.flip": True}),
-    ("train.batch_size", {"train.batch_size": 8}),
-    ("train.label_dropout", {"train.label_dropout": 0.25}),
-    ("train.steps", {"train.steps": 4}),                        # the cosine's length
-    ("model.conv_size", {"model.conv_size": 3}),
-    ("model.dtype", {"model.dtype": "bfloat16"}),
-    ("distill.noise_weight", {"distill.noise_weight": 0.25}),
-    ("distill.teacher_sees_dropped_labels", {"distill.teacher_sees_dropped_labels": True}),
-    ("optimizer.learning_rate", {"optimizer.learning_rate": 0.25}),
-    ("optimizer.clip_norm", {"optimizer.clip_norm": 0.25}),
-    ("ema.decay", {"ema.decay": 0.25}),
-    ("teacher.checkpoint", dict(teacher=1)),
-    ("teacher.num_heads", {"teacher.num_heads": 1}),
-    ("teacher.dtype", {"teacher.dtype": "bfloat16"}),
-])
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        ("seed", {"seed": 1}),
+        ("data.records", dict(source=make_source(name="letters"))),
+        ("data.records", dict(source=make_source(split="test"))),
+        ("data.content", dict(source=make_source(invert=True))),
+        ("data.flip", {"data.flip": True}),
+        ("train.batch_size", {"train.batch_size": 8}),
+        ("train.label_dropout", {"train.label_dropout": 0.25}),
+        ("train.steps", {"train.steps": 4}),  # the cosine's length
+        ("model.conv_size", {"model.conv_size": 3}),
+        ("model.dtype", {"model.dtype": "bfloat16"}),
+        ("distill.noise_weight", {"distill.noise_weight": 0.25}),
+        ("distill.teacher_sees_dropped_labels", {"distill.teacher_sees_dropped_labels": True}),
+        ("optimizer.learning_rate", {"optimizer.learning_rate": 0.25}),
+        ("optimizer.clip_norm", {"optimizer.clip_norm": 0.25}),
+        ("ema.decay", {"ema.decay": 0.25}),
+        ("teacher.checkpoint", dict(teacher=1)),
+        ("teacher.num_heads", {"teacher.num_heads": 1}),
+        ("teacher.dtype", {"teacher.dtype": "bfloat16"}),
+    ],
+)
 def test_each_field_that_decides_the_result_must_be_as_it_was(started, field, change):
     fields, answer = go_on(started, **change)
     before = started[-1]
     assert before[field] != fields[field]
-    assert f"is of another run: {field} was {before[field]} and is now {fields[field]}. Use another" in answer
+    assert (
+        f"is of another run: {field} was {before[field]} and is now {fields[field]}. Use another"
+        in answer
+    )
 
 
-@pytest.mark.parametrize("change", [
-    {"train.steps": 4, "optimizer.schedule": "constant"}, {"train.accumulation": 2}, {"train.remat": "none"},
-    {"train.log_every": 2}, {"train.preview_every": 1}, {"mesh.fsdp": 2}, {"data.num_threads": 1}, {"data.dir": "elsewhere"},
-    {"model.implementation": "xla"}, {"checkpoint.every": 2}, {"sample.steps": 2}, {"teacher.checkpoint": "moved"},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train.steps": 4, "optimizer.schedule": "constant"},
+        {"train.accumulation": 2},
+        {"train.remat": "none"},
+        {"train.log_every": 2},
+        {"train.preview_every": 1},
+        {"mesh.fsdp": 2},
+        {"data.num_threads": 1},
+        {"data.dir": "elsewhere"},
+        {"model.implementation": "xla"},
+        {"checkpoint.every": 2},
+        {"sample.steps": 2},
+        {"teacher.checkpoint": "moved"},
+    ],
+)
 def test_what_does_not_decide_the_result_may_change(started, change):
     fields, answer = go_on(started, **change)
-    if "optimizer.schedule" in change:      # that is refused, but without a schedule the number of steps is free
+    if (
+        "optimizer.schedule" in change
+    ):  # that is refused, but without a schedule the number of steps is free
         assert "optimizer.schedule was" in answer and "train.steps" not in answer
     else:
         assert (fields, answer) == (started[-1], 2)
@@ -325,7 +417,10 @@ def test_the_fingerprint_sees_every_bit_and_every_place_but_not_the_mesh():
     flipped, swapped = x.copy(), x.copy()
     flipped.view(np.uint32)[13, 7] ^= 1
     swapped[[3, 4]] = swapped[[4, 3]]
-    others = {checkpoint.fingerprints({"a": {"x": y}})["a"] for y in (flipped, swapped, x.astype(np.int32))}
+    others = {
+        checkpoint.fingerprints({"a": {"x": y}})["a"]
+        for y in (flipped, swapped, x.astype(np.int32))
+    }
     assert len(others | {original}) == 4
     split = jax.device_put(x, jax.NamedSharding(sharding.make_mesh(2, 4), jax.P("data", "fsdp")))
     assert checkpoint.fingerprints({"a": {"x": split}})["a"] == original
@@ -333,9 +428,14 @@ def test_the_fingerprint_sees_every_bit_and_every_place_but_not_the_mesh():
 
 def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    shapes = state_shapes(make_dit(size="S", patch_size=2, in_channels=4, num_classes=10), optax.adamw(1e-4), 8)
+    shapes = state_shapes(
+        make_dit(size="S", patch_size=2, in_channels=4, num_classes=10), optax.adamw(1e-4), 8
+    )
     specs = sharding.fsdp_sharding(shapes, mesh)
     for tree in (specs.params, specs.ema_params, specs.opt_state[0].mu, specs.opt_state[0].nu):
         assert tree["blocks"]["mlp"]["fc1"]["kernel"].spec == jax.P(None, None, "fsdp")
-    held = sum(np.prod(h.shard_shape(s.shape)) for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs)))
+    held = sum(
+        np.prod(h.shard_shape(s.shape))
+        for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs))
+    )
     assert held < 1.02 * sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) / 4

@@ -1,4 +1,5 @@
 """The sampling job: images by number, whatever the batch, the devices and the interruptions; the npz and its protocol."""
+
 import json
 import shutil
 
@@ -18,7 +19,9 @@ COUNT = 50
 @pytest.fixture(scope="module")
 def config():
     config = debug.get_config()
-    config.model.update(attention="softmax", input_size=8, patch_size=4, in_channels=3, num_classes=10)
+    config.model.update(
+        attention="softmax", input_size=8, patch_size=4, in_channels=3, num_classes=10
+    )
     config.sample.update(sampler="ddpm", steps=3, num_images=COUNT, batch_size=16, cfg_scale=1.5)
     return config
 
@@ -29,7 +32,9 @@ def weights(config, tmp_path_factory):
     model = experiment.student(config)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    params = jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
     path = tmp_path_factory.mktemp("weights") / "params"
     checkpoint.save_params(path, params, {"model": train.architecture(model, config)})
     config.sample.checkpoint = str(path)
@@ -77,7 +82,9 @@ def test_fewer_images_are_the_first_ones(config, drawn, tmp_path):
         assert archive["arr_0"].shape == (3, 8, 8, 3)
 
 
-def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_one_grey_level(config, weights, drawn):
+def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_one_grey_level(
+    config, weights, drawn
+):
     index, results = np.arange(COUNT), []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices=devices)
@@ -98,23 +105,43 @@ def test_the_npz_holds_images_labels_and_protocol(config, drawn):
     with np.load(workdir / "samples.npz") as archive:
         assert set(archive) == {"arr_0", "label", "protocol", "speed"}
         speed = json.loads(str(archive["speed"]))
-        images, labels, protocol = archive["arr_0"], archive["label"], json.loads(str(archive["protocol"]))
+        images, labels, protocol = (
+            archive["arr_0"],
+            archive["label"],
+            json.loads(str(archive["protocol"])),
+        )
     assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
     for i in (0, 31, 49):
-        np.testing.assert_array_equal(images[i], sample.read_image(workdir / "samples" / f"{i:06d}.png"))
-    assert len(labels) == COUNT and len(set(labels.tolist())) > 5 and set(labels.tolist()) <= set(range(10))
+        np.testing.assert_array_equal(
+            images[i], sample.read_image(workdir / "samples" / f"{i:06d}.png")
+        )
+    assert (
+        len(labels) == COUNT
+        and len(set(labels.tolist())) > 5
+        and set(labels.tolist()) <= set(range(10))
+    )
     assert len(protocol["weights"]) == 64
-    wanted = {"autoencoder": "none", "sampler": "ddpm", "steps": 3, "cfg_scale": 1.5, "cfg_channels": "all",
-              "labels": "random", "seed": 0}
+    wanted = {
+        "autoencoder": "none",
+        "sampler": "ddpm",
+        "steps": 3,
+        "cfg_scale": 1.5,
+        "cfg_channels": "all",
+        "labels": "random",
+        "seed": 0,
+    }
     assert {name: protocol[name] for name in wanted} == wanted
     assert (speed["device"], speed["devices"]) == ("cpu", 8) and speed["images_per_second"] > 0
 
 
 def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path):
     """Else the folder would refuse the request that is put right."""
-    for change, message in (({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
-                            ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
-                            ({"variance": "none"}, "unknown variance 'none'"), ({"labels": "sorted"}, "sample.labels must be")):
+    for change, message in (
+        ({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
+        ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
+        ({"variance": "none"}, "unknown variance 'none'"),
+        ({"labels": "sorted"}, "sample.labels must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             draw(config, tmp_path / "workdir", **change)
         assert not (tmp_path / "workdir").exists()
@@ -123,22 +150,31 @@ def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path
 def test_torn_pngs_are_drawn_again(config, drawn, tmp_path):
     images, workdir = drawn
     shutil.copytree(workdir / "samples", tmp_path / "samples")
-    for i, content in ((0, b""), (3, images["000003.png"][:60]), (5, images["000005.png"][:-1]), (9, b"\0" * 100)):
+    for i, content in (
+        (0, b""),
+        (3, images["000003.png"][:60]),
+        (5, images["000005.png"][:-1]),
+        (9, b"\0" * 100),
+    ):
         (tmp_path / "samples" / f"{i:06d}.png").write_bytes(content)
     assert draw(config, tmp_path) == images
 
 
-def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(config, drawn, tmp_path):
+def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(
+    config, drawn, tmp_path
+):
     images, workdir = drawn
     shutil.copytree(workdir / "samples", tmp_path / "samples")
     (tmp_path / "samples.npz").write_text("the old one")
     path = tmp_path / "samples" / "000007.png"
     middle = len(images[path.name]) // 2
-    damaged = images[path.name][:middle] + b"\xff" + images[path.name][middle + 1:]
+    damaged = images[path.name][:middle] + b"\xff" + images[path.name][middle + 1 :]
     sample.save_image(tmp_path / "larger.png", np.zeros((16, 16, 3), np.uint8))
     larger = (tmp_path / "larger.png").read_bytes()
-    for content, message in ((larger, r"000007.png is uint8 \(16, 16, 3\), 000000.png is uint8 \(8, 8, 3\)"),
-                             (damaged, "000007.png cannot be read")):
+    for content, message in (
+        (larger, r"000007.png is uint8 \(16, 16, 3\), 000000.png is uint8 \(8, 8, 3\)"),
+        (damaged, "000007.png cannot be read"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             draw(config, tmp_path)
@@ -154,12 +190,16 @@ def test_images_of_another_size_are_not_mixed_in(config, drawn):
 
 @pytest.mark.parametrize("field, value", [("cfg_scale", 2.0), ("steps", 4), ("labels", "balanced")])
 def test_images_of_another_protocol_are_not_mixed_in(config, drawn, field, value):
-    with pytest.raises(ValueError, match=f"holds images drawn with {field} = .*, this run has {value}"):
+    with pytest.raises(
+        ValueError, match=f"holds images drawn with {field} = .*, this run has {value}"
+    ):
         draw(config, drawn[1], **{field: value})
 
 
 def test_rows_of_a_batch_are_handed_out_once():
-    batch = jax.device_put(np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2)))
+    batch = jax.device_put(
+        np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2))
+    )
     rows = dict(sample.local_rows(batch))
     assert sorted(rows) == list(range(16))
     for row, value in rows.items():

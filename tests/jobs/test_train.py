@@ -1,4 +1,5 @@
 """The whole command, end to end, with configs/debug.py: inherit, distil, resume, report, sample."""
+
 import json
 import logging
 import shutil
@@ -16,14 +17,20 @@ from lit_jax.porting.read import read_checkpoint
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
-QUIET = ["--config.train.preview_every=0", "--config.report.num_images=0", "--config.optimizer.schedule=constant"]
+QUIET = [
+    "--config.train.preview_every=0",
+    "--config.report.num_images=0",
+    "--config.optimizer.schedule=constant",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
     """The same programs are compiled again and again here; JAX's cache on disk keeps them."""
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-             "jax_persistent_cache_min_compile_time_secs": 0.0}
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
@@ -71,14 +78,30 @@ def first_run(folder):
 def test_a_run_leaves_everything_a_person_wants(first_run):
     workdir, _ = first_run
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "previews", "samples.png", "report.json",
-                     "inheritance.json", "curves.png", "lock", "crashes_0.json"}
+    assert names == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "previews",
+        "samples.png",
+        "report.json",
+        "inheritance.json",
+        "curves.png",
+        "lock",
+        "crashes_0.json",
+    }
     assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
     lines = read_lines(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
-        weighted = (line["train/mse"] + line["train/vb"] + 0.5 * line["train/kd_noise"] + 0.05 * line["train/kd_variance"])
+        weighted = (
+            line["train/mse"]
+            + line["train/vb"]
+            + 0.5 * line["train/kd_noise"]
+            + 0.05 * line["train/kd_variance"]
+        )
         assert line["train/loss"] == pytest.approx(weighted, rel=1e-5) and np.isfinite(weighted)
         assert line["train/skipped"] == 0
     assert lines[2]["train/images_per_second"] > 0
@@ -90,7 +113,7 @@ def test_pictures_show_teacher_over_student(first_run):
     assert preview.shape[0] == 2 * 58 + 2 and preview.shape[1] > 8 * 58
     left = preview.shape[1] - (8 * 58 + 2)
     rows = preview[2:58, left:], preview[60:116, left:]
-    assert all(row.std() > 20 for row in rows)              # random weights draw noise, not a blank
+    assert all(row.std() > 20 for row in rows)  # random weights draw noise, not a blank
     assert (rows[0] != rows[1]).any()
     assert Image.open(workdir / "samples.png").size == (3 * 58 + 2, 3 * 58 + 2)
     assert Image.open(workdir / "curves.png").size[0] > 1000
@@ -101,7 +124,9 @@ def test_the_report_adds_up(first_run):
     report = json.loads((workdir / "report.json").read_text())
     assert set(report["loss"]) == {"loss", "mse", "vb", "kd_noise", "kd_variance"}
     student = report["parameters"]["student"]
-    assert student - report["parameters"]["teacher"] == 2 * 26 * 16     # the convolutions: 26 H a layer
+    assert (
+        student - report["parameters"]["teacher"] == 2 * 26 * 16
+    )  # the convolutions: 26 H a layer
     assert report["inheritance"]["inherited"] + report["inheritance"]["at_init"] == student
     assert set(report["labels_read"]) == {"teacher", "student"}
     assert all(0 <= share <= 1 for share in report["labels_read"].values())
@@ -116,7 +141,10 @@ def test_everything_but_attention_came_from_the_teacher(first_run):
     assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
     teacher = command.write_teacher(workdir.parent / "again.safetensors")
     params, metadata = checkpoint.restore_params(workdir, ema=False)
-    difference = params["final_layer"]["linear"]["kernel"] - teacher.final_layer.linear.weight.detach().numpy().T
+    difference = (
+        params["final_layer"]["linear"]["kernel"]
+        - teacher.final_layer.linear.weight.detach().numpy().T
+    )
     assert 0 < np.abs(difference).max() < 4e-3
     assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
 
@@ -134,21 +162,33 @@ def test_resuming_equals_the_run_that_was_not_interrupted(folder):
     assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
-    jax.tree.map(np.testing.assert_array_equal, final_params(folder / "parts"), final_params(folder / "whole"))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(folder / "parts"),
+        final_params(folder / "whole"),
+    )
 
     def losses(name):
         terms = ("loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm")
-        return [[line["step"], *(line[f"train/{term}"] for term in terms)] for line in read_lines(folder / name)]
+        return [
+            [line["step"], *(line[f"train/{term}"] for term in terms)]
+            for line in read_lines(folder / name)
+        ]
 
     assert [line[0] for line in losses("parts")] == [1, 2, 3, 4, 5]
     assert losses("parts") == losses("whole")
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_its_steps_are_made_again(folder):
-    options = [*QUIET, "--config.train.steps=5", "--config.checkpoint.every=3", "--config.checkpoint.keep=3",
-               "--config.checkpoint.force_config=True"]  # the first run's schedule was another
+    options = [
+        *QUIET,
+        "--config.train.steps=5",
+        "--config.checkpoint.every=3",
+        "--config.checkpoint.keep=3",
+        "--config.checkpoint.force_config=True",
+    ]  # the first run's schedule was another
     shutil.copytree(folder / "run", folder / "damaged")
-    assert run_debug(folder, *options, workdir="damaged") is None              # steps 4 and 5
+    assert run_debug(folder, *options, workdir="damaged") is None  # steps 4 and 5
     expected = final_params(folder / "damaged")
     shutil.rmtree(folder / "damaged" / "checkpoints" / "5" / "opt_state")
     assert run_debug(folder, *options, workdir="damaged") is None
@@ -173,27 +213,54 @@ def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
     A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log line is due: the third
     bad step in a row, step 4, is noticed two steps later, since the loop is two steps ahead of the device.
     """
-    error = run_debug(folder, *QUIET, "--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0",
-                  "--config.train.steps=99", "--config.train.stop_after_bad_steps=3", "--config.checkpoint.every=1",
-                  "--config.checkpoint.keep=1", "--config.train.log_every=50", workdir="diverged")
+    error = run_debug(
+        folder,
+        *QUIET,
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.clip_norm=0.0",
+        "--config.train.steps=99",
+        "--config.train.stop_after_bad_steps=3",
+        "--config.checkpoint.every=1",
+        "--config.checkpoint.keep=1",
+        "--config.train.log_every=50",
+        workdir="diverged",
+    )
     assert error.startswith("error: ") and "\n" not in error
-    assert "not finite in 5 steps" in error and "up to step 6" in error and "train.stop_after_bad_steps = 3" in error
+    assert (
+        "not finite in 5 steps" in error
+        and "up to step 6" in error
+        and "train.stop_after_bad_steps = 3" in error
+    )
     assert error.endswith("The last checkpoint: 1")
-    line, = read_lines(folder / "diverged")
+    (line,) = read_lines(folder / "diverged")
     assert line["step"] == 6 and line["train/skipped_in_a_row"] == 5
-    assert np.isfinite(line["train/loss"])      # of the good one
+    assert np.isfinite(line["train/loss"])  # of the good one
     assert [path.name for path in (folder / "diverged" / "checkpoints").iterdir()] == ["1"]
-    params, _ = checkpoint.restore_params(folder / "diverged", ema=False)   # what is not finite reached no parameter
+    params, _ = checkpoint.restore_params(
+        folder / "diverged", ema=False
+    )  # what is not finite reached no parameter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
-    window = [{"loss": np.float32(loss), "grad_norm": np.float32(norm)}
-              for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))]
-    state = TrainState(step=4, skipped=np.int32(2), skipped_in_a_row=np.int32(0), params=None, ema_params=None,
-                            opt_state=None)
-    assert train.read_metrics(window, state) == {"train/loss": 2.0, "train/grad_norm": 3.0, "train/skipped": 2.0,
-                                               "train/skipped_in_a_row": 0.0}
+    window = [
+        {"loss": np.float32(loss), "grad_norm": np.float32(norm)}
+        for loss, norm in ((1.0, 2.0), (np.nan, np.nan), (4.0, np.inf), (3.0, 4.0))
+    ]
+    state = TrainState(
+        step=4,
+        skipped=np.int32(2),
+        skipped_in_a_row=np.int32(0),
+        params=None,
+        ema_params=None,
+        opt_state=None,
+    )
+    assert train.read_metrics(window, state) == {
+        "train/loss": 2.0,
+        "train/grad_norm": 3.0,
+        "train/skipped": 2.0,
+        "train/skipped_in_a_row": 0.0,
+    }
 
 
 def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
@@ -203,25 +270,51 @@ def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
     params = train.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
-    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in
-              (("fc1", mlp["fc1"]["kernel"]), ("fc2", mlp["fc2"]["kernel"]), ("bias", attention["qkv"]["bias"]))}
-    assert shapes == {"fc1": (2, 128, 128), "fc2": (2, 128, 128), "bias": (2, 384)}     # of 512 a quarter; 768 stay whole
+    shapes = {
+        name: leaf.addressable_shards[0].data.shape
+        for name, leaf in (
+            ("fc1", mlp["fc1"]["kernel"]),
+            ("fc2", mlp["fc2"]["kernel"]),
+            ("bias", attention["qkv"]["bias"]),
+        )
+    }
+    assert shapes == {
+        "fc1": (2, 128, 128),
+        "fc2": (2, 128, 128),
+        "bias": (2, 384),
+    }  # of 512 a quarter; 768 stay whole
     assert len(mlp["fc1"]["kernel"].sharding.device_set) == 8
     expected = torch_teacher.blocks[1].mlp.fc1.weight.detach().numpy().T
     np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
 
 
 def test_plain_training_needs_no_teacher(folder):
-    assert run_debug(folder, *QUIET, "--config.teacher.checkpoint=", "--config.student.init=random",
-                 "--config.model.attention=softmax", "--config.train.steps=2", workdir="plain") is None
+    assert (
+        run_debug(
+            folder,
+            *QUIET,
+            "--config.teacher.checkpoint=",
+            "--config.student.init=random",
+            "--config.model.attention=softmax",
+            "--config.train.steps=2",
+            workdir="plain",
+        )
+        is None
+    )
     assert not (folder / "plain" / "inheritance.json").exists()
     assert not any("kd_noise" in name for line in read_lines(folder / "plain") for name in line)
 
 
 def sample(folder, *overrides, workdir="run", into="drawn"):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return command.run(monkeypatch, "--mode=sample", "--config=configs/debug.py", f"--workdir={folder / into}",
-                           f"--config.sample.checkpoint={folder / workdir}", *overrides)
+        return command.run(
+            monkeypatch,
+            "--mode=sample",
+            "--config=configs/debug.py",
+            f"--workdir={folder / into}",
+            f"--config.sample.checkpoint={folder / workdir}",
+            *overrides,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -255,14 +348,18 @@ def test_sampling_goes_on_where_it_stopped(drawn, folder):
     kept = (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns
     assert sample(folder, into="resumed") is None
     for i in range(10):
-        np.testing.assert_array_equal(pixels(folder / "resumed" / "samples" / f"{i:06d}.png"),
-                                      pixels(drawn / "samples" / f"{i:06d}.png"))
+        np.testing.assert_array_equal(
+            pixels(folder / "resumed" / "samples" / f"{i:06d}.png"),
+            pixels(drawn / "samples" / f"{i:06d}.png"),
+        )
     assert (folder / "resumed" / "samples" / "000003.png").stat().st_mtime_ns == kept
 
 
 def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
     error = sample(folder, "--config.sample.cfg_scale=3.0")
-    assert error.startswith("error: ") and "cfg_scale" in error and "3.0" in error and "2.0" in error
+    assert (
+        error.startswith("error: ") and "cfg_scale" in error and "3.0" in error and "2.0" in error
+    )
     error = sample(folder, workdir="teacher.safetensors")
     assert "model.attention" in error
 

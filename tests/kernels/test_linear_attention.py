@@ -1,4 +1,5 @@
 """The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
+
 import functools
 import math
 import types
@@ -26,7 +27,9 @@ def phi_and_slope(x, kernel_function):
         size = np.linalg.norm(power, axis=1)
         focused = (norm / size)[:, None] * power
         # d(focused)_a / d(phi)_b
-        outer = np.einsum("ta,tb->tab", focused, phi / norm[:, None] ** 2 - 3 * phi**5 / size[:, None] ** 2)
+        outer = np.einsum(
+            "ta,tb->tab", focused, phi / norm[:, None] ** 2 - 3 * phi**5 / size[:, None] ** 2
+        )
         outer += np.einsum("ta,ab->tab", (norm / size)[:, None] * 3 * phi**2, np.eye(H))
         phi, jacobian = focused, np.einsum("tab,tbc->tac", outer, jacobian)
     return phi, jacobian
@@ -39,7 +42,10 @@ def oracle(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_functio
     (h, w), H = grid, D // num_heads
     out, dq, dkv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(kv)
     if conv_kernel is not None:
-        conv_kernel, conv_bias = np.asarray(conv_kernel, np.float64), np.asarray(conv_bias, np.float64)
+        conv_kernel, conv_bias = (
+            np.asarray(conv_kernel, np.float64),
+            np.asarray(conv_bias, np.float64),
+        )
         K = len(conv_kernel)
         pad, dconv_kernel, dconv_bias = K // 2, np.zeros_like(conv_kernel), np.zeros_like(conv_bias)
     for b in range(B):
@@ -59,22 +65,28 @@ def oracle(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_functio
             dkv[b, :, head_v] = attention.T @ g
             if conv_kernel is None:
                 continue
-            image, dimage = (np.pad(x.reshape(h, w, H), ((pad, pad), (pad, pad), (0, 0))) for x in (v, g))
+            image, dimage = (
+                np.pad(x.reshape(h, w, H), ((pad, pad), (pad, pad), (0, 0))) for x in (v, g)
+            )
             out[b, :, head] += conv_bias
             dconv_bias += g.sum(0)
             for dy in range(K):
                 for dx in range(K):
-                    window = image[dy:dy + h, dx:dx + w].reshape(T, H)
+                    window = image[dy : dy + h, dx : dx + w].reshape(T, H)
                     out[b, :, head] += conv_kernel[dy, dx] * window
                     dconv_kernel[dy, dx] += (window * g).sum(0)
-                    back = dimage[K - 1 - dy:K - 1 - dy + h, K - 1 - dx:K - 1 - dx + w].reshape(T, H)
+                    back = dimage[K - 1 - dy : K - 1 - dy + h, K - 1 - dx : K - 1 - dx + w].reshape(
+                        T, H
+                    )
                     dkv[b, :, head_v] += conv_kernel[dy, dx] * back
     if conv_kernel is None:
         return out, (dq, dkv, None, None)
     return out, (dq, dkv, dconv_kernel, dconv_bias)
 
 
-def make_inputs(*, B=2, num_heads=2, head_width=8, grid=(5, 3), K=5, dtype="float32", seed=0, magnitude=1.0):
+def make_inputs(
+    *, B=2, num_heads=2, head_width=8, grid=(5, 3), K=5, dtype="float32", seed=0, magnitude=1.0
+):
     """Random q, kv, conv_kernel, conv_bias and cotangent; K = 0 leaves the convolution out.
 
     About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does not
@@ -87,8 +99,10 @@ def make_inputs(*, B=2, num_heads=2, head_width=8, grid=(5, 3), K=5, dtype="floa
     q, kv, do = (jnp.asarray(x, dtype) for x in (q * magnitude, kv * magnitude, do))
     if not K:
         return q, kv, None, None, do
-    conv_kernel, conv_bias = (jnp.asarray(rng.uniform(-0.2, 0.2, s), jnp.float32)
-                              for s in ((K, K, head_width), (head_width,)))
+    conv_kernel, conv_bias = (
+        jnp.asarray(rng.uniform(-0.2, 0.2, s), jnp.float32)
+        for s in ((K, K, head_width), (head_width,))
+    )
     return q, kv, conv_kernel, conv_bias, do
 
 
@@ -98,6 +112,7 @@ def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
     def run(do, *arrays):
         out, vjp = jax.vjp(lambda *arrays: linear_attention(*arrays, **kwargs), *arrays)
         return out, vjp(do)
+
     return run(do, q, kv, conv_kernel, conv_bias)
 
 
@@ -116,7 +131,12 @@ def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwar
     assert_close(out, expected, reduction=1 if dtype == "bfloat16" else H, what="out", **close)
     names = ("dq", "dk", "dv", "dconv_kernel", "dconv_bias")
     actual = (grads[0], grads[1][..., :D], grads[1][..., D:], *grads[2:])
-    wanted = (expected_grads[0], expected_grads[1][..., :D], expected_grads[1][..., D:], *expected_grads[2:])
+    wanted = (
+        expected_grads[0],
+        expected_grads[1][..., :D],
+        expected_grads[1][..., D:],
+        *expected_grads[2:],
+    )
     for name, a, e in zip(names, actual, wanted):
         if e is None:
             assert a is None
@@ -126,7 +146,9 @@ def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwar
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("K", [0, 3, 5, 7])
-@pytest.mark.parametrize("num_heads,head_width,grid", [(1, 8, (4, 4)), (2, 12, (5, 3)), (3, 4, (1, 7))])
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid", [(1, 8, (4, 4)), (2, 12, (5, 3)), (3, 4, (1, 7))]
+)
 def test_xla_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     check(inputs, num_heads=num_heads, grid=grid, implementation="xla")
@@ -137,8 +159,14 @@ def test_other_kernel_functions_match_the_oracle(kernel_function):
     # GELU dips below zero: shift its inputs further up, so that no denominator is near zero.
     q, kv, *rest = make_inputs(seed=3)
     shift = 0.5 if "gelu" in kernel_function else 0.0
-    check((q + shift, kv + shift, *rest), num_heads=2, grid=(5, 3), kernel_function=kernel_function,
-          factor=16, implementation="xla")
+    check(
+        (q + shift, kv + shift, *rest),
+        num_heads=2,
+        grid=(5, 3),
+        kernel_function=kernel_function,
+        factor=16,
+        implementation="xla",
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
@@ -157,18 +185,32 @@ def test_the_gradient_of_v_is_summed_in_float32():
     """49 positive terms: a sum in bfloat16 would round at each of them, here the result alone is rounded."""
     q, kv, _, _, do = make_inputs(K=0, grid=(7, 7), dtype="bfloat16")
     D, (h, w) = q.shape[-1], (7, 7)
-    do, filters = 1 + abs(do), np.random.default_rng(0).uniform(0.5, 1.5, (7, 7, D // 2)).astype(np.float32)
+    do, filters = (
+        1 + abs(do),
+        np.random.default_rng(0).uniform(0.5, 1.5, (7, 7, D // 2)).astype(np.float32),
+    )
 
     def convolution(kv):  # the attention itself has no part in it
         filters_and_bias = [(jnp.asarray(f), jnp.zeros(D // 2)) for f in (filters, 0 * filters)]
-        one, other = (linear_attention(jax.lax.stop_gradient(q), kv, *f, num_heads=2, grid=(h, w), implementation="xla")
-                      for f in filters_and_bias)
+        one, other = (
+            linear_attention(
+                jax.lax.stop_gradient(q), kv, *f, num_heads=2, grid=(h, w), implementation="xla"
+            )
+            for f in filters_and_bias
+        )
         return one.astype(jnp.float32) - other.astype(jnp.float32)
 
     out, vjp = jax.vjp(convolution, kv)
     dv = np.asarray(vjp(do.astype(out.dtype))[0][..., D:].astype(jnp.float32))
-    padded = np.pad(np.asarray(do.astype(jnp.float32), np.float64).reshape(-1, h, w, D), ((0, 0), (3, 3), (3, 3), (0, 0)))
-    expected = sum(padded[:, 6 - y:6 - y + h, 6 - x:6 - x + w] * np.tile(filters[y, x], 2) for y in range(7) for x in range(7))
+    padded = np.pad(
+        np.asarray(do.astype(jnp.float32), np.float64).reshape(-1, h, w, D),
+        ((0, 0), (3, 3), (3, 3), (0, 0)),
+    )
+    expected = sum(
+        padded[:, 6 - y : 6 - y + h, 6 - x : 6 - x + w] * np.tile(filters[y, x], 2)
+        for y in range(7)
+        for x in range(7)
+    )
     # Four roundings to eight bits: of the convolution's part and of its sum with the attention's, which cancels, both times.
     np.testing.assert_allclose(dv, expected.reshape(dv.shape), rtol=4 * 2**-8)
 
@@ -187,50 +229,88 @@ def test_none_chooses_xla_on_a_cpu_and_logs_it_once(caplog):
     with caplog.at_level("INFO", logger="absl"):
         for _ in range(2):
             chosen = linear_attention(q, kv, conv_kernel, conv_bias, num_heads=2, grid=(5, 3))
-    named = linear_attention(q, kv, conv_kernel, conv_bias, num_heads=2, grid=(5, 3), implementation="xla")
+    named = linear_attention(
+        q, kv, conv_kernel, conv_bias, num_heads=2, grid=(5, 3), implementation="xla"
+    )
     np.testing.assert_array_equal(chosen, named)
     assert [r.message for r in caplog.records if "linear_attention" in r.message] == [
-        "linear_attention: xla on cpu"]
+        "linear_attention: xla on cpu"
+    ]
 
 
-@pytest.mark.parametrize("platform,capability,kernel_function,K,H,expected", [
-    ("tpu", None, "relu", 5, 288, "pallas_tpu"),
-    ("tpu", None, "focused", 5, 288, "xla"),
-    ("tpu", None, "relu", 9, 288, "xla"),
-    ("gpu", "9.0", "relu", 0, 288, "pallas_gpu"),
-    ("gpu", "9.0", "relu", 5, 600, "xla"),
-    ("gpu", "8.0", "relu", 5, 288, "xla"),
-])
+@pytest.mark.parametrize(
+    "platform,capability,kernel_function,K,H,expected",
+    [
+        ("tpu", None, "relu", 5, 288, "pallas_tpu"),
+        ("tpu", None, "focused", 5, 288, "xla"),
+        ("tpu", None, "relu", 9, 288, "xla"),
+        ("gpu", "9.0", "relu", 0, 288, "pallas_gpu"),
+        ("gpu", "9.0", "relu", 5, 600, "xla"),
+        ("gpu", "8.0", "relu", 5, 288, "xla"),
+    ],
+)
 def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
-        monkeypatch, platform, capability, kernel_function, K, H, expected):
-    device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="a device")
+    monkeypatch, platform, capability, kernel_function, K, H, expected
+):
+    device = types.SimpleNamespace(
+        platform=platform, compute_capability=capability, device_kind="a device"
+    )
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert _choose(width=2 * H, num_heads=2, grid=(16, 16), conv_size=K, kernel_function=kernel_function,
-                          dtype=jnp.bfloat16) == expected
+    assert (
+        _choose(
+            width=2 * H,
+            num_heads=2,
+            grid=(16, 16),
+            conv_size=K,
+            kernel_function=kernel_function,
+            dtype=jnp.bfloat16,
+        )
+        == expected
+    )
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(num_heads=3), "width 16 and num_heads 3"),
-    (dict(num_heads=2.0), "width 16 and num_heads 2.0"),
-    (dict(grid=(-5, -3)), r"grid \(-5, -3\) and 15 tokens"),
-    (dict(q=jnp.zeros((0, 15, 16)), kv=jnp.zeros((0, 15, 32))), r"q \(0, 15, 16\)"),
-    (dict(conv_kernel=jnp.zeros(())), r"got \(\)"),
-    (dict(conv_kernel=jnp.zeros((3, 3, 8), int)), "got int32"),
-    (dict(grid=(4, 4)), r"grid \(4, 4\) and 15 tokens"),
-    (dict(kernel_function="elu"), "got 'elu'"),
-    (dict(implementation="cuda"), "got 'cuda'"),
-    (dict(implementation="pallas_tpu", kernel_function="focused"), "pallas_tpu offers .* got 'focused'"),
-    (dict(implementation="pallas_tpu", conv_kernel=jnp.zeros((9, 9, 8))), "pallas_tpu offers .* 3, 5 or 7; got 9"),
-    (dict(implementation="pallas_gpu", num_heads=1, q=jnp.zeros((2, 15, 600)), kv=jnp.zeros((2, 15, 1200)), conv_kernel=None,
-          conv_bias=None), "pallas_gpu offers heads of at most 512 columns; got 600"),
-    (dict(implementation="pallas_tpu"), "interpret mode"),    # a named one does not fall back
-    (dict(kv=jnp.zeros((2, 15, 16))), r"q \(2, 15, 16\) and kv \(2, 15, 16\)"),
-    (dict(kv=jnp.zeros((2, 15, 32), jnp.bfloat16)), "q float32 and kv bfloat16"),
-    (dict(conv_kernel=jnp.zeros((4, 4, 8))), r"got \(4, 4, 8\)"),
-    (dict(conv_bias=None), "got only conv_kernel"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(num_heads=3), "width 16 and num_heads 3"),
+        (dict(num_heads=2.0), "width 16 and num_heads 2.0"),
+        (dict(grid=(-5, -3)), r"grid \(-5, -3\) and 15 tokens"),
+        (dict(q=jnp.zeros((0, 15, 16)), kv=jnp.zeros((0, 15, 32))), r"q \(0, 15, 16\)"),
+        (dict(conv_kernel=jnp.zeros(())), r"got \(\)"),
+        (dict(conv_kernel=jnp.zeros((3, 3, 8), int)), "got int32"),
+        (dict(grid=(4, 4)), r"grid \(4, 4\) and 15 tokens"),
+        (dict(kernel_function="elu"), "got 'elu'"),
+        (dict(implementation="cuda"), "got 'cuda'"),
+        (
+            dict(implementation="pallas_tpu", kernel_function="focused"),
+            "pallas_tpu offers .* got 'focused'",
+        ),
+        (
+            dict(implementation="pallas_tpu", conv_kernel=jnp.zeros((9, 9, 8))),
+            "pallas_tpu offers .* 3, 5 or 7; got 9",
+        ),
+        (
+            dict(
+                implementation="pallas_gpu",
+                num_heads=1,
+                q=jnp.zeros((2, 15, 600)),
+                kv=jnp.zeros((2, 15, 1200)),
+                conv_kernel=None,
+                conv_bias=None,
+            ),
+            "pallas_gpu offers heads of at most 512 columns; got 600",
+        ),
+        (dict(implementation="pallas_tpu"), "interpret mode"),  # a named one does not fall back
+        (dict(kv=jnp.zeros((2, 15, 16))), r"q \(2, 15, 16\) and kv \(2, 15, 16\)"),
+        (dict(kv=jnp.zeros((2, 15, 32), jnp.bfloat16)), "q float32 and kv bfloat16"),
+        (dict(conv_kernel=jnp.zeros((4, 4, 8))), r"got \(4, 4, 8\)"),
+        (dict(conv_bias=None), "got only conv_kernel"),
+    ],
+)
 def test_what_does_not_fit_raises_and_names_both_sides(change, message):
     q, kv, conv_kernel, conv_bias, _ = make_inputs()
-    arguments = dict(q=q, kv=kv, conv_kernel=conv_kernel, conv_bias=conv_bias, num_heads=2, grid=(5, 3))
+    arguments = dict(
+        q=q, kv=kv, conv_kernel=conv_kernel, conv_bias=conv_bias, num_heads=2, grid=(5, 3)
+    )
     with pytest.raises(ValueError, match=message):
         linear_attention(**arguments | change)

@@ -1,4 +1,5 @@
 """The GPU kernels in interpret mode against a float64 T x T oracle, and their lowering to Triton for CUDA."""
+
 import functools
 
 import jax
@@ -14,7 +15,9 @@ from lit_jax.kernels import linear_attention_gpu
 
 # XLA's CPU backend takes minutes to optimise the unrolled loads of interpret mode, for runs of milliseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-SMALL = linear_attention_gpu.BlockSizes(tokens=16, dq_tokens=16, state_tokens=16, state_rows=16, programs=1)
+SMALL = linear_attention_gpu.BlockSizes(
+    tokens=16, dq_tokens=16, state_tokens=16, state_rows=16, programs=1
+)
 
 
 def _oracle(q, kv, conv_kernel, conv_bias, do, num_heads, grid):
@@ -32,7 +35,7 @@ def _oracle(q, kv, conv_kernel, conv_bias, do, num_heads, grid):
     phi_q, phi_k = np.maximum(q, 0) + 1e-6, np.maximum(k, 0) + 1e-6
     scores = phi_q @ phi_k.swapaxes(2, 3) / T
     denominator = scores.sum(-1, keepdims=True) + 1e-6
-    weights = scores / denominator                                                      # (B, N, T, T)
+    weights = scores / denominator  # (B, N, T, T)
     out = weights @ v
     dscores = (g @ v.swapaxes(2, 3) - (g * out).sum(-1, keepdims=True)) / denominator / T
     dq, dk = dscores @ phi_k * (q > 0), dscores.swapaxes(2, 3) @ phi_q * (k > 0)
@@ -44,14 +47,18 @@ def _oracle(q, kv, conv_kernel, conv_bias, do, num_heads, grid):
     K = conv_kernel.shape[0]
     image, dimage = merge(v).reshape(B, h, w, N, H), do.reshape(B, h, w, N, H)
     padded = np.pad(image, ((0, 0), (K // 2, K // 2), (K // 2, K // 2), (0, 0), (0, 0)))
-    dpadded, local, dconv_kernel = np.zeros_like(padded), np.zeros_like(image), np.zeros_like(conv_kernel)
+    dpadded, local, dconv_kernel = (
+        np.zeros_like(padded),
+        np.zeros_like(image),
+        np.zeros_like(conv_kernel),
+    )
     for dy in range(K):
         for dx in range(K):
-            window = np.s_[:, dy:dy + h, dx:dx + w]
+            window = np.s_[:, dy : dy + h, dx : dx + w]
             local += padded[window] * conv_kernel[dy, dx]
             dpadded[window] += dimage * conv_kernel[dy, dx]
             dconv_kernel[dy, dx] = (padded[window] * dimage).sum((0, 1, 2, 3))
-    dv += dpadded[:, K // 2:K // 2 + h, K // 2:K // 2 + w].reshape(B, T, D)
+    dv += dpadded[:, K // 2 : K // 2 + h, K // 2 : K // 2 + w].reshape(B, T, D)
     out += (local + conv_bias).reshape(B, T, D)
     return out, dq, np.concatenate([dk, dv], -1), dconv_kernel, dimage.sum((0, 1, 2, 3))
 
@@ -61,8 +68,13 @@ def _inputs(B, grid, N, H, K, dtype, scale=1.0):
     q, kv, do = (jnp.asarray(scale * rng.normal(size=(B, T, m * D)), dtype) for m in (1, 2, 1))
     if not K:
         return q, kv, None, None, do
-    return (q, kv, jnp.asarray(0.2 * rng.normal(size=(K, K, H)), jnp.float32),
-            jnp.asarray(rng.normal(size=H), jnp.float32), do)
+    return (
+        q,
+        kv,
+        jnp.asarray(0.2 * rng.normal(size=(K, K, H)), jnp.float32),
+        jnp.asarray(rng.normal(size=H), jnp.float32),
+        do,
+    )
 
 
 def _kernels(inputs, N, grid, block_sizes):
@@ -71,6 +83,7 @@ def _kernels(inputs, N, grid, block_sizes):
     def both(*inputs):
         out, saved = linear_attention_gpu.forward(*inputs[:4], **kwargs)
         return out, *linear_attention_gpu.backward(*inputs[:4], saved, inputs[4], **kwargs)
+
     return jit(both)(*inputs)
 
 
@@ -87,16 +100,19 @@ def _check(inputs, N, grid, block_sizes=SMALL, factor=8.0):
     assert actual[0].dtype == actual[1].dtype == actual[2].dtype == inputs[0].dtype
 
 
-@pytest.mark.parametrize("B, grid, N, H, K, dtype", [
-    (2, (3, 5), 2, 72, 5, "bfloat16"),     # T below a block, a head that is no multiple of 16
-    (2, (4, 7), 2, 16, 5, "float32"),
-    (1, (5, 9), 1, 24, 3, "float32"),      # patches and token blocks with ragged tails
-    (1, (4, 4), 1, 64, 7, "bfloat16"),     # a filter wider than the grid
-    (1, (6, 6), 1, 288, 0, "float32"),     # no convolution; 288 = 256 + 32
-    (1, (2, 9), 1, 288, 3, "bfloat16"),
-    (1, (2, 9), 1, 192, 0, "bfloat16"),
-    (1, (2, 9), 1, 256, 0, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    "B, grid, N, H, K, dtype",
+    [
+        (2, (3, 5), 2, 72, 5, "bfloat16"),  # T below a block, a head that is no multiple of 16
+        (2, (4, 7), 2, 16, 5, "float32"),
+        (1, (5, 9), 1, 24, 3, "float32"),  # patches and token blocks with ragged tails
+        (1, (4, 4), 1, 64, 7, "bfloat16"),  # a filter wider than the grid
+        (1, (6, 6), 1, 288, 0, "float32"),  # no convolution; 288 = 256 + 32
+        (1, (2, 9), 1, 288, 3, "bfloat16"),
+        (1, (2, 9), 1, 192, 0, "bfloat16"),
+        (1, (2, 9), 1, 256, 0, "bfloat16"),
+    ],
+)
 def test_values_and_gradients_match_the_oracle(B, grid, N, H, K, dtype):
     _check(_inputs(B, grid, N, H, K, dtype), N, grid)
 
@@ -106,8 +122,12 @@ def test_default_block_sizes_match_the_oracle():
 
 
 def test_splitting_the_tokens_of_a_state_matches_the_oracle():
-    _check(_inputs(1, (11, 13), 1, 32, 0, "float32"), 1, (11, 13),
-           linear_attention_gpu.BlockSizes(dq_tokens=16, state_tokens=16, programs=8))
+    _check(
+        _inputs(1, (11, 13), 1, 32, 0, "float32"),
+        1,
+        (11, 13),
+        linear_attention_gpu.BlockSizes(dq_tokens=16, state_tokens=16, programs=8),
+    )
 
 
 def test_many_heads_match_the_oracle():
@@ -121,36 +141,56 @@ def test_extreme_magnitudes_match_the_oracle(scale):
 
 def test_rows_and_keys_of_zero_features_match_the_oracle():
     q, kv, conv_kernel, conv_bias, do = _inputs(2, (4, 4), 2, 32, 0, "float32")
-    q = q.at[:, 3].set(-1.0).at[:, 7].set(0.0)              # phi(q) is epsilon in these rows
-    kv = kv.at[1, :, :64].set(-jnp.abs(kv[1, :, :64]))      # phi(k) is epsilon in this image
+    q = q.at[:, 3].set(-1.0).at[:, 7].set(0.0)  # phi(q) is epsilon in these rows
+    kv = kv.at[1, :, :64].set(-jnp.abs(kv[1, :, :64]))  # phi(k) is epsilon in this image
     _check((q, kv, conv_kernel, conv_bias, do), 2, (4, 4))
 
 
 def test_the_public_op_hands_the_forwards_state_to_the_backward():
-    check(make_inputs(B=1, num_heads=2, head_width=16, grid=(3, 5), K=3), num_heads=2, grid=(3, 5),
-          implementation="pallas_gpu", interpret=True)
+    check(
+        make_inputs(B=1, num_heads=2, head_width=16, grid=(3, 5), K=3),
+        num_heads=2,
+        grid=(3, 5),
+        implementation="pallas_gpu",
+        interpret=True,
+    )
 
 
-@pytest.mark.parametrize("name, B, side, N, H, K, dtype", [
-    ("S", 4, 16, 2, 192, 5, "bfloat16"),
-    ("XL 256 px", 128, 16, 4, 288, 5, "bfloat16"),
-    ("XL 2048 px", 2, 128, 4, 288, 5, "bfloat16"),
-    ("XL float32", 4, 16, 4, 288, 5, "float32"),
-    ("16 heads, 7 x 7", 4, 20, 16, 72, 7, "bfloat16"),
-    ("no convolution", 4, 32, 4, 288, 0, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    "name, B, side, N, H, K, dtype",
+    [
+        ("S", 4, 16, 2, 192, 5, "bfloat16"),
+        ("XL 256 px", 128, 16, 4, 288, 5, "bfloat16"),
+        ("XL 2048 px", 2, 128, 4, 288, 5, "bfloat16"),
+        ("XL float32", 4, 16, 4, 288, 5, "float32"),
+        ("16 heads, 7 x 7", 4, 20, 16, 72, 7, "bfloat16"),
+        ("no convolution", 4, 32, 4, 288, 0, "bfloat16"),
+    ],
+)
 def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
     """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
     inputs = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
     kwargs = dict(num_heads=N, grid=(side, side))
-    saved = jax.eval_shape(functools.partial(linear_attention_gpu.forward, **kwargs), *inputs[:4])[1]
+    saved = jax.eval_shape(functools.partial(linear_attention_gpu.forward, **kwargs), *inputs[:4])[
+        1
+    ]
     target = "__gpu$xla.gpu.triton"
     unstable = [export.DisabledSafetyCheck.custom_call(target)]
     card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=card)):  # JAX 0.11 and later ask which card it is for
+    with use_abstract_mesh(
+        AbstractMesh((1,), ("card",), abstract_device=card)
+    ):  # JAX 0.11 and later ask which card it is for
         forward, backward = (
-            export.export(jax.jit(functools.partial(f, **kwargs)), platforms=["cuda"], disabled_checks=unstable)(*args)
-            for f, args in ((linear_attention_gpu.forward, inputs[:4]), (linear_attention_gpu.backward, (*inputs[:4], saved, inputs[4]))))
+            export.export(
+                jax.jit(functools.partial(f, **kwargs)),
+                platforms=["cuda"],
+                disabled_checks=unstable,
+            )(*args)
+            for f, args in (
+                (linear_attention_gpu.forward, inputs[:4]),
+                (linear_attention_gpu.backward, (*inputs[:4], saved, inputs[4])),
+            )
+        )
     for exported, kernels in ((forward, 2), (backward, 3)):
         assert exported.mlir_module().count(f"@{target}") == kernels
     assert [x.shape for x in backward.out_avals[:2]] == [inputs[0].shape, inputs[1].shape]

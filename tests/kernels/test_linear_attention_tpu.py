@@ -1,4 +1,5 @@
 """The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler's word for real shapes."""
+
 import functools
 
 import jax
@@ -24,31 +25,39 @@ def small_chunks(monkeypatch):
 
 
 def plan_of(inputs, num_heads, grid):
-    return linear_attention_tpu._plan_of(inputs[0], inputs[2], num_heads, grid, linear_attention_tpu.BACKWARD_ARRAYS)
+    return linear_attention_tpu._plan_of(
+        inputs[0], inputs[2], num_heads, grid, linear_attention_tpu.BACKWARD_ARRAYS
+    )
 
 
 # Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
-@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
-    (2, 144, (3, 16), 5, "float32"),
-    (2, 144, (4, 16), 5, "bfloat16"),
-    (1, 192, (2, 8), 7, "float32"),
-    (3, 128, (2, 16), 3, "bfloat16"),
-    (1, 256, (2, 16), 0, "float32"),
-])
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype",
+    [
+        (2, 144, (3, 16), 5, "float32"),
+        (2, 144, (4, 16), 5, "bfloat16"),
+        (1, 192, (2, 8), 7, "float32"),
+        (3, 128, (2, 16), 3, "bfloat16"),
+        (1, 256, (2, 16), 0, "float32"),
+    ],
+)
 def test_direct_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     assert plan_of(inputs, num_heads, grid).direct
     pallas(inputs, num_heads=num_heads, grid=grid)
 
 
-@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
-    (1, 8, (5, 3), 5, "float32"),        # a ragged grid, fewer tokens than any tile
-    (16, 8, (4, 4), 3, "bfloat16"),      # sixteen heads in one tile
-    (4, 72, (4, 8), 7, "bfloat16"),      # three heads meet one tile
-    (3, 72, (2, 13), 5, "bfloat16"),
-    (2, 288, (1, 7), 0, "float32"),      # wide heads on a ragged grid are not direct
-    (2, 64, (4, 16), 0, "bfloat16"),     # no convolution, whose windows would be of four rows
-])
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype",
+    [
+        (1, 8, (5, 3), 5, "float32"),  # a ragged grid, fewer tokens than any tile
+        (16, 8, (4, 4), 3, "bfloat16"),  # sixteen heads in one tile
+        (4, 72, (4, 8), 7, "bfloat16"),  # three heads meet one tile
+        (3, 72, (2, 13), 5, "bfloat16"),
+        (2, 288, (1, 7), 0, "float32"),  # wide heads on a ragged grid are not direct
+        (2, 64, (4, 16), 0, "bfloat16"),  # no convolution, whose windows would be of four rows
+    ],
+)
 def test_state_form_and_its_gradients_match_the_oracle(num_heads, head_width, grid, K, dtype):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     plan = plan_of(inputs, num_heads, grid)
@@ -56,27 +65,36 @@ def test_state_form_and_its_gradients_match_the_oracle(num_heads, head_width, gr
     pallas(inputs, num_heads=num_heads, grid=grid)
 
 
-@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
-    (2, 72, (6, 16), 5, "float32"),
-    (1, 64, (7, 5), 3, "bfloat16"),      # rows added to fill the last chunk
-    (1, 64, (8, 8), 0, "bfloat16"),
-])
-def test_an_image_in_several_chunks_matches_the_oracle(small_chunks, num_heads, head_width, grid, K, dtype):
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype",
+    [
+        (2, 72, (6, 16), 5, "float32"),
+        (1, 64, (7, 5), 3, "bfloat16"),  # rows added to fill the last chunk
+        (1, 64, (8, 8), 0, "bfloat16"),
+    ],
+)
+def test_an_image_in_several_chunks_matches_the_oracle(
+    small_chunks, num_heads, head_width, grid, K, dtype
+):
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     plan = plan_of(inputs, num_heads, grid)
     assert plan.chunks > 1 and plan.bands == 1
     pallas(inputs, num_heads=num_heads, grid=grid)
 
 
-@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype", [
-    (1, 128, (8, 16), 5, "float32"),     # v is a block of its own
-    (1, 72, (9, 13), 7, "float32"),      # it is not; the last band is half empty
-    (2, 64, (6, 16), 3, "bfloat16"),
-    (1, 24, (6, 16), 0, "float32"),
-    (1, 128, (6, 16), 0, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype",
+    [
+        (1, 128, (8, 16), 5, "float32"),  # v is a block of its own
+        (1, 72, (9, 13), 7, "float32"),  # it is not; the last band is half empty
+        (2, 64, (6, 16), 3, "bfloat16"),
+        (1, 24, (6, 16), 0, "float32"),
+        (1, 128, (6, 16), 0, "bfloat16"),
+    ],
+)
 def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
-        small_chunks, monkeypatch, num_heads, head_width, grid, K, dtype):
+    small_chunks, monkeypatch, num_heads, head_width, grid, K, dtype
+):
     monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     assert plan_of(inputs, num_heads, grid).bands > 1
@@ -84,14 +102,21 @@ def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
-@pytest.mark.parametrize("num_heads,head_width,grid,K,dtype,direct", [
-    (1, 128, (2, 8), 3, "float32", True),
-    (2, 16, (2, 8), 3, "float32", False),
-    (1, 128, (4, 16), 5, "bfloat16", True),   # windows of four rows of output
-    (2, 16, (4, 16), 5, "bfloat16", False),
-])
-def test_extreme_magnitudes_and_dead_rows_stay_right(num_heads, head_width, grid, K, dtype, direct, magnitude):
-    q, kv, *rest = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, magnitude=magnitude, K=K, dtype=dtype)
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype,direct",
+    [
+        (1, 128, (2, 8), 3, "float32", True),
+        (2, 16, (2, 8), 3, "float32", False),
+        (1, 128, (4, 16), 5, "bfloat16", True),  # windows of four rows of output
+        (2, 16, (4, 16), 5, "bfloat16", False),
+    ],
+)
+def test_extreme_magnitudes_and_dead_rows_stay_right(
+    num_heads, head_width, grid, K, dtype, direct, magnitude
+):
+    q, kv, *rest = make_inputs(
+        num_heads=num_heads, head_width=head_width, grid=grid, magnitude=magnitude, K=K, dtype=dtype
+    )
     assert plan_of((q, kv, *rest), num_heads, grid).direct == direct
     D = q.shape[-1]
     q = q.at[:, ::2].set(-jnp.abs(q[:, ::2]))
@@ -102,38 +127,63 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(num_heads, head_width, grid
 @pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
 def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
     """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
-    q, kv, filters, bias, _ = make_inputs(B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16")
+    q, kv, filters, bias, _ = make_inputs(
+        B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16"
+    )
     D, bright = 16, 1e4
     kv = kv.at[..., D:].set(1e-4 * kv[..., D:]).at[:, :16, :D].set(-1.0).at[:, :16, D:].set(bright)
     kwargs = dict(num_heads=1, grid=(8, 16))
-    rows = [np.asarray(linear_attention(abs(q), kv, filters, 0 * bias, implementation=name, interpret=name != "xla", **kwargs),
-                       np.float64).reshape(8, 16, D)[K // 2 + 1:] for name in ("pallas_tpu", "xla")]
+    rows = [
+        np.asarray(
+            linear_attention(
+                abs(q),
+                kv,
+                filters,
+                0 * bias,
+                implementation=name,
+                interpret=name != "xla",
+                **kwargs,
+            ),
+            np.float64,
+        ).reshape(8, 16, D)[K // 2 + 1 :]
+        for name in ("pallas_tpu", "xla")
+    ]
     assert np.abs(rows[1]).max() < 1.0
-    np.testing.assert_allclose(*rows, rtol=2**-7, atol=error * bright * float(abs(filters).sum((0, 1)).max()))
+    np.testing.assert_allclose(
+        *rows, rtol=2**-7, atol=error * bright * float(abs(filters).sum((0, 1)).max())
+    )
 
 
 def test_the_gradient_at_zero_is_that_of_relu():
     q, kv, *rest = make_inputs(num_heads=1, head_width=16, grid=(2, 8), K=0)
     q, kv = q.at[0, 0].set(0.0), kv.at[0, 0, :16].set(0.0)
-    _, (dq, dkv, _, _) = value_and_grads(q, kv, *rest, num_heads=1, grid=(2, 8), implementation="pallas_tpu",
-                                         interpret=True)
+    _, (dq, dkv, _, _) = value_and_grads(
+        q, kv, *rest, num_heads=1, grid=(2, 8), implementation="pallas_tpu", interpret=True
+    )
     assert not dq[0, 0].any() and not dkv[0, 0, :16].any()
 
 
 def test_eight_devices_compute_in_scanned_and_rematerialised_layers_what_one_computes():
-    q, kv, conv_kernel, conv_bias, do = make_inputs(B=8, num_heads=2, head_width=16, grid=(1, 8), K=3)
+    q, kv, conv_kernel, conv_bias, do = make_inputs(
+        B=8, num_heads=2, head_width=16, grid=(1, 8), K=3
+    )
 
     def grads(*arrays, **how):
         def loss(q, kv, conv_kernel, conv_bias):
             @jax.checkpoint
             def layer(q, scale):
-                return linear_attention(q, kv * scale, conv_kernel, conv_bias, num_heads=2, grid=(1, 8), **how), None
+                return linear_attention(
+                    q, kv * scale, conv_kernel, conv_bias, num_heads=2, grid=(1, 8), **how
+                ), None
 
             return jnp.sum(jax.lax.scan(layer, q, jnp.array([1.0, 0.5]))[0] * do)
+
         return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
 
     arrays = (q, kv, conv_kernel, conv_bias)
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+    )
     rows, full = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), ()))
     jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     fused = functools.partial(grads, implementation="pallas_tpu", interpret=True)
@@ -147,14 +197,20 @@ def test_eight_devices_compute_in_scanned_and_rematerialised_layers_what_one_com
 def test_inside_a_shard_map_the_kernel_takes_the_rows_that_are_there(taken):
     """All axes of the mesh taken by the caller's own shard_map, or one of them."""
     q, kv, *rest, do = make_inputs(B=8, num_heads=2, head_width=16, grid=(1, 8), K=3)
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+    )
     rows = PartitionSpec(taken)
 
     def kernel(q, kv):
-        return linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+        return linear_attention(
+            q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True
+        )
 
     def loss(q, kv):
-        out = jax.shard_map(kernel, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(taken), check_vma=False)(q, kv)
+        out = jax.shard_map(
+            kernel, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(taken), check_vma=False
+        )(q, kv)
         return jnp.sum(out * do)
 
     where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -167,10 +223,16 @@ def test_inside_a_shard_map_the_kernel_takes_the_rows_that_are_there(taken):
 
 def test_a_batch_that_the_devices_do_not_divide_is_named():
     q, kv, *rest, _ = make_inputs(B=3, num_heads=2, head_width=16, grid=(1, 8), K=3)
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    with pytest.raises(ValueError, match="3 rows are no multiple of its 8 devices"), \
-            jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        linear_attention(q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True)
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+    )
+    with (
+        pytest.raises(ValueError, match="3 rows are no multiple of its 8 devices"),
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    ):
+        linear_attention(
+            q, kv, *rest, num_heads=2, grid=(1, 8), implementation="pallas_tpu", interpret=True
+        )
 
 
 def _cost_estimates(jaxpr):
@@ -180,20 +242,28 @@ def _cost_estimates(jaxpr):
         if eqn.primitive.name == "pallas_call":
             found.append(eqn.params["cost_estimate"])
         else:
-            found += [cost for value in eqn.params.values() if hasattr(value, "jaxpr")
-                      for cost in _cost_estimates(value.jaxpr)]
+            found += [
+                cost
+                for value in eqn.params.values()
+                if hasattr(value, "jaxpr")
+                for cost in _cost_estimates(value.jaxpr)
+            ]
     return found
 
 
-@pytest.mark.parametrize("name,arrays,products,convolutions", [("forward", 4, 2, 1), ("backward", 7, 5, 2)])
+@pytest.mark.parametrize(
+    "name,arrays,products,convolutions", [("forward", 4, 2, 1), ("backward", 7, 5, 2)]
+)
 def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
     B, T, D, heads = 4, 64, 256, 2
     fn, args = tpu_schedule.attention_program(D, heads, (4, 16), B, name)
-    cost, = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+    (cost,) = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
     # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of their gradients.
     constants = (40 + 1 if name == "forward" else 40 + 2 * 41 * 8) * D * 4
     assert cost.bytes_accessed == arrays * B * T * D * 2 + constants
-    assert cost.flops == 2 * B * T * D * (products * T + convolutions * 40 // 4)  # by a head's T x T matrix
+    assert cost.flops == 2 * B * T * D * (
+        products * T + convolutions * 40 // 4
+    )  # by a head's T x T matrix
     assert cost.transcendentals == B * T * heads
 
 
@@ -204,26 +274,46 @@ def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, monkeypatch)
     for name in ("forward", "backward"):
         fn, args = tpu_schedule.attention_program(D, heads, (8, 16), B, name)
         costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
-    plan = linear_attention_tpu._make_plan(T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), arrays=4)
-    assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)          # 5 columns of 6 products make 2 rows
+    plan = linear_attention_tpu._make_plan(
+        T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), arrays=4
+    )
+    assert (plan.bands, plan.halo_rows, plan.outputs) == (
+        2,
+        2,
+        2,
+    )  # 5 columns of 6 products make 2 rows
     array, state, mean, taps = B * T * D * 2, B * 128 * 128 * 2, B * D * 4, 30 * D * 4
-    halos, sums = 2 * B * 2 * 2 * 16 * D * 2, 2 * 31 * 8 * D * 4            # 2 bands of 2 halos of 2 rows; of two cores
-    expected = [2 * array + state + mean,                                   # the state, of k and v
-                3 * array + halos + state + mean + taps + D * 4,            # q, v, the output; the bias
-                2 * array + state + mean,
-                3 * array + 2 * (state + mean),                             # q, do, dq
-                5 * array + halos + state + mean + taps + sums]             # k, v, do, dk, dv
+    halos, sums = (
+        2 * B * 2 * 2 * 16 * D * 2,
+        2 * 31 * 8 * D * 4,
+    )  # 2 bands of 2 halos of 2 rows; of two cores
+    expected = [
+        2 * array + state + mean,  # the state, of k and v
+        3 * array + halos + state + mean + taps + D * 4,  # q, v, the output; the bias
+        2 * array + state + mean,
+        3 * array + 2 * (state + mean),  # q, do, dq
+        5 * array + halos + state + mean + taps + sums,
+    ]  # k, v, do, dk, dv
     found = costs["forward"] + costs["backward"]
     assert [cost.bytes_accessed for cost in found] == expected
     per_tap = 2 * B * T * D
-    assert [cost.flops for cost in found] == [per_tap * n for n in (H, H + 15, H, 2 * H, 2 * H + 2 * 15)]
+    assert [cost.flops for cost in found] == [
+        per_tap * n for n in (H, H + 15, H, 2 * H, 2 * H + 2 * 15)
+    ]
     assert [cost.transcendentals for cost in found] == [B * T * heads * n for n in (0, 1, 0, 1, 0)]
 
 
 def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
-    q, kv, *rest, _ = make_inputs(B=1, num_heads=1, head_width=1152, grid=(1, 4096), K=5, dtype="bfloat16")
-    with pytest.raises(ValueError, match="1 x 4096 tokens of width 1152 bfloat16 take .* MiB of VMEM, .* it has 16.0"):
-        linear_attention(q, kv, *rest, num_heads=1, grid=(1, 4096), implementation="pallas_tpu", interpret=True)
+    q, kv, *rest, _ = make_inputs(
+        B=1, num_heads=1, head_width=1152, grid=(1, 4096), K=5, dtype="bfloat16"
+    )
+    with pytest.raises(
+        ValueError,
+        match="1 x 4096 tokens of width 1152 bfloat16 take .* MiB of VMEM, .* it has 16.0",
+    ):
+        linear_attention(
+            q, kv, *rest, num_heads=1, grid=(1, 4096), implementation="pallas_tpu", interpret=True
+        )
 
 
 @pytest.mark.parametrize("K", [3, 5, 7])
@@ -243,50 +333,67 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
     for pixels in tpu_schedule.PIXELS:
         side = pixels // tpu_schedule.PIXELS_PER_TOKEN
         for arrays in (4, 7):
-            plan = linear_attention_tpu._make_plan(side * side, D, jnp.dtype(jnp.bfloat16), 5, num_heads, (side, side), arrays)
+            plan = linear_attention_tpu._make_plan(
+                side * side, D, jnp.dtype(jnp.bfloat16), 5, num_heads, (side, side), arrays
+            )
             assert (plan.bands * plan.band_rows, plan.w) == (side, side), (pixels, arrays, plan)
             assert plan.bands == 1 or mebibytes == 16 or pixels > 512, (pixels, arrays, plan)
 
 
 def test_the_turns_of_the_loops_are_those_of_the_plan():
-    with tpu_schedule.on_chip("v4:2x2x1"):       # bands of halved chunks
+    with tpu_schedule.on_chip("v4:2x2x1"):  # bands of halved chunks
         assert linear_attention_tpu.loop_turns(1152, 4, (16, 16), 5, "bfloat16", True) == 2
     with tpu_schedule.on_chip("v5e:2x2"):
-        turns = [linear_attention_tpu.loop_turns(1152, 4, (side, side), 5, "bfloat16", True) for side in (16, 32, 64)]
+        turns = [
+            linear_attention_tpu.loop_turns(1152, 4, (side, side), 5, "bfloat16", True)
+            for side in (16, 32, 64)
+        ]
     assert turns == [1, 4, 16]
 
 
 # Every chip both ways, every size and every resolution; XL below. All 128 programs, seven minutes of a core:
 #   python -m lit_jax.costs.tpu_schedule --product
-@pytest.mark.parametrize("topology,size,pixels,name", [
-    ("v4:2x2x1", "S", 256, "forward"),
-    ("v4:2x2x1", "XL", 512, "backward"),    # bands: v4 has 16 MiB of VMEM, the hardest fit of all
-    ("v4:2x2x1", "XL", 2048, "backward"),
-    ("v5e:2x2", "S", 2048, "forward"),
-    ("v5e:2x2", "S", 1024, "backward"),
-    ("v5e:2x2", "XL", 2048, "backward"),
-    ("v5p:2x2x1", "XL", 1024, "forward"),
-    ("v5p:2x2x1", "B", 256, "backward"),
-    ("v6e:2x2", "L", 512, "forward"),
-    ("v6e:2x2", "S", 2048, "backward"),
-])
+@pytest.mark.parametrize(
+    "topology,size,pixels,name",
+    [
+        ("v4:2x2x1", "S", 256, "forward"),
+        ("v4:2x2x1", "XL", 512, "backward"),  # bands: v4 has 16 MiB of VMEM, the hardest fit of all
+        ("v4:2x2x1", "XL", 2048, "backward"),
+        ("v5e:2x2", "S", 2048, "forward"),
+        ("v5e:2x2", "S", 1024, "backward"),
+        ("v5e:2x2", "XL", 2048, "backward"),
+        ("v5p:2x2x1", "XL", 1024, "forward"),
+        ("v5p:2x2x1", "B", 256, "backward"),
+        ("v6e:2x2", "L", 512, "forward"),
+        ("v6e:2x2", "S", 2048, "backward"),
+    ],
+)
 def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
     side = pixels // tpu_schedule.PIXELS_PER_TOKEN
-    tpu_schedule.compile_for(*tpu_schedule.attention_program(*tpu_schedule.SIZES[size], (side, side), 2, name), topology)
+    tpu_schedule.compile_for(
+        *tpu_schedule.attention_program(*tpu_schedule.SIZES[size], (side, side), 2, name), topology
+    )
 
 
-@pytest.mark.parametrize("topology,width,num_heads,grid,K,dtype,name", [
-    ("v5e:2x2", 1152, 4, (32, 32), 0, "bfloat16", "forward"),
-    ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),     # heads of 72
-    ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),     # heads of 64
-    ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
-    # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
-    ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
-    ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
-    ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
-])
-def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(topology, width, num_heads, grid, K, dtype, name):
-    tpu_schedule.compile_for(*tpu_schedule.attention_program(width, num_heads, grid, 2, name, K, dtype), topology)
+@pytest.mark.parametrize(
+    "topology,width,num_heads,grid,K,dtype,name",
+    [
+        ("v5e:2x2", 1152, 4, (32, 32), 0, "bfloat16", "forward"),
+        ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),  # heads of 72
+        ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),  # heads of 64
+        ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
+        # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+        ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
+        ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
+        ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
+    ],
+)
+def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(
+    topology, width, num_heads, grid, K, dtype, name
+):
+    tpu_schedule.compile_for(
+        *tpu_schedule.attention_program(width, num_heads, grid, 2, name, K, dtype), topology
+    )
 
 
 @pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])

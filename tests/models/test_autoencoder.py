@@ -1,4 +1,5 @@
 """Our AutoencoderKL against diffusers' at random weights; tiling, slicing, sharding, bfloat16."""
+
 import dataclasses
 import re
 
@@ -16,12 +17,19 @@ from lit_jax import sharding
 from lit_jax.models import autoencoder
 from lit_jax.porting.read import load_params, read_autoencoder
 
-SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)     # half the resolution
+SMALL = dict(
+    block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1
+)  # half the resolution
 VARIANTS = {
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
     "sdxl": dict(latent_channels=4, scaling_factor=0.13025, layers_per_block=2),
-    "sd3": dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
-                use_post_quant_conv=False),
+    "sd3": dict(
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
     "no_attention": dict(mid_block_add_attention=False),
 }
 
@@ -29,10 +37,14 @@ VARIANTS = {
 def make_torch(sample_size=32, **fields):
     fields = SMALL | fields
     blocks = len(fields["block_out_channels"])
-    model = TorchAutoencoder(down_block_types=("DownEncoderBlock2D",) * blocks, sample_size=sample_size,
-                             up_block_types=("UpDecoderBlock2D",) * blocks, **fields)
+    model = TorchAutoencoder(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        sample_size=sample_size,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        **fields,
+    )
     randomise_(model, 3)
-    with torch.no_grad():   # norms near one, as trained ones are, or deep activations vanish
+    with torch.no_grad():  # norms near one, as trained ones are, or deep activations vanish
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter += 1.0
@@ -50,7 +62,9 @@ def pair(request, tmp_path_factory):
 
 def port(folder, **kwargs):
     checkpoint = read_autoencoder(folder)
-    return autoencoder.make_autoencoder(load_params(checkpoint.params), checkpoint.architecture, **kwargs)
+    return autoencoder.make_autoencoder(
+        load_params(checkpoint.params), checkpoint.architecture, **kwargs
+    )
 
 
 def to_torch(array):
@@ -93,8 +107,10 @@ def test_every_module_equals_diffusers(tmp_path):
     rng = np.random.default_rng(1)
     images = random_images(rng, 1, 16, 16, 3)
     captured = {}
-    handles = [child.register_forward_hook(lambda _, __, out, name=name: captured.update({name: out}))
-               for name, child in model.named_modules()]
+    handles = [
+        child.register_forward_hook(lambda _, __, out, name=name: captured.update({name: out}))
+        for name, child in model.named_modules()
+    ]
     with torch.no_grad():
         model.decode(model.encode(to_torch(images)).latent_dist.mean)
     for handle in handles:
@@ -108,23 +124,38 @@ def test_every_module_equals_diffusers(tmp_path):
             assert rel(value, to_numpy(captured[name])) < 2e-5, name
             compared.append(name)
     assert len(compared) == 52
-    assert {"encoder.mid_block.attentions.0", "encoder.down_blocks.0.downsamplers.0", "quant_conv",
-            "decoder.up_blocks.0.upsamplers.0.conv", "decoder.up_blocks.1.resnets.0.conv_shortcut"} <= set(compared)
+    assert {
+        "encoder.mid_block.attentions.0",
+        "encoder.down_blocks.0.downsamplers.0",
+        "quant_conv",
+        "decoder.up_blocks.0.upsamplers.0.conv",
+        "decoder.up_blocks.1.resnets.0.conv_shortcut",
+    } <= set(compared)
 
 
 def test_downsampling_pads_below_and_right_only():
     """Output (i, j) is the 3 x 3 window whose upper left corner is pixel (2i, 2j)."""
     rng = np.random.default_rng(1)
-    x, kernel = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(3, 3)).astype(np.float32)
+    x, kernel = (
+        rng.normal(size=(6, 4)).astype(np.float32),
+        rng.normal(size=(3, 3)).astype(np.float32),
+    )
     params = {"conv": {"kernel": kernel[:, :, None, None], "bias": np.zeros(1, np.float32)}}
-    out = autoencoder.Downsample(jnp.float32).apply({"params": params}, x[None, :, :, None])[0, :, :, 0]
+    out = autoencoder.Downsample(jnp.float32).apply({"params": params}, x[None, :, :, None])[
+        0, :, :, 0
+    ]
 
     def windows(before, after):
         padded = np.pad(x.astype(np.float64), (before, after))
-        return np.array([[np.sum(padded[2 * i:2 * i + 3, 2 * j:2 * j + 3] * kernel) for j in range(2)] for i in range(3)])
+        return np.array(
+            [
+                [np.sum(padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] * kernel) for j in range(2)]
+                for i in range(3)
+            ]
+        )
 
     assert_close(out, windows(0, 1), reduction=9)
-    assert np.abs(out - windows(1, 1)).max() > 1    # what SAME in torch, padding=1, would give
+    assert np.abs(out - windows(1, 1)).max() > 1  # what SAME in torch, padding=1, would give
 
 
 def test_log_variance_is_clipped():
@@ -156,7 +187,7 @@ def test_tiling_computes_what_diffusers_tiles(tmp_path):
     model.disable_tiling()
     with torch.no_grad():
         untiled = model.decode(to_torch(z)).sample
-    assert rel(to_numpy(untiled), to_numpy(decoded)) > 1e-3     # and not the untiled result
+    assert rel(to_numpy(untiled), to_numpy(decoded)) > 1e-3  # and not the untiled result
 
 
 def attend(T):
@@ -170,7 +201,7 @@ def attend(T):
 
 
 def test_attention_in_blocks_of_queries_is_the_same_in_less_memory(monkeypatch):
-    run, x = attend(1152)       # a block of 1024 and one of 128
+    run, x = attend(1152)  # a block of 1024 and one of 128
     blocks = run(x)
     monkeypatch.setattr(autoencoder, "QUERIES_AT_ONCE", 10**9)
     assert_close(blocks, attend(1152)[0](x), reduction=1152)
@@ -181,7 +212,7 @@ def test_attention_in_blocks_of_queries_is_the_same_in_less_memory(monkeypatch):
 
     whole = megabytes(8192)
     monkeypatch.setattr(autoencoder, "QUERIES_AT_ONCE", 1024)
-    assert whole > 500 and megabytes(8192) < whole / 4      # 2 x 8192^2 products are 512 MiB
+    assert whole > 500 and megabytes(8192) < whole / 4  # 2 x 8192^2 products are 512 MiB
 
 
 def test_tiles_take_the_memory_of_a_tile(tmp_path):
@@ -193,9 +224,14 @@ def test_tiles_take_the_memory_of_a_tile(tmp_path):
         return jax.jit(ours.decode).lower(z).compile()
 
     whole, tiles = program(0), program(32)
-    image = 256 * 256 * 3 * 4       # the tiles' outputs are there at once, overlaps included
-    assert tiles.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes / 8 + 6 * image
-    assert tiles.as_text().count(" convolution(") <= 4 * whole.as_text().count(" convolution(")     # 25 tiles of 4 shapes
+    image = 256 * 256 * 3 * 4  # the tiles' outputs are there at once, overlaps included
+    assert (
+        tiles.memory_analysis().temp_size_in_bytes
+        < whole.memory_analysis().temp_size_in_bytes / 8 + 6 * image
+    )
+    assert tiles.as_text().count(" convolution(") <= 4 * whole.as_text().count(
+        " convolution("
+    )  # 25 tiles of 4 shapes
 
 
 @pytest.mark.parametrize("dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
@@ -205,8 +241,10 @@ def test_float32_means_float32_on_every_device(tmp_path, dtype, precision):
     for run, shape in ((ours.decode, (1, 8, 8, 4)), (ours.encode, (1, 16, 16, 3))):
         text = jax.jit(run).lower(np.zeros(shape, np.float32)).as_text()
         products = re.findall(r"stablehlo.(?:convolution|dot_general).*", text)
-        assert len(products) > 12 and all(f"precision {precision}" in p or f"precision = [{precision}, {precision}]" in p
-                                          for p in products), products[0]
+        assert len(products) > 12 and all(
+            f"precision {precision}" in p or f"precision = [{precision}, {precision}]" in p
+            for p in products
+        ), products[0]
 
 
 def test_slices_and_shards_do_not_change_the_result(tmp_path):
@@ -214,7 +252,9 @@ def test_slices_and_shards_do_not_change_the_result(tmp_path):
     ours = port(tmp_path)
     z = np.random.default_rng(3).normal(size=(8, 4, 4, 4)).astype(np.float32)
     whole = ours.decode(z)
-    assert_close(dataclasses.replace(ours, slice_size=3).decode(z), whole, reduction=300)   # 3 + 3 + 2
+    assert_close(
+        dataclasses.replace(ours, slice_size=3).decode(z), whole, reduction=300
+    )  # 3 + 3 + 2
     mesh = sharding.make_mesh()
     sharded = ours.decode(jax.device_put(z, sharding.batch_sharding(mesh)))
     assert sharded.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
@@ -227,7 +267,7 @@ def test_bfloat16_decode_is_close_to_float32(tmp_path):
     exact, rounded = port(tmp_path).decode(z), port(tmp_path, dtype="bfloat16").decode(z)
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.mean(np.square(rounded - exact)) / np.mean(np.square(exact)))
-    assert 1e-4 < error < 0.03      # 8 bits of mantissa through some 20 layers
+    assert 1e-4 < error < 0.03  # 8 bits of mantissa through some 20 layers
 
 
 def test_latents_are_shifted_and_scaled(tmp_path):
@@ -237,9 +277,14 @@ def test_latents_are_shifted_and_scaled(tmp_path):
     rng = np.random.default_rng(5)
     mean = rng.normal(size=(1, 4, 4, ours.module.latent_channels)).astype(np.float32)
     latents = ours.to_latents(mean, jnp.full(mean.shape, -30.0), jax.random.key(0))
-    np.testing.assert_allclose(latents, (mean - ours.shift_factor) * ours.scaling_factor, rtol=1e-5, atol=1e-5)
-    assert_close(ours.from_latents((mean - ours.shift_factor) * ours.scaling_factor), ours.decode(mean),
-                 reduction=300)
+    np.testing.assert_allclose(
+        latents, (mean - ours.shift_factor) * ours.scaling_factor, rtol=1e-5, atol=1e-5
+    )
+    assert_close(
+        ours.from_latents((mean - ours.shift_factor) * ours.scaling_factor),
+        ours.decode(mean),
+        reduction=300,
+    )
 
 
 def test_wrong_shapes_are_named(tmp_path):
@@ -250,7 +295,9 @@ def test_wrong_shapes_are_named(tmp_path):
     with pytest.raises(ValueError, match="sides that 2 divides"):
         ours.encode(np.zeros((1, 31, 32, 3)))
     for wrong in (6, -4):
-        with pytest.raises(ValueError, match=f"autoencoder.tile_size must be a multiple of 4.*got {wrong}"):
+        with pytest.raises(
+            ValueError, match=f"autoencoder.tile_size must be a multiple of 4.*got {wrong}"
+        ):
             port(tmp_path, tile_size=wrong)
     with pytest.raises(ValueError, match="autoencoder.slice_size must not be negative; got -1"):
         port(tmp_path, slice_size=-1)

@@ -3,6 +3,7 @@
 A fresh adaLN-Zero model outputs zero and every block is the identity, so parity says nothing there: no parameter of the
 models compared here is zero.
 """
+
 import functools
 import re
 import types
@@ -31,7 +32,11 @@ PARITY = dict(reduction=100)
 def to_ours(path, value):
     """A torch parameter's name and array in the official layout, to our name and array."""
     value = value.detach().numpy().copy()
-    path = path.replace("mlp.0.", "mlp_0.").replace("mlp.2.", "mlp_2.").replace("adaLN_modulation.1.", "adaLN_modulation.")
+    path = (
+        path.replace("mlp.0.", "mlp_0.")
+        .replace("mlp.2.", "mlp_2.")
+        .replace("adaLN_modulation.1.", "adaLN_modulation.")
+    )
     *module, leaf = path.split(".")
     if leaf == "weight" and module[-1] == "embedding_table":
         leaf = "embedding"
@@ -44,7 +49,10 @@ def to_ours(path, value):
 def params_from(module):
     """The parameter tree of a whole torch model, blocks stacked; of a part, as it is."""
     flat = dict(to_ours(*item) for item in module.named_parameters() if item[0] != "pos_embed")
-    stacked, layers = {}, sorted({int(path.split("/")[1]) for path in flat if path.startswith("blocks/")})
+    stacked, layers = (
+        {},
+        sorted({int(path.split("/")[1]) for path in flat if path.startswith("blocks/")}),
+    )
     for path, value in flat.items():
         if path.startswith("blocks/0/"):
             inner = path.removeprefix("blocks/0/")
@@ -54,11 +62,27 @@ def params_from(module):
     return unflatten_dict(stacked, sep="/")
 
 
-def make_pair(kind, *, grid=(4, 4), patch_size=2, in_channels=4, learn_sigma=True, seed=0, dtype=jnp.float32, **options):
+def make_pair(
+    kind,
+    *,
+    grid=(4, 4),
+    patch_size=2,
+    in_channels=4,
+    learn_sigma=True,
+    seed=0,
+    dtype=jnp.float32,
+    **options,
+):
     """The torch model with random weights everywhere, our model, and our parameters."""
     num_heads = HEADS[kind]
-    fields = dict(patch_size=patch_size, in_channels=in_channels, num_classes=CLASSES, learn_sigma=learn_sigma, attention=kind,
-                  **options)
+    fields = dict(
+        patch_size=patch_size,
+        in_channels=in_channels,
+        num_classes=CLASSES,
+        learn_sigma=learn_sigma,
+        attention=kind,
+        **options,
+    )
     theirs = torch_dit.DiT(DEPTH, WIDTH, num_heads, grid=grid, **fields)
     torch_dit.randomise_(theirs, seed)
     ours = dit.DiT(depth=DEPTH, width=WIDTH, num_heads=num_heads, dtype=dtype, **fields)
@@ -68,7 +92,11 @@ def make_pair(kind, *, grid=(4, 4), patch_size=2, in_channels=4, learn_sigma=Tru
 def make_inputs(grid=(4, 4), patch_size=2, in_channels=4, batch=3, seed=0):
     rng = np.random.default_rng(seed)
     shape = (batch, grid[0] * patch_size, grid[1] * patch_size, in_channels)
-    return (rng.standard_normal(shape).astype(np.float32), np.array([0, 17, 63])[:batch], np.array([0, 3, CLASSES])[:batch])
+    return (
+        rng.standard_normal(shape).astype(np.float32),
+        np.array([0, 17, 63])[:batch],
+        np.array([0, 3, CLASSES])[:batch],
+    )
 
 
 def run_theirs(model, x, t, y):
@@ -83,11 +111,18 @@ def tokens(*shape, seed=5, scale=1.0):
 
 # Module by module. ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("patch_size, grid, in_channels", [(2, (4, 4), 4), (4, (3, 5), 3), (8, (2, 1), 1)])
+
+@pytest.mark.parametrize(
+    "patch_size, grid, in_channels", [(2, (4, 4), 4), (4, (3, 5), 3), (8, (2, 1), 1)]
+)
 def test_patch_embedding(patch_size, grid, in_channels):
-    theirs, _, params = make_pair("softmax", grid=grid, patch_size=patch_size, in_channels=in_channels)
+    theirs, _, params = make_pair(
+        "softmax", grid=grid, patch_size=patch_size, in_channels=in_channels
+    )
     x, _, _ = make_inputs(grid, patch_size, in_channels)
-    out = dit.PatchEmbedder(WIDTH, patch_size, jnp.float32).apply({"params": params["x_embedder"]}, x)
+    out = dit.PatchEmbedder(WIDTH, patch_size, jnp.float32).apply(
+        {"params": params["x_embedder"]}, x
+    )
     expected = theirs.x_embedder(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy()
     assert_close(out.reshape(expected.shape), expected, **PARITY)
 
@@ -106,11 +141,14 @@ def test_timestep_embedding_matches_the_formula(freq_shift):
 def test_timestep_and_label_embedders(freq_shift):
     theirs, _, params = make_pair("softmax", timestep_freq_shift=freq_shift)
     t, y = np.array([0, 3, 99]), np.array([0, 6, CLASSES])
-    out = dit.TimestepEmbedder(WIDTH, freq_shift).apply({"params": params["t_embedder"]}, jnp.asarray(t))
+    out = dit.TimestepEmbedder(WIDTH, freq_shift).apply(
+        {"params": params["t_embedder"]}, jnp.asarray(t)
+    )
     assert_close(out, theirs.t_embedder(torch.tensor(t)).detach(), **PARITY)
     np.testing.assert_array_equal(
         dit.LabelEmbedder(CLASSES, WIDTH).apply({"params": params["y_embedder"]}, jnp.asarray(y)),
-        theirs.y_embedder(torch.tensor(y)).detach())
+        theirs.y_embedder(torch.tensor(y)).detach(),
+    )
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
@@ -120,8 +158,12 @@ def test_position_table_is_that_of_its_grid(grid):
     assert table.dtype == np.float64 and table.shape == (grid[0] * grid[1], width)
     for row in range(grid[0]):
         for column in range(grid[1]):
-            expected = [f(position / 10000 ** (i / 6)) for position in (column, row)
-                        for f in (np.sin, np.cos) for i in range(6)]
+            expected = [
+                f(position / 10000 ** (i / 6))
+                for position in (column, row)
+                for f in (np.sin, np.cos)
+                for i in range(6)
+            ]
             np.testing.assert_allclose(table[row * grid[1] + column], expected, atol=1e-14)
     with pytest.raises(ValueError, match="30"):
         dit.position_embedding(grid, 30)
@@ -132,7 +174,9 @@ def test_position_table_is_that_of_its_grid(grid):
 def test_softmax_attention(grid, num_heads):
     theirs = torch_dit.randomise_(torch_dit.SoftmaxAttention(WIDTH, num_heads), 1)
     x = tokens(2, grid[0] * grid[1], WIDTH)
-    out = attention.SoftmaxAttention(num_heads, dtype=jnp.float32).apply({"params": params_from(theirs)}, x, grid)
+    out = attention.SoftmaxAttention(num_heads, dtype=jnp.float32).apply(
+        {"params": params_from(theirs)}, x, grid
+    )
     assert_close(out, theirs(torch.tensor(x), grid).detach(), **PARITY)
 
 
@@ -148,65 +192,91 @@ def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
         assert_close(ours, theirs, reduction=256)
 
 
-@pytest.mark.parametrize("platform, capability, dtype, T, H, expected", [
-    ("cpu", None, "float32", 256, 72, "xla"),
-    ("tpu", None, "bfloat16", 256, 72, "pallas_tpu"),
-    ("tpu", None, "bfloat16", 256, 256, "pallas_tpu"),
-    ("tpu", None, "bfloat16", 256, 288, "xla"),     # wide heads in multiples of 128 only,
-    ("tpu", None, "bfloat16", 128, 288, "pallas_tpu"),  # unless one block takes all tokens
-    ("tpu", None, "float32", 64, 72, "xla"),        # 128 does not divide the tokens
-    ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
-    ("gpu", "9.0", "float16", 64, 256, "cudnn"),
-    ("gpu", "9.0", "bfloat16", 64, 264, "xla"),     # heads too wide
-    ("gpu", "9.0", "bfloat16", 64, 36, "xla"),      # no multiple of 8
-    ("gpu", "9.0", "float32", 64, 72, "xla"),       # 16 bit only
-    ("gpu", "8.0", "bfloat16", 64, 128, "cudnn"),
-    ("gpu", "8.0", "bfloat16", 64, 136, "xla"),     # too wide before Hopper
-    ("gpu", "10.3", "bfloat16", 64, 136, "cudnn"),
-    ("gpu", "gfx942", "bfloat16", 64, 72, "xla"),   # AMD's
-])
+@pytest.mark.parametrize(
+    "platform, capability, dtype, T, H, expected",
+    [
+        ("cpu", None, "float32", 256, 72, "xla"),
+        ("tpu", None, "bfloat16", 256, 72, "pallas_tpu"),
+        ("tpu", None, "bfloat16", 256, 256, "pallas_tpu"),
+        ("tpu", None, "bfloat16", 256, 288, "xla"),  # wide heads in multiples of 128 only,
+        ("tpu", None, "bfloat16", 128, 288, "pallas_tpu"),  # unless one block takes all tokens
+        ("tpu", None, "float32", 64, 72, "xla"),  # 128 does not divide the tokens
+        ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
+        ("gpu", "9.0", "float16", 64, 256, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 64, 264, "xla"),  # heads too wide
+        ("gpu", "9.0", "bfloat16", 64, 36, "xla"),  # no multiple of 8
+        ("gpu", "9.0", "float32", 64, 72, "xla"),  # 16 bit only
+        ("gpu", "8.0", "bfloat16", 64, 128, "cudnn"),
+        ("gpu", "8.0", "bfloat16", 64, 136, "xla"),  # too wide before Hopper
+        ("gpu", "10.3", "bfloat16", 64, 136, "cudnn"),
+        ("gpu", "gfx942", "bfloat16", 64, 72, "xla"),  # AMD's
+    ],
+)
 def test_softmax_attention_takes_the_platforms_kernel_where_it_offers_the_case(
-        monkeypatch, caplog, platform, capability, dtype, T, H, expected):
+    monkeypatch, caplog, platform, capability, dtype, T, H, expected
+):
     device = types.SimpleNamespace(platform=platform, device_kind="a device")
     if capability:
         device.compute_capability = capability
     monkeypatch.setattr(jax, "devices", lambda: [device])
     attention.take_or_xla.cache_clear()
     caplog.set_level("INFO")
-    assert [attention._choose(tokens=T, head_width=H, dtype=jnp.dtype(dtype)) for _ in range(2)] == [expected] * 2
-    line, = [record.message for record in caplog.records if "softmax_attention" in record.message]
+    assert [
+        attention._choose(tokens=T, head_width=H, dtype=jnp.dtype(dtype)) for _ in range(2)
+    ] == [expected] * 2
+    (line,) = [record.message for record in caplog.records if "softmax_attention" in record.message]
     assert line.startswith(f"softmax_attention: {expected} on a device")
 
 
 def test_none_is_what_was_chosen_and_a_named_softmax_attention_runs_or_raises(monkeypatch):
     q, k, v = (jnp.asarray(tokens(1, 128, 2, 16, seed=seed)) for seed in range(3))
-    np.testing.assert_array_equal(attention.softmax_attention(q, k, v), attention.softmax_attention(q, k, v, "xla"))
+    np.testing.assert_array_equal(
+        attention.softmax_attention(q, k, v), attention.softmax_attention(q, k, v, "xla")
+    )
     monkeypatch.setattr(attention, "_choose", lambda **case: "pallas_tpu")
     with pytest.raises(ValueError, match="interpret mode"):  # JAX's words for a TPU kernel on a CPU
         attention.softmax_attention(q, k, v)
-    for name, message in (("cudnn", "cudnn runs on NVIDIA's GPUs"),
-                          ("fast", "must be one of xla, cudnn, pallas_tpu; got 'fast'"),
-                          ("pallas_tpu", "in multiples of 128, got 64 tokens")):
+    for name, message in (
+        ("cudnn", "cudnn runs on NVIDIA's GPUs"),
+        ("fast", "must be one of xla, cudnn, pallas_tpu; got 'fast'"),
+        ("pallas_tpu", "in multiples of 128, got 64 tokens"),
+    ):
         with pytest.raises(ValueError, match=message):
             attention.softmax_attention(q[:, :64], k[:, :64], v[:, :64], name)
 
 
-@pytest.mark.parametrize("num_heads, qkv_bias, conv_size, grid", [
-    (1, True, 5, (4, 4)), (3, True, 5, (3, 5)), (3, False, 5, (4, 4)), (3, True, 3, (5, 2)), (3, True, 0, (4, 4))])
+@pytest.mark.parametrize(
+    "num_heads, qkv_bias, conv_size, grid",
+    [
+        (1, True, 5, (4, 4)),
+        (3, True, 5, (3, 5)),
+        (3, False, 5, (4, 4)),
+        (3, True, 3, (5, 2)),
+        (3, True, 0, (4, 4)),
+    ],
+)
 def test_linear_attention(num_heads, qkv_bias, conv_size, grid):
-    theirs = torch_dit.randomise_(torch_dit.LinearAttention(WIDTH, num_heads, qkv_bias, conv_size), 1)
+    theirs = torch_dit.randomise_(
+        torch_dit.LinearAttention(WIDTH, num_heads, qkv_bias, conv_size), 1
+    )
     params = params_from(theirs)
     x = tokens(2, grid[0] * grid[1], WIDTH)
     ours = attention.LinearAttention(num_heads, qkv_bias, conv_size=conv_size, dtype=jnp.float32)
     fresh = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, grid)["params"])
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
-    assert_close(ours.apply({"params": params}, x, grid), theirs(torch.tensor(x), grid).detach(), **PARITY)
+    assert_close(
+        ours.apply({"params": params}, x, grid), theirs(torch.tensor(x), grid).detach(), **PARITY
+    )
 
 
 def test_mlp():
     theirs = torch_dit.randomise_(torch_dit.Mlp(WIDTH), 2)
     x = tokens(2, 5, WIDTH)
-    assert_close(dit.Mlp(jnp.float32).apply({"params": params_from(theirs)}, x), theirs(torch.tensor(x)).detach(), **PARITY)
+    assert_close(
+        dit.Mlp(jnp.float32).apply({"params": params_from(theirs)}, x),
+        theirs(torch.tensor(x)).detach(),
+        **PARITY,
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -224,15 +294,21 @@ def test_block(kind):
     theirs, _, _ = make_pair(kind)
     block, grid = theirs.blocks[1], (4, 4)
     x, c = tokens(2, 16, WIDTH, scale=1e-3), tokens(2, WIDTH, seed=6)
-    assert_close(apply_block(kind, block, x, c, 1e-6), block(torch.tensor(x), torch.tensor(c), grid).detach(), **PARITY)
+    assert_close(
+        apply_block(kind, block, x, c, 1e-6),
+        block(torch.tensor(x), torch.tensor(c), grid).detach(),
+        **PARITY,
+    )
 
 
 def test_block_uses_the_second_norms_own_epsilon():
     block = torch_dit.Block(WIDTH, torch_dit.SoftmaxAttention(WIDTH, 4), mlp_norm_epsilon=1e-5)
     torch_dit.randomise_(block, 4)
-    with torch.no_grad():  # without the attention branch the tiny x reaches the second norm as it is
-        block.adaLN_modulation[1].weight[2 * WIDTH:3 * WIDTH] = 0
-        block.adaLN_modulation[1].bias[2 * WIDTH:3 * WIDTH] = 0
+    with (
+        torch.no_grad()
+    ):  # without the attention branch the tiny x reaches the second norm as it is
+        block.adaLN_modulation[1].weight[2 * WIDTH : 3 * WIDTH] = 0
+        block.adaLN_modulation[1].bias[2 * WIDTH : 3 * WIDTH] = 0
     x, c = tokens(2, 16, WIDTH, scale=1e-3), tokens(2, WIDTH, seed=6)
     expected = block(torch.tensor(x), torch.tensor(c), (4, 4)).detach()
     assert_close(apply_block("softmax", block, x, c, 1e-5), expected, **PARITY)
@@ -243,32 +319,40 @@ def test_block_uses_the_second_norms_own_epsilon():
 def apply_block(kind, block, x, c, mlp_norm_epsilon):
     """Our Block, float32, on the (4, 4) grid with the torch block's weights; c is the condition before its SiLU."""
     classes = {"softmax": attention.SoftmaxAttention, "linear": attention.LinearAttention}
-    ours = dit.Block(classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32)
+    ours = dit.Block(
+        classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32
+    )
     (x, _), _ = ours.apply({"params": params_from(block)}, (x, nn.silu(jnp.asarray(c))), None)
     return x
 
 
 # Whole. ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, options", [
-    ("softmax", dict()),
-    ("softmax", dict(patch_size=4, grid=(2, 3), in_channels=3)),
-    ("softmax", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
-    ("softmax", dict(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)),
-    ("linear", dict()),
-    ("linear", dict(patch_size=4, grid=(2, 3), in_channels=3)),
-    ("linear", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
-    ("linear", dict(qkv_bias=False, conv_size=3)),
-    ("linear", dict(conv_size=0)),
-])
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("softmax", dict()),
+        ("softmax", dict(patch_size=4, grid=(2, 3), in_channels=3)),
+        ("softmax", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
+        ("softmax", dict(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)),
+        ("linear", dict()),
+        ("linear", dict(patch_size=4, grid=(2, 3), in_channels=3)),
+        ("linear", dict(patch_size=8, grid=(3, 2), in_channels=1, learn_sigma=False)),
+        ("linear", dict(qkv_bias=False, conv_size=3)),
+        ("linear", dict(conv_size=0)),
+    ],
+)
 def test_whole_model(kind, options):
     theirs, ours, params = make_pair(kind, **options)
-    shape = {name: options[name] for name in ("grid", "patch_size", "in_channels") if name in options}
+    shape = {
+        name: options[name] for name in ("grid", "patch_size", "in_channels") if name in options
+    }
     x, t, y = make_inputs(**shape)
     out = jax.jit(ours.apply)({"params": params}, x, t, y)
     expected = run_theirs(theirs, x, t, y)
     assert out.dtype == jnp.float32
-    assert np.abs(expected).mean() > 0.3        # random everywhere: nothing is hidden behind a zero
+    assert np.abs(expected).mean() > 0.3  # random everywhere: nothing is hidden behind a zero
     assert_close(out, expected, **PARITY)
 
 
@@ -283,7 +367,9 @@ def test_a_layers_weights_are_gathered_whatever_is_computed_again(policy):
     for path, leaf in flatten_dict(params["blocks"], sep="/").items():
         if leaf.ndim == 3:
             shape = ",".join(map(str, leaf.shape[1:]))
-            assert re.search(rf"bf16\[{shape}\] = sharding_constraint", program), f"{path} is left split"
+            assert re.search(rf"bf16\[{shape}\] = sharding_constraint", program), (
+                f"{path} is left split"
+            )
 
 
 @pytest.mark.parametrize("kind", ["softmax", "linear"])
@@ -297,7 +383,9 @@ def test_gradients_of_the_whole_model(kind):
         for parameter in theirs.parameters():
             parameter.copy_(parameter.grad if parameter.requires_grad else 0)
     expected = flatten_dict(params_from(theirs), sep="/")
-    grads = jax.jit(jax.grad(lambda params: (ours.apply({"params": params}, x, t, y) * weights).sum()))(params)
+    grads = jax.jit(
+        jax.grad(lambda params: (ours.apply({"params": params}, x, t, y) * weights).sum())
+    )(params)
     for path, grad in flatten_dict(grads, sep="/").items():
         # Sums over batch, tokens and width, through three blocks: 4e-5 of the largest.
         assert_close(grad, expected[path], reduction=1600, what=path)
@@ -311,7 +399,9 @@ def test_bfloat16_model_stays_near_float32_and_outputs_float32(kind):
     rounded = ours.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.mean(np.square(rounded - exact)) / np.mean(np.square(exact)))
-    assert 1e-4 < error < 0.05  # of a few roundings of 2^-9 a block; below it would not be bfloat16 at all
+    assert (
+        1e-4 < error < 0.05
+    )  # of a few roundings of 2^-9 a block; below it would not be bfloat16 at all
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +412,9 @@ def grads():
 
     def of(policy):
         output = model.clone(remat=policy).apply
-        tree = jax.jit(jax.grad(lambda params: jnp.square(output({"params": params}, x, t, y)).mean()))(params)
+        tree = jax.jit(
+            jax.grad(lambda params: jnp.square(output({"params": params}, x, t, y)).mean())
+        )(params)
         return flatten_dict(tree, sep="/")
 
     return functools.cache(of)
@@ -339,26 +431,46 @@ def test_dots_saves_q_and_kv_once_and_with_their_bias():
     """The attention reads the sums; saved without the bias, the backward pass would write them anew."""
     _, model, params = make_pair("linear", conv_size=0)
     model, inputs, biases = model.clone(remat="dots"), make_inputs(), {"q": 1000.0, "kv": 2000.0}
-    for name, bias in biases.items():  # so that a mean tells what is saved; no other activation is near
+    for (
+        name,
+        bias,
+    ) in biases.items():  # so that a mean tells what is saved; no other activation is near
         params["blocks"]["attn"][name]["bias"] += bias
-    vjp = jax.jit(lambda params: jax.vjp(lambda params: model.apply({"params": params}, *inputs), params)[1])(params)
+    vjp = jax.jit(
+        lambda params: jax.vjp(lambda params: model.apply({"params": params}, *inputs), params)[1]
+    )(params)
     B, T = len(inputs[0]), 16
-    saved = [(x.shape[3], float(jnp.mean(x))) for x in jax.tree.leaves(vjp) if x.shape[:3] == (DEPTH, B, T)]
+    saved = [
+        (x.shape[3], float(jnp.mean(x)))
+        for x in jax.tree.leaves(vjp)
+        if x.shape[:3] == (DEPTH, B, T)
+    ]
     wide = [mean for width, mean in saved if width == 2 * WIDTH]
     assert wide == [pytest.approx(biases["kv"], rel=0.01)], saved
     # x, q, and the products of proj and fc2.
     narrow = [mean for width, mean in saved if width == WIDTH]
-    assert len(narrow) == 4 and sum(mean == pytest.approx(biases["q"], rel=0.01) for mean in narrow) == 1, saved
+    assert (
+        len(narrow) == 4
+        and sum(mean == pytest.approx(biases["q"], rel=0.01) for mean in narrow) == 1
+    ), saved
 
 
 # Sizes. ---------------------------------------------------------------------------------------------------------------
 
 # DiT with its position table at 32 x 32 x 4 and 1,000 classes, as the official checkpoints hold it.
 DIT_COUNTS = {
-    ("S", 2): 32_963_360, ("S", 4): 32_945_024, ("S", 8): 33_148_160,
-    ("B", 2): 130_512_416, ("B", 4): 130_475_648, ("B", 8): 130_881_536,
-    ("L", 2): 458_102_816, ("L", 4): 458_053_760, ("L", 8): 458_594_816,
-    ("XL", 2): 675_129_632, ("XL", 4): 675_074_432, ("XL", 8): 675_683_072,
+    ("S", 2): 32_963_360,
+    ("S", 4): 32_945_024,
+    ("S", 8): 33_148_160,
+    ("B", 2): 130_512_416,
+    ("B", 4): 130_475_648,
+    ("B", 8): 130_881_536,
+    ("L", 2): 458_102_816,
+    ("L", 4): 458_053_760,
+    ("L", 8): 458_594_816,
+    ("XL", 2): 675_129_632,
+    ("XL", 4): 675_074_432,
+    ("XL", 8): 675_683_072,
 }
 LIT_ADDS = {"S": 59_904, "B": 79_872, "L": 159_744, "XL": 209_664}
 
@@ -366,7 +478,10 @@ LIT_ADDS = {"S": 59_904, "B": 79_872, "L": 159_744, "XL": 209_664}
 def parameter_count(model, input_size=32):
     x = jax.ShapeDtypeStruct((1, input_size, input_size, model.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), x, t, t)))
+    return sum(
+        leaf.size
+        for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), x, t, t))
+    )
 
 
 @pytest.mark.parametrize("size, patch_size", DIT_COUNTS)
@@ -405,30 +520,63 @@ def test_published_gmacs_of_dit_xl_2():
 
 
 # Table 1.3 of the LiT fact sheet: GMACs of the attention core over all layers, softmax and linear.
-@pytest.mark.parametrize("size, input_size, softmax, linear", [
-    ("S", 32, 0.60, 0.48), ("B", 32, 1.21, 1.27), ("L", 32, 3.22, 3.38), ("XL", 32, 4.23, 4.96),
-    ("S", 64, 9.66, 1.93), ("XL", 64, 67.7, 19.9), ("XL", 256, 17317, 318)])
+@pytest.mark.parametrize(
+    "size, input_size, softmax, linear",
+    [
+        ("S", 32, 0.60, 0.48),
+        ("B", 32, 1.21, 1.27),
+        ("L", 32, 3.22, 3.38),
+        ("XL", 32, 4.23, 4.96),
+        ("S", 64, 9.66, 1.93),
+        ("XL", 64, 67.7, 19.9),
+        ("XL", 256, 17317, 318),
+    ],
+)
 def test_gmacs_that_linear_attention_saves(size, input_size, softmax, linear):
     fields = dict(size=size, patch_size=2, in_channels=4, num_classes=1000)
-    saved = [dit.forward_flops(dit.make_dit(attention=kind, **fields), (input_size,) * 2) for kind in ("softmax", "linear")]
+    saved = [
+        dit.forward_flops(dit.make_dit(attention=kind, **fields), (input_size,) * 2)
+        for kind in ("softmax", "linear")
+    ]
     # The table has three digits.
-    assert (saved[0] - saved[1]) / 2e9 == pytest.approx(softmax - linear, abs=6e-3 * max(softmax, 1))
+    assert (saved[0] - saved[1]) / 2e9 == pytest.approx(
+        softmax - linear, abs=6e-3 * max(softmax, 1)
+    )
 
 
 def test_linear_attention_macs_follow_the_formula():
     """L (2 N D^2 / h + 25 N D) for the core, paper section 2.3."""
-    model = dit.DiT(depth=5, width=96, num_heads=3, patch_size=2, in_channels=4, num_classes=10, attention="linear")
+    model = dit.DiT(
+        depth=5,
+        width=96,
+        num_heads=3,
+        patch_size=2,
+        in_channels=4,
+        num_classes=10,
+        attention="linear",
+    )
     without = dit.forward_flops(model.clone(attention="softmax"), (8, 12)) - 2 * 5 * 2 * 24**2 * 96
-    assert dit.forward_flops(model, (8, 12)) - without == 2 * 5 * (2 * 24 * 96**2 / 3 + 25 * 24 * 96)
+    assert dit.forward_flops(model, (8, 12)) - without == 2 * 5 * (
+        2 * 24 * 96**2 / 3 + 25 * 24 * 96
+    )
 
 
 # Start and refusals. --------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def fresh():
     """A fresh LiT's parameters, wide enough for its uniform ranges to show."""
-    model = dit.DiT(depth=2, width=96, num_heads=2, patch_size=2, in_channels=4, num_classes=10, attention="linear",
-                    dtype=jnp.float32)
+    model = dit.DiT(
+        depth=2,
+        width=96,
+        num_heads=2,
+        patch_size=2,
+        in_channels=4,
+        num_classes=10,
+        attention="linear",
+        dtype=jnp.float32,
+    )
     x, t, y = make_inputs()
     return model, jax.jit(model.init)(jax.random.key(0), x, t, y)["params"]
 
@@ -444,10 +592,14 @@ def test_a_fresh_model_is_initialised_as_the_paper_says(fresh):
     flat = flatten_dict(params, sep="/")
     D = 96
     bounds = {
-        "blocks/attn/q/kernel": (6 / (2 * D)) ** 0.5, "blocks/attn/kv/kernel": (6 / (3 * D)) ** 0.5,
-        "blocks/attn/proj/kernel": (6 / (2 * D)) ** 0.5, "blocks/mlp/fc1/kernel": (6 / (5 * D)) ** 0.5,
-        "blocks/attn/dwc/kernel": 0.2, "blocks/attn/dwc/bias": 0.2,
-        "x_embedder/proj/kernel": (6 / (16 + D)) ** 0.5,      # the convolution seen as a linear map of 2 x 2 x 4 inputs
+        "blocks/attn/q/kernel": (6 / (2 * D)) ** 0.5,
+        "blocks/attn/kv/kernel": (6 / (3 * D)) ** 0.5,
+        "blocks/attn/proj/kernel": (6 / (2 * D)) ** 0.5,
+        "blocks/mlp/fc1/kernel": (6 / (5 * D)) ** 0.5,
+        "blocks/attn/dwc/kernel": 0.2,
+        "blocks/attn/dwc/bias": 0.2,
+        "x_embedder/proj/kernel": (6 / (16 + D))
+        ** 0.5,  # the convolution seen as a linear map of 2 x 2 x 4 inputs
     }
     for path, bound in bounds.items():
         largest = float(jnp.abs(flat[path]).max())
@@ -455,27 +607,44 @@ def test_a_fresh_model_is_initialised_as_the_paper_says(fresh):
         assert float(flat[path].std()) == pytest.approx(bound / 3**0.5, rel=0.1), path
         if flat[path].ndim > 1 and path.startswith("blocks/"):
             assert (flat[path][0] != flat[path][1]).any(), f"{path}: both layers start alike"
-    for path in ("t_embedder/mlp_0/kernel", "t_embedder/mlp_2/kernel", "y_embedder/embedding_table/embedding"):
+    for path in (
+        "t_embedder/mlp_0/kernel",
+        "t_embedder/mlp_2/kernel",
+        "y_embedder/embedding_table/embedding",
+    ):
         assert float(flat[path].std()) == pytest.approx(0.02, rel=0.1), path
     zeros = {path for path, leaf in flat.items() if not jnp.any(leaf)}
-    assert zeros == {path for path in flat if path.endswith("/bias") and "dwc" not in path or "adaLN" in path
-                     or path == "final_layer/linear/kernel"}
+    assert zeros == {
+        path
+        for path in flat
+        if path.endswith("/bias")
+        and "dwc" not in path
+        or "adaLN" in path
+        or path == "final_layer/linear/kernel"
+    }
 
 
 def test_few_heads_are_the_default_of_the_linear_model():
-    heads = {size: dit.make_dit(size=size, attention="linear", patch_size=2, in_channels=4, num_classes=10).num_heads
-             for size in ("S", "B", "L", "XL")}
+    heads = {
+        size: dit.make_dit(
+            size=size, attention="linear", patch_size=2, in_channels=4, num_classes=10
+        ).num_heads
+        for size in ("S", "B", "L", "XL")
+    }
     assert heads == {"S": 2, "B": 3, "L": 4, "XL": 4}
 
 
-@pytest.mark.parametrize("override, message", [
-    (dict(size="XXL"), "model.size .*'XXL'"),
-    (dict(attention="sigmoid"), "model.attention .*'sigmoid'"),
-    (dict(remat="some"), "train.remat .*'some'"),
-    (dict(dtype="float16"), "model.dtype .*'float16'"),
-    (dict(num_heads=5), "model.num_heads = 5 .* 384"),
-    (dict(width=382), "model.width = 382 .* 4"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (dict(size="XXL"), "model.size .*'XXL'"),
+        (dict(attention="sigmoid"), "model.attention .*'sigmoid'"),
+        (dict(remat="some"), "train.remat .*'some'"),
+        (dict(dtype="float16"), "model.dtype .*'float16'"),
+        (dict(num_heads=5), "model.num_heads = 5 .* 384"),
+        (dict(width=382), "model.width = 382 .* 4"),
+    ],
+)
 def test_impossible_models_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         dit.make_dit(**dict(size="S", patch_size=2, in_channels=4, num_classes=10) | override)
@@ -484,7 +653,10 @@ def test_impossible_models_are_named(override, message):
 def test_images_that_do_not_fit_are_named():
     model = dit.make_dit(size="Ti", patch_size=4, in_channels=3, num_classes=10)
     t = jnp.zeros((1,), jnp.int32)
-    for shape, message in (((1, 8, 8, 4), "3 channels.* 4"), ((1, 8, 10, 3), "4 does not divide the 8 x 10")):
+    for shape, message in (
+        ((1, 8, 8, 4), "3 channels.* 4"),
+        ((1, 8, 10, 3), "4 does not divide the 8 x 10"),
+    ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape), t, t)
 
@@ -500,11 +672,22 @@ def test_a_checkpoint_of_another_architecture_is_refused():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_the_forward_and_the_backward_loop_share_no_condition(remat):
     """libtpu 0.0.52 fails on an activation that enters both, where it is small: XL/2's condition at 8 images a chip."""
-    model = dit.DiT(depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear", remat=remat)
+    model = dit.DiT(
+        depth=2,
+        width=16,
+        num_heads=2,
+        patch_size=4,
+        in_channels=1,
+        num_classes=3,
+        attention="linear",
+        remat=remat,
+    )
     x, t = jnp.zeros((3, 8, 8, 1)), jnp.zeros(3, int)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, t)["params"])
-    gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply({"params": params}, x, t, t).sum()))(params)
+    gradient = jax.make_jaxpr(
+        jax.grad(lambda params: model.apply({"params": params}, x, t, t).sum())
+    )(params)
     loops = [equation for equation in gradient.eqns if equation.primitive.name == "scan"]
     assert [loop.params["reverse"] for loop in loops] == [False, True]
     for loop in loops:
-        assert not [v.aval for v in loop.invars[:loop.params["num_consts"]] if v.aval.shape]
+        assert not [v.aval for v in loop.invars[: loop.params["num_consts"]] if v.aval.shape]

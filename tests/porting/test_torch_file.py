@@ -1,4 +1,5 @@
 """Reading and writing torch's files without torch: against real torch, and against files that lie or attack."""
+
 import argparse
 import collections
 import io
@@ -19,8 +20,18 @@ from safetensors.torch import load_file, save_file
 from lit_jax.porting import torch_file
 from lit_jax.porting.torch_file import TensorFileError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16,
-          torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def to_numpy(tensor):
@@ -39,13 +50,20 @@ def assert_same(array, tensor):
 
 # What torch writes.
 
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_stride_is_read(tmp_path, dtype, legacy):
     base = torch.arange(24).reshape(2, 3, 4).to(dtype)
-    tensors = {"plain": base, "transposed": base.permute(2, 0, 1), "slice": base[:, 1:, ::2],
-               "scalar": base[1, 2, 3], "empty": base[:0], "shared": base,
-               "parameter": torch.nn.Parameter(base.clone(), requires_grad=False)}
+    tensors = {
+        "plain": base,
+        "transposed": base.permute(2, 0, 1),
+        "slice": base[:, 1:, ::2],
+        "scalar": base[1, 2, 3],
+        "empty": base[:0],
+        "shared": base,
+        "parameter": torch.nn.Parameter(base.clone(), requires_grad=False),
+    }
     torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
     read = torch_file.read_torch(tmp_path / "a.pt").tensors
     assert read.keys() == tensors.keys()
@@ -59,10 +77,27 @@ def test_a_training_checkpoint_with_a_namespace_is_read(tmp_path, legacy):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    args = argparse.Namespace(model="DiT-S/2", folder=pathlib.Path("a") / "b", lr=1e-4, none=None, big=2**70,
-                              flag=True, names=["x", "y"], size=torch.Size([1, 2]))
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "opt": optimizer.state_dict(),
-                "args": args, "steps": 7}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    args = argparse.Namespace(
+        model="DiT-S/2",
+        folder=pathlib.Path("a") / "b",
+        lr=1e-4,
+        none=None,
+        big=2**70,
+        flag=True,
+        names=["x", "y"],
+        size=torch.Size([1, 2]),
+    )
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "ema": model.state_dict(),
+            "opt": optimizer.state_dict(),
+            "args": args,
+            "steps": 7,
+        },
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=not legacy,
+    )
     read = torch_file.read_torch(tmp_path / "a.pt").tensors
     assert read["args"] == vars(args) | {"folder": "a/b", "size": (1, 2)}
     assert read["steps"] == 7
@@ -73,19 +108,29 @@ def test_a_training_checkpoint_with_a_namespace_is_read(tmp_path, legacy):
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_pickle_protocol_is_read(tmp_path, protocol):
     tensor = torch.randn(3)
-    torch.save({"a": tensor, "n": argparse.Namespace(x=1)}, tmp_path / "a.pt", pickle_protocol=protocol)
+    torch.save(
+        {"a": tensor, "n": argparse.Namespace(x=1)}, tmp_path / "a.pt", pickle_protocol=protocol
+    )
     read = torch_file.read_torch(tmp_path / "a.pt").tensors
     assert_same(read["a"], tensor)
     assert read["n"] == {"x": 1}
 
 
 def test_what_we_write_torch_reads_and_so_do_we(tmp_path):
-    state = {"a.weight": torch.randn(3, 5), "b": torch.randn(()), "c": torch.randn(2, 3, 4, 5), "ü": torch.zeros(0, 2)}
+    state = {
+        "a.weight": torch.randn(3, 5),
+        "b": torch.randn(()),
+        "c": torch.randn(2, 3, 4, 5),
+        "ü": torch.zeros(0, 2),
+    }
     triples = [(key, tuple(tensor.shape), tensor.numpy) for key, tensor in state.items()]
     torch_file.write_torch(tmp_path / "a.pt", triples)
     torch_file.write_safetensors(tmp_path / "a.safetensors", triples, {"k": "v"})
-    for loaded in (torch.load(tmp_path / "a.pt", weights_only=True),
-                   torch.load(tmp_path / "a.pt", weights_only=True, mmap=True), load_file(tmp_path / "a.safetensors")):
+    for loaded in (
+        torch.load(tmp_path / "a.pt", weights_only=True),
+        torch.load(tmp_path / "a.pt", weights_only=True, mmap=True),
+        load_file(tmp_path / "a.safetensors"),
+    ):
         assert set(loaded) == set(state)
         assert all(torch.equal(loaded[key], state[key]) for key in state)
     ours = torch_file.read_safetensors(tmp_path / "a.safetensors")
@@ -93,7 +138,7 @@ def test_what_we_write_torch_reads_and_so_do_we(tmp_path):
     for tensors in (ours.tensors, torch_file.read_torch(tmp_path / "a.pt").tensors):
         for key, tensor in state.items():
             assert_same(tensors[key], tensor)
-    assert list(torch.load(tmp_path / "a.pt")) == list(state)   # in our order
+    assert list(torch.load(tmp_path / "a.pt")) == list(state)  # in our order
 
 
 def test_safetensors_of_the_library_are_read(tmp_path):
@@ -108,8 +153,10 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
     def broken():
         raise RuntimeError("disk on fire")
 
-    for write, name in ((torch_file.write_torch, "a.pt"),
-                        (lambda path, t: torch_file.write_safetensors(path, t, {}), "a.safetensors")):
+    for write, name in (
+        (torch_file.write_torch, "a.pt"),
+        (lambda path, t: torch_file.write_safetensors(path, t, {}), "a.safetensors"),
+    ):
         (tmp_path / name).write_text("old")
         with pytest.raises(RuntimeError, match="on fire"):
             write(tmp_path / name, [("a", (2,), lambda: np.zeros(2)), ("b", (2,), broken)])
@@ -124,10 +171,12 @@ def flip(path, content):
     data = path.read_bytes()
     assert data.count(content) == 1
     place = data.index(content) + len(content) * 5 // 8
-    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1:])
+    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
 
 
-@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.T, lambda t: t[1:, 1:]], ids=["whole", "transposed", "part"])
+@pytest.mark.parametrize(
+    "view", [lambda t: t, lambda t: t.T, lambda t: t[1:, 1:]], ids=["whole", "transposed", "part"]
+)
 def test_a_flipped_bit_is_found(tmp_path, view):
     """torch.load takes such a file without a word."""
     path = tmp_path / "a.pt"
@@ -138,10 +187,13 @@ def test_a_flipped_bit_is_found(tmp_path, view):
     flip(path, tensors["b"].numpy().tobytes())
     assert not torch.equal(torch.load(path, weights_only=True)["b"], view(tensors["b"]))
     file = torch_file.read_torch(path)
-    with pytest.raises(TensorFileError, match="record 'a/data/1' is damaged: its CRC-32 is [0-9a-f]{8}, the archive says"):
+    with pytest.raises(
+        TensorFileError,
+        match="record 'a/data/1' is damaged: its CRC-32 is [0-9a-f]{8}, the archive says",
+    ):
         file.verify(file.tensors.values())
-    assert file.verify([file.tensors["a"], file.tensors["c"]]) == 2     # what is not taken is not read
-    assert file.verify([np.zeros(3)]) == 0      # of another file
+    assert file.verify([file.tensors["a"], file.tensors["c"]]) == 2  # what is not taken is not read
+    assert file.verify([np.zeros(3)]) == 0  # of another file
 
 
 def test_archives_without_checksums_are_taken(tmp_path):
@@ -162,6 +214,7 @@ def test_reading_does_not_load_torch():
 
 # Files that lie or attack. Each case writes a file and names what the one line of its error must say.
 
+
 def header(entries, data=b"", length=None):
     """A safetensors file from a header (dict, or text)."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
@@ -175,7 +228,10 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
 SAFETENSORS = {
     "empty": (b"", "the file is empty"),
     "short": (b"\1\2\3", "too few"),
-    "lfs_pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "Git LFS pointer"),
+    "lfs_pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
+        "Git LFS pointer",
+    ),
     "header_past_the_end": (header({}, length=1000), "the header claims 1000 bytes"),
     "header_of_2_to_63": (header({}, length=2**63), "the header claims 9223372036854775808"),
     "header_not_json": (header(b"{nope"), "not valid JSON"),
@@ -184,31 +240,69 @@ SAFETENSORS = {
     "header_with_a_huge_number": (header(b'{"a": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
     "header_a_list": (header([]), "the header is a list"),
     "duplicate_key": (header(b'{"a": 1, "a": 2}'), "'a' appears twice"),
-    "duplicate_field": (header(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' appears twice"),
+    "duplicate_field": (
+        header(b'{"a": {"dtype": "F32", "dtype": "F32"}}'),
+        "'dtype' appears twice",
+    ),
     "metadata_not_strings": (header({"__metadata__": {"a": 1}}), "__metadata__"),
     "entry_a_number": (header({"a": 1}), "a: the entry"),
-    "entry_without_shape": (header({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)), "a: the entry"),
-    "unknown_dtype": (header({"a": entry(dtype="F8_E4M3", offsets=(0, 2))}, bytes(2)), "dtype 'F8_E4M3'"),
+    "entry_without_shape": (
+        header({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)),
+        "a: the entry",
+    ),
+    "unknown_dtype": (
+        header({"a": entry(dtype="F8_E4M3", offsets=(0, 2))}, bytes(2)),
+        "dtype 'F8_E4M3'",
+    ),
     "dtype_a_list": (header({"a": entry() | {"dtype": ["F32"]}}, bytes(8)), "dtype"),
-    "negative_dimension": (header({"a": entry(shape=(-2, -1))}, bytes(8)), r"a: \[-2, -1\] is not a shape"),
+    "negative_dimension": (
+        header({"a": entry(shape=(-2, -1))}, bytes(8)),
+        r"a: \[-2, -1\] is not a shape",
+    ),
     "float_dimension": (header({"a": entry(shape=(2.0,))}, bytes(8)), "is not a shape"),
     "boolean_dimension": (header({"a": entry(shape=(True, 2))}, bytes(8)), "is not a shape"),
     "thousand_dimensions": (header({"a": entry(shape=[1] * 1000)}, bytes(8)), "is not a shape"),
-    "shape_overflows_64_bits": (header({"a": entry(shape=[2**32, 2**32, 2**2, 2**2])}, bytes(8)),
-                                r"\(4294967296, 4294967296, 4, 4\) of F32 needs 2\^63 bytes"),
-    "empty_shape_overflows": (header({"a": entry(shape=[0, 2**62], offsets=(0, 0))}), r"a: shape \(0, 4611686018427387904\) of "
-                              r"F32 needs 2\^63 bytes"),
+    "shape_overflows_64_bits": (
+        header({"a": entry(shape=[2**32, 2**32, 2**2, 2**2])}, bytes(8)),
+        r"\(4294967296, 4294967296, 4, 4\) of F32 needs 2\^63 bytes",
+    ),
+    "empty_shape_overflows": (
+        header({"a": entry(shape=[0, 2**62], offsets=(0, 0))}),
+        r"a: shape \(0, 4611686018427387904\) of "
+        r"F32 needs 2\^63 bytes",
+    ),
     "a_long_name": (header({"k" * 10**5: 1}), ": k{80}: the entry"),
-    "offsets_past_the_end": (header({"a": entry(shape=(4,), offsets=(0, 16))}, bytes(8)), "outside the 8 bytes"),
+    "offsets_past_the_end": (
+        header({"a": entry(shape=(4,), offsets=(0, 16))}, bytes(8)),
+        "outside the 8 bytes",
+    ),
     "offsets_reversed": (header({"a": entry(offsets=(8, 0))}, bytes(8)), "outside"),
-    "offsets_of_another_size": (header({"a": entry(shape=(1,))}, bytes(8)), r"needs 4 bytes, the offsets span 8"),
-    "overlapping_tensors": (header({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "overlap or leave a gap"),
-    "gap_between_tensors": (header({"a": entry(), "b": entry(offsets=(16, 24))}, bytes(24)), "leave a gap"),
-    "hidden_bytes_at_the_end": (header({"a": entry()}, bytes(99)), "91 bytes after the last tensor"),
-    "truncated": (header({"a": entry(shape=(2, 4), offsets=(0, 32))}, bytes(31)), "outside the 31 bytes"),
+    "offsets_of_another_size": (
+        header({"a": entry(shape=(1,))}, bytes(8)),
+        r"needs 4 bytes, the offsets span 8",
+    ),
+    "overlapping_tensors": (
+        header({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
+        "overlap or leave a gap",
+    ),
+    "gap_between_tensors": (
+        header({"a": entry(), "b": entry(offsets=(16, 24))}, bytes(24)),
+        "leave a gap",
+    ),
+    "hidden_bytes_at_the_end": (
+        header({"a": entry()}, bytes(99)),
+        "91 bytes after the last tensor",
+    ),
+    "truncated": (
+        header({"a": entry(shape=(2, 4), offsets=(0, 32))}, bytes(31)),
+        "outside the 31 bytes",
+    ),
     "a_zip_by_another_name": (b"PK\3\4" + bytes(100), "the header claims"),
     "a_web_page": (b"<!DOCTYPE html><html>not found</html>", "a web page, not the weights"),
-    "an_error_of_a_bucket": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
+    "an_error_of_a_bucket": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "a web page",
+    ),
 }
 
 
@@ -259,8 +353,16 @@ def archive(data_pkl, records=None, **options):
     return out.getvalue()
 
 
-def tensor_pickle(shape=(2, 2), strides=(2, 1), offset=0, numel=4, storage="FloatStorage", key="0", name="a",
-                  view=None):
+def tensor_pickle(
+    shape=(2, 2),
+    strides=(2, 1),
+    offset=0,
+    numel=4,
+    storage="FloatStorage",
+    key="0",
+    name="a",
+    view=None,
+):
     """{name: tensor} as torch pickles it, with whatever numbers."""
 
     def number(value):
@@ -273,10 +375,22 @@ def tensor_pickle(shape=(2, 2), strides=(2, 1), offset=0, numel=4, storage="Floa
     def numbers(values):
         return b"(" + b"".join(map(number, values)) + b"t"
 
-    persistent = b"(" + text("storage") + b"ctorch\n" + storage.encode() + b"\n" + text(key) + text("cpu")
+    persistent = (
+        b"(" + text("storage") + b"ctorch\n" + storage.encode() + b"\n" + text(key) + text("cpu")
+    )
     tail = b"tQ" if view is None else b"(" + text("v") + number(view[0]) + number(view[1]) + b"ttQ"
-    return (b"\x80\x02}" + text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + persistent + number(numel) + tail
-            + number(offset) + numbers(shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtRs.")
+    return (
+        b"\x80\x02}"
+        + text(name)
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + persistent
+        + number(numel)
+        + tail
+        + number(offset)
+        + numbers(shape)
+        + numbers(strides)
+        + b"\x89ccollections\nOrderedDict\n)RtRs."
+    )
 
 
 def patched(data, name, offset, value):
@@ -289,8 +403,11 @@ def patched(data, name, offset, value):
 
 def legacy(*parts, system=None, keys=("0",), data=None):
     """A file of the format before torch 1.6 around the pickle of the object."""
-    head = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2),
-            pickle.dumps({"little_endian": True} if system is None else system, 2)]
+    head = [
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+        pickle.dumps(1001, 2),
+        pickle.dumps({"little_endian": True} if system is None else system, 2),
+    ]
     tail = struct.pack("<q", 4) + bytes(16) if data is None else data
     return b"".join([*head, *parts, pickle.dumps(list(keys), 2), tail])
 
@@ -306,7 +423,10 @@ def attacks(folder):
         "os_system": (Run(os.system, f"touch {canary}"), "asks to run posix.system"),
         "eval": (Run(eval, run), "asks to run (builtins|__builtin__).eval"),
         "exec": (Run(exec, run), "asks to run (builtins|__builtin__).exec"),
-        "subprocess": (Run(subprocess.call, ["touch", str(canary)]), "asks to run (subprocess|commands).call"),
+        "subprocess": (
+            Run(subprocess.call, ["touch", str(canary)]),
+            "asks to run (subprocess|commands).call",
+        ),
         "open": (Run(open, str(canary), "w"), "asks to run (_?io).open"),
         "pathlib_touch": (Run(pathlib.Path.touch, canary), "asks to run"),
         "getattr": (Run(getattr, 1, "real"), "asks to run (builtins|__builtin__).getattr"),
@@ -315,10 +435,19 @@ def attacks(folder):
         "numpy_load": (Run(np.load, "x", None, True), "asks to run numpy"),
         "a_module": (torch.nn.Linear(1, 1), "asks to run torch.nn.modules.linear.Linear"),
         "a_class": (dict, "asks to run (builtins|__builtin__).dict"),
-        "in_a_namespace": (argparse.Namespace(x=Run(os.system, f"touch {canary}")), "asks to run posix.system"),
-        "in_optimizer_state": ({"model": {}, "opt": [Run(os.system, f"touch {canary}")]}, "posix.system"),
+        "in_a_namespace": (
+            argparse.Namespace(x=Run(os.system, f"touch {canary}")),
+            "asks to run posix.system",
+        ),
+        "in_optimizer_state": (
+            {"model": {}, "opt": [Run(os.system, f"touch {canary}")]},
+            "posix.system",
+        ),
         "as_a_key": ({Run(os.system, f"touch {canary}"): 1}, "posix.system"),
-        "namespace_state_is_a_tuple": (Built((None, {"__class__": 1})), "sets a tuple as the state"),
+        "namespace_state_is_a_tuple": (
+            Built((None, {"__class__": 1})),
+            "sets a tuple as the state",
+        ),
         "tuple_as_a_key": ({(1, 2): 3}, "uses a tuple as a key"),
         "a_number": (7, "holds 7, not a dict"),
         "a_list": ([1], "holds a list, not a dict"),
@@ -333,25 +462,54 @@ def attacks(folder):
 def test_pickles_that_ask_for_more_than_tensors_are_refused(tmp_path, name, form):
     value, message = attacks(tmp_path)[name]
     pickled = pickle.dumps(value, 5 if form == "zip5" else 2)
-    refuse(tmp_path / "a.pt", legacy(pickled, keys=(), data=b"") if form == "legacy" else archive(pickled), message)
+    refuse(
+        tmp_path / "a.pt",
+        legacy(pickled, keys=(), data=b"") if form == "legacy" else archive(pickled),
+        message,
+    )
 
 
 def test_the_attacks_are_real(tmp_path):
     """The canary would show: plain pickle runs what we refuse."""
-    for name in ("os_system", "eval", "exec", "subprocess", "open", "in_a_namespace", "in_optimizer_state"):
+    for name in (
+        "os_system",
+        "eval",
+        "exec",
+        "subprocess",
+        "open",
+        "in_a_namespace",
+        "in_optimizer_state",
+    ):
         value, _ = attacks(tmp_path)[name]
         try:
             pickle.loads(pickle.dumps(value))
         except TypeError:
-            pass        # os.system's 0 as part of something else
+            pass  # os.system's 0 as part of something else
         assert (tmp_path / "canary").exists(), name
         (tmp_path / "canary").unlink()
 
 
-MEMO_PATHS = (b"\x80\x02]q\0(cpathlib\nPurePosixPath\nq\1X\xe8\3\0\0" + b"y" * 1000 + b"\x85q\2R" + b"h\1h\2R" * 9 + b"e.")
-MEMO_PAIRS = (b"\x80\x02]q\0(ccollections\nOrderedDict\nq\1](" + b"".join(b"K" + bytes([i]) + b"K\1\x86" for i in range(200))
-              + b"e\x85q\2R" + b"h\1h\2R" * 9 + b"e.")
-MEMO_STATE = (b"\x80\x02]q\0(}q\1(" + b"".join(b"K" + bytes([i]) + b"K\1" for i in range(200)) + b"u" + b"}h\1b" * 9 + b"e.")
+MEMO_PATHS = (
+    b"\x80\x02]q\0(cpathlib\nPurePosixPath\nq\1X\xe8\3\0\0"
+    + b"y" * 1000
+    + b"\x85q\2R"
+    + b"h\1h\2R" * 9
+    + b"e."
+)
+MEMO_PAIRS = (
+    b"\x80\x02]q\0(ccollections\nOrderedDict\nq\1]("
+    + b"".join(b"K" + bytes([i]) + b"K\1\x86" for i in range(200))
+    + b"e\x85q\2R"
+    + b"h\1h\2R" * 9
+    + b"e."
+)
+MEMO_STATE = (
+    b"\x80\x02]q\0(}q\1("
+    + b"".join(b"K" + bytes([i]) + b"K\1" for i in range(200))
+    + b"u"
+    + b"}h\1b" * 9
+    + b"e."
+)
 
 
 def overlapping(data):
@@ -367,8 +525,14 @@ def nested_tuples(depth):
 
 def doubling_lists(count):
     """A list of a list twice, `count` times over: 2^count leaves if anything walked it."""
-    return b"\x80\x02]q\0" + b"".join(b"0]q" + bytes([i + 1]) + b"(h" + bytes([i]) + b"h" + bytes([i]) + b"e"
-                                        for i in range(count)) + b"."
+    return (
+        b"\x80\x02]q\0"
+        + b"".join(
+            b"0]q" + bytes([i + 1]) + b"(h" + bytes([i]) + b"h" + bytes([i]) + b"e"
+            for i in range(count)
+        )
+        + b"."
+    )
 
 
 GOOD = tensor_pickle()
@@ -378,48 +542,126 @@ ZIPS = {
     "only_the_signature": (lambda: b"PK\3\4", "damaged or truncated zip"),
     "no_pickle": (lambda: archive(GOOD).replace(b"data.pkl", b"data.pkk"), "0 data.pkl records"),
     "two_pickles": (lambda: archive(GOOD, {"other/data.pkl": GOOD}), "2 data.pkl records"),
-    "the_same_record_twice": (lambda: archive(GOOD, {"archive/data/0": bytes(16), "archive/data/1": bytes(16)})
-                              .replace(b"data/1", b"data/0"), "'archive/data/0' appears twice"),
-    "zip_bomb": (lambda: archive(GOOD, {"archive/data/0": bytes(10_000_000)}, compression=zipfile.ZIP_DEFLATED),
-                 "is compressed"),
-    "compressed_pickle": (lambda: archive(GOOD + bytes(10_000), compression=zipfile.ZIP_DEFLATED), "is compressed"),
-    "claims_more_than_the_file": (lambda: patched(patched(archive(GOOD), "archive/data/0", 20, b"\xff\xff\xff\x7f"),
-                                                  "archive/data/0", 24, b"\xff\xff\xff\x7f"),
-                                  "2147483647 bytes does not fit"),
-    "sizes_that_differ": (lambda: patched(archive(GOOD), "archive/data/0", 24, b"\xff\xff\0\0"), "is compressed"),
-    "header_elsewhere": (lambda: patched(archive(GOOD), "archive/data/0", 42, b"\x07\0\0\0"), "does not start where"),
+    "the_same_record_twice": (
+        lambda: archive(GOOD, {"archive/data/0": bytes(16), "archive/data/1": bytes(16)}).replace(
+            b"data/1", b"data/0"
+        ),
+        "'archive/data/0' appears twice",
+    ),
+    "zip_bomb": (
+        lambda: archive(
+            GOOD, {"archive/data/0": bytes(10_000_000)}, compression=zipfile.ZIP_DEFLATED
+        ),
+        "is compressed",
+    ),
+    "compressed_pickle": (
+        lambda: archive(GOOD + bytes(10_000), compression=zipfile.ZIP_DEFLATED),
+        "is compressed",
+    ),
+    "claims_more_than_the_file": (
+        lambda: patched(
+            patched(archive(GOOD), "archive/data/0", 20, b"\xff\xff\xff\x7f"),
+            "archive/data/0",
+            24,
+            b"\xff\xff\xff\x7f",
+        ),
+        "2147483647 bytes does not fit",
+    ),
+    "sizes_that_differ": (
+        lambda: patched(archive(GOOD), "archive/data/0", 24, b"\xff\xff\0\0"),
+        "is compressed",
+    ),
+    "header_elsewhere": (
+        lambda: patched(archive(GOOD), "archive/data/0", 42, b"\x07\0\0\0"),
+        "does not start where",
+    ),
     "encrypted": (lambda: patched(archive(GOOD), "archive/data/0", 8, b"\1\0"), "is encrypted"),
-    "torchscript": (lambda: archive(GOOD, {"archive/constants.pkl": b"", "archive/code/a.py": b"x"}), "TorchScript"),
-    "big_endian": (lambda: archive(GOOD, {"archive/data/0": bytes(16), "archive/byteorder": b"big"}),
-                   "not little-endian"),
+    "torchscript": (
+        lambda: archive(GOOD, {"archive/constants.pkl": b"", "archive/code/a.py": b"x"}),
+        "TorchScript",
+    ),
+    "big_endian": (
+        lambda: archive(GOOD, {"archive/data/0": bytes(16), "archive/byteorder": b"big"}),
+        "not little-endian",
+    ),
     "storage_missing": (lambda: archive(tensor_pickle(key="7")), "storage '7' is not in the file"),
-    "storage_named_like_a_path": (lambda: archive(tensor_pickle(key="../../etc/passwd")), "is not in the file"),
-    "storage_smaller_than_claimed": (lambda: archive(tensor_pickle(numel=400)), "claims 400 x 4 bytes"),
-    "storage_larger_than_claimed": (lambda: archive(tensor_pickle(numel=1, shape=(1,), strides=(1,))), "the file holds 16"),
-    "storage_of_2_to_62": (lambda: archive(tensor_pickle(numel=2**62)), "claims 4611686018427387904 x 4 bytes"),
-    "shape_past_the_storage": (lambda: archive(tensor_pickle(shape=(2, 3), strides=(3, 1))), "does not fit"),
+    "storage_named_like_a_path": (
+        lambda: archive(tensor_pickle(key="../../etc/passwd")),
+        "is not in the file",
+    ),
+    "storage_smaller_than_claimed": (
+        lambda: archive(tensor_pickle(numel=400)),
+        "claims 400 x 4 bytes",
+    ),
+    "storage_larger_than_claimed": (
+        lambda: archive(tensor_pickle(numel=1, shape=(1,), strides=(1,))),
+        "the file holds 16",
+    ),
+    "storage_of_2_to_62": (
+        lambda: archive(tensor_pickle(numel=2**62)),
+        "claims 4611686018427387904 x 4 bytes",
+    ),
+    "shape_past_the_storage": (
+        lambda: archive(tensor_pickle(shape=(2, 3), strides=(3, 1))),
+        "does not fit",
+    ),
     "offset_past_the_storage": (lambda: archive(tensor_pickle(offset=3)), "does not fit"),
     "stride_past_the_storage": (lambda: archive(tensor_pickle(strides=(4, 1))), "does not fit"),
-    "stride_zero_bomb": (lambda: archive(tensor_pickle(shape=(2**30, 2**30), strides=(0, 0))), "does not fit"),
-    "shape_overflows": (lambda: archive(tensor_pickle(shape=(2**62, 4), strides=(0, 0))), r"needs 2\^63 bytes"),
-    "empty_shape_overflows": (lambda: archive(tensor_pickle(shape=(0, 2**62), strides=(1, 1))),
-                              r"a: shape \(0, 4611686018427387904\) of float32 needs 2\^63 bytes"),
-    "two_records_in_one_place": (lambda: overlapping(archive(GOOD, {f"archive/data/{i}": bytes(16) for i in range(2)})),
-                                 "records 'archive/data/0' and 'archive/data/1' overlap"),
-    "paths_of_one_string": (lambda: archive(MEMO_PATHS), "makes more out of its objects than it holds"),
-    "dicts_of_one_list": (lambda: archive(MEMO_PAIRS), "makes more out of its objects than it holds"),
-    "states_of_one_dict": (lambda: archive(MEMO_STATE), "makes more out of its objects than it holds"),
-    "keys_of_one_hash": (lambda: archive(b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\1s."),
-                         "more than 32 bits"),
-    "state_with_a_key_twice": (lambda: archive(b"\x80\x02ccollections\nOrderedDict\n)RX\1\0\0\0aK\1s}X\1\0\0\0aK\2sb."),
-                               "the key 'a' appears twice"),
-    "dimension_over_63_bits": (lambda: archive(tensor_pickle(shape=(2**64, 1))), "not a tuple of sizes"),
+    "stride_zero_bomb": (
+        lambda: archive(tensor_pickle(shape=(2**30, 2**30), strides=(0, 0))),
+        "does not fit",
+    ),
+    "shape_overflows": (
+        lambda: archive(tensor_pickle(shape=(2**62, 4), strides=(0, 0))),
+        r"needs 2\^63 bytes",
+    ),
+    "empty_shape_overflows": (
+        lambda: archive(tensor_pickle(shape=(0, 2**62), strides=(1, 1))),
+        r"a: shape \(0, 4611686018427387904\) of float32 needs 2\^63 bytes",
+    ),
+    "two_records_in_one_place": (
+        lambda: overlapping(archive(GOOD, {f"archive/data/{i}": bytes(16) for i in range(2)})),
+        "records 'archive/data/0' and 'archive/data/1' overlap",
+    ),
+    "paths_of_one_string": (
+        lambda: archive(MEMO_PATHS),
+        "makes more out of its objects than it holds",
+    ),
+    "dicts_of_one_list": (
+        lambda: archive(MEMO_PAIRS),
+        "makes more out of its objects than it holds",
+    ),
+    "states_of_one_dict": (
+        lambda: archive(MEMO_STATE),
+        "makes more out of its objects than it holds",
+    ),
+    "keys_of_one_hash": (
+        lambda: archive(b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\1s."),
+        "more than 32 bits",
+    ),
+    "state_with_a_key_twice": (
+        lambda: archive(b"\x80\x02ccollections\nOrderedDict\n)RX\1\0\0\0aK\1s}X\1\0\0\0aK\2sb."),
+        "the key 'a' appears twice",
+    ),
+    "dimension_over_63_bits": (
+        lambda: archive(tensor_pickle(shape=(2**64, 1))),
+        "not a tuple of sizes",
+    ),
     "negative_shape": (lambda: archive(tensor_pickle(shape=(-2, -2))), "not a tuple of sizes"),
     "negative_stride": (lambda: archive(tensor_pickle(strides=(-1, 1))), "not a tuple of sizes"),
     "negative_offset": (lambda: archive(tensor_pickle(offset=-1)), "a tensor at a int"),
-    "more_strides_than_dimensions": (lambda: archive(tensor_pickle(strides=(2, 1, 1))), "2 dimensions and 3 strides"),
-    "hundred_dimensions": (lambda: archive(tensor_pickle(shape=(1,) * 100, strides=(1,) * 100)), "100 dimensions"),
-    "unknown_storage": (lambda: archive(tensor_pickle(storage="QInt8Storage")), "asks to run torch.QInt8Storage"),
+    "more_strides_than_dimensions": (
+        lambda: archive(tensor_pickle(strides=(2, 1, 1))),
+        "2 dimensions and 3 strides",
+    ),
+    "hundred_dimensions": (
+        lambda: archive(tensor_pickle(shape=(1,) * 100, strides=(1,) * 100)),
+        "100 dimensions",
+    ),
+    "unknown_storage": (
+        lambda: archive(tensor_pickle(storage="QInt8Storage")),
+        "asks to run torch.QInt8Storage",
+    ),
     "negative_numel": (lambda: archive(tensor_pickle(numel=-4)), "without type, name and size"),
     "duplicate_key": (lambda: archive(GOOD[:-1] + GOOD[3:]), "the key 'a' appears twice"),
     "pickle_without_end": (lambda: archive(GOOD[:-1]), "the pickle is damaged"),
@@ -430,56 +672,105 @@ ZIPS = {
     "memo_of_4_billion": (lambda: archive(b"\x80\x02]r\xff\xff\xff\xff."), "holds a list"),
     "mark_as_an_object": (lambda: archive(b"\x80\x02((\x85."), "the pickle is damaged"),
     "key_without_a_value": (lambda: archive(b"\x80\x02}(K\x01u."), "a key without a value"),
-    "string_longer_than_the_pickle": (lambda: archive(b"\x80\x02X\xff\xff\xff\x7fabc."), "the pickle is damaged"),
-    "bytes_of_2_to_62": (lambda: archive(b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc."), "the pickle is damaged"),
+    "string_longer_than_the_pickle": (
+        lambda: archive(b"\x80\x02X\xff\xff\xff\x7fabc."),
+        "the pickle is damaged",
+    ),
+    "bytes_of_2_to_62": (
+        lambda: archive(b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc."),
+        "the pickle is damaged",
+    ),
     "nested_far_too_deep": (lambda: archive(nested_tuples(10**5)), "holds a tuple"),
-    "nested_as_a_key": (lambda: archive(b"\x80\x02}" + nested_tuples(10**5)[2:-1] + b"K\1s."), "a tuple as a key"),
+    "nested_as_a_key": (
+        lambda: archive(b"\x80\x02}" + nested_tuples(10**5)[2:-1] + b"K\1s."),
+        "a tuple as a key",
+    ),
     "billion_laughs": (lambda: archive(doubling_lists(100)), "holds a list"),
-    "billion_laughs_as_a_shape": (lambda: archive(GOOD.replace(b"\x89c", doubling_lists(60)[2:-1] + b"0\x89c", 1)
-                                                  .replace(b"torch._utils", b"torch._Utils")), "asks to run"),
+    "billion_laughs_as_a_shape": (
+        lambda: archive(
+            GOOD.replace(b"\x89c", doubling_lists(60)[2:-1] + b"0\x89c", 1).replace(
+                b"torch._utils", b"torch._Utils"
+            )
+        ),
+        "asks to run",
+    ),
     "inst_opcode": (lambda: archive(b"(S'touch canary'\nios\nsystem\n."), "opcode INST"),
     "obj_opcode": (lambda: archive(b"(cos\nsystem\nS'x'\no."), "opcode OBJ"),
-    "newobj_ex_opcode": (lambda: archive(b"\x80\x04cargparse\nNamespace\n)}\x92."), "opcode NEWOBJ_EX"),
+    "newobj_ex_opcode": (
+        lambda: archive(b"\x80\x04cargparse\nNamespace\n)}\x92."),
+        "opcode NEWOBJ_EX",
+    ),
     "extension_opcode": (lambda: archive(b"\x80\x02\x82\x01."), "opcode EXT1"),
-    "stack_global_of_numbers": (lambda: archive(b"\x80\x04K\x01K\x02\x93."), "not named by strings"),
+    "stack_global_of_numbers": (
+        lambda: archive(b"\x80\x04K\x01K\x02\x93."),
+        "not named by strings",
+    ),
     "persistent_text_id": (lambda: archive(b"Psomething\n."), "opcode PERSID"),
-    "dotted_name": (lambda: archive(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93."),
-                    "asks to run collections.OrderedDict.__init__"),
+    "dotted_name": (
+        lambda: archive(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93."),
+        "asks to run collections.OrderedDict.__init__",
+    ),
     "text_file": (lambda: b"hello", "not a torch file"),
     "tar_of_old": (lambda: b"storages" + bytes(600), "not a torch file"),
-    "an_lfs_pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "Git LFS pointer"),
+    "an_lfs_pointer": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+        "Git LFS pointer",
+    ),
     "an_empty_file": (lambda: b"", "the file is empty"),
     "a_web_page": (lambda: b"\n  <html><body>log in</body></html>", "a web page, not the weights"),
-    "pickle_with_a_flipped_bit": (lambda: archive(GOOD).replace(GOOD, GOOD[:-3] + b"!" + GOOD[-2:]),
-                                  "'archive/data.pkl' is damaged: its CRC-32 is"),
-    "a_pickle_of_32_megabytes": (lambda: archive(b"\x80\x02" + b"}0" * (1 << 24) + b"}."), "the limit is 16777216"),
+    "pickle_with_a_flipped_bit": (
+        lambda: archive(GOOD).replace(GOOD, GOOD[:-3] + b"!" + GOOD[-2:]),
+        "'archive/data.pkl' is damaged: its CRC-32 is",
+    ),
+    "a_pickle_of_32_megabytes": (
+        lambda: archive(b"\x80\x02" + b"}0" * (1 << 24) + b"}."),
+        "the limit is 16777216",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ZIPS)
 def test_hostile_torch_files_are_refused(tmp_path, monkeypatch, name):
     content, message = ZIPS[name]
-    monkeypatch.chdir(tmp_path)     # where some would leave their canary
+    monkeypatch.chdir(tmp_path)  # where some would leave their canary
     refuse(tmp_path / "a.pt", content(), message)
 
 
 LEGACY = {
     "wrong_magic": (lambda: pickle.dumps(5, 2) + bytes(50), "neither a zip archive nor a legacy"),
-    "wrong_protocol": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(99, 2), "protocol 99"),
+    "wrong_protocol": (
+        lambda: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(99, 2),
+        "protocol 99",
+    ),
     "big_endian": (lambda: legacy(GOOD, system={"little_endian": False}), "not little-endian"),
     "no_system": (lambda: legacy(GOOD, system=[]), "not little-endian"),
-    "truncated_storage": (lambda: legacy(GOOD, data=struct.pack("<q", 4) + bytes(15)), "needs 16 bytes, 15 are left"),
+    "truncated_storage": (
+        lambda: legacy(GOOD, data=struct.pack("<q", 4) + bytes(15)),
+        "needs 16 bytes, 15 are left",
+    ),
     "truncated_length": (lambda: legacy(GOOD, data=bytes(4)), "truncated before storage"),
-    "storage_of_2_to_60": (lambda: legacy(GOOD, data=struct.pack("<q", 2**60)), "truncated: storage '0' needs"),
+    "storage_of_2_to_60": (
+        lambda: legacy(GOOD, data=struct.pack("<q", 2**60)),
+        "truncated: storage '0' needs",
+    ),
     "negative_storage": (lambda: legacy(GOOD, data=struct.pack("<q", -1)), "truncated"),
-    "another_length_than_claimed": (lambda: legacy(GOOD, data=struct.pack("<q", 2) + bytes(8)), "the file holds 8"),
+    "another_length_than_claimed": (
+        lambda: legacy(GOOD, data=struct.pack("<q", 2) + bytes(8)),
+        "the file holds 8",
+    ),
     "bytes_at_the_end": (lambda: legacy(GOOD) + b"x", "1 bytes after the last storage"),
     "unnamed_storage": (lambda: legacy(GOOD, keys=("9",)), "storage '9' belongs to no tensor"),
     "the_same_storage_twice": (lambda: legacy(GOOD, keys=("0", "0")), "the list of storages"),
-    "view_past_the_storage": (lambda: legacy(tensor_pickle(view=(1, 4))), "has 4 elements, a view takes 1..5"),
+    "view_past_the_storage": (
+        lambda: legacy(tensor_pickle(view=(1, 4))),
+        "has 4 elements, a view takes 1..5",
+    ),
     "view_not_a_view": (lambda: legacy(tensor_pickle(view=(-1, 4))), "not a view"),
     "no_storages": (lambda: legacy(GOOD, keys=(), data=b""), "storage '0' is not in the file"),
-    "ends_after_the_object": (lambda: legacy(GOOD)[: -24 - len(pickle.dumps(["0"], 2))], "the pickle is damaged"),
+    "ends_after_the_object": (
+        lambda: legacy(GOOD)[: -24 - len(pickle.dumps(["0"], 2))],
+        "the pickle is damaged",
+    ),
 }
 
 
@@ -493,20 +784,33 @@ def test_the_good_parts_of_the_hostile_files_are_good(tmp_path):
     """What the cases above change one thing of is read."""
     for content in (archive(GOOD), legacy(GOOD)):
         (tmp_path / "a.pt").write_bytes(content)
-        np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], np.zeros((2, 2)))
+        np.testing.assert_array_equal(
+            torch_file.read_torch(tmp_path / "a.pt").tensors["a"], np.zeros((2, 2))
+        )
     (tmp_path / "a.safetensors").write_bytes(header({"a": entry()}, bytes(8)))
-    np.testing.assert_array_equal(torch_file.read_safetensors(tmp_path / "a.safetensors").tensors["a"], np.zeros(2))
+    np.testing.assert_array_equal(
+        torch_file.read_safetensors(tmp_path / "a.safetensors").tensors["a"], np.zeros(2)
+    )
 
 
 def test_a_stride_that_nothing_steps_over_may_be_anything(tmp_path):
     (tmp_path / "a.pt").write_bytes(archive(tensor_pickle(shape=(1, 4), strides=(2**62, 1))))
-    np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], np.zeros((1, 4)))
+    np.testing.assert_array_equal(
+        torch_file.read_torch(tmp_path / "a.pt").tensors["a"], np.zeros((1, 4))
+    )
 
 
 def test_what_is_named_and_not_called_stays_a_name(tmp_path):
     """As Lightning's callbacks do, keyed by their class; os.system is as inert as they."""
-    torch.save({"ema": {"a": torch.ones(2)}, "callbacks": {argparse.ArgumentParser: os.system}, "args": torch.float32,
-                "opt": collections.defaultdict(dict)}, tmp_path / "a.pt")
+    torch.save(
+        {
+            "ema": {"a": torch.ones(2)},
+            "callbacks": {argparse.ArgumentParser: os.system},
+            "args": torch.float32,
+            "opt": collections.defaultdict(dict),
+        },
+        tmp_path / "a.pt",
+    )
     read = torch_file.read_torch(tmp_path / "a.pt").tensors
     name = torch_file.Global
     assert read["callbacks"] == {name("argparse.ArgumentParser"): name("posix.system")}
@@ -517,7 +821,9 @@ def test_what_is_named_and_not_called_stays_a_name(tmp_path):
 def test_views_of_old_storages_start_where_they_say(tmp_path):
     """torch before 0.4 stored a storage's views as (name, first element, number)."""
     data = struct.pack("<q4f", 4, 10, 11, 12, 13)
-    (tmp_path / "a.pt").write_bytes(legacy(tensor_pickle(shape=(2,), strides=(1,), view=(1, 3)), data=data))
+    (tmp_path / "a.pt").write_bytes(
+        legacy(tensor_pickle(shape=(2,), strides=(1,), view=(1, 3)), data=data)
+    )
     np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], [11, 12])
 
 
@@ -525,12 +831,16 @@ def test_no_damage_to_a_good_file_gives_anything_but_a_clear_error(tmp_path):
     """Every byte of the small parts changed, and every length: either a message, or tensors of the right size."""
     rng = np.random.default_rng(0)
     torch.save({"a": torch.zeros(2, 2), "n": argparse.Namespace(x=1)}, tmp_path / "zip.pt")
-    torch.save({"a": torch.zeros(2, 2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"a": torch.zeros(2, 2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False
+    )
     save_file({"a": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     for name in ("zip.pt", "legacy.pt", "a.safetensors"):
         good = (tmp_path / name).read_bytes()
         path = tmp_path / f"damaged_{name}"
-        read = torch_file.read_safetensors if path.suffix == ".safetensors" else torch_file.read_torch
+        read = (
+            torch_file.read_safetensors if path.suffix == ".safetensors" else torch_file.read_torch
+        )
         for trial in range(600):
             damaged = bytearray(good)
             if trial % 3 == 0:

@@ -1,4 +1,5 @@
 """Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
+
 import os
 import signal
 import socket
@@ -11,8 +12,14 @@ import pytest
 
 from lit_jax.runtime import cluster, exit_status, preemption, workdir_lock
 
-WIDE = ("--config.model.width=128", "--config.optimizer.schedule=constant", "--config.train.log_every=1",
-        "--config.mesh.join_timeout=120", "--config.mesh.heartbeat=10", "--config.checkpoint.every=3")
+WIDE = (
+    "--config.model.width=128",
+    "--config.optimizer.schedule=constant",
+    "--config.train.log_every=1",
+    "--config.mesh.join_timeout=120",
+    "--config.mesh.heartbeat=10",
+    "--config.checkpoint.every=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,9 @@ def one_process(server):
 def two_processes(server):
     """The workdir of a run of two processes, each with a half of the parameters, and what they saw."""
     workdir = server.folder / "two"
-    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
+    processes = server.run_together(
+        workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2"
+    )
     assert [life.wait() for life in processes] == [0, 0], "".join(life.text() for life in processes)
     return workdir, processes
 
@@ -54,15 +63,21 @@ def test_two_processes_have_the_losses_and_the_data_of_one(one_process, two_proc
 
 def test_four_processes_go_on_from_the_checkpoint_of_two(server, one_process, two_processes):
     workdir, _ = two_processes
-    processes = server.run_together(workdir, 4, *WIDE, "--config.train.steps=9", "--config.mesh.fsdp=2")
-    assert [life.wait() for life in processes] == [0] * 4, "".join(life.text() for life in processes)
+    processes = server.run_together(
+        workdir, 4, *WIDE, "--config.train.steps=9", "--config.mesh.fsdp=2"
+    )
+    assert [life.wait() for life in processes] == [0] * 4, "".join(
+        life.text() for life in processes
+    )
     assert {life.first_step() for life in processes} == {6}
     actual = lives.losses(workdir)
     assert list(actual) == list(range(1, 10))
     assert_same_losses(actual, one_process[0])
 
 
-def test_when_one_is_killed_the_others_stop_and_say_so_and_a_restart_resumes_exactly(server, two_processes):
+def test_when_one_is_killed_the_others_stop_and_say_so_and_a_restart_resumes_exactly(
+    server, two_processes
+):
     workdir = server.folder / "killed"
     run = (*WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
     first, second = server.run_together(workdir, 2, *run)
@@ -74,100 +89,162 @@ def test_when_one_is_killed_the_others_stop_and_say_so_and_a_restart_resumes_exa
     processes = server.run_together(workdir, 2, *run)
     assert [life.wait() for life in processes] == [0, 0], "".join(life.text() for life in processes)
     expected, _ = two_processes
-    assert {now: metrics for now, metrics in lives.losses(expected).items() if now <= 6} == lives.losses(workdir)
+    assert {
+        now: metrics for now, metrics in lives.losses(expected).items() if now <= 6
+    } == lives.losses(workdir)
     assert lives.fingerprints(workdir, 6) == lives.fingerprints(expected, 6)
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(server):
     workdir = server.folder / "terminated"
-    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000", "--config.mesh.fsdp=2",
-                                    "--config.checkpoint.every=1000000")
+    processes = server.run_together(
+        workdir,
+        2,
+        *WIDE,
+        "--config.train.steps=1000",
+        "--config.mesh.fsdp=2",
+        "--config.checkpoint.every=1000000",
+    )
     processes[0].wait_for_batches(3)
     processes[1].kill(signal.SIGTERM)
-    assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
+    assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(
+        p.text() for p in processes
+    )
     steps = {len(life.ids()) for life in processes}
-    assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [str(steps.pop())]
+    assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [
+        str(steps.pop())
+    ]
 
 
 def test_sigterm_to_one_inside_a_preview_stops_all_in_it(server):
     workdir = server.folder / "drawing"
-    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000", "--config.mesh.fsdp=2",
-                                    "--config.checkpoint.every=1000000", "--config.train.preview_every=4",
-                                    "--config.train.preview_images=800000", "--config.sample.batch_size=8")
+    processes = server.run_together(
+        workdir,
+        2,
+        *WIDE,
+        "--config.train.steps=1000",
+        "--config.mesh.fsdp=2",
+        "--config.checkpoint.every=1000000",
+        "--config.train.preview_every=4",
+        "--config.train.preview_images=800000",
+        "--config.sample.batch_size=8",
+    )
     processes[0].wait_for_batches(4)
     time.sleep(3.0)
     told = time.monotonic()
     processes[1].kill(signal.SIGTERM)
-    assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(p.text() for p in processes)
-    assert time.monotonic() - told < 30     # the preview would take hours
+    assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(
+        p.text() for p in processes
+    )
+    assert time.monotonic() - told < 30  # the preview would take hours
     assert [len(life.ids()) for life in processes] == [4, 4]
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_both_at_once(server):
     workdir = server.folder / "no_folder"
-    processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=1000000", "--config.mesh.fsdp=2")
+    processes = server.run_together(
+        workdir, 2, *WIDE, "--config.train.steps=1000000", "--config.mesh.fsdp=2"
+    )
     processes[0].wait_until(lambda: (workdir / "checkpoints" / "3").exists())
     (workdir / "checkpoints").rename(workdir / "elsewhere")
     (workdir / "checkpoints").write_text("in the way")
     broken = time.monotonic()
     assert processes[0].wait() == exit_status.EXIT_CRASHED, processes[0].text()
     assert processes[1].wait() not in (0, 1), processes[1].text()
-    assert time.monotonic() - broken < 60   # Orbax alone: 302
+    assert time.monotonic() - broken < 60  # Orbax alone: 302
     assert f"in {workdir}/checkpoints cannot be written: " in processes[0].text().splitlines()[-1]
 
 
 def test_processes_with_different_configs_are_named_on_both_sides(server):
-    first, second = server.run_together(server.folder / "differing", 2, *WIDE, each=("--config.seed=1", "--config.seed=2"))
+    first, second = server.run_together(
+        server.folder / "differing", 2, *WIDE, each=("--config.seed=1", "--config.seed=2")
+    )
     for life in (first, second):
         assert life.wait() == 1
         message = life.text().splitlines()[-1]
-        assert message.startswith("error: process 1 (") and "has seed = 2, process 0 (" in message and "has 1" in message
+        assert (
+            message.startswith("error: process 1 (")
+            and "has seed = 2, process 0 (" in message
+            and "has 1" in message
+        )
 
 
 def test_a_workdir_in_use_is_refused_by_all_processes(server):
     workdir = server.folder / "in_use"
     workdir.mkdir()
     with workdir_lock.lock_workdir(workdir):
-        processes = server.run_together(workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
-        assert [life.wait() for life in processes] == [1, 1], "".join(life.text() for life in processes)
+        processes = server.run_together(
+            workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2"
+        )
+        assert [life.wait() for life in processes] == [1, 1], "".join(
+            life.text() for life in processes
+        )
     for life, owner in zip(processes, (f"process {os.getpid()} on ", "another run")):
         assert f"error: --workdir={workdir} is in use by {owner}" in life.text()
     assert [path.name for path in workdir.iterdir()] == ["lock"]
 
 
 def test_a_process_that_does_not_come_is_named(server):
-    processes = server.run_together(server.folder / "missing", 2, *WIDE, "--config.mesh.join_timeout=5", present=1)
+    processes = server.run_together(
+        server.folder / "missing", 2, *WIDE, "--config.mesh.join_timeout=5", present=1
+    )
     assert processes[0].wait() == exit_status.EXIT_TRY_AGAIN, processes[0].text()
     assert "process 1 of 2 did not come within 5 s" in processes[0].text()
 
 
 # Below: in this process.
 
+
 def test_the_environment_says_how_to_join(monkeypatch):
     alone = {}
     assert cluster.find_cluster(alone | {"JAX_PLATFORMS": "cpu"}) is None
-    explicit = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
-    wanted = dict(coordinator_address="host:1234", num_processes=4, process_id=2, cluster_detection_method="deactivate")
+    explicit = {
+        "JAX_COORDINATOR_ADDRESS": "host:1234",
+        "JAX_NUM_PROCESSES": "4",
+        "JAX_PROCESS_ID": "2",
+    }
+    wanted = dict(
+        coordinator_address="host:1234",
+        num_processes=4,
+        process_id=2,
+        cluster_detection_method="deactivate",
+    )
     assert cluster.find_cluster(explicit) == wanted
-    kubernetes = {"JOB_COMPLETION_INDEX" if name == "JAX_PROCESS_ID" else name: value for name, value in explicit.items()}
+    kubernetes = {
+        "JOB_COMPLETION_INDEX" if name == "JAX_PROCESS_ID" else name: value
+        for name, value in explicit.items()
+    }
     assert cluster.find_cluster(kubernetes) == wanted
     with pytest.raises(ValueError, match="but not JAX_PROCESS_ID"):
-        cluster.find_cluster({name: value for name, value in explicit.items() if name != "JAX_PROCESS_ID"})
-    for change in ({"JAX_COORDINATOR_ADDRESS": "host"}, {"JAX_NUM_PROCESSES": "four"}, {"JAX_PROCESS_ID": "4"}):
-        (name, value), = change.items()
+        cluster.find_cluster(
+            {name: value for name, value in explicit.items() if name != "JAX_PROCESS_ID"}
+        )
+    for change in (
+        {"JAX_COORDINATOR_ADDRESS": "host"},
+        {"JAX_NUM_PROCESSES": "four"},
+        {"JAX_PROCESS_ID": "4"},
+    ):
+        ((name, value),) = change.items()
         with pytest.raises(ValueError, match=f"{name}.* = {value}"):
             cluster.find_cluster(explicit | change)
     slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
     assert cluster.find_cluster(slurm) == {"cluster_detection_method": "slurm"}
     assert cluster.find_cluster(slurm | {"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"}) is None
     monkeypatch.setattr(cluster, "tpu_attached", lambda: True)
-    assert cluster.find_cluster(alone) == {} and cluster.find_cluster({"JAX_PLATFORMS": "cpu"}) is None
+    assert (
+        cluster.find_cluster(alone) == {} and cluster.find_cluster({"JAX_PLATFORMS": "cpu"}) is None
+    )
 
 
 def test_slurm_and_the_tpu_platform_say_who_is_who(monkeypatch):
-    slurm = {"SLURM_JOB_ID": "4100", "SLURM_STEP_NODELIST": "node[03-04],other7", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
-             "SLURM_LOCALID": "1"}
+    slurm = {
+        "SLURM_JOB_ID": "4100",
+        "SLURM_STEP_NODELIST": "node[03-04],other7",
+        "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+    }
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     found = cluster.ask_cluster(cluster.find_cluster(slurm)["cluster_detection_method"], 1.0)
@@ -180,8 +257,14 @@ def test_slurm_and_the_tpu_platform_say_who_is_who(monkeypatch):
     )
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    gke = {"TPU_WORKER_HOSTNAMES": "localhost,b,c,d", "TPU_WORKER_ID": "2", "MEGASCALE_NUM_SLICES": "2",
-           "MEGASCALE_SLICE_ID": "1", "TPU_SKIP_MDS_QUERY": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}
+    gke = {
+        "TPU_WORKER_HOSTNAMES": "localhost,b,c,d",
+        "TPU_WORKER_ID": "2",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+    }
     for name, value in gke.items():
         monkeypatch.setenv(name, value)
     found = cluster.ask_cluster(None, 1.0)
@@ -189,7 +272,9 @@ def test_slurm_and_the_tpu_platform_say_who_is_who(monkeypatch):
     assert (found["num_processes"], found["process_id"]) == (8, 6)
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "lit-jax-slice-0-0.invalid")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(TimeoutError, match=r"within 0 s \(mesh.join_timeout\): .* lit-jax-slice-0-0.invalid"):
+    with pytest.raises(
+        TimeoutError, match=r"within 0 s \(mesh.join_timeout\): .* lit-jax-slice-0-0.invalid"
+    ):
         cluster.ask_cluster(None, 0.1)
 
 
@@ -206,22 +291,38 @@ def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch)
     assert 1 <= len(reports) <= 3
 
 
-@pytest.mark.parametrize("error, before, after", [
-    (OSError(28, "No space left on device"), "raised", exit_status.EXIT_CRASHED),
-    (ValueError("record 7 cannot be read"), "raised", exit_status.EXIT_CRASHED),
-    (jax.errors.JaxRuntimeError("INTERNAL: the chip"), "raised", exit_status.EXIT_CRASHED),
-    (exit_status.GiveUpError("not finite"), "raised", "raised"),     # main turns it into status 1
-    (exit_status.TryAgainError("stopped"), exit_status.EXIT_TRY_AGAIN, exit_status.EXIT_TRY_AGAIN),
-    (TimeoutError("process 1 did not come"), exit_status.EXIT_TRY_AGAIN, exit_status.EXIT_CRASHED),
-], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None)
-def test_the_exit_status_tells_bad_input_from_what_broke_once_training_had_begun(monkeypatch, capsys, tmp_path, error, before,
-                                                                                       after):
+@pytest.mark.parametrize(
+    "error, before, after",
+    [
+        (OSError(28, "No space left on device"), "raised", exit_status.EXIT_CRASHED),
+        (ValueError("record 7 cannot be read"), "raised", exit_status.EXIT_CRASHED),
+        (jax.errors.JaxRuntimeError("INTERNAL: the chip"), "raised", exit_status.EXIT_CRASHED),
+        (exit_status.GiveUpError("not finite"), "raised", "raised"),  # main turns it into status 1
+        (
+            exit_status.TryAgainError("stopped"),
+            exit_status.EXIT_TRY_AGAIN,
+            exit_status.EXIT_TRY_AGAIN,
+        ),
+        (
+            TimeoutError("process 1 did not come"),
+            exit_status.EXIT_TRY_AGAIN,
+            exit_status.EXIT_CRASHED,
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_the_exit_status_tells_bad_input_from_what_broke_once_training_had_begun(
+    monkeypatch, capsys, tmp_path, error, before, after
+):
     left = []
-    monkeypatch.setattr(cluster.os, "_exit", left.append)   # then shared_fate goes on to sys.exit
+    monkeypatch.setattr(cluster.os, "_exit", left.append)  # then shared_fate goes on to sys.exit
     for begun, expected in ((False, before), (True, after)):
         left.clear()
         with pytest.raises(type(error) if expected == "raised" else SystemExit) as end:
-            with exit_status.shared_fate(heartbeat=1.0), exit_status.Crashes(tmp_path / "crashes", 5) as crashes:
+            with (
+                exit_status.shared_fate(heartbeat=1.0),
+                exit_status.Crashes(tmp_path / "crashes", 5) as crashes,
+            ):
                 crashes.begun = begun
                 raise error
         if expected != "raised":

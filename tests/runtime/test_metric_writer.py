@@ -1,4 +1,5 @@
 """What a run leaves for people: lines, events, pictures, rates."""
+
 import io
 import json
 import logging
@@ -22,7 +23,9 @@ def read_lines(folder):
 
 
 def make_records(folder, **change):
-    return metric_writer.MetricWriter(folder, **dict(total_steps=100, images_per_step=32, flops_per_step=1e9) | change)
+    return metric_writer.MetricWriter(
+        folder, **dict(total_steps=100, images_per_step=32, flops_per_step=1e9) | change
+    )
 
 
 def test_metrics_become_json_lines_and_events(tmp_path):
@@ -33,7 +36,7 @@ def test_metrics_become_json_lines_and_events(tmp_path):
     log.close()
     lines = read_lines(tmp_path)
     assert [(line["step"], line["train/loss"]) for line in lines] == [(10, 0.1), (20, 0.05)]
-    events, = (tmp_path / "tensorboard").iterdir()
+    (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(tag in content for tag in (b"train/loss", b"train/images_per_second", b"preview"))
 
@@ -44,24 +47,31 @@ def test_a_resumed_run_appends_and_forgets_the_steps_that_it_makes_again(tmp_pat
         log.write(step, {"train/loss": 1.0})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "train/lo')     # a kill in the middle of a line
+        file.write('{"step": 4, "train/lo')  # a kill in the middle of a line
     log = make_records(tmp_path, first_step=2)
     for step in (3, 4):
         log.write(step, {"train/loss": 2.0})
     log.close()
-    assert [(line["step"], line["train/loss"]) for line in read_lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [(line["step"], line["train/loss"]) for line in read_lines(tmp_path)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+    ]
 
 
 def test_the_rate_is_that_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     log = make_records(tmp_path)
-    assert "train/images_per_second" not in log.write(1, {"train/loss": 1.0})      # nothing to compare with
+    assert "train/images_per_second" not in log.write(
+        1, {"train/loss": 1.0}
+    )  # nothing to compare with
     now[0] += 8.0
-    metrics = log.write(5, {"train/loss": 1.0})                                    # 4 steps, 2 s each
+    metrics = log.write(5, {"train/loss": 1.0})  # 4 steps, 2 s each
     assert metrics["train/images_per_second"] == pytest.approx(16.0)
     assert metrics["train/seconds_left"] == pytest.approx(190.0)
-    now[0] += 1000.0                                                               # a preview, say
+    now[0] += 1000.0  # a preview, say
     log.start(5)
     now[0] += 1.0
     assert log.write(6, {"train/loss": 1.0})["train/images_per_second"] == pytest.approx(32.0)
@@ -78,7 +88,9 @@ def test_mfu_is_reported_where_the_peak_is_known(tmp_path, monkeypatch, known):
     log.start(0)
     now[0] = 2.0
     metrics = log.write(1, {"train/loss": 1.0})
-    assert metrics.get("train/mfu") == (pytest.approx(6e9 / 2.0 / (1e9 * jax.device_count())) if known else None)
+    assert metrics.get("train/mfu") == (
+        pytest.approx(6e9 / 2.0 / (1e9 * jax.device_count())) if known else None
+    )
     log.close()
 
 
@@ -87,11 +99,15 @@ def test_a_long_job_logs_how_far_it_is_where_there_is_no_terminal(monkeypatch, c
     clock = iter((0.0, 30.0, 70.0, 100.0, 200.0))
     monkeypatch.setattr(metric_writer.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(metric_writer.sys.stderr, "isatty", lambda: False, raising=False)
-    with progress.progress("preparing", 1000, 400) as advance:       # 400 were there already: they are no speed
+    with progress.progress(
+        "preparing", 1000, 400
+    ) as advance:  # 400 were there already: they are no speed
         for count in (10, 60, 30, 100):
             advance(count)
     assert [record.getMessage() for record in caplog.records] == [
-        "preparing: 470 of 1000 images, 1.0 images/s, 8m50s left", "preparing: 600 of 1000 images, 1.0 images/s, 6m40s left"]
+        "preparing: 470 of 1000 images, 1.0 images/s, 8m50s left",
+        "preparing: 600 of 1000 images, 1.0 images/s, 6m40s left",
+    ]
 
 
 def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
@@ -105,7 +121,8 @@ def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
     log.close()
     assert metrics["train/data_wait"] == 0.25
     assert caplog.messages == [
-        "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  0m08s left  3 steps skipped"]
+        "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  0m08s left  3 steps skipped"
+    ]
 
 
 def test_on_a_terminal_one_line_makes_room_for_the_log(tmp_path, monkeypatch):
@@ -125,10 +142,14 @@ def test_on_a_terminal_one_line_makes_room_for_the_log(tmp_path, monkeypatch):
     assert absl.logging.get_absl_handler().filter(warning)
     log.close()
     first, second = screen.getvalue().removeprefix(clear).split("|")[0].split(clear)
-    assert first.startswith("step 1/2,000  loss 0.5000  ") and second.startswith("step 2/2,000  loss 0.2500  ")
-    assert len(first) == len(second) == 39      # a wrapped line could not be written over
+    assert first.startswith("step 1/2,000  loss 0.5000  ") and second.startswith(
+        "step 2/2,000  loss 0.2500  "
+    )
+    assert len(first) == len(second) == 39  # a wrapped line could not be written over
     assert screen.getvalue().endswith("|" + clear + "\n")
-    assert absl.logging.get_absl_handler().filter(warning) and screen.getvalue().endswith("|" + clear + "\n")
+    assert absl.logging.get_absl_handler().filter(warning) and screen.getvalue().endswith(
+        "|" + clear + "\n"
+    )
 
 
 def test_what_is_not_finite_is_in_the_lines_but_no_event(tmp_path, caplog):
@@ -136,16 +157,24 @@ def test_what_is_not_finite_is_in_the_lines_but_no_event(tmp_path, caplog):
     log.write(1, {"train/loss": float("nan"), "train/skipped": 1.0})
     log.close()
     assert np.isnan(read_lines(tmp_path)[0]["train/loss"])
-    events, = (tmp_path / "tensorboard").iterdir()
+    (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/skipped" in events.read_bytes() and b"train/loss" not in events.read_bytes()
     assert "NaN or Inf" not in caplog.text
 
 
-@pytest.mark.parametrize("write, name", [
-    (lambda log: log.write(1, {"train/loss": 1.0, "x" * 5000: 1.0}), "metrics.jsonl"),
-    (lambda log: log.add_picture("preview", 1, Image.effect_noise((64, 64), 100)), "tensorboard"),
-])
-def test_what_a_full_disk_does_not_take_is_named_at_once_and_closing_says_no_more(tmp_path, write, name):
+@pytest.mark.parametrize(
+    "write, name",
+    [
+        (lambda log: log.write(1, {"train/loss": 1.0, "x" * 5000: 1.0}), "metrics.jsonl"),
+        (
+            lambda log: log.add_picture("preview", 1, Image.effect_noise((64, 64), 100)),
+            "tensorboard",
+        ),
+    ],
+)
+def test_what_a_full_disk_does_not_take_is_named_at_once_and_closing_says_no_more(
+    tmp_path, write, name
+):
     log = make_records(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -187,16 +216,19 @@ def test_uint8_is_dits_clamped_and_truncated():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_shows_each_image_in_its_place(channels):
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, 256, (3, 4, 5, channels), np.uint8), rng.integers(0, 256, (2, 4, 5, channels), np.uint8)]
+    rows = [
+        rng.integers(0, 256, (3, 4, 5, channels), np.uint8),
+        rng.integers(0, 256, (2, 4, 5, channels), np.uint8),
+    ]
     picture = pictures.image_grid(rows, scale=2)
     pixels = np.asarray(picture)
     assert pixels.shape == (2 * (4 * 2 + 2) + 2, 3 * (5 * 2 + 2) + 2, 3)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = 2 + r * 10, 2 + c * 12
-            tile = pixels[top:top + 8:2, left:left + 10:2]
+            tile = pixels[top : top + 8 : 2, left : left + 10 : 2]
             np.testing.assert_array_equal(tile, np.broadcast_to(image, (4, 5, 3)))
-    assert (pixels[12:20, 26:36] == 255).all()      # the place the shorter row leaves
+    assert (pixels[12:20, 26:36] == 255).all()  # the place the shorter row leaves
     titled = pictures.image_grid(rows, ["teacher", "student"], scale=2)
     assert titled.height == picture.height
     margin = titled.width - picture.width
@@ -207,10 +239,12 @@ def test_a_grid_shows_each_image_in_its_place(channels):
 def test_small_images_are_enlarged_and_squares_are_square():
     images = np.zeros((10, 28, 28, 1), np.uint8)
     picture = pictures.square_grid(images)
-    assert picture.size == (4 * 58 + 2, 3 * 58 + 2)         # 28 pixels become 56
+    assert picture.size == (4 * 58 + 2, 3 * 58 + 2)  # 28 pixels become 56
     assert pictures.square_grid(np.zeros((1, 128, 128, 3), np.uint8)).size == (132, 132)
 
 
-@pytest.mark.parametrize("seconds, text", [(0.4, "0m00s"), (61, "1m01s"), (3600, "1h00m"), (90000, "25h00m")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0m00s"), (61, "1m01s"), (3600, "1h00m"), (90000, "25h00m")]
+)
 def test_durations_are_short(seconds, text):
     assert progress._duration(seconds) == text

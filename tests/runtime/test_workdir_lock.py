@@ -1,4 +1,5 @@
 """The lock of a workdir: who is kept out, and that nobody is who should not be."""
+
 import errno
 import logging
 import os
@@ -15,8 +16,11 @@ def test_a_second_run_is_refused_and_told_the_owner(tmp_path, monkeypatch):
     with workdir_lock.lock_workdir(tmp_path):
         before = (tmp_path / "lock").read_text()
         refusal = f"--workdir={tmp_path} is in use by process {os.getpid()} on {socket.gethostname()} since 20.* UTC; "
-        for _ in range(2):      # being refused frees nothing
-            with pytest.raises(ValueError, match=refusal) as error, workdir_lock.lock_workdir(tmp_path):
+        for _ in range(2):  # being refused frees nothing
+            with (
+                pytest.raises(ValueError, match=refusal) as error,
+                workdir_lock.lock_workdir(tmp_path),
+            ):
                 pass
         assert "\n" not in str(error.value) and (tmp_path / "lock").read_text() == before
         with workdir_lock.lock_workdir(tmp_path.parent):
@@ -51,6 +55,7 @@ def test_a_run_that_is_ending_is_waited_for(tmp_path):
 
 def test_a_folder_without_locks_is_used_with_a_note(tmp_path, monkeypatch, caplog):
     """What object stores mounted as folders answer."""
+
     def flock(*_):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
