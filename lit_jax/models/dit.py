@@ -201,7 +201,7 @@ def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
         words, holds = _RANGES[name]
         if not holds(value):
-            raise ValueError(f"{name} must be {words}; got {str(value)[:40]!r}")
+            raise ValueError(f"{name} must be {words}; got {repr(value)[:40]}")
     grid = fields.get("grid")
     return dict(fields) | ({"grid": tuple(grid)} if grid is not None else {})
 
