@@ -1,0 +1,184 @@
+"""Scores images: the settings, the network and the reference belong together, as an `Evaluator`.
+
+settings = EvaluationSettings(reference="cifar10:train")
+evaluator = make_evaluator(settings, data_dir="data", workdir="runs/scores")
+scores = evaluator.score_images(images)      # {"fd_efficientnet_lite0_10k": 12.3, ...}
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lit_jax.evaluation import features, metrics, references
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """What decides the scores of given images.
+
+    Attributes:
+      reference: an npz file or "DATASET:SPLIT".
+      features: the name of an extractor, see `features.EXTRACTORS`.
+      weights: the file of the extractor's weights; empty: of the EfficientNet package.
+      batch_size: images that go through the network at once.
+      num_neighbour_images: reference images that precision and recall look at, at most.
+      neighbours: k of precision and recall.
+      split_size: images in a split of the Inception score.
+    Raises: ValueError for a value that can never work.
+    """
+
+    reference: str
+    features: str = "efficientnet_lite0"
+    weights: str = ""
+    batch_size: int = 64
+    num_neighbour_images: int = 10_000
+    neighbours: int = 3
+    split_size: int = 5_000
+
+    def __post_init__(self) -> None:
+        features.check_name(self.features)
+        for name in ("batch_size", "num_neighbour_images", "neighbours", "split_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
+        self._check_neighbours("num_neighbour_images", self.num_neighbour_images)
+
+    def check_num_images(self, num_images: int) -> None:
+        """Raises ValueError for too few images for their neighbours."""
+        # For the caller to ask early: drawing the images, or the reference's statistics, take long.
+        self._check_neighbours("number of images", num_images)
+
+    def _check_neighbours(self, name: str, count: int) -> None:
+        if count <= self.neighbours:
+            raise ValueError(
+                f"neighbours = {self.neighbours} needs more images than that, but the {name} is "
+                f"{count}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """A feature network, a reference, and the settings of the scores between them."""
+
+    settings: EvaluationSettings
+    extractor: features.Extractor
+    reference: references.Statistics
+
+    def collect(self, batches: Iterable[np.ndarray]) -> references.Statistics:
+        """Runs samples through the network.
+
+        Args:
+          batches: (B, H, W, 1 or 3) uint8, at most settings.batch_size images each.
+        """
+        return references.collect(self.extractor, batches, self.settings.batch_size)
+
+    def score(self, samples: references.Statistics) -> dict[str, float]:
+        """All scores that samples and reference allow, by name.
+
+        A name carries its features and the number of images: "fid_adm_50k". A reference of moments
+        alone gives neither precision nor recall.
+        """
+        suffix = f"{self.extractor.suffix}_{count_name(samples.count)}"
+
+        scores = {}
+        for key, name in self.extractor.frechet.items():
+            # pytorch-fid's references have no moments for sFID.
+            if key in self.reference.moments:
+                scores[f"{name}_{suffix}"] = metrics.frechet_distance(
+                    *samples.moments[key], *self.reference.moments[key]
+                )
+
+        if samples.logits is not None:
+            scores[f"is_{suffix}"] = metrics.inception_score(
+                samples.logits, self.settings.split_size
+            )
+
+        if self.reference.features is not None and samples.features is not None:
+            # Both come from the same neighbours, so one call computes them.
+            precision, recall = metrics.precision_recall(
+                self.reference.features, samples.features, self.settings.neighbours
+            )
+            scores[f"precision_{suffix}"] = precision
+            scores[f"recall_{suffix}"] = recall
+        return scores
+
+    def score_images(
+        self, images: np.ndarray, on_batch: Callable[[int], None] = lambda done: None
+    ) -> dict[str, float]:
+        """The scores of images in memory, (N, H, W, C) uint8.
+
+        Args:
+          on_batch: is called before each batch with the number of images that are done. It may
+            raise to stop.
+        """
+        batches = _split(images, self.settings.batch_size, on_batch)
+        return self.score(self.collect(batches))
+
+    def make_result(
+        self,
+        scores: dict[str, float],
+        num_images: int,
+        image_shape: Sequence[int],
+        sampling: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Scores with the protocol that they were made by, ready for JSON.
+
+        Args:
+          image_shape: (H, W, C) of the scored images.
+          sampling: how they were drawn, see `sampling.protocol`, or what file they are from.
+        """
+        made_by = self.extractor.protocol | {
+            "num_images": num_images,
+            "image_shape": list(image_shape),
+            "reference": self.reference.identity,
+            "neighbours": self.settings.neighbours,
+            "samples": sampling,
+        }
+        # Only where it decides a score: else runs would not compare for no reason. The batch size
+        # is left out for the same reason.
+        if self.extractor.scores_classes:
+            made_by["inception_score_split_size"] = self.settings.split_size
+        return {
+            "scores": scores,
+            "protocol": made_by,
+            "device": jax.local_devices()[0].device_kind,
+        }
+
+
+def make_evaluator(
+    settings: EvaluationSettings, data_dir: epath.PathLike, workdir: epath.PathLike
+) -> Evaluator:
+    """Loads the network and the reference's statistics, or computes them.
+
+    Args:
+      data_dir: where the data set of "DATASET:SPLIT" is.
+      workdir: where its statistics are kept.
+    Raises: ValueError or FileNotFoundError that begins with the name of the setting.
+    """
+    extractor = features.make_extractor(settings.features, settings.weights)
+    reference = references.make_reference(
+        settings.reference,
+        data_dir,
+        workdir,
+        extractor,
+        batch_size=settings.batch_size,
+        num_neighbour_images=settings.num_neighbour_images,
+    )
+    return Evaluator(settings, extractor, reference)
+
+
+def count_name(count: int) -> str:
+    """50000 -> "50k"; a count that is no multiple of a thousand is written out."""
+    return str(count) if count % 1000 else f"{count // 1000}k"
+
+
+def _split(
+    images: np.ndarray, batch_size: int, on_batch: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), batch_size):
+        on_batch(start)
+        yield images[start : start + batch_size]
