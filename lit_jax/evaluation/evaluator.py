@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from lit_jax import ranges
 from lit_jax.evaluation import features, metrics, references
 
 
@@ -28,7 +29,7 @@ class EvaluationSettings:
       num_neighbour_images: reference images that precision and recall look at, at most.
       neighbours: k of precision and recall.
       split_size: images in a split of the Inception score.
-    Raises: ValueError for a value that can never work.
+    Raises: ValueError whose text starts with the field's name.
     """
 
     reference: str
@@ -41,10 +42,13 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         features.check_name(self.features)
-        for name in ("batch_size", "num_neighbour_images", "neighbours", "split_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} = {value} must be at least 1")
+        ranges.check(
+            self,
+            batch_size=ranges.AT_LEAST_1,
+            num_neighbour_images=ranges.AT_LEAST_1,
+            neighbours=ranges.AT_LEAST_1,
+            split_size=ranges.AT_LEAST_1,
+        )
         self._check_neighbours("num_neighbour_images", self.num_neighbour_images)
 
     def check_num_images(self, num_images: int) -> None:

@@ -63,7 +63,7 @@ class Extractor:
 def check_name(name: str) -> None:
     """Raises ValueError unless there is an extractor of that name."""
     if name not in EXTRACTORS:
-        raise ValueError(f"features = {name!r} is unknown: expected one of {', '.join(EXTRACTORS)}")
+        raise ValueError(f"features must be one of {', '.join(EXTRACTORS)}; got {name!r}")
 
 
 def make_extractor(name: str, weights: epath.PathLike = "") -> Extractor:

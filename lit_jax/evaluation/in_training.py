@@ -45,18 +45,18 @@ class Previews:
     Args:
       samplers: by the name of the model, "teacher" and "student", in the order of the rows.
       condition: arrays (n, ...) for n columns.
-      workdir: the grids go into its folder previews.
+      folder: where the grids go.
     """
 
     def __init__(
         self,
         samplers: Mapping[str, DrawImages],
         condition: Mapping[str, np.ndarray],
-        workdir: epath.PathLike,
+        folder: epath.PathLike,
     ):
         self._samplers = samplers
         self._condition = condition
-        self._folder = epath.Path(workdir) / "previews"
+        self._folder = epath.Path(folder)
         self._rows: dict[str, np.ndarray] = {}
 
     def path(self, step: int) -> epath.Path:

@@ -18,22 +18,22 @@ LOSS_TERMS = ("loss", "mse", "vb", "kd_noise", "kd_variance")
 
 
 def report(
-    workdir: epath.PathLike,
-    step: int,
     samplers: Mapping[str, DrawImages],
     params: Mapping[str, Any],
     condition: Mapping[str, np.ndarray],
+    workdir: epath.PathLike,
     *,
+    steps: int,
     real_images: tuple[np.ndarray, np.ndarray] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Draws images with every model, writes the report into the workdir, and logs its summary.
 
     Args:
-      step: the last step of the run.
       samplers: by the name of the model, the student last.
       params: the parameters of each sampler's model; of the student its EMA.
       condition: arrays (n, ...) for n images of each model.
+      steps: how many the run has made.
       real_images: images (N, h, w, C) uint8 and labels (N,). A classifier fitted on them says how
         often it finds the label that a drawn image was asked to have. None: no classifier.
       on_batch: see `in_training.draw_images`.
@@ -47,7 +47,7 @@ def report(
     result: dict[str, Any] = {"num_images": len(next(iter(images.values())))}
 
     # The metrics of a finished run may have been removed; its report is drawn all the same.
-    lines = metric_writer.read_training(workdir) or [{"step": step}]
+    lines = metric_writer.read_training(workdir) or [{"step": steps}]
     first = lines[0]
     last = lines[-1]
     result["loss"] = {
@@ -74,8 +74,8 @@ def report(
         with (workdir / "samples.png").open("wb") as file:
             pictures.square_grid(student).save(file, format="png")
         (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-        steps = int(first["step"]), int(last["step"])
-        logging.info("%s", summary(result, *steps, workdir))
+        text = summary(result, int(first["step"]), int(last["step"]), workdir)
+        logging.info("%s", text)
     return result
 
 

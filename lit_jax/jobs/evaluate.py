@@ -11,10 +11,7 @@ The file that it is written to holds everything else that it depends on, and sco
 protocols refuse to be compared. See docs/evaluation.md.
 """
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,7 +20,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax.evaluation import npz, protocol, reports
-from lit_jax.evaluation.evaluator import EvaluationSettings, make_evaluator
+from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.experiment import evaluation_settings, naming
 
 # ADM's evaluator was published with the scores of so many images, by these features.
 SELF_CHECK = ("inception_adm", 50_000)
@@ -41,7 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if jax.process_index() != 0:
         return
     workdir = epath.Path(workdir)
-    with naming(config, "evaluate"):
+    with naming("evaluate"):
         if config.evaluate.compare:
             compare(config.evaluate, workdir)
         else:
@@ -51,8 +49,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     """Scores evaluate.samples against evaluate.reference."""
     wanted = config.evaluate
-    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
-    settings = EvaluationSettings(**{name: wanted[name] for name in names})
+    settings = evaluation_settings(config)
 
     # Samples: only their header is read, so that a wrong request fails at once.
     samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
@@ -147,17 +144,3 @@ def name_runs(paths: list[epath.Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-@contextlib.contextmanager
-def naming(config: ConfigDict, group: str) -> Iterator[None]:
-    """Completes errors that begin with a field of the group: `evaluate.` + `neighbours = 3 ...`."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        field, equals, _ = str(error).partition(" = ")
-        if not equals or field not in config[group]:
-            raise
-        # Not type(error): a subclass may be made from more than a text.
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{group}.{error}") from error

@@ -102,6 +102,12 @@ class Checkpoint:
     architecture: dict
     report: Report
 
+    @property
+    def config(self):
+        from lit_jax.models.dit import DiTConfig
+
+        return DiTConfig(**self.architecture)
+
 
 class Leaf:
     """One parameter still in its file, as float32 in our layout; `leaf[index]`, `np.asarray(leaf)` read it.

@@ -66,9 +66,9 @@ def test_settings_reach_the_scores_and_their_protocol():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(features="fid"), "features = 'fid' is unknown: expected one of inception_adm"),
-        (dict(batch_size=0), "batch_size = 0 must be at least 1"),
-        (dict(neighbours=0), "neighbours = 0 must be at least 1"),
+        (dict(features="fid"), "features must be one of inception_adm.*; got 'fid'"),
+        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(neighbours=0), "neighbours must be at least 1; got 0"),
         (
             dict(num_neighbour_images=3),
             "neighbours = 3 needs more images than that, but the num_neighbour_images is 3",

@@ -146,7 +146,7 @@ def test_batches_keep_their_order():
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(ValueError, match="^features = 'fid' is unknown: expected one of inception"):
+    with pytest.raises(ValueError, match="^features must be one of inception_adm.*; got 'fid'"):
         features.make_extractor("fid")
     with pytest.raises(FileNotFoundError, match="^weights = '' is empty: inception_adm needs"):
         features.make_extractor("inception_adm")

@@ -34,7 +34,8 @@ def drawn(seed):
 
 @pytest.fixture
 def previews(tmp_path):
-    return in_training.Previews({"teacher": draw, "student": draw}, CONDITION, tmp_path)
+    samplers = {"teacher": draw, "student": draw}
+    return in_training.Previews(samplers, CONDITION, tmp_path / "previews")
 
 
 def test_previews_show_the_same_images_at_every_step(previews, tmp_path):

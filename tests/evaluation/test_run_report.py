@@ -39,11 +39,11 @@ def report(tmp_path, caplog):
     def write(**options):
         with caplog.at_level(logging.INFO, logger="absl"):
             result = run_report.report(
-                tmp_path,
-                300,
                 {"teacher": draw, "student": draw},
                 PARAMS,
                 {"label": LABELS},
+                tmp_path,
+                steps=300,
                 **options,
             )
         assert json.loads((tmp_path / "report.json").read_text()) == result
