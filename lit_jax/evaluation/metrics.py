@@ -1,8 +1,8 @@
 """Scores of generated images from their features.
 
-Moments and the Frechet distance are float64 on the host; the distances of precision and recall are
-float32 on the device. What a number means depends on the features and on the protocol around it:
-see docs/evaluation.md.
+Moments and the Frechet distance are float64 on the host; the distances of
+precision and recall are float32 on the device. What a number means depends on
+the features and on the protocol around it: see docs/evaluation.md.
 """
 
 import functools
@@ -12,24 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Frechet distance
+# ---- Frechet distance ----
 
 
 class Moments:
-    """Mean and covariance of a stream of feature batches, float64, in one pass.
+    """Mean and covariance of a stream of feature batches, float64.
 
-    Features are added by Chan's rule, with sums of squares about the running mean.
+    Features are added by Chan's rule, with sums of squares about the running
+    mean.
     """
 
-    # Adding to the sums costs a pass over the whole (dim, dim) matrix, so small batches wait until
-    # they are this many features together.
+    # Adding to the sums costs a pass over the whole (dim, dim) matrix, so
+    # small batches wait until they are this many features together.
     _CHUNK = 1024
 
     def __init__(self, dim: int):
         self._count = 0
         self._mean = np.zeros(dim)
-        # The sum of outer products of deviations from the mean. It does not cancel, as E[x^2] -
-        # E[x]^2 does where the mean is large.
+        # The sum of outer products of deviations from the mean. It does not
+        # cancel, as E[x^2] - E[x]^2 does where the mean is large.
         self._squares = np.zeros((dim, dim))
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
@@ -98,9 +99,10 @@ def frechet_distance(
 
     Args:
       mean1, mean2: (D,).
-      covariance1, covariance2: (D, D), symmetric and positive semidefinite up to rounding.
-    Raises: ValueError for unequal shapes, for values that are not finite, and for a matrix that is
-      no covariance.
+      covariance1, covariance2: (D, D), symmetric and positive semidefinite up
+        to rounding.
+    Raises: ValueError for unequal shapes, for values that are not finite, and
+      for a matrix that is no covariance.
     """
     mean1 = np.asarray(mean1, np.float64)
     mean2 = np.asarray(mean2, np.float64)
@@ -120,8 +122,9 @@ def frechet_distance(
     _check_covariance(covariance2, np.linalg.eigvalsh(covariance2))
     root = _root(covariance1)
 
-    # C1^(1/2) C2 C1^(1/2) has the eigenvalues of C1 C2 and is symmetric: no complex numbers and no
-    # failure on singular covariances, where scipy.linalg.sqrtm(C1 @ C2) has both.
+    # C1^(1/2) C2 C1^(1/2) has the eigenvalues of C1 C2 and is symmetric: no
+    # complex numbers and no failure on singular covariances, where
+    # scipy.linalg.sqrtm(C1 @ C2) has both.
     product = np.linalg.eigvalsh(root @ covariance2 @ root)
     # Eigenvalues that should be 0 come out as small negative numbers.
     trace_of_root = np.sqrt(np.clip(product, 0.0, None)).sum()
@@ -145,8 +148,8 @@ def _root(covariance):
     residual = np.abs(root @ root - covariance).max(initial=0.0)
     if residual > 1e-6 * max(values[-1], 1e-12):
         raise ValueError(
-            f"the root of a covariance is {residual:.3g} off, where its largest eigenvalue is "
-            f"{values[-1]:.3g}"
+            f"the root of a covariance is {residual:.3g} off, where its largest "
+            f"eigenvalue is {values[-1]:.3g}"
         )
     return root
 
@@ -155,8 +158,9 @@ def _check_covariance(covariance, eigenvalues):
     """Raises ValueError unless the matrix is a covariance; `eigenvalues` ascend."""
     asymmetry = np.abs(covariance - covariance.T).max(initial=0.0)
     scale = max(np.abs(eigenvalues).max(initial=0.0), 1e-12)
-    # Rounding leaves eigenvalues a little below 0 where there are fewer images than features, above
-    # all in files with float32 statistics. What is below this limit is no rounding.
+    # Rounding leaves eigenvalues a little below 0 where there are fewer images
+    # than features, above all in files with float32 statistics. What is below
+    # this limit is no rounding.
     if asymmetry > 1e-6 * scale or eigenvalues[0] < -1e-5 * scale:
         raise ValueError(
             f"not a covariance: asymmetric by {asymmetry:.3g}, "
@@ -164,14 +168,14 @@ def _check_covariance(covariance, eigenvalues):
         )
 
 
-# Inception score
+# ---- Inception score ----
 
 
 def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
     """exp(E[KL(p(y|x) || p(y))]), the mean over consecutive splits; arXiv 1606.03498.
 
-    As in ADM's evaluator: 5,000 images a split (10 splits of 50,000) in file order, not shuffled,
-    and logits without the classifier's bias.
+    As in ADM's evaluator: 5,000 images a split (10 splits of 50,000) in file
+    order, not shuffled, and logits without the classifier's bias.
 
     Args:
       logits: (N, classes); the softmax is computed in float64.
@@ -187,14 +191,19 @@ def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
         log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
         p = np.exp(log_p)
 
-        # A class without probability in the whole split has p = 0, and its term is 0 too.
+        # A class without probability in the whole split has p = 0, and its
+        # term is 0 too.
         marginal = np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny)
         divergence = (p * (log_p - np.log(marginal))).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
 
 
-# Precision and recall
+# ---- Precision and recall ----
+
+# Where a block of features lies, the block (block_size, D), and which of its
+# rows are features and no padding.
+Block = tuple[slice, jax.Array, jax.Array]
 
 
 def precision_recall(
@@ -205,23 +214,27 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall from features; arXiv 1904.06991.
 
-    The manifold of a set is the union of the balls around its features that reach to the k-th
-    neighbour. Precision is the share of the samples inside the manifold of the reference, recall
-    the share of the reference inside that of the samples. Distances are float32.
+    The manifold of a set is the union of the balls around its features that
+    reach to the k-th neighbour. Precision is the share of the samples inside
+    the manifold of the reference, recall the share of the reference inside
+    that of the samples. Distances are float32.
 
     Args:
       reference: (N, D).
       samples: (M, D).
-      block_size: features whose distances are computed at once; it does not change the result.
-    Raises: ValueError for features of different size, or not more than k images.
+      block_size: features whose distances are computed at once; it does not
+        change the result.
+    Raises: ValueError for features of different size, or not more than k
+      images.
     """
     if reference.shape[1:] != samples.shape[1:]:
         raise ValueError(
-            f"reference features {reference.shape} and sample features {samples.shape} differ in "
-            "size"
+            f"reference features {reference.shape} and sample features "
+            f"{samples.shape} differ in size"
         )
-    # Moving both sides changes no distance but keeps the squares small. The centre is rounded to
-    # integers so that features of few digits stay exact: what lies on a boundary must stay inside.
+    # Moving both sides changes no distance but keeps the squares small. The
+    # centre is rounded to integers so that features of few digits stay exact:
+    # what lies on a boundary must stay inside.
     centre = np.round(np.asarray(reference, np.float64).mean(axis=0))
     reference = (np.asarray(reference) - centre).astype(np.float32)
     samples = (np.asarray(samples) - centre).astype(np.float32)
@@ -235,9 +248,14 @@ def precision_recall(
     )
 
 
-def manifold_radii(features: np.ndarray, k: int = 3, block_size: int = 5000) -> np.ndarray:
-    """Squared distance of each feature (N, D) to its k-th nearest neighbour, (N,) float32.
+def manifold_radii(
+    features: np.ndarray,
+    k: int = 3,
+    block_size: int = 5000,
+) -> np.ndarray:
+    """Squared distance of each feature (N, D) to its k-th nearest neighbour.
 
+    Returns: (N,) float32.
     Raises: ValueError for k features or fewer.
     """
     if len(features) <= k:
@@ -245,7 +263,7 @@ def manifold_radii(features: np.ndarray, k: int = 3, block_size: int = 5000) -> 
 
     radii = np.empty(len(features), np.float32)
     for where, rows, _ in _blocks(features, block_size):
-        # One more than k: the distance of a feature to itself is the smallest.
+        # One more than k: the distance of a feature to itself is among them.
         nearest = jnp.full((block_size, k + 1), jnp.inf)
         for _, columns, is_column in _blocks(features, block_size):
             nearest = _keep_nearest(nearest, rows, columns, is_column, k + 1)
@@ -259,7 +277,7 @@ def manifold_coverage(
     radii: np.ndarray,
     block_size: int = 5000,
 ) -> float:
-    """The share of features that are inside the manifold of others; the boundary is inside.
+    """The share of features inside the manifold of others, boundary included.
 
     Args:
       features: (M, D).
@@ -278,8 +296,7 @@ def manifold_coverage(
     return count / len(features)
 
 
-def _blocks(features: np.ndarray, block_size: int) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-    """Yields (slice, block (block_size, D), mask (block_size,)), the last block padded with 0."""
+def _blocks(features: np.ndarray, block_size: int) -> Iterator[Block]:
     # All blocks have one shape, so that each program is compiled once.
     for start in range(0, len(features), block_size):
         block = features[start : start + block_size]
@@ -294,7 +311,7 @@ def _blocks(features: np.ndarray, block_size: int) -> Iterator[tuple[slice, jax.
 
 @functools.partial(jax.jit, static_argnames="k", donate_argnums=0)
 def _keep_nearest(nearest, rows, columns, is_column, k):
-    """Merges the distances to a block of columns into the k smallest so far, (M, k) ascending."""
+    """Merges the distances to some columns into the k smallest, (M, k)."""
     distances = _squared_distances(rows, columns)
     distances = jnp.where(is_column[None, :], distances, jnp.inf)
     candidates = jnp.concatenate([nearest, distances], axis=1)

@@ -1,7 +1,8 @@
 """Reads npz files: images one batch after another, arrays of floats, and texts in JSON.
 
-The files may come from anywhere, so they are data and nothing else. Pickled objects are refused,
-and damaged bytes end in a ValueError that begins with the file's path.
+The files may come from anywhere, so they are data and nothing else. Pickled
+objects are refused, and damaged bytes end in a ValueError that begins with the
+file's path.
 """
 
 import contextlib
@@ -17,9 +18,14 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-# What the bytes of a broken archive raise. The last two: a member is marked as encrypted, or as
-# compressed by an unknown method.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+# What reading the bytes of a broken archive raises.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,  # a member is marked as encrypted
+    NotImplementedError,  # or as compressed by an unknown method
+)
 
 
 def file_hash(path: epath.Path) -> str:
@@ -31,18 +37,26 @@ def file_hash(path: epath.Path) -> str:
 def image_shape(path: epath.Path) -> tuple[int, ...]:
     """The shape of the images `arr_0`, from the header alone.
 
-    Raises: ValueError unless they are uint8 (N, H, W, 1 or 3); FileNotFoundError.
+    Raises: ValueError unless they are uint8 (N, H, W, 1 or 3);
+      FileNotFoundError.
     """
     with _open_images(path) as (shape, _):
         return shape
 
 
-def image_batches(path: epath.Path, num_images: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields the first `num_images` images `arr_0` in file order, (B, H, W, C) uint8.
+def image_batches(
+    path: epath.Path,
+    num_images: int,
+    batch_size: int,
+) -> Iterator[np.ndarray]:
+    """Yields the first `num_images` images `arr_0` in file order.
 
-    Raises: ValueError for a file that is damaged or shorter than its header says.
+    Yields: (B, H, W, C) uint8.
+    Raises: ValueError for a file that is damaged or shorter than its header
+      says.
     """
-    # NumPy reads whole arrays. 50,000 images of 256 x 256 are 10 GB, so the bytes are streamed.
+    # NumPy would read the whole array. 50,000 images of 256 x 256 are 10 GB,
+    # so the bytes are streamed.
     with _open_images(path) as (shape, member):
         image = shape[1:]
         for start in range(0, num_images, batch_size):
@@ -77,11 +91,13 @@ def _open_images(path: epath.Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]
         except (KeyError, *DAMAGE) as error:
             raise ValueError(f"{path} is not an npz with an array 'arr_0': {error}") from error
 
-        # Outside the `try`: what the caller does with the file may raise errors of the same types.
+        # Outside the `try`: what the caller does with the file may raise
+        # errors of the same types.
         yield _read_header(member, path), member
 
 
 def _read_header(member: IO[bytes], path: epath.Path) -> tuple[int, ...]:
+    # Bytes that are no header at all raise ValueError here.
     try:
         version = np.lib.format.read_magic(member)
         if version == (1, 0):
@@ -106,7 +122,7 @@ class Archive:
     """An open npz file, whose arrays are read by name; see `open_archive`."""
 
     path: epath.Path
-    arrays: Any  # np.lib.npyio.NpzFile
+    arrays: Any  # an np.lib.npyio.NpzFile, which reads an array when it is asked for
 
     @property
     def names(self) -> set[str]:
@@ -123,9 +139,8 @@ class Archive:
         except (ValueError, *DAMAGE) as error:
             raise ValueError(f"{self.path}: {name} cannot be read as JSON text: {error}") from error
         if not isinstance(value, dict):
-            raise ValueError(
-                f"{self.path}: {name} is a JSON {type(value).__name__}, expected an object"
-            )
+            kind = type(value).__name__
+            raise ValueError(f"{self.path}: {name} is a JSON {kind}, expected an object")
         return value
 
     def read_floats(self, name: str, ndim: int) -> np.ndarray:
@@ -137,7 +152,9 @@ class Archive:
             array = self.arrays[name]
         except (ValueError, KeyError, *DAMAGE) as error:
             raise ValueError(f"{self.path}: {name} cannot be read: {error}") from error
-        if array.dtype.kind != "f" or array.ndim != ndim or not np.isfinite(array).all():
+        is_floats = array.dtype.kind == "f" and array.ndim == ndim
+        # One NaN in a covariance would make every score NaN.
+        if not is_floats or not np.isfinite(array).all():
             raise ValueError(
                 f"{self.path}: {name} is {array.dtype} {array.shape}, "
                 f"expected {ndim} axes of finite floats"
@@ -155,10 +172,11 @@ def open_archive(path: epath.Path) -> Iterator[Archive]:
         raise FileNotFoundError(f"{path} not found")
 
     with path.open("rb") as file:
-        # np.load also opens single arrays and pickles, which have no names.
+        # np.load opens single arrays and pickles too, which have no names.
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is not an npz file")
         file.seek(0)
+        # Pickles are programs: an array of objects would run its code.
         try:
             arrays = np.load(file, allow_pickle=False)
         except (ValueError, *DAMAGE) as error:
@@ -168,6 +186,9 @@ def open_archive(path: epath.Path) -> Iterator[Archive]:
 
 
 def read_json(path: epath.Path, name: str) -> dict[str, Any]:
-    """The object that the sampling job wrote as `name`; {} in a file from elsewhere."""
+    """The object that the sampling job wrote as `name`.
+
+    Returns: {} where a file from elsewhere has no such text.
+    """
     with open_archive(path) as archive:
         return archive.read_json(name) if name in archive.names else {}

@@ -11,7 +11,8 @@ from etils import epath
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation by stored statistics.
 
-    The statistics are parameters here, for nothing in these networks is trained.
+    The statistics are parameters here, for nothing in these networks is
+    trained.
     """
 
     epsilon: float = 1e-3
@@ -25,7 +26,8 @@ class FrozenBatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
 
-        # The suite forbids implicit rank promotion, so each vector gets all of x's axes.
+        # The suite forbids implicit rank promotion, so each vector gets all of
+        # x's axes.
         shape = (1,) * (x.ndim - 1) + (C,)
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
         centred = x - mean.reshape(shape)
@@ -45,11 +47,11 @@ def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarr
     """One tensor of a torch network under our name and in our layout.
 
     Args:
-      module: the path of the module in our tree, "a/b/conv". Where it ends in "bn", it is a batch
-        normalisation.
+      module: the path of the module in our tree, "a/b/conv". Where it ends in
+        "bn", it is a batch normalisation.
       name: the tensor's name in torch, "weight" for instance.
-    Returns: the path and the value; (out, in, h, w) becomes (h, w, in, out), and (out, in)
-      becomes (in, out).
+    Returns: the path and the value; (out, in, h, w) becomes (h, w, in, out),
+      and (out, in) becomes (in, out).
     """
     if module.split("/")[-1] == "bn":
         return f"{module}/{BATCH_NORM_NAMES.get(name, name)}", value
@@ -72,7 +74,8 @@ def build_params(
     Args:
       input_size: height = width of the images that the network takes.
       path: the file that the arrays are from, for the error.
-    Raises: ValueError that lists what is missing, what is unknown, and what has another shape.
+    Raises: ValueError that lists what is missing, what is unknown, and what
+      has another shape.
     """
     x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
@@ -102,6 +105,7 @@ def build_params(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        # Contiguous, since the transposed arrays are views, and a device gets them in one piece.
+        # Contiguous, since the transposed arrays are views, and a device gets
+        # them in one piece.
         node[last] = np.ascontiguousarray(value, np.float32)
     return params

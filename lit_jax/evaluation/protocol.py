@@ -1,16 +1,18 @@
 """Which scores may be compared: those that were made by the same protocol.
 
-A protocol is a nested dict with everything that a score depends on: features, weights, resize,
-reference, and how the images were drawn. It is written beside the scores, see `evaluator.py`.
+A protocol is a nested dict with everything that a score depends on: features,
+weights, resize, reference, and how the images were drawn. It is written into
+the file of the scores, see `Evaluator.make_result`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# {score: (value, tolerance)}, from the README of openai/guided-diffusion's evaluations folder:
-# admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz. The tolerances
-# allow for float32 sums in another order, and for the float16 distances that the published
-# precision and recall were computed from.
+# {score: (value, tolerance)}, from the README of openai/guided-diffusion's
+# evaluations folder: admnet_guided_upsampled_imagenet256.npz against
+# VIRTUAL_imagenet256_labeled.npz. The tolerances allow for float32 sums in
+# another order, and for the float16 distances that the published precision and
+# recall were computed from.
 PUBLISHED = {
     "is_adm_50k": (215.8370361328125, 0.3),
     "fid_adm_50k": (3.9425574129223264, 0.01),
@@ -37,7 +39,8 @@ def differences(
     """What differs between two protocols, in words; fields under `across` may differ.
 
     Args:
-      across: fields or whole branches of the protocol: "samples.cfg_scale", or "samples".
+      across: fields or whole branches of the protocol: "samples.cfg_scale", or
+        "samples".
     """
     a = flatten(a)
     b = flatten(b)
@@ -67,7 +70,8 @@ def check_comparable(
                 f"same protocol: {'; '.join(found)}. Add the fields that may differ"
             )
 
-        # A comparison has one column for each score, so every run needs all of them.
+        # A comparison has one column for each score, so every run needs all of
+        # them.
         if expected["scores"].keys() != result["scores"].keys():
             raise ValueError(
                 f"{first} and {name} have different scores: {sorted(expected['scores'])} and "

@@ -1,7 +1,8 @@
 """Statistics of images, and of the references that images are scored against.
 
-A reference is an npz file (ADM's, pytorch-fid's, images alone, or one that was written here) or a
-split of a data set, whose statistics are computed once and kept in the workdir.
+A reference is an npz file (ADM's, pytorch-fid's, images alone, or one that was
+written here) or a split of a data set, whose statistics are computed once and
+kept in the workdir.
 """
 
 import contextlib
@@ -20,28 +21,22 @@ from etils import epath
 from lit_jax.data import dataset
 from lit_jax.evaluation import features, metrics, npz, protocol
 
-# The names of mean and covariance in an npz, by output of the network. They are ADM's, and
-# pytorch-fid has the first pair.
+# The names of mean and covariance in an npz, by output of the network. They
+# are ADM's, and pytorch-fid has the first pair.
 MOMENT_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the scores need to know of a set of images.
+    """What the scores need to know of a set of images."""
 
-    Attributes:
-      count: the number of images behind the moments; 0 where a file does not say.
-      moments: (mean (D,), covariance (D, D)) float64, by output of the network.
-      features: (n, D) float32 of the images that precision and recall look at, or None.
-      logits: (count, classes) float32, or None.
-      identity: what the set is, for the protocol.
-    """
-
-    count: int
+    count: int  # of images behind the moments; 0 where a file does not say
+    # {output of the network: (mean (D,), covariance (D, D))}, float64
     moments: dict[str, tuple[np.ndarray, np.ndarray]]
+    # (n, D) float32 of the images that precision and recall look at
     features: np.ndarray | None
-    logits: np.ndarray | None
-    identity: dict[str, Any]
+    logits: np.ndarray | None  # (count, classes) float32
+    identity: dict[str, Any]  # what the set is, for the protocol
 
 
 def collect(
@@ -56,8 +51,8 @@ def collect(
 
     Args:
       batches: (B, H, W, 1 or 3) uint8, 0 < B <= batch_size.
-      keep: (n,) indices of the images whose features are kept. None keeps the features of all
-        images, and their logits.
+      keep: (n,) indices of the images whose features are kept. None keeps the
+        features of all images, and their logits.
     Raises: ValueError for fewer than two images.
     """
     moments: dict[str, metrics.Moments] = {}
@@ -66,25 +61,28 @@ def collect(
     count = 0
     start = time.monotonic()
 
-    # One pass over the images, which are streamed. The features fit into memory: 50,000 times 2048
-    # float32 are 400 MB.
+    # One pass over the images, which are streamed. The features fit into
+    # memory: 50,000 times 2048 float32 are 400 MB.
     for outputs in features.extract(extractor, batches, batch_size):
         end = count + len(outputs["pool"])
 
         for key in extractor.frechet:
-            dim = outputs[key].shape[1]
-            moments.setdefault(key, metrics.Moments(dim)).update(outputs[key])
+            if key not in moments:
+                moments[key] = metrics.Moments(outputs[key].shape[1])
+            moments[key].update(outputs[key])
 
         if keep is None:
             kept.append(outputs["pool"])
             if extractor.scores_classes:
                 logits.append(outputs["logits"])
         else:
-            # A reference has no Inception score of its own, so its logits are not kept.
+            # A reference has no Inception score of its own, so its logits are
+            # not kept.
             chosen = keep[(keep >= count) & (keep < end)]
             kept.append(outputs["pool"][chosen - count])
 
-        # Inception takes hours for 50,000 images on a CPU; the log shows that it goes on.
+        # Inception takes hours for 50,000 images on a CPU; the log shows that
+        # it goes on.
         if end // 1000 > count // 1000:
             speed = end / (time.monotonic() - start)
             logging.info("%d images, %.1f a second", end, speed)
@@ -121,9 +119,11 @@ def make_reference(
     """The statistics of a reference that a user names.
 
     Args:
-      reference: an npz file, or "DATASET:SPLIT" of the data sets in `data_dir`.
+      reference: an npz file, or "DATASET:SPLIT" of the data sets in
+        `data_dir`.
       workdir: where the statistics of a data set are kept.
-      num_neighbour_images: how many images precision and recall look at, at most.
+      num_neighbour_images: how many images precision and recall look at, at
+        most.
     Raises: ValueError or FileNotFoundError that names the reference.
     """
     if not reference:
@@ -146,8 +146,9 @@ def make_reference(
         if not isinstance(images, dataset.ImageDataset):
             raise ValueError(f"{reference} holds latents, images are needed")
 
-        # The hash of the weights is part of the name, so that statistics of several extractors can
-        # be in one workdir. The slash of a TFDS name, imagenet_resized/64x64, is no folder.
+        # The hash of the weights is part of the name, so that statistics of
+        # several extractors can be in one workdir. The slash of a TFDS name,
+        # imagenet_resized/64x64, is no folder.
         flat_name = name.replace("/", "_")
         weights = extractor.protocol["weights"]
         file_name = f"reference_{flat_name}_{split}_{extractor.name}_{weights}.npz"
@@ -160,7 +161,7 @@ def make_reference(
         )
 
 
-# Statistics of a data set
+# ---- Statistics of a data set ----
 
 
 def dataset_reference(
@@ -174,7 +175,8 @@ def dataset_reference(
     """Statistics of a whole split of a data set; computed once, then read from `cache`.
 
     Args:
-      cache: an npz file. It is used if it was written for the same images, by the same protocol.
+      cache: an npz file. It is used if it was written for the same images, by
+        the same protocol.
     """
     count = len(images)
     keep = spread(count, num_neighbour_images)
@@ -182,7 +184,8 @@ def dataset_reference(
     if cache.is_file():
         with npz.open_archive(cache) as archive:
             cached = _read_statistics(archive, extractor)
-        # The data set may have been prepared again, with other images under the same name.
+        # The data set may have been prepared again, with other images under
+        # the same name.
         if cached.identity == identity:
             return cached
 
@@ -200,7 +203,8 @@ def dataset_reference(
         keep=keep,
         identity=identity,
     )
-    # In training every process computes them, for the processes may have no folder in common.
+    # In training every process computes them, for the processes may have no
+    # folder in common.
     if jax.process_index() == 0:
         _write_statistics(cache, statistics, extractor)
     return statistics
@@ -208,8 +212,8 @@ def dataset_reference(
 
 def _identify(images: dataset.ImageDataset, keep: np.ndarray) -> dict[str, Any]:
     """What tells this data set from others, those of the same name included."""
-    # The hash is over the images that precision and recall look at: all of them would take a
-    # second pass over the data.
+    # The hash is over the images that precision and recall look at: all of
+    # them would take a second pass over the data.
     digest = hashlib.sha256()
     for index in keep:
         digest.update(images[int(index)]["image"].tobytes())
@@ -246,7 +250,8 @@ def _write_statistics(
 
     # The statistics may be the first file of a new workdir.
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that is killed here leaves no half-written reference under the final name.
+    # A process that is killed here leaves no half-written reference under the
+    # final name.
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -267,7 +272,8 @@ def _read_statistics(archive: npz.Archive, extractor: features.Extractor) -> Sta
         raise ValueError(f"{archive.path} holds statistics of another protocol: {'; '.join(found)}")
 
     dims = features.dims(extractor)
-    # They were float32 when they were written: precision and recall take their distances in it.
+    # They were float32 when they were written: precision and recall take their
+    # distances in it.
     kept = archive.read_floats("features", 2).astype(np.float32)
     if kept.shape[1] != dims["pool"]:
         raise ValueError(
@@ -282,7 +288,7 @@ def _read_statistics(archive: npz.Archive, extractor: features.Extractor) -> Sta
     )
 
 
-# Reference files
+# ---- Reference files ----
 
 
 def load_reference(
@@ -294,26 +300,30 @@ def load_reference(
 ) -> Statistics:
     """Reads a reference npz.
 
-    It is ADM's (mu, sigma, mu_s, sigma_s, arr_0), pytorch-fid's (mu, sigma), ours, or holds images
-    alone. Statistics are used only if they are of this extractor: a file of ours says whose they
-    are, ADM's are of `inception_adm`, and pytorch-fid's of `inception_pytorch_fid`. Images in the
-    file (ADM's has 10,000) go through the network, for precision and recall, and for all scores
-    where the statistics are of other features.
+    It is ADM's (mu, sigma, mu_s, sigma_s, arr_0), pytorch-fid's (mu, sigma),
+    ours, or holds images alone. Statistics are used only if they are of this
+    extractor: a file of ours says whose they are, ADM's are of
+    `inception_adm`, and pytorch-fid's of `inception_pytorch_fid`. Images in
+    the file (ADM's has 10,000) go through the network, for precision and
+    recall, and for all scores where the statistics are of other features.
 
     Args:
-      num_neighbour_images: how many images precision and recall look at, at most.
-    Raises: ValueError where the file holds neither images nor statistics of this extractor;
-      FileNotFoundError.
+      num_neighbour_images: how many images precision and recall look at, at
+        most.
+    Raises: ValueError where the file holds neither images nor statistics of
+      this extractor; FileNotFoundError.
     """
     path = epath.Path(reference)
     with _naming(path):
         with npz.open_archive(path) as archive:
             names = archive.names
-            # Not by "protocol" alone: the sampling job writes its own under that name.
+            # Not by "protocol" alone: the sampling job writes its own under
+            # that name.
             if {"features", "protocol"} <= names:
                 return _read_statistics(archive, extractor)
 
-            # The file does not say whose statistics it holds. Only ADM's have those of sFID.
+            # The file does not say whose statistics it holds. Only ADM's have
+            # those of sFID.
             owner = None
             if "mu" in names:
                 owner = "inception_adm" if "mu_s" in names else "inception_pytorch_fid"
@@ -386,6 +396,7 @@ def _naming(reference: epath.PathLike) -> Iterator[None]:
         text = str(error).removeprefix(value)
         if text == str(error):
             text = f": {text}"
-        # Not type(error): subclasses such as JSONDecodeError are made from more than a text.
+        # Not type(error): subclasses such as JSONDecodeError are made from
+        # more than a text.
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"reference = {value}{text}") from error

@@ -1,4 +1,7 @@
-"""Evaluations written for people: JSON, Markdown, grids of images, and comparisons with curves."""
+"""Evaluations written for people.
+
+JSON, Markdown, grids of images, and comparisons with curves.
+"""
 
 import dataclasses
 import json
@@ -11,22 +14,20 @@ from etils import epath
 from lit_jax import pictures
 from lit_jax.evaluation import protocol
 
-# One evaluation
+# ---- One evaluation ----
 
 
 def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
     """Writes path.json and path.md.
 
     Args:
-      result: what `Evaluator.make_result` returns. The evaluation job adds samples_file and
-        images_per_second, and where there are any, sampling_speed and self_check.
+      result: what `Evaluator.make_result` returns. The evaluation job adds
+        samples_file and images_per_second, and where there are any,
+        sampling_speed and self_check.
     """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with_ending(path, ".json").write_text(json.dumps(result, indent=2) + "\n")
-
     lines = ["# Evaluation", ""]
-    rows = [[name, f"{value:.4f}"] for name, value in result["scores"].items()]
+    scores = result["scores"].items()
+    rows = [[name, f"{value:.4f}"] for name, value in scores]
     lines += _table(["score", "value"], rows)
 
     if "self_check" in result:
@@ -37,16 +38,21 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
     fields = protocol.flatten(result["protocol"])
     lines += _table(["field", "value"], fields.items())
 
-    # In training neither is there: the images come from memory.
+    # Neither is there in training, where the images come from memory.
     if "samples_file" in result:
         file = result["samples_file"]
         speed = f"{result['images_per_second']:.1f} images/s"
-        lines += ["", f"{file}, {speed} through the feature network on {result['device']}."]
+        where = f"the feature network on {result['device']}"
+        lines.append("")
+        lines.append(f"{file}, {speed} through {where}.")
     if "sampling_speed" in result:
         drawn = result["sampling_speed"]
         speed = f"{drawn['images_per_second']:.1f} images/s"
-        lines += ["", f"Drawn at {speed} on {drawn['devices']} x {drawn['device']}."]
-    with_ending(path, ".md").write_text("\n".join(lines) + "\n")
+        devices = f"{drawn['devices']} x {drawn['device']}"
+        lines.append("")
+        lines.append(f"Drawn at {speed} on {devices}.")
+    path = epath.Path(path)
+    _write_texts(path, lines, result)
 
 
 def write_grid(path: epath.PathLike, images: np.ndarray) -> None:
@@ -67,18 +73,19 @@ def read_result(path: epath.PathLike) -> dict[str, Any]:
 
     Raises: ValueError for any other file.
     """
-    # One error for bytes that are no text, and for text that is no JSON.
+    refusal = f"{path} is no evaluation_*.json"
+    # ValueError covers bytes that are no text, and text that is no JSON.
     try:
         result = json.loads(epath.Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no evaluation_*.json: {error}") from error
+        raise ValueError(f"{refusal}: {error}") from error
 
     if isinstance(result, dict):
         scores = result.get("scores")
         made_by = result.get("protocol")
         if isinstance(scores, dict) and isinstance(made_by, dict):
             return result
-    raise ValueError(f"{path} is no evaluation_*.json: it has no scores and protocol")
+    raise ValueError(f"{refusal}: it has no scores and protocol")
 
 
 def _self_check_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -88,11 +95,21 @@ def _self_check_table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['here']:.4f}",
             f"{row['published']:.4f}",
             row["tolerance"],
+            # In capitals: it must not be overlooked among five rows.
             "equal" if row["passed"] else "DIFFERENT",
         ]
         for row in rows
     ]
     return _table(["score", "here", "published", "tolerance", ""], cells)
+
+
+def _write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
+    # They may be the first files of a new workdir.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with_ending(path, ".md").write_text("\n".join(lines) + "\n")
+    # The JSON last: a training run that finds it does not score the step again.
+    text = json.dumps(content, indent=2)
+    with_ending(path, ".json").write_text(text + "\n")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -106,26 +123,18 @@ def _row(cells: Sequence[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-# Several evaluations
+# ---- Several evaluations ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Evaluations side by side; see `compare`.
+    """Evaluations side by side, by the name of the run; see `compare`."""
 
-    Attributes:
-      results: what `Evaluator.make_result` returned, by the name of the run.
-      across: the fields of the protocol that were allowed to differ.
-      protocols: {field: value} of each run, flattened.
-      varied: the fields that differ.
-      x_name: the field that the curves are drawn over; None where no number differs.
-    """
-
-    results: dict[str, dict[str, Any]]
-    across: tuple[str, ...]
-    protocols: dict[str, dict[str, Any]]
-    varied: list[str]
-    x_name: str | None
+    results: dict[str, dict[str, Any]]  # what Evaluator.make_result returned
+    across: tuple[str, ...]  # fields of the protocol that may differ
+    protocols: dict[str, dict[str, Any]]  # flattened: {field: value}
+    varied: list[str]  # the fields that differ
+    x_name: str | None  # the field below the curves
 
     @property
     def score_names(self) -> list[str]:
@@ -133,16 +142,24 @@ class Comparison:
         return list(next(iter(self.results.values()))["scores"])
 
 
-def compare(results: dict[str, dict[str, Any]], compare_across: tuple[str, ...]) -> Comparison:
+def compare(
+    results: dict[str, dict[str, Any]],
+    compare_across: tuple[str, ...],
+) -> Comparison:
     """Puts evaluations side by side, sorted by what they are drawn over.
 
-    The first field that differs and is a number is the abscissa, those of `compare_across` before
-    the others: the guidance scale, or the step.
+    The abscissa is the first field that differs and is a number: the guidance
+    scale, or the step. Those of `compare_across` come before the others.
 
-    Raises: ValueError where their protocols differ in other fields.
+    Args:
+      results: what `Evaluator.make_result` returned, by the name of the run.
+      compare_across: fields of the protocol that may differ.
+    Raises: ValueError where the protocols differ in other fields.
     """
     protocol.check_comparable(results, compare_across)
-    protocols = {run: protocol.flatten(result["protocol"]) for run, result in results.items()}
+    protocols = {}
+    for run, result in results.items():
+        protocols[run] = protocol.flatten(result["protocol"])
 
     # A dict and not a set: it keeps the order of the fields.
     fields = dict.fromkeys(key for flat in protocols.values() for key in flat)
@@ -150,6 +167,7 @@ def compare(results: dict[str, dict[str, Any]], compare_across: tuple[str, ...])
     numbers = set()
     for key in fields:
         values = [flat.get(key) for flat in protocols.values()]
+        # As text, because a value may be a list, which no set can hold.
         if len(set(map(str, values))) > 1:
             varied.append(key)
             if all(isinstance(value, int | float) for value in values):
@@ -157,6 +175,7 @@ def compare(results: dict[str, dict[str, Any]], compare_across: tuple[str, ...])
 
     candidates = [key for key in (*compare_across, *varied) if key in numbers]
     x_name = candidates[0] if candidates else None
+    # A curve must not go back and forth.
     if x_name:
         runs = sorted(results, key=lambda run: protocols[run][x_name])
         results = {run: results[run] for run in runs}
@@ -164,48 +183,56 @@ def compare(results: dict[str, dict[str, Any]], compare_across: tuple[str, ...])
 
 
 def write_comparison(path: epath.PathLike, comparison: Comparison) -> None:
-    """Writes path.json, path.md with a table, and path.png with `draw_curves`."""
+    """Writes path.json, path.md with a table, and path.png with curves."""
     path = epath.Path(path)
-    names = comparison.score_names
+    varied = comparison.varied
+    header = ["run", *varied, *comparison.score_names, "images/s drawn"]
     rows = []
     for run, result in comparison.results.items():
         flat = comparison.protocols[run]
-        values = [flat.get(key) for key in comparison.varied]
+        values = [flat.get(key) for key in varied]
         scores = [f"{value:.4f}" for value in result["scores"].values()]
         # Samples from elsewhere do not say how fast they were drawn.
-        speed = result.get("sampling_speed", {}).get("images_per_second")
-        rows.append([run, *values, *scores, f"{speed:.1f}" if speed else ""])
-    header = ["run", *comparison.varied, *names, "images/s drawn"]
+        drawn = result.get("sampling_speed", {})
+        speed = drawn.get("images_per_second")
+        shown = f"{speed:.1f}" if speed else ""
+        rows.append([run, *values, *scores, shown])
     lines = ["# Comparison", "", *_table(header, rows)]
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with_ending(path, ".md").write_text("\n".join(lines) + "\n")
-    content = {"across": list(comparison.across), "runs": comparison.results}
-    with_ending(path, ".json").write_text(json.dumps(content, indent=2) + "\n")
+    across = list(comparison.across)
+    _write_texts(path, lines, {"across": across, "runs": comparison.results})
     with with_ending(path, ".png").open("wb") as file:
         draw_curves(comparison).savefig(file, format="png", dpi=120)
 
 
 def draw_curves(comparison: Comparison) -> Any:
-    """A matplotlib figure: the first score over what differs, and precision over recall.
+    """Draws the first score over what differs, and precision over recall.
 
-    Runs that differ in other fields than the abscissa, two models say, are curves of their own.
+    Runs that differ in other fields than the abscissa, two models say, are
+    curves of their own.
+
+    Returns: a matplotlib Figure.
     """
-    # Imported here because it takes a second. No pyplot, which would look for a display.
+    # Imported here because it takes a second, and training needs no curves.
+    # No pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     x_name = comparison.x_name
-    distance = comparison.score_names[0]
-    precision = _first(comparison.score_names, "precision_")
-    recall = _first(comparison.score_names, "recall_")
+    names = comparison.score_names
+    distance = names[0]
+    precision = _first(names, "precision_")
+    recall = _first(names, "recall_")
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # A reference without neighbours leaves the right side empty.
     curves = _group(comparison)
     for label, runs in curves.items():
         scores = [comparison.results[run]["scores"] for run in runs]
         # Without a number that differs, each run is a point above its name.
-        x = [comparison.protocols[run][x_name] for run in runs] if x_name else runs
+        x: list[Any] = list(runs)
+        if x_name:
+            x = [comparison.protocols[run][x_name] for run in runs]
         left.plot(x, [s[distance] for s in scores], "o-", label=label)
         if precision:
             points = [(s[recall], s[precision]) for s in scores]
@@ -216,7 +243,7 @@ def draw_curves(comparison: Comparison) -> Any:
     if len(curves) > 1 and x_name:
         left.legend(fontsize="small")
     left.set(xlabel=x_name or "", ylabel=distance)
-    # Names of runs are long.
+    # Names of runs are long and would cover each other.
     left.tick_params(axis="x", rotation=0 if x_name else 30)
     if precision:
         right.set(xlabel=recall, ylabel=precision)
@@ -232,8 +259,9 @@ def _group(comparison: Comparison) -> dict[str, list[str]]:
     others = [key for key in comparison.varied if key != comparison.x_name]
     for run in comparison.results:
         flat = comparison.protocols[run]
-        # Twelve characters tell hashes apart, and the legend leaves room for the curves.
-        label = "\n".join(f"{key} {str(flat.get(key))[:12]}" for key in others)
+        # Twelve characters tell hashes apart and leave room for the curves.
+        parts = [f"{key} {str(flat.get(key))[:12]}" for key in others]
+        label = "\n".join(parts)
         curves.setdefault(label, []).append(run)
     return curves
 

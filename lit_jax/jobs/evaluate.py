@@ -1,14 +1,16 @@
-"""--mode=evaluate: scores uint8 images against a reference, and says by which protocol.
+"""--mode=evaluate: scores uint8 images against a reference.
 
-    python -m lit_jax.main --config=configs/NAME.py --mode=evaluate --workdir=DIR \\
+    python -m lit_jax.main --config=configs/NAME.py --mode=evaluate \\
+        --workdir=DIR \\
         --config.evaluate.samples=samples.npz \\
         --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \\
         --config.evaluate.features=inception_adm \\
         --config.evaluate.weights=pt_inception-2015-12-05-6726825d.pth
 
-The name of a score says what it measures, by which features and on how many images (`fid_adm_50k`).
-The file that it is written to holds everything else that it depends on, and scores of unequal
-protocols refuse to be compared. See docs/evaluation.md.
+The name of a score says what it measures, by which features and on how many
+images (`fid_adm_50k`). The file that it is written to holds everything else
+that it depends on, and scores of unequal protocols refuse to be compared. See
+docs/evaluation.md.
 """
 
 import time
@@ -23,19 +25,22 @@ from lit_jax.evaluation import npz, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import evaluation_settings, naming
 
-# ADM's evaluator was published with the scores of so many images, by these features.
+# What the published scores of ADM's samples were made by.
 SELF_CHECK = ("inception_adm", 50_000)
 GRID_IMAGES = 64
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Evaluates one file of samples, or with evaluate.compare compares earlier evaluations.
+    """Evaluates samples, or with evaluate.compare compares evaluations.
 
-    Leaves evaluation_SAMPLES.json, .md and .png in the workdir, or comparison.json, .md and .png.
-    Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot
-      be run; ValueError after all is written where the self-check fails.
+    Leaves evaluation_SAMPLES.json, .md and .png in the workdir, or
+    comparison.json, .md and .png.
+    Raises: ValueError or FileNotFoundError, before anything is written, for a
+      config that cannot be run; ValueError after all is written where the
+      self-check fails.
     """
-    # The devices of one host score all images; the other processes would compute the same.
+    # The devices of one host score all images; the other processes would
+    # compute the same.
     if jax.process_index() != 0:
         return
     workdir = epath.Path(workdir)
@@ -51,33 +56,46 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     wanted = config.evaluate
     settings = evaluation_settings(config)
 
-    # Samples: only their header is read, so that a wrong request fails at once.
+    # ---- Samples: the header alone, so that mistakes are found at once ----
     samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
     available, *shape = npz.image_shape(samples_file)
     num_images = wanted.num_images or available
     if num_images > available:
-        raise ValueError(f"num_images = {num_images}, but {samples_file} holds {available} images")
-    settings.check_num_images(num_images)
+        there = f"{samples_file} holds {available} images"
+        raise ValueError(f"num_images = {num_images}, but {there}")
     if wanted.self_check and (settings.features, num_images) != SELF_CHECK:
         raise ValueError(
-            "self_check = True holds 50,000 images against published scores of inception_adm: "
-            f"evaluate.features is {settings.features}, and there are {num_images} images"
+            "self_check = True compares 50,000 images with published scores of "
+            f"inception_adm: evaluate.features is {settings.features}, and "
+            f"there are {num_images} images"
         )
-    # A file from elsewhere does not say how its images were drawn; it is known by its bytes.
+    # A file from elsewhere does not say how its images were drawn; it is known
+    # by its bytes.
     sampling = npz.read_json(samples_file, "protocol")
     if not sampling:
         sampling = {"file": npz.file_hash(samples_file)}
 
-    # Network, reference, scores
-    evaluator = make_evaluator(settings, config.data.dir, workdir)
-    batches = npz.image_batches(samples_file, num_images, settings.batch_size)
+    # ---- Network, reference and scores ----
+    evaluator = make_evaluator(
+        settings,
+        num_images,
+        config.data.dir,
+        workdir,
+    )
+    batches = npz.image_batches(
+        samples_file,
+        num_images,
+        settings.batch_size,
+    )
+    # The network's speed: neither reference nor scores are part of it.
     start = time.monotonic()
     samples = evaluator.collect(batches)
     images_per_second = num_images / (time.monotonic() - start)
     scores = evaluator.score(samples)
 
-    # Report
+    # ---- Report ----
     result = evaluator.make_result(scores, num_images, shape, sampling)
+    # Not in the protocol: neither the path nor the speed decides a score.
     result["samples_file"] = str(samples_file)
     result["images_per_second"] = images_per_second
     if speed := read_speed(samples_file):
@@ -86,8 +104,9 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
         result["self_check"] = protocol.self_check(scores)
     path = workdir / f"evaluation_{samples_file.stem}"
     reports.write_report(path, result)
-    grid = next(npz.image_batches(samples_file, min(GRID_IMAGES, num_images), GRID_IMAGES))
-    reports.write_grid(reports.with_ending(path, ".png"), grid)
+    shown = min(GRID_IMAGES, num_images)
+    (images,) = npz.image_batches(samples_file, shown, shown)
+    reports.write_grid(reports.with_ending(path, ".png"), images)
     for name, value in scores.items():
         logging.info("eval/%s = %.4f", name, value)
 
@@ -96,7 +115,10 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def read_speed(samples_file: epath.Path) -> dict[str, Any]:
-    """How fast the sampling job drew the images; {} where the file does not say."""
+    """How fast the sampling job drew the images.
+
+    Returns: {} where the file does not say.
+    """
     speed = npz.read_json(samples_file, "speed")
     # The report prints these three, and the file may be from elsewhere.
     if speed.keys() >= {"images_per_second", "devices", "device"}:
@@ -106,20 +128,21 @@ def read_speed(samples_file: epath.Path) -> dict[str, Any]:
 
 
 def check_passed(rows: list[dict[str, Any]]) -> None:
-    """Raises ValueError where a score of the self-check is not the published one."""
-    failed = [
-        f"{row['score']} is {row['here']:.4f}, "
-        f"published {row['published']:.4f} +- {row['tolerance']}"
-        for row in rows
-        if not row["passed"]
-    ]
+    """Raises ValueError for a score that is not the published one."""
+    failed = []
+    for row in rows:
+        if not row["passed"]:
+            here = f"{row['score']} is {row['here']:.4f}"
+            there = f"{row['published']:.4f} +- {row['tolerance']}"
+            failed.append(f"{here}, published {there}")
     if failed:
         raise ValueError(f"the self-check failed: {'; '.join(failed)}")
 
 
 def compare(settings: ConfigDict, workdir: epath.Path) -> None:
-    """Puts the evaluations of evaluate.compare side by side, if their protocols allow it."""
+    """Puts the evaluations of evaluate.compare side by side."""
     paths = [epath.Path(file) for file in settings.compare]
+    # All of them before the first is read.
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"evaluate.compare: {path} not found")
@@ -133,7 +156,8 @@ def compare(settings: ConfigDict, workdir: epath.Path) -> None:
     comparison = reports.compare(results, tuple(settings.compare_across))
 
     reports.write_comparison(workdir / "comparison", comparison)
-    logging.info("compared %d evaluations in %s", len(results), workdir / "comparison.md")
+    table = workdir / "comparison.md"
+    logging.info("compared %d evaluations in %s", len(results), table)
 
 
 def name_runs(paths: list[epath.Path]) -> list[str]:

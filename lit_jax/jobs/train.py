@@ -416,10 +416,8 @@ def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.
     config = experiment.config
     settings = evaluation_settings(config)
     num_images = config.evaluate.every_images
-    # Before the reference, whose statistics may take minutes.
     with naming("evaluate"):
-        settings.check_num_images(num_images)
-        evaluator = make_evaluator(settings, config.data.dir, workdir)
+        evaluator = make_evaluator(settings, num_images, config.data.dir, workdir)
     about = sampling.protocol(
         experiment.sampler_settings,
         input_size=config.model.input_size,

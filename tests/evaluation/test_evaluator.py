@@ -4,10 +4,15 @@ import pytest
 from tiny_extractor import batches_of, make_extractor, random_images
 
 from lit_jax.evaluation import references
-from lit_jax.evaluation.evaluator import EvaluationSettings, Evaluator, count_name
+from lit_jax.evaluation.evaluator import (
+    EvaluationSettings,
+    Evaluator,
+    count_name,
+    make_evaluator,
+)
 
 
-def make_evaluator(images):
+def evaluator_of(images):
     extractor = make_extractor()
     reference = references.collect(extractor, batches_of(images, 16), 16)
     settings = EvaluationSettings(reference="memory", batch_size=16)
@@ -15,7 +20,7 @@ def make_evaluator(images):
 
 
 def test_scores_are_named_for_what_they_measure():
-    evaluator = make_evaluator(random_images(50, seed=1))
+    evaluator = evaluator_of(random_images(50, seed=1))
     before = []
     scores = evaluator.score_images(random_images(43), before.append)
     assert before == [0, 16, 32]
@@ -36,7 +41,7 @@ def test_scores_are_named_for_what_they_measure():
 
 def test_settings_reach_the_scores_and_their_protocol():
     images = random_images(43)
-    evaluator = make_evaluator(random_images(50, seed=1))
+    evaluator = evaluator_of(random_images(50, seed=1))
     other = Evaluator(
         EvaluationSettings("memory", batch_size=16, neighbours=7, split_size=10),
         evaluator.extractor,
@@ -80,8 +85,9 @@ def test_settings_check_themselves(fields, message):
         EvaluationSettings("memory", **fields)
 
 
-def test_too_few_images_for_their_neighbours_are_refused():
-    settings = EvaluationSettings("memory", neighbours=5)
-    settings.check_num_images(6)
+def test_too_few_images_are_refused_before_the_reference_is_read(tmp_path):
+    settings = EvaluationSettings("nowhere.npz", neighbours=5)
+    with pytest.raises(FileNotFoundError, match="^reference = nowhere.npz not found"):
+        make_evaluator(settings, 6, tmp_path, tmp_path)
     with pytest.raises(ValueError, match="^neighbours = 5 needs .* the number of images is 5"):
-        settings.check_num_images(5)
+        make_evaluator(settings, 5, tmp_path, tmp_path)

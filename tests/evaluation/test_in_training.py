@@ -101,9 +101,3 @@ def test_only_process_0_writes(evaluator, previews, tmp_path, monkeypatch):
     evaluation = in_training.PeriodicEvaluation(evaluator, draw, CONDITION, {}, tmp_path)
     assert evaluation.score({"seed": 1}, 1)
     assert not list(tmp_path.iterdir())
-
-
-def test_too_few_images_are_refused_before_anything_is_drawn(evaluator, tmp_path):
-    few = {"label": np.zeros(2, np.int32)}
-    with pytest.raises(ValueError, match="^neighbours = 2 needs .* number of images is 2"):
-        in_training.PeriodicEvaluation(evaluator, draw, few, {}, tmp_path)

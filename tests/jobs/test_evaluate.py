@@ -1,18 +1,24 @@
 """The evaluation job, and evaluation during training: files of images in, reports out."""
 
 import json
+import os
 import pathlib
+import re
 
+import fsspec
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tiny_extractor import make_extractor, random_images
 
 from configs import debug
 from lit_jax import pictures
-from lit_jax.evaluation import features, protocol
+from lit_jax.evaluation import features, in_training, protocol, run_report
+from lit_jax.evaluation.evaluator import EvaluationSettings, make_evaluator
 from lit_jax.jobs import evaluate, sample, train
 
 
@@ -307,3 +313,80 @@ def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, me
     with pytest.raises(error, match=message):
         evaluate.run(make_config(**fields), tmp_path / "workdir")
     assert not (tmp_path / "workdir").exists()
+
+
+class Bucket(MemoryFileSystem):
+    """An object store in memory."""
+
+    protocol = ("gs", "gcs")
+    store = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(re.sub("^gc?s://", "", os.fspath(path)))
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A folder of its own in an object store."""
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    return epath.Path("gs://bucket") / tmp_path.name
+
+
+def save(path, **arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_job_reads_and_writes_an_object_store(bucket, tiny_features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(bucket / "reference.npz", arr_0=random_images(20, seed=1))
+    for run in ("a", "b"):
+        save(bucket / run / "samples.npz", arr_0=random_images(9))
+        evaluate.run(make_config(reference=f"{bucket}/reference.npz"), bucket / run)
+        assert files_in(bucket / run) == {
+            "samples.npz",
+            "evaluation_samples.json",
+            "evaluation_samples.md",
+            "evaluation_samples.png",
+        }
+    files = tuple(f"{bucket}/{run}/evaluation_samples.json" for run in ("a", "b"))
+    evaluate.run(make_config(compare=files), bucket / "both")
+    assert files_in(bucket / "both") == {"comparison.json", "comparison.md", "comparison.png"}
+    with pytest.raises(FileNotFoundError, match="evaluate.reference = gs://.*x.npz not found"):
+        evaluate.run(make_config(reference=f"{bucket}/x.npz"), bucket / "a")
+    assert not list(tmp_path.iterdir())  # no folder called "gs:"
+
+
+def test_what_training_shows_may_be_in_an_object_store(bucket, tiny_features, tmp_path):
+    def draw(params, index, condition, on_batch):
+        return random_images(len(index), seed=int(params["seed"])) / np.float32(127.5) - 1
+
+    condition = {"label": np.arange(6)}
+    params = {"student": {"seed": np.ones((), int)}}
+    previews = in_training.Previews({"student": draw}, condition, bucket / "previews")
+    previews.draw(params, 1)
+    settings = EvaluationSettings("mnist_digits:test", num_neighbour_images=20, batch_size=100)
+    evaluator = make_evaluator(settings, 6, tmp_path / "data", bucket)
+    evaluation = in_training.PeriodicEvaluation(evaluator, draw, condition, {}, bucket)
+    evaluation.score(params["student"], 1)
+    (bucket / "metrics.jsonl").write_text("")
+    run_report.report({"student": draw}, params, condition, bucket, steps=1)
+    assert previews.path(1).exists() and evaluation.path(1).exists()
+    assert files_in(bucket) == {
+        "previews",
+        "reference_mnist_digits_test_tiny_w1.npz",
+        "evaluation_0000001.json",
+        "evaluation_0000001.md",
+        "metrics.jsonl",
+        "report.json",
+        "samples.png",
+    }
+    assert make_evaluator(settings, 6, tmp_path / "data", bucket).reference.count == 500
