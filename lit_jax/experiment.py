@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.kernels.linear_attention import IMPLEMENTATIONS
 from lit_jax.models import FAMILIES
 from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
@@ -70,6 +71,13 @@ def naming(group: str, **names: str) -> Iterator[None]:
         field = names.get(argument[1], f"{group}.{argument[1]}")
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(field + text[argument.end() :]) from error
+
+
+def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
+    """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
+    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
+    with naming("evaluate"):
+        return EvaluationSettings(**{n: config.evaluate[n] for n in names})
 
 
 class Experiment:

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from lit_jax import checkpoint, conditions, inherit, pictures, sampling, sharding
 from lit_jax.data import dataset, pipeline
-from lit_jax.evaluation import features, in_training, protocol, references, run_report
-from lit_jax.experiment import Experiment
+from lit_jax.evaluation import in_training, run_report
+from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.experiment import Experiment, evaluation_settings, naming
 from lit_jax.models.dit import init_params
 from lit_jax.runtime import exit_status, metric_writer, preemption, progress, workdir_lock
 from lit_jax.train_step import TrainState, make_optimizer, new_state
@@ -336,11 +337,9 @@ class Pictures:
         models = {"student": experiment.model}
         if experiment.teacher:
             models = {"teacher": experiment.teacher} | models
-        index = np.arange(config.train.preview_images)
         previews = in_training.Previews(
             {name: experiment.sampler(model, batch_size) for name, model in models.items()},
-            index,
-            balanced(experiment, index),
+            balanced(experiment, config.train.preview_images),
             workdir / "previews",
         )
         evaluation = None
@@ -378,8 +377,9 @@ class Pictures:
             log.start(step)
 
 
-def balanced(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:
+def balanced(experiment: Experiment, num_images: int) -> dict[str, np.ndarray]:
     """The conditions of pictures for people: each class as often as the others."""
+    index = np.arange(num_images)
     return conditions.for_images(
         experiment.model_config, index, seed=experiment.config.seed, labels="balanced"
     )
@@ -399,15 +399,14 @@ def write_report(
     if experiment.teacher:
         samplers = {"teacher": experiment.sampler(experiment.teacher)} | samplers
         params["teacher"] = teacher_params
-    index = np.arange(config.report.num_images)
+    read_labels = config.report.read_labels
     run_report.report(
         samplers,
         params,
-        index,
-        balanced(experiment, index),
+        balanced(experiment, config.report.num_images),
         workdir,
         steps=config.train.steps,
-        real=experiment.dataset if config.report.read_labels else None,
+        real_images=dataset.read_all(experiment.dataset) if read_labels else None,
         on_batch=stop.check,
     )
 
@@ -415,17 +414,10 @@ def write_report(
 def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.PeriodicEvaluation:
     """The evaluation of the EMA weights that evaluate.every asks for; reads its reference."""
     config = experiment.config
-    settings = config.evaluate
-    protocol.check_settings(settings, settings.every_images)
-    extractor = features.make_extractor(settings.features, settings.weights)
-    reference = references.make_reference(
-        settings.reference,
-        config.data.dir,
-        workdir,
-        extractor,
-        batch_size=settings.batch_size,
-        num_neighbour_images=settings.num_neighbour_images,
-    )
+    settings = evaluation_settings(config)
+    num_images = config.evaluate.every_images
+    with naming("evaluate"):
+        evaluator = make_evaluator(settings, num_images, config.data.dir, workdir)
     about = sampling.protocol(
         experiment.sampler_settings,
         input_size=config.model.input_size,
@@ -435,14 +427,7 @@ def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.
         autoencoder=experiment.autoencoder_identity,
         labels="balanced",
     )
-    index = np.arange(settings.every_images)
+    condition = balanced(experiment, num_images)
     return in_training.PeriodicEvaluation(
-        experiment.sampler(),
-        index,
-        balanced(experiment, index),
-        extractor,
-        reference,
-        settings,
-        about,
-        workdir,
+        evaluator, experiment.sampler(), condition, about, workdir
     )
