@@ -1,6 +1,6 @@
 """What a model is told of an image besides x and t, and which condition image number i gets.
 
-A condition is a dict of arrays with a leading batch axis. Beside it goes `drop`, (B,) bool: the rows
+A condition is a dict of arrays with a leading batch axis. With it goes `drop`, (B,) bool: the rows
 for which the model uses its own "nothing" (DiT's null class). So the samplers, the train step and
 the data know of no null.
 

@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_ours)
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("workdir") / name)
+    from etils import epath
+
+    workdir = epath.Path(WORKDIR.value or pathlib.Path("workdir") / name)
     config = CONFIG.value
     import jax  # here: it takes seconds to load, a wrong flag has failed by now
 

@@ -105,7 +105,7 @@ def map_rows(function: Callable, mesh: Mesh) -> Callable:
     )
 
 
-def check_batch(batch_size: int, mesh: Mesh, field: str = "train.batch_size") -> None:
+def check_batch(batch_size: int, mesh: Mesh, field: str = "batch_size") -> None:
     """Raises ValueError unless the devices of the mesh divide the batch, and there is one."""
     if batch_size < 1 or batch_size % mesh.size:
         raise ValueError(

@@ -62,6 +62,13 @@ class Dataset:
     def __repr__(self) -> str:  # a resumed run must have the same (train.decisive_fields)
         return f"{type(self).__name__}({self.name}, {self.split}, {len(self)} records of {self.image_shape})"
 
+    def fingerprint(self) -> str:
+        return (
+            repr(self)
+            .replace("ImageDataset(", "ImageSource(")
+            .replace("LatentDataset(", "LatentSource(")
+        )
+
     def content(self, sample: int = 16) -> str:
         """A checksum of `sample` decoded records from the first to the last: the same wherever the data set lies."""
         digest = hashlib.sha256()

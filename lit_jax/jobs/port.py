@@ -6,13 +6,10 @@
 Nothing is written unless the whole source is read, explained, finite and what the config describes.
 """
 
-import contextlib
 import dataclasses
 import os
-import re
 import resource
 import time
-from collections.abc import Iterator
 
 import jax
 from absl import logging
@@ -21,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import sharding
-from lit_jax.models.dit import DiTConfig
+from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.dit import Overrides
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
@@ -53,6 +50,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     # ---- What is asked for -----------------------------------------------------------------------
 
     start = time.monotonic()
+    experiment = Experiment(config)
     port = config.port
     source = _path(port.source, "port.source")
     target = _path(port.target, "port.target")
@@ -86,7 +84,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
             asked = _overrides(config)
             checkpoint = read_checkpoint(source, weights=port.weights, overrides=asked)
     if isinstance(checkpoint, Checkpoint) and port.check_model:
-        _check_model(config, checkpoint)
+        _check_model(experiment, checkpoint)
 
     # ---- Write -----------------------------------------------------------------------------------
 
@@ -94,8 +92,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     report = checkpoint.report
     with naming("port"):
         if layout == "orbax":
-            mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-            shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
+            shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
             export_orbax(checkpoint, target, shardings=shardings, consume=True)
         elif isinstance(checkpoint, Checkpoint) and writes:
             if layout == "diffusers":
@@ -122,18 +119,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
         logging.info("%s", report.summary())
     multihost_utils.sync_global_devices("ported")
     return report
-
-
-@contextlib.contextmanager
-def naming(group: str) -> Iterator[None]:
-    """The field's name for errors of the library that start with an argument's."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        if not re.match(r"[a-z]\w*( = | must )", text):
-            raise
-        raise ValueError(f"{group}.{text}") from error
 
 
 def _path(value, field):
@@ -165,30 +150,18 @@ def _overrides(config):
     )
 
 
-def _check_model(config, checkpoint):
+def _check_model(experiment, checkpoint):
     """Raises ValueError naming the first field in which a checkpoint is not the config's model."""
-    model = config.model
-    port = config.port
-    with naming("model"):
-        expected = DiTConfig.of_size(
-            model.size,
-            attention=model.attention,
-            depth=model.depth,
-            width=model.width,
-            num_heads=model.num_heads,
-            patch_size=model.patch_size,
-            in_channels=model.in_channels,
-            num_classes=port.num_classes or model.num_classes,
-            learn_sigma=model.learn_sigma,
-            qkv_bias=model.qkv_bias,
-            conv_size=model.conv_size,
-            kernel_function=model.kernel_function,
-        )
-    side = (port.input_size or model.input_size) // model.patch_size
-    expected = dataclasses.replace(expected, grid=(side, side))
+    port = experiment.config.port
+    expected = experiment.model_config
+    if port.num_classes:
+        expected = dataclasses.replace(expected, num_classes=port.num_classes)
+    if port.input_size:
+        side = port.input_size // expected.patch_size
+        expected = dataclasses.replace(expected, grid=(side, side))
 
     found = checkpoint.config
-    skipped = NOT_COMPARED + (OF_ATTENTION if found.attention != model.attention else ())
+    skipped = NOT_COMPARED + (OF_ATTENTION if found.attention != expected.attention else ())
     for field in dataclasses.fields(found):
         ours = getattr(expected, field.name)
         theirs = getattr(found, field.name)

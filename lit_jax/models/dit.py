@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lit_jax import ranges
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
 from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
@@ -107,7 +108,10 @@ class DiTConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "DiTConfig":
-        """The config that `to_json` wrote. Raises: ValueError for fields unknown, missing or wrong."""
+        """The config that `to_json` wrote.
+
+        Raises: ValueError for fields that are unknown or missing, or hold what they cannot.
+        """
         known = check_fields(fields)
         missing = [
             field.name
@@ -122,6 +126,11 @@ class DiTConfig:
         """All fields, as JSON values."""
         fields = dataclasses.asdict(self)
         return fields | {"grid": list(self.grid) if self.grid else None}
+
+    @property
+    def shared_with_teacher(self) -> tuple[str, ...]:
+        """Fields in which a teacher must be as its student, whatever its size."""
+        return ("in_channels", "num_classes", "learn_sigma")
 
     @property
     def out_channels(self) -> int:
@@ -161,25 +170,21 @@ def _is_grid(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
 
 
-# What each field may hold, in words and as a test.
-_COUNTS = ("depth", "width", "patch_size", "in_channels", "num_classes")
-_CHECKS = {
-    **dict.fromkeys(_COUNTS, (f"a whole number from 1 to {MAX_COUNT}", _is_count)),
-    "num_heads": (
-        f"a whole number from 1 to {MAX_COUNT}, or None",
-        lambda x: x is None or _is_count(x),
+_COUNT = ranges.Range(f"a whole number from 1 to {MAX_COUNT}", _is_count)
+_FLAG = ranges.Range("True or False", lambda x: isinstance(x, bool))
+_RANGES = {
+    **dict.fromkeys(("depth", "width", "patch_size", "in_channels", "num_classes"), _COUNT),
+    "num_heads": ranges.Range(f"{_COUNT.words}, or None", lambda x: x is None or _is_count(x)),
+    "attention": ranges.one_of(*ATTENTIONS),
+    "learn_sigma": _FLAG,
+    "qkv_bias": _FLAG,
+    "conv_size": ranges.Range("odd, or 0", lambda x: _is_count(x, 0) and (x == 0 or x % 2 == 1)),
+    "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
+    "timestep_freq_shift": ranges.Range("0 or 1", lambda x: _is_count(x, 0) and x <= 1),
+    "mlp_norm_epsilon": ranges.Range(
+        "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
     ),
-    "attention": (f"one of {', '.join(ATTENTIONS)}", lambda x: x in ATTENTIONS),
-    "learn_sigma": ("True or False", lambda x: isinstance(x, bool)),
-    "qkv_bias": ("True or False", lambda x: isinstance(x, bool)),
-    "conv_size": ("odd, or 0", lambda x: _is_count(x, 0) and (x == 0 or x % 2 == 1)),
-    "kernel_function": (
-        f"one of {', '.join(KERNEL_FUNCTIONS)}",
-        lambda x: x in KERNEL_FUNCTIONS,
-    ),
-    "timestep_freq_shift": ("0 or 1", lambda x: _is_count(x, 0) and x <= 1),
-    "mlp_norm_epsilon": ("between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1),
-    "grid": ("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
+    "grid": ranges.Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
 }
 
 
@@ -192,10 +197,10 @@ def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(fields, Mapping):
         raise ValueError(f"the architecture is a {type(fields).__name__}, not an object")
     for name, value in fields.items():
-        if name not in _CHECKS:
+        if name not in _RANGES:
             raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
-        words, is_right = _CHECKS[name]
-        if not is_right(value):
+        words, holds = _RANGES[name]
+        if not holds(value):
             raise ValueError(f"{name} must be {words}; got {str(value)[:40]!r}")
     grid = fields.get("grid")
     return dict(fields) | ({"grid": tuple(grid)} if grid is not None else {})
@@ -205,7 +210,10 @@ def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
-    """Sinusoids of t (B,) as cos | sin, (B, 256) float32; freq_shift 0 is DiT's, 1 is what diffusers computes."""
+    """Sinusoids of t (B,) as cos | sin, (B, 256) float32.
+
+    freq_shift 0 is DiT's; 1 is what diffusers computes, up to a tenth of the output away.
+    """
     half = FREQUENCIES // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
@@ -213,7 +221,9 @@ def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
 
 
 def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
-    """DiT's fixed 2-d table for a grid of h x w tokens: first half of the width encodes the column, second the row.
+    """DiT's fixed 2-d table for a grid of h x w tokens.
+
+    The first half of the width encodes the column, the second half the row.
 
     Returns: (h * w, width) float64, tokens in raster order; each half is sin | cos.
     """
@@ -249,7 +259,7 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """(B, h, w, C) to patches (B, h/p, w/p, D): the strided convolution `proj`, initialised as the linear map it is."""
+    """(B, h, w, C) to patches (B, h/p, w/p, D): the strided convolution `proj`."""
 
     width: int
     patch_size: int
@@ -258,6 +268,7 @@ class PatchEmbedder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         p = self.patch_size
+        # Xavier's bounds for the linear map of a patch that the convolution is, as in DiT.
         init = nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3
         )
@@ -312,7 +323,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D), carried as (x, c); scanned over the depth."""
+    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D).
+
+    It is scanned over the depth, with (x, c) as the carry.
+    """
 
     attention: type[nn.Module]
     attention_kwargs: dict
@@ -344,7 +358,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the zero-initialised projection to patches: (B, T, D) to (B, T, p * p * out_channels) float32."""
+    """Modulated norm and the zero-initialised projection to patches.
+
+    (B, T, D) to (B, T, p * p * C_out) float32.
+    """
 
     features: int
     dtype: Any
