@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -79,7 +80,7 @@ def test_a_training_checkpoint_with_a_namespace_is_read(tmp_path, legacy):
     optimizer.step()
     args = argparse.Namespace(
         model="DiT-S/2",
-        folder=pathlib.Path("a") / "b",
+        tmp_path=pathlib.Path("a") / "b",
         lr=1e-4,
         none=None,
         big=2**70,
@@ -99,7 +100,7 @@ def test_a_training_checkpoint_with_a_namespace_is_read(tmp_path, legacy):
         _use_new_zipfile_serialization=not legacy,
     )
     read = torch_file.read_torch(tmp_path / "a.pt").tensors
-    assert read["args"] == vars(args) | {"folder": "a/b", "size": (1, 2)}
+    assert read["args"] == vars(args) | {"tmp_path": "a/b", "size": (1, 2)}
     assert read["steps"] == 7
     assert_same(read["ema"]["weight"], model.weight.detach())
     assert_same(read["opt"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
@@ -544,3 +545,16 @@ def test_no_damage_to_a_good_file_gives_anything_but_a_clear_error(tmp_path):
                 continue
             for value in tensors.values():
                 assert not isinstance(value, np.ndarray) or value.nbytes <= len(good)
+
+
+def test_opening_a_file_costs_no_memory_for_its_tensors(tmp_path):
+    """A sparse 64 GiB file opens: tensors are views of the map."""
+    size = 64 << 30
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    ).encode()
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    tensors = torch_file.read_safetensors(tmp_path / "a.safetensors").tensors
+    assert tensors["a"].nbytes == size and tensors["a"][-1] == 0
