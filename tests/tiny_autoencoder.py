@@ -1,10 +1,10 @@
-"""An AutoencoderKL of a few thousand random parameters, as a checkpoint: latents of half the image's side."""
+"""An AutoencoderKL of a few thousand random parameters: latents of half the image's side."""
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from lit_jax import checkpoint
-from lit_jax.porting import layouts
+from lit_jax.porting.autoencoder import entries
 
 ARCHITECTURE = dict(
     in_channels=3,
@@ -21,14 +21,19 @@ FACTOR = 2
 
 
 def write_autoencoder(path, seed=0, decoder_seed=None):
-    """Writes it to `path` and returns that; with another `decoder_seed` it is a decoder fine-tuned for the same latents."""
+    """Writes the checkpoint to `path`, and returns that.
+
+    With another `decoder_seed` it has a decoder fine-tuned for the same latents.
+    """
     architecture = ARCHITECTURE | {"scaling_factor": 0.5, "shift_factor": 0.1}
     rngs = {
         True: np.random.default_rng(seed),
         False: np.random.default_rng(seed if decoder_seed is None else decoder_seed),
     }
     params = {}
-    for name, shape in layouts.tree_shapes(layouts.autoencoder_rules(architecture)).items():
+    for entry in entries(architecture):
+        name = entry.path
+        shape = entry.shape
         rng = rngs[name.startswith(("encoder", "quant_conv"))]
         fan_in = int(np.prod(shape[:-1]))
         params[name] = (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
