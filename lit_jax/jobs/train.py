@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lit_jax import checkpoint, experiment, inherit, pictures, sampling, sharding
+from lit_jax.costs import chips
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import make_diffusion
 from lit_jax.evaluation import features, protocol, references, reports
@@ -84,10 +85,10 @@ def train(
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    start_up.lap("devices and data")
+    start_up.part_ended("devices and data")
 
     teacher_params = load_teacher(teacher_source, config.teacher.dtype, mesh) if teacher else None
-    start_up.lap("teacher")
+    start_up.part_ended("teacher")
 
     # The program before the files: what cannot be compiled here leaves no trace.
     models = ({"teacher": teacher} if teacher else {}) | {"student": model}
@@ -113,7 +114,7 @@ def train(
             run_hash(config, source, teacher_source, init_source),
             workdir,
         )
-        start_up.lap("reference")
+        start_up.part_ended("reference")
     rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
     train_step = experiment.train_step(
         config,
@@ -127,7 +128,7 @@ def train(
     )
     batch_shapes = pipeline.batch_shapes(source, config.train.batch_size, rows)
     train_step = train_step.lower(wanted, teacher_params, batch_shapes, rng).compile()
-    start_up.lap("compilation")
+    start_up.part_ended("compilation")
 
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(workdir_lock.lock_workdir(workdir))
@@ -154,7 +155,7 @@ def train(
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
     jax.block_until_ready(state)
-    start_up.lap("state")
+    start_up.part_ended("state")
 
     if isinstance(source, dataset.LatentDataset):
         logging.info(
@@ -164,7 +165,7 @@ def train(
             ", ".join(f"{x:.2f}" for x in source.deviation()),
         )
     batches = pipeline.DeviceIterator(batches, rows, data_state)
-    start_up.lap("first batch")
+    start_up.part_ended("first batch")
     metadata = {
         "model": architecture(model, config),
         "data": config.data.name,
@@ -178,6 +179,7 @@ def train(
         total_steps=config.train.steps,
         images_per_step=config.train.batch_size,
         flops_per_step=config.train.batch_size * flops,
+        peak_flops=chips.PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0) * jax.device_count(),
         first_step=first_step,
     )
 
@@ -189,7 +191,7 @@ def train(
 
         def began() -> None:
             crashes.begun = True
-            start_up.lap("first step")
+            start_up.part_ended("first step")
             logging.info("%s", start_up)
 
         def save(state: TrainState, now: int) -> None:
@@ -309,9 +311,10 @@ def loop(
             or last
             or bad_in_a_row >= config.train.stop_after_bad_steps
         ):
-            written = log.write(now, read_metrics(window, state), batches.take_seconds_waiting())
+            means = read_metrics(window, state)
+            log.write(now, means, batches.take_seconds_waiting())
             window.clear()
-            bad = max(bad_in_a_row, int(written["train/skipped_in_a_row"]))
+            bad = max(bad_in_a_row, int(means["train/skipped_in_a_row"]))
             if bad >= config.train.stop_after_bad_steps:
                 checkpoints.wait()
                 raise exit_status.GiveUpError(
@@ -516,7 +519,7 @@ class Previews:
         picture = pictures.image_grid(list(self._rows.values()), list(self._rows))
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
-            picture.save(self.path(now))
+            pictures.save_picture(self.path(now), picture)
         return picture
 
 
@@ -629,7 +632,9 @@ def report(
             name: reader.accuracy(picture, labels) for name, picture in images.items()
         }
     if jax.process_index() == 0:
-        pictures.square_grid(list(images.values())[-1]).save(workdir / "samples.png")
+        pictures.save_picture(
+            workdir / "samples.png", pictures.square_grid(list(images.values())[-1])
+        )
         (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
         logging.info("%s", summary(result, first["step"], last["step"], workdir))
 
