@@ -198,9 +198,12 @@ class Checkpointer:
             [f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(1))
         )
         free = next(name for name in names if not (self.directory / name).exists())
-        # Another process may have been faster.
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            (self.directory / str(step)).rename(self.directory / free)
+        damaged = self.directory / str(step)
+        try:
+            damaged.rename(self.directory / free)
+        except (FileNotFoundError, FileExistsError):
+            if damaged.exists():  # otherwise another process was faster
+                raise
 
     def _check_fields(
         self, step: int, saved: dict[str, Any], wanted: dict[str, Any], force: bool

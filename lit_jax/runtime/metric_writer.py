@@ -153,7 +153,8 @@ class _EventFile(RecordWriter):
 
     def __init__(self, folder: epath.Path):
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        # TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._writer = storage.open_to_append(folder / name, EVENT_FILE_BYTES)
         super().write(
             Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
