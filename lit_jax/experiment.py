@@ -266,11 +266,7 @@ class Experiment:
 
     @functools.cached_property
     def init_checkpoint(self) -> Checkpoint | None:
-        """What the student inherits from; None: nothing.
-
-        Raises: ValueError where the weights' own code computes by another convention than the
-          student, which no shape tells, or the two do not fit.
-        """
+        """What the student inherits from, still on disk; None: nothing."""
         student = self.config.student
         if student.init == "random":
             return None
@@ -282,6 +278,16 @@ class Experiment:
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
                 "student.init=random"
             )
+        return checkpoint
+
+    def check_inheritance(self) -> None:
+        """Raises ValueError where student and init checkpoint do not fit.
+
+        That is another convention of the weights' own code, which no shape tells, or other leaves.
+        """
+        checkpoint = self.init_checkpoint
+        if checkpoint is None:
+            return
         for name in CONVENTIONS:
             ours = getattr(self.model_config, name)
             theirs = getattr(checkpoint.config, name)
@@ -292,7 +298,6 @@ class Experiment:
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
         inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
-        return checkpoint
 
     @property
     def inheritance(self) -> dict[str, tuple[str, ...]]:

@@ -62,7 +62,7 @@ def train(
     experiment.check_batches()
     model = experiment.model
     teacher = experiment.teacher
-    init_checkpoint = experiment.init_checkpoint
+    experiment.check_inheritance()
     experiment.check_platform()
     state_shapes = experiment.sharded_state_shapes
 
