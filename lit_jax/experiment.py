@@ -401,8 +401,13 @@ class Experiment:
             self.mesh,
         )
 
-    def sampler(self, model: DiT | None = None, batch_size: int = 0) -> Sampler:
-        """The config's sampler for its model, or another one; batch_size 0: sample.batch_size."""
+    def sampler(
+        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+    ) -> Sampler:
+        """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
+
+        Not `decodes`: it ends with latents, and the autoencoder is not read.
+        """
         with naming("sample"):
             return Sampler(
                 model or self.model,
@@ -412,7 +417,7 @@ class Experiment:
                 process=self.process,
                 mesh=self.mesh,
                 size=self.input_size,
-                autoencoder=self.autoencoder,
+                autoencoder=self.autoencoder if decodes else None,
             )
 
     # ---- Checks of what belongs together ---------------------------------------------------------
