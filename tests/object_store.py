@@ -218,7 +218,9 @@ def serve(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("localhost", 0), _Handler) as server:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
-        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://localhost:{server.server_port}")
+        monkeypatch.setenv(
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://localhost:{server.server_port}"
+        )
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
