@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict(
         dict(
+            family="dit",  # models/__init__.py: dit
             size="XL",  # Ti, S, B, L, XL: depth, width and heads (models/dit.py)
             depth=0,  # blocks; 0: the size's
             width=0,  # D; 0: the size's
@@ -127,6 +128,7 @@ def get_config() -> ConfigDict:
             preview_images=8,  # images a row
             watchdog=900.0,  # seconds without an ended step after which all stacks are printed; 0: never
             stop_after_bad_steps=10,  # steps in a row with a non-finite loss or gradient before the run stops
+        profile=(),  # first and last step of a profiler trace in workdir/profile; (): none
         )
     )
     config.optimizer = ConfigDict(

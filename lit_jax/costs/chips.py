@@ -87,7 +87,3 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one chip; None for a chip that the table does not know, or a CPU."""
     chip = TPUS.get(device_kind) or GPUS.get(device_kind)
     return chip.peak_flops if chip else None
-
-
-# For runtime/metric_writer.py, until it takes the peak as an argument.
-PEAK_FLOPS = {kind: chip.peak_flops for kind, chip in {**TPUS, **GPUS}.items()}
