@@ -67,7 +67,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     Left to itself the partitioner may split activations another way between layers.
     """
     axes = _free_axes()
-    if not axes:
+    if not axes:  # inside a shard_map the rows are those of this device
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 

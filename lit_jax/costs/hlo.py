@@ -261,7 +261,7 @@ class Program:
                     body = self.computations[name]
                     inside += [(i, body) for i in body.values()]
             for i, where in inside:
-                groups = _groups(i.attributes)
+                groups = replica_groups(i.attributes)
                 if i.opcode.removesuffix("-start") not in COLLECTIVES or groups.shape[1] == 1:
                     continue
                 kind = self._kind(i, step)
@@ -382,8 +382,8 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 _LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
 
 
-def _groups(attributes: str) -> np.ndarray:
-    """Chips by group, (groups, chips); of a permutation, its pairs."""
+def replica_groups(attributes: str) -> np.ndarray:
+    """The chips that a collective's attributes name, (groups, chips); of a permutation, its pairs."""
     if found := _MESH.search(attributes):
         return _mesh_groups(*found.groups())
     if found := _IOTA.search(attributes):

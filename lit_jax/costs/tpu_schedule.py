@@ -57,7 +57,9 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies
 
     if not topology:  # libtpu would take it for its oldest chip
-        raise ValueError("topology is empty; it names a TPU slice, for example v5e:2x4, v5p:2x2x2")
+        raise ValueError(
+            "topology must name a TPU slice, for example v5e:2x4 or v5p:2x2x2; it is empty"
+        )
     # Nothing is loaded onto a chip. So libtpu may be loaded twice, and need not ask
     # who and where it is: any answer will do.
     answers = {

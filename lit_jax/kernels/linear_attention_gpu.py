@@ -367,6 +367,7 @@ def _load(ref, batch, rows: _Slice, columns: _Slice):
     if columns.mask is not None:
         mask &= columns.mask[None, :]
     tile = ref.at[(*batch, rows.index[:, None], columns.index[None, :])]
+    # Zeros add nothing to a product, so nobody need mask again.
     return plgpu.load(tile, mask=mask, other=0)
 
 
@@ -602,6 +603,7 @@ def _state_kernel(left_ref, right_ref, *refs, sizes: _StateSizes):
         token = first + jnp.arange(sizes.block)
         tokens = _Slice(token, token < T)
         left = _load(left_ref, (b,), tokens, rows.moved(n * H))
+        # phi of a token that does not exist would be the epsilon.
         phi = jnp.where(tokens.mask[:, None], _phi(left), 0)  # (block, rows)
         if weight_refs:
             weight = _load_vector(weight_refs[1], (b, n), tokens)
@@ -621,6 +623,7 @@ def _state_kernel(left_ref, right_ref, *refs, sizes: _StateSizes):
         return tuple(s + p for s, p in zip(states, products)), mean
 
     zeros = tuple(jnp.zeros((sizes.rows, c.size), jnp.float32) for c in columns)
+    # Summed over a block's tokens after the loop, not in it.
     mean = jnp.zeros((sizes.block, sizes.rows), jnp.float32)
     states, mean = lax.fori_loop(0, sizes.steps, body, (zeros, mean))
 
