@@ -19,9 +19,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_jax.porting.load import load
     from lit_jax.diffusion import GaussianDiffusion
     from lit_jax.models.dit import DiT, DiTConfig
+    from lit_jax.porting.load import load
     from lit_jax.samplers import SamplerSettings
     from lit_jax.sampling import Sampler
 

@@ -17,11 +17,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, sharding
+from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
+from lit_jax.kernels.linear_attention import IMPLEMENTATIONS
 from lit_jax.models import FAMILIES
+from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.models.dit import SIZES, DiT, DiTConfig
 from lit_jax.porting.read import (
@@ -89,14 +91,15 @@ class Experiment:
         self.config = config
         self.process = GaussianDiffusion()
         self.model_config = self._model_config()
+        self._check_implementations()
         with naming("sample"):
             names = [field.name for field in dataclasses.fields(SamplerSettings)]
             self.sampler_settings = SamplerSettings(**{n: config.sample[n] for n in names})
-        with naming("optimizer"):
+        with naming("optimizer", steps="train.steps"):
             self.optimizer_settings = OptimizerSettings(
                 steps=config.train.steps, **config.optimizer
             )
-        self._step_settings = self._make_step_settings()
+        self.unscaled_step_settings = self._make_step_settings()
 
     # ---- Settings --------------------------------------------------------------------------------
 
@@ -108,14 +111,24 @@ class Experiment:
             )
         architecture = {n: value for n, value in model.items() if n not in NOT_ARCHITECTURE}
         with naming("model"):
-            config = FAMILIES[model.family].config.of_size(**architecture)
-        if model.input_size % config.patch_size:
+            found = FAMILIES[model.family].config.of_size(**architecture)
+        if model.input_size % found.patch_size:
             raise ValueError(
-                f"model.patch_size = {config.patch_size} does not divide model.input_size = "
+                f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
-        side = model.input_size // config.patch_size
-        return dataclasses.replace(config, grid=(side, side))
+        side = model.input_size // found.patch_size
+        return dataclasses.replace(found, grid=(side, side))
+
+    def _check_implementations(self) -> None:
+        linear = self.model_config.attention == "linear"
+        known = {
+            "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
+            "teacher": SOFTMAX_IMPLEMENTATIONS,
+        }
+        for group, names in known.items():
+            with naming(group):
+                ranges.check(self.config[group], implementation=ranges.one_of(None, *names))
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
@@ -145,7 +158,7 @@ class Experiment:
     def step_settings(self) -> StepSettings:
         """Those of the step, with the scale of the data that it reads."""
         return dataclasses.replace(
-            self._step_settings,
+            self.unscaled_step_settings,
             scaling_factor=self.dataset.scaling_factor,
             shift_factor=self.dataset.shift_factor,
         )
@@ -190,32 +203,31 @@ class Experiment:
         if self.teacher_checkpoint is None:
             return None
         teacher = self.config.teacher
-        config = self.teacher_checkpoint.config
+        found = self.teacher_checkpoint.config
         path = teacher.checkpoint
-        num_heads = teacher.num_heads or config.num_heads
+        num_heads = teacher.num_heads or found.num_heads
         if not num_heads:
             raise ValueError(
-                f"{path} does not say how many heads its width of {config.width} has; set "
+                f"{path} does not say how many heads its width of {found.width} has; set "
                 f"teacher.num_heads"
             )
-        if config.width % num_heads:
+        if found.width % num_heads:
             raise ValueError(
-                f"teacher.num_heads = {num_heads} does not divide the width {config.width} of "
-                f"{path}"
+                f"teacher.num_heads = {num_heads} does not divide the width {found.width} of {path}"
             )
         if teacher.size:
             wanted = SIZES.get(teacher.size)
-            if wanted is None or wanted[:2] != (config.depth, config.width):
+            if wanted is None or wanted[:2] != (found.depth, found.width):
                 raise ValueError(
-                    f"teacher.size = {teacher.size}, but {path} has {config.depth} blocks of width "
-                    f"{config.width}"
+                    f"teacher.size = {teacher.size}, but {path} has {found.depth} blocks of width "
+                    f"{found.width}"
                 )
         for name in self.model_config.shared_with_teacher:
             ours = getattr(self.model_config, name)
-            theirs = getattr(config, name)
+            theirs = getattr(found, name)
             if ours != theirs:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
-        return self._as_teacher(dataclasses.replace(config, num_heads=num_heads))
+        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
 
     def default_teacher(self) -> DiT:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
@@ -227,7 +239,7 @@ class Experiment:
             + self.model_config.shared_with_teacher
         }
         with naming("teacher"):
-            config = FAMILIES[model.family].config.of_size(
+            architecture = FAMILIES[model.family].config.of_size(
                 teacher.size or model.size,
                 attention="softmax",
                 depth=0 if teacher.size else model.depth,
@@ -236,12 +248,12 @@ class Experiment:
                 grid=self.model_config.grid,
                 **like_the_student,
             )
-        return self._as_teacher(config)
+        return self._as_teacher(architecture)
 
-    def _as_teacher(self, config: DiTConfig) -> DiT:
+    def _as_teacher(self, architecture: DiTConfig) -> DiT:
         teacher = self.config.teacher
         return FAMILIES[self.config.model.family].model(
-            config, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
+            architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
         )
 
     def load_teacher(self) -> Any:
@@ -254,11 +266,7 @@ class Experiment:
 
     @functools.cached_property
     def init_checkpoint(self) -> Checkpoint | None:
-        """What the student inherits from; None: nothing.
-
-        Raises: ValueError where the weights' own code computes by another convention than the
-          student, which no shape tells, or the two do not fit.
-        """
+        """What the student inherits from, still on disk; None: nothing."""
         student = self.config.student
         if student.init == "random":
             return None
@@ -270,6 +278,16 @@ class Experiment:
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
                 "student.init=random"
             )
+        return checkpoint
+
+    def check_inheritance(self) -> None:
+        """Raises ValueError where student and init checkpoint do not fit.
+
+        That is another convention of the weights' own code, which no shape tells, or other leaves.
+        """
+        checkpoint = self.init_checkpoint
+        if checkpoint is None:
+            return
         for name in CONVENTIONS:
             ours = getattr(self.model_config, name)
             theirs = getattr(checkpoint.config, name)
@@ -280,7 +298,6 @@ class Experiment:
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
         inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
-        return checkpoint
 
     @property
     def inheritance(self) -> dict[str, tuple[str, ...]]:
@@ -384,8 +401,13 @@ class Experiment:
             self.mesh,
         )
 
-    def sampler(self, model: DiT | None = None, batch_size: int = 0) -> Sampler:
-        """The config's sampler for its model, or another one; batch_size 0: sample.batch_size."""
+    def sampler(
+        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+    ) -> Sampler:
+        """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
+
+        Not `decodes`: it ends with latents, and the autoencoder is not read.
+        """
         with naming("sample"):
             return Sampler(
                 model or self.model,
@@ -395,7 +417,7 @@ class Experiment:
                 process=self.process,
                 mesh=self.mesh,
                 size=self.input_size,
-                autoencoder=self.autoencoder,
+                autoencoder=self.autoencoder if decodes else None,
             )
 
     # ---- Checks of what belongs together ---------------------------------------------------------

@@ -1,6 +1,7 @@
 """Command line: flags, start-up, pick the job.
 
-python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR] [--config.field=value ...]
+python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
+    [--config.field=value ...]
 """
 
 import contextlib
@@ -9,12 +10,10 @@ import importlib.util
 import json
 import pathlib
 import sys
+from logging import LogRecord
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from lit_jax import fields
-from lit_jax.runtime import cluster, exit_status, preemption
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration, a Python file with get_config().", lock_config=True
@@ -25,20 +24,16 @@ MODE = flags.DEFINE_enum(
     ["train", "sample", "evaluate", "port", "prepare", "plan", "benchmark"],
     "The job.",
 )
-RUN_BY_SEVERAL = (
-    "train",
-    "sample",
-    "evaluate",
-    "port",
-    "prepare",
-    "benchmark",
-)  # jobs that several processes run together
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given."
 )
 
+# Jobs that several processes run together; the others need no device.
+RUN_BY_SEVERAL = ("train", "sample", "evaluate", "port", "prepare", "benchmark")
+
 
 def main(argv: list[str]) -> None:
+    """Checks what all jobs have in common, joins the other processes, and runs the job."""
     if len(argv) > 1:
         raise ValueError(
             f"unexpected argument {argv[1]!r}; a field is set with --config.field=value"
@@ -47,69 +42,78 @@ def main(argv: list[str]) -> None:
         raise ValueError("--config=configs/NAME.py is missing")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_ours)
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    from etils import epath
-
-    workdir = epath.Path(WORKDIR.value or pathlib.Path("workdir") / name)
     config = CONFIG.value
-    import jax  # here: it takes seconds to load, a wrong flag has failed by now
 
-    fields.check(config)
+    # Here: JAX and the data libraries take seconds to load, and a wrong flag has failed by now.
+    import jax
+
+    from lit_jax.experiment import Experiment
+    from lit_jax.runtime import cluster, exit_status, preemption, storage
+
+    Experiment(config)  # checks all settings, whatever the job needs of them
+
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = storage.user_path(WORKDIR.value or f"workdir/{name}", "--workdir")
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file, not a folder")
-    if jax.config.jax_platforms is None and only_libtpu() and not cluster.tpu_attached():
+
+    configured = jax.config.values["jax_platforms"]
+    if configured is None and only_libtpu() and not cluster.tpu_attached():
         jax.config.update("jax_platforms", "cpu")
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
     with exit_status.shared_fate(config.mesh.heartbeat):
         if MODE.value in RUN_BY_SEVERAL:
-            shared = {"--mode": MODE.value, "--workdir": WORKDIR.value, "jax": jax.__version__}
+            flags_in_common = {"--mode": MODE.value, "--workdir": WORKDIR.value}
             cluster.initialize(
-                shared | json.loads(config.to_json_best_effort()),
+                flags_in_common
+                | {"jax": jax.__version__}
+                | json.loads(config.to_json_best_effort()),
                 timeout=config.mesh.join_timeout,
                 heartbeat=config.mesh.heartbeat,
             )
         job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
-        with contextlib.nullcontext() if MODE.value == "train" else preemption.sigterm_stops():
+        # Training saves before it stops, and listens to the signal itself.
+        listens = MODE.value == "train"
+        with contextlib.nullcontext() if listens else preemption.sigterm_stops():
             job.run(config, workdir)
 
 
 def only_libtpu() -> bool:
-    """Whether JAX could find no device but a TPU's or the CPU: no plugin for another is installed.
+    """Whether JAX could find no device but a TPU or the CPU: no plugin for others is installed.
 
-    JAX, where it sees the chips of a TPU, sets jax_platforms itself. Where it does not, libtpu, which planning wants
-    installed on any machine, would be started all the same and complain of the TPU that is not there.
+    JAX sets jax_platforms itself where it sees a TPU. Where it does not see one, it would start
+    libtpu all the same, which planning wants installed on any machine, and libtpu would complain
+    of the TPU that is not there.
     """
-    return not (
-        importlib.util.find_spec("jax_plugins")
-        or importlib.metadata.entry_points(group="jax_plugins")
-    )
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not (importlib.util.find_spec("jax_plugins") or plugins)
 
 
-def is_ours(record) -> bool:
-    """Keeps warnings of everybody, but of the libraries' running commentary only our own lines."""
+def is_ours(record: LogRecord) -> bool:
+    """A log filter: keeps all warnings, but of the informative lines only our own."""
     return record.levelno > 20 or "lit_jax" in pathlib.Path(record.pathname).parts
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Absl's parser, but every way in which a config or an override can be wrong becomes one line."""
+    """Absl's parser, but every way in which a config or an override can be wrong is one line."""
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         sys.exit(f"error: {_one_line(error)}{_config_of(argv)}")
-    except Exception as error:  # the config is a program, and anything can happen in one
+    except Exception as error:  # the config is a program, which can raise anything
         sys.exit(f"error: {type(error).__name__}: {_one_line(error)}{_config_of(argv)}")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     # The text of a KeyError is the repr of what it was raised with.
-    return " ".join(
-        str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()
-    )
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
 
 
 def _config_of(argv: list[str]) -> str:
@@ -118,7 +122,7 @@ def _config_of(argv: list[str]) -> str:
 
 
 def run() -> None:
-    """The program: bad input ends in one line on stderr and exit status 1, never in a traceback."""
+    """The program: bad input ends in one line on stderr and status 1, never in a traceback."""
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError) as error:

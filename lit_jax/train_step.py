@@ -88,7 +88,7 @@ class OptimizerSettings:
         )
         if self.warmup >= self.steps:
             raise ValueError(
-                f"warmup = {self.warmup} is not shorter than train.steps = {self.steps}"
+                f"warmup = {self.warmup} is not shorter than the run of {self.steps} steps"
             )
 
     def rates(self) -> optax.Schedule:

@@ -29,7 +29,16 @@ FLOORS = (
         "pictures",
     ),
     ("models", "samplers", "losses"),
-    ("kernels", "diffusion", "conditions", "partitioning", "sharding", "ranges", "runtime", "costs"),
+    (
+        "kernels",
+        "diffusion",
+        "conditions",
+        "partitioning",
+        "sharding",
+        "ranges",
+        "runtime",
+        "costs",
+    ),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 JOBS = {module for module in MODULES if module.startswith("jobs.")}

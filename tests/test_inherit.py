@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lit_jax import inherit, sharding
-from lit_jax.models.dit import DiT
+from lit_jax.models.dit import DiTConfig, param_shapes
 
 D, L = 32, 2
 ATTENTION = {"q", "kv", "proj", "dwc"}
@@ -30,15 +30,7 @@ def make_params(attention="linear", seed=0, **overrides):
         )
         | overrides
     )
-    model = DiT(**fields)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes = jax.eval_shape(
-        model.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 8, 8, fields["in_channels"]), jnp.float32),
-        t,
-        t,
-    )["params"]
+    shapes = param_shapes(DiTConfig(**fields))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 

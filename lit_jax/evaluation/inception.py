@@ -9,7 +9,6 @@ Inference only, float32 with full-precision products: bfloat16 passes on a TPU
 and TF32 on a GPU both move FID.
 """
 
-import pickle
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from lit_jax.evaluation import pretrained
-from lit_jax.porting import torch_file
+from lit_jax.porting import pickles, torch_file
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
@@ -258,36 +257,19 @@ def _from_torch(state_dict):
     return flat
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dicts of NumPy arrays and refuses every other global, so that no code of the file's choosing runs."""
-
-    _ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-        ("collections", "OrderedDict"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(
-                f"refuses to load {module}.{name}: only NumPy arrays are expected"
-            )
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 def _read_flax_pickle(path):
     """jax-fid's nested dict: ours already, but for a classifier bias that no score reads."""
-    try:
-        with path.open("rb") as file:
-            tree = _ArrayUnpickler(file).load()
-    except Exception as error:  # whatever the bytes provoke; the message says what
-        raise ValueError(f"{path} cannot be read as a pickle of arrays: {error}") from error
+    tree = pickles.read_pickle(path)
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} holds a {type(tree).__name__}, expected a nested dict of arrays")
     flat = {}
+    seen = set()
 
     def flatten(node, prefix):
+        # A pickle may refer to one dict in many places, and so make a tree without end.
+        if id(node) in seen:
+            raise ValueError(f"{path}: the dict {prefix[:80]} is in the file at another place too")
+        seen.add(id(node))
         for name, value in node.items():
             if isinstance(value, Mapping):
                 flatten(value, f"{prefix}{name}/")
@@ -295,14 +277,13 @@ def _read_flax_pickle(path):
                 flat[f"{prefix}{name}"] = value
             elif value is not None:
                 raise ValueError(
-                    f"{path}: {prefix}{name} is a {type(value).__name__}, expected an array of floats"
+                    f"{path}: {prefix}{name} is a {type(value).__name__}, "
+                    "expected an array of floats"
                 )
 
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path} holds a {type(tree).__name__}, expected a nested dict of arrays")
     try:
         flatten(tree, "")
     except RecursionError as error:
-        raise ValueError(f"{path} nests its dicts without end") from error
+        raise ValueError(f"{path} nests its dicts too deep") from error
     flat.pop("fc/bias", None)
     return flat

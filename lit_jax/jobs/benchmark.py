@@ -19,14 +19,21 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lit_jax import experiment, sharding
+from lit_jax import sharding
 from lit_jax.costs import tpu_schedule
+from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
-from lit_jax.diffusion import make_diffusion
+from lit_jax.experiment import Experiment, naming
 from lit_jax.kernels.linear_attention import linear_attention, refusal
 from lit_jax.models.attention import softmax_attention
-from lit_jax.models.dit import DiT, forward_flops
-from lit_jax.train_step import images_to_model, init_params, new_state, state_shapes
+from lit_jax.models.dit import DiT, init_params
+from lit_jax.train_step import (
+    images_to_model,
+    make_optimizer,
+    make_train_step,
+    new_state,
+    state_shapes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if on_models and device.platform == "cpu":
         jobs.append(static_estimates(config))
     elif on_models:
-        experiment.check_platform(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
+        Experiment(config).check_platform()
         jobs += [time_attention(config)] if "attention" in wanted.what else []
         jobs += [time_models(config)] if "model" in wanted.what else []
     if "data" in wanted.what:
@@ -107,7 +114,7 @@ def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
             ours.model.update(
                 attention=attention, num_heads=num_heads, implementation=implementation
             )
-        return experiment.student(ours)
+        return Experiment(ours).model
 
     return build("softmax", config.teacher.num_heads, config.teacher.implementation), build(
         "linear", 0, None
@@ -129,12 +136,12 @@ def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
             )
         batch = max(2, wanted.attention_tokens // side**2)
         costs = tpu_schedule.attention_costs(
-            lit.width,
-            lit.num_heads,
+            lit.config.width,
+            lit.config.num_heads,
             (side, side),
             batch,
             wanted.topology,
-            lit.conv_size,
+            lit.config.conv_size,
             model.dtype,
         )
         for name, cost in costs.items():
@@ -154,11 +161,11 @@ def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
 def _case(lit, side):
     """What `refusal` asks of a linear attention over side x side tokens."""
     return dict(
-        width=lit.width,
-        num_heads=lit.num_heads,
+        width=lit.config.width,
+        num_heads=lit.config.num_heads,
         grid=(side, side),
-        conv_size=lit.conv_size,
-        kernel_function=lit.kernel_function,
+        conv_size=lit.config.conv_size,
+        kernel_function=lit.config.kernel_function,
         dtype=lit.dtype,
     )
 
@@ -207,7 +214,9 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
     bandwidth = copy_bandwidth(wanted.repeats)
     logging.info("%s: a copy moves %.0f GB/s", device.device_kind, bandwidth / 1e9)
     dit, lit = make_models(config)
-    D, K, H = lit.width, lit.conv_size, lit.width // lit.num_heads
+    D = lit.config.width
+    K = lit.config.conv_size
+    H = D // lit.config.num_heads
     fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(device.platform, "xla")
     for pixels in wanted.pixels:
         side = pixels // token_pixels(config)
@@ -225,7 +234,9 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
         do = jax.random.normal(keys[4], (B, T, D), lit.dtype)
 
         def softmax(q, kv, filters, bias, T=T, B=B):
-            q, k, v = (x.reshape(B, T, dit.num_heads, -1) for x in (q, *jnp.split(kv, 2, axis=-1)))
+            q, k, v = (
+                x.reshape(B, T, dit.config.num_heads, -1) for x in (q, *jnp.split(kv, 2, axis=-1))
+            )
             return softmax_attention(q, k, v, dit.implementation).reshape(B, T, D)
 
         cases = {}
@@ -235,9 +246,9 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
                 continue
             cases[f"linear, {name}"] = functools.partial(
                 linear_attention,
-                num_heads=lit.num_heads,
+                num_heads=lit.config.num_heads,
                 grid=(side, side),
-                kernel_function=lit.kernel_function,
+                kernel_function=lit.config.kernel_function,
                 implementation=name,
             )
         cases[f"softmax, {dit.implementation or 'fastest'}"] = softmax
@@ -269,7 +280,7 @@ def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """Forward, training step and distillation step of DiT and LiT, the config's model with both attentions, in images/s over
     all devices. The teacher is that DiT too, in teacher.dtype."""
     wanted = config.benchmark
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = Experiment(config).mesh
     dit, lit = make_models(config)
     teacher = dit.clone(remat="none", dtype=jnp.dtype(config.teacher.dtype).type)
     for pixels in wanted.pixels:
@@ -283,21 +294,23 @@ def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
 
 
 def _time_model(config, mesh, name, model, teacher, pixels, B):
-    optimizer, size = experiment.optimizer(config), pixels // _cell_pixels(config)
-    shapes = state_shapes(model, optimizer, size)
+    experiment = Experiment(config)
+    optimizer = make_optimizer(experiment.optimizer_settings)
+    size = pixels // _cell_pixels(config)
+    shapes = state_shapes(model, optimizer)
     shardings = sharding.fsdp_sharding(shapes, mesh)
     rng = jax.random.key(0)
     state = jax.jit(
-        lambda rng: new_state(init_params(model, rng, size), optimizer), out_shardings=shardings
+        lambda rng: new_state(init_params(model, rng), optimizer), out_shardings=shardings
     )(rng)
     batch = jax.device_put(
         {
-            "image": np.zeros((B, size, size, model.in_channels), np.uint8),
+            "image": np.zeros((B, size, size, model.config.in_channels), np.uint8),
             "label": np.zeros(B, np.int32),
         },
         sharding.batch_sharding(mesh),
     )
-    flops = forward_flops(model, (size, size))
+    flops = model.config.forward_flops((size, size))
 
     def row(what, timing, flops):
         return {
@@ -316,29 +329,35 @@ def _time_model(config, mesh, name, model, teacher, pixels, B):
         params = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         x, t = images_to_model(batch, rng), jnp.zeros((B,), jnp.int32)
         forward = jax.jit(
-            sharding.on_mesh(lambda p, x, t, y: model.apply({"params": p}, x, t, y), mesh)
+            sharding.on_mesh(lambda p, x, t, c: model.apply({"params": p}, x, t, c), mesh)
         )
+        condition = {"label": batch["label"]}
         yield row(
             "forward",
-            measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats),
+            measure(forward, params, x, t, condition, repeats=config.benchmark.repeats),
             flops,
         )
         del params
     else:
         init = jax.jit(
-            lambda rng: jax.tree.map(
-                lambda p: p.astype(teacher.dtype), init_params(teacher, rng, size)
-            )
+            lambda rng: jax.tree.map(lambda p: p.astype(teacher.dtype), init_params(teacher, rng))
         )
         teacher_params = init(rng)
-    train_step = experiment.train_step(config, model, teacher, optimizer, make_diffusion(), mesh)
+    train_step = make_train_step(
+        model,
+        teacher,
+        experiment.process,
+        experiment.optimizer_settings,
+        experiment.unscaled_step_settings,
+        mesh,
+    )
     holder = [state]  # the step donates its state: each call hands its result to the next
 
     def one():
         holder[0], metrics = train_step(holder[0], teacher_params, batch, rng)
         return metrics
 
-    total = 3 * flops + (forward_flops(teacher, (size, size)) if teacher else 0)
+    total = train_step_flops(flops, teacher.config.forward_flops((size, size)) if teacher else 0.0)
     yield row(
         "distillation step" if teacher else "training step",
         measure(one, repeats=config.benchmark.repeats),
@@ -351,7 +370,8 @@ def time_data(config: ConfigDict) -> Iterator[dict[str, Any]]:
 
     The latter counts the seconds that this process computes on any core, so other work on the machine spoils it less.
     """
-    source = dataset.open_dataset(config.data.name, config.data.dir, config.data.split)
+    with naming("data"):
+        source = dataset.open_dataset(config.data.name, config.data.dir, config.data.split)
     rows = config.train.batch_size // jax.process_count()
     batches = iter(
         pipeline.make_batches(

@@ -18,41 +18,20 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from lit_jax import checkpoint, experiment, sharding
+from lit_jax import checkpoint, sharding
 from lit_jax.costs import chips, hlo
+from lit_jax.costs.chips import GB, GiB
+from lit_jax.costs.flops import attention_macs, train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
-from lit_jax.diffusion import make_diffusion
+from lit_jax.experiment import Experiment
 from lit_jax.kernels.linear_attention import refusal
 from lit_jax.models.attention import softmax_refusal
-from lit_jax.models.dit import DiT, forward_flops
-from lit_jax.porting.read import read_checkpoint
-from lit_jax.train_step import init_params, state_shapes, with_sharding
+from lit_jax.models.dit import DiT, param_shapes
+from lit_jax.train_step import make_train_step, with_sharding
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
 PROGRAMS = ("distill", "plain", "sample")
 AUTOENCODER = "0.31 GiB for the 83,653,863 parameters of Stable Diffusion's"
-GB, GiB = 1e9, 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip: bytes of memory that the compiler lets a program use, and the vendor's rates in bytes/s.
-
-    `ici` sums all links, one way; `dcn` is the chip's share of the host's network card.
-    """
-
-    memory: float
-    bandwidth: float
-    ici: float
-    dcn: float
-
-
-CHIPS = {  # by jax's device_kind
-    "TPU v4": Chip(30.75 * GiB, 1228 * GB, 300 * GB, 6.25 * GB),
-    "TPU v5 lite": Chip(15.75 * GiB, 819 * GB, 200 * GB, 3.125 * GB),
-    "TPU v5": Chip(95.73 * GiB, 2765 * GB, 600 * GB, 6.25 * GB),
-    "TPU v6 lite": Chip(31.24 * GiB, 1640 * GB, 400 * GB, 6.25 * GB),
-}
 
 
 @dataclasses.dataclass
@@ -83,7 +62,7 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        return max(self.seconds, key=self.seconds.get)
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -149,30 +128,26 @@ class Planner:
 
     def __init__(self, config: ConfigDict, devices: list[jax.Device]):
         self._config = config
-        self._chip = CHIPS[devices[0].device_kind]
-        self._peak_flops = chips.PEAK_FLOPS[devices[0].device_kind]
+        self._chip = chips.TPUS[devices[0].device_kind]
+        self._peak_flops = self._chip.peak_flops
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
+        self._experiment = experiment = Experiment(config)
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        experiment.check_batches(config, self.mesh)
-        experiment.check_platform(config, self.mesh)
-        model, stated, size = experiment.student(config), config.teacher, config.model.input_size
+        experiment.mesh = self.mesh
+        experiment.check_batches()
+        experiment.check_platform()
+        model = experiment.model
+        stated = config.teacher
+        size = config.model.input_size
         # A plan comes before the weights: without the file the teacher is the DiT that the config says it is.
         self._teacher_is_there = (
             bool(stated.checkpoint) and pathlib.Path(stated.checkpoint).exists()
         )
-        source = (
-            read_checkpoint(stated.checkpoint, weights=stated.weights)
-            if self._teacher_is_there
-            else None
-        )
-        teacher = experiment.teacher(config, model, source and source.architecture)
+        teacher = experiment.teacher if self._teacher_is_there else experiment.default_teacher()
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             self.model, self.teacher = on_tpu(model, size), on_tpu(teacher, size)
-        self._optimizer = experiment.optimizer(config)
-        # The same parameters whatever computes the attention; xla asks for no chip while they are traced.
-        model, teacher = (m.clone(implementation="xla") for m in (model, teacher))
-        self.state = self._shard(state_shapes(model, self._optimizer, size))
-        params = jax.eval_shape(lambda: init_params(teacher, jax.random.key(0), size))
+        self.state = experiment.sharded_state_shapes
+        params = param_shapes(teacher.config)
         self.teacher_params = self._shard(
             jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, stated.dtype), params)
         )
@@ -189,13 +164,13 @@ class Planner:
         slices = f"{self._slices} slices of " if self._slices > 1 else ""
         text = (
             f"{slices}{config.plan.topology}, {count} chips, mesh data {self.mesh.shape['data']} x fsdp "
-            f"{self.mesh.shape['fsdp']}; student {parameters[0]:,} parameters ({self.model.attention}, "
+            f"{self.mesh.shape['fsdp']}; student {parameters[0]:,} parameters ({self.model.config.attention}, "
             f"{self.model.implementation}), teacher {parameters[1]:,} ({self.teacher.implementation})"
         )
         if config.teacher.checkpoint and not self._teacher_is_there:
             text += (
                 f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): the teacher planned is a "
-                f"DiT of {self.teacher.depth} layers of width {self.teacher.width}"
+                f"DiT of {self.teacher.config.depth} layers of width {self.teacher.config.width}"
             )
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
             text += (
@@ -213,29 +188,37 @@ class Planner:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         if program == "sample":
-            generator = experiment.generators(
-                config, {"student": self.model}, make_diffusion(), self.mesh, batch_size
-            )["student"]
-            return generator.draw_batch.lower(
-                self.state.params, array((batch_size,), jnp.int32), array((batch_size,), jnp.int32)
-            )
+            # The decoder is no part of the plan: its parameters are read from a file.
+            sampler = self._experiment.sampler(self.model, batch_size, decodes=False)
+            condition = {
+                name: array(leaf.shape, leaf.dtype)
+                for name, leaf in self.model.config.condition_shapes(batch_size).items()
+            }
+            index = array((batch_size,), jnp.int32)
+            return sampler.draw_batch.lower(self.state.params, index, condition)
         teacher, teacher_params = (
             (self.teacher, self.teacher_params) if program == "distill" else (None, None)
         )
         size = config.model.input_size
         # Which of the two the data hold cannot be asked here: as many channels as a picture has are pixels.
-        pixels = self.model.in_channels in (1, 3)
+        channels = self.model.config.in_channels
+        pixels = channels in (1, 3)
         batch = {
             name: array(
-                (batch_size, size, size, self.model.in_channels),
+                (batch_size, size, size, channels),
                 jnp.uint8 if pixels else jnp.float16,
             )
             for name in (("image",) if pixels else ("mean", "log_variance"))
         }
         batch |= {name: array((batch_size,), jnp.int32) for name in ("label", "index")}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        train_step = experiment.train_step(
-            config, self.model, teacher, self._optimizer, make_diffusion(), self.mesh
+        train_step = make_train_step(
+            self.model,
+            teacher,
+            self._experiment.process,
+            self._experiment.optimizer_settings,
+            self._experiment.unscaled_step_settings,
+            self.mesh,
         )
         return train_step.lower(
             self.state,
@@ -318,12 +301,13 @@ class Planner:
     def flops(self, program: str, batch_size: int) -> tuple[float, float]:
         """FLOPs of one run on all chips: by the model's definition, and with what rematerialisation computes again."""
         size = (self._config.model.input_size,) * 2
-        forward = forward_flops(self.model, size)
+        forward = self.model.config.forward_flops(size)
         if program == "sample":
             sample = self._config.sample
             passes = sample.steps * (2 if sample.cfg_scale != 1 else 1)
             return (batch_size * passes * forward,) * 2
-        total = 3 * forward + (forward_flops(self.teacher, size) if program == "distill" else 0)
+        teacher = self.teacher.config.forward_flops(size) if program == "distill" else 0.0
+        total = train_step_flops(forward, teacher)
         again = {"none": 0.0, "full": forward, "dots": attention_flops(self.model, size)}[
             self._config.train.remat
         ]
@@ -389,28 +373,35 @@ def on_tpu(model: DiT, input_size: int) -> DiT:
     machine's devices."""
     if model.implementation is not None:
         return model
-    side, H = input_size // model.patch_size, model.width // model.num_heads
-    if model.attention == "linear":
+    config = model.config
+    side = input_size // config.patch_size
+    if config.attention == "linear":
         reason = refusal(
             "pallas_tpu",
-            width=model.width,
-            num_heads=model.num_heads,
+            width=config.width,
+            num_heads=config.num_heads,
             grid=(side, side),
-            conv_size=model.conv_size,
-            kernel_function=model.kernel_function,
+            conv_size=config.conv_size,
+            kernel_function=config.kernel_function,
             dtype=model.dtype,
         )
     else:
+        H = config.width // config.num_heads
         reason = softmax_refusal("pallas_tpu", tokens=side * side, head_width=H, dtype=model.dtype)
     return model.clone(implementation="xla" if reason else "pallas_tpu")
 
 
 def attention_flops(model: DiT, input_size: tuple[int, int]) -> float:
     """FLOPs of an image's attention without its projections: what remat=dots computes again."""
-    D, T = model.width, input_size[0] * input_size[1] // model.patch_size**2
-    if model.attention == "softmax":
-        return 2.0 * model.depth * 2 * T * T * D
-    return 2.0 * model.depth * (2 * T * D * (D // model.num_heads) + model.conv_size**2 * T * D)
+    config = model.config
+    macs = attention_macs(
+        config.attention,
+        tokens=input_size[0] * input_size[1] // config.patch_size**2,
+        width=config.width,
+        num_heads=config.num_heads,
+        conv_size=config.conv_size,
+    )
+    return 2.0 * config.depth * macs
 
 
 def describe(estimate: Estimate) -> str:

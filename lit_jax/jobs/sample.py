@@ -106,7 +106,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     paths = [image_path(folder, i) for i in index]
     write_npz(workdir / "samples.npz", paths, condition["label"], about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
-    pictures.square_grid(shown).save(workdir / "samples.png")
+    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown))
     logging.info(
         "%d images in %s, their grid in samples.png, all of them in samples.npz",
         len(index),

@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import checkpoint, conditions, inherit, pictures, sampling, sharding
+from lit_jax.costs import chips
+from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
 from lit_jax.evaluation import in_training, run_report
 from lit_jax.evaluation.evaluator import make_evaluator
@@ -60,7 +62,7 @@ def train(
     experiment.check_batches()
     model = experiment.model
     teacher = experiment.teacher
-    init_checkpoint = experiment.init_checkpoint
+    experiment.check_inheritance()
     experiment.check_platform()
     state_shapes = experiment.sharded_state_shapes
 
@@ -69,21 +71,21 @@ def train(
     experiment.check_data()
     host_batches = experiment.batches()
     rows = sharding.batch_sharding(mesh)
-    start_up.lap("devices and data")
+    start_up.part_ended("devices and data")
 
     # ---- The teacher's parameters, and what will draw pictures -----------------------------------
     teacher_params = experiment.load_teacher()
-    start_up.lap("teacher")
+    start_up.part_ended("teacher")
     due = Pictures.of(experiment, teacher_params, workdir)
     if due.evaluation:
-        start_up.lap("reference")
+        start_up.part_ended("reference")
 
     # ---- Compile: what cannot be compiled here leaves no file ------------------------------------
     rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
     batch_shapes = pipeline.batch_shapes(data, config.train.batch_size, rows)
     step_program = experiment.train_step.lower(state_shapes, teacher_params, batch_shapes, rng)
     train_step = step_program.compile()
-    start_up.lap("compilation")
+    start_up.part_ended("compilation")
 
     # ---- Resume or start -------------------------------------------------------------------------
     workdir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def train(
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(experiment.to_json())
     jax.block_until_ready(state)
-    start_up.lap("state")
+    start_up.part_ended("state")
 
     if isinstance(data, dataset.LatentDataset):
         deviation = ", ".join(f"{x:.2f}" for x in data.deviation())
@@ -123,7 +125,7 @@ def train(
             deviation,
         )
     batches = pipeline.DeviceIterator(host_batches, rows, data_state)
-    start_up.lap("first batch")
+    start_up.part_ended("first batch")
 
     # ---- Loop ------------------------------------------------------------------------------------
     metadata = {
@@ -133,14 +135,16 @@ def train(
         "fields": decisive,
     }
     size = experiment.input_size
-    flops = 3 * model.config.forward_flops(size)
-    if teacher:
-        flops += teacher.config.forward_flops(size)
+    flops = train_step_flops(
+        model.config.forward_flops(size), teacher.config.forward_flops(size) if teacher else 0.0
+    )
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     log = metric_writer.MetricWriter(
         workdir,
         total_steps=config.train.steps,
         images_per_step=config.train.batch_size,
         flops_per_step=config.train.batch_size * flops,
+        peak_flops=peak and peak * jax.device_count(),
         first_step=first_step,
     )
     stack.enter_context(contextlib.closing(log))
@@ -164,7 +168,7 @@ def train(
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
                 crashes.begun = True
-                start_up.lap("first step")
+                start_up.part_ended("first step")
                 logging.info("%s", start_up)
                 batches.take_seconds_waiting()
                 log.start(step)

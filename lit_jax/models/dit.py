@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax import ranges
+from lit_jax.costs.flops import attention_macs
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
 from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
@@ -144,18 +145,21 @@ class DiTConfig:
     def forward_flops(self, input_size: tuple[int, int]) -> float:
         """Multiply-adds of one image's forward pass, times two.
 
-        Counts matrix products and the depth-wise convolution, nothing else. LiT's core is
-        2 T D H (state and read-out) + K K T D a layer, against softmax's 2 T T D (paper,
-        section 3.2). `num_heads` must be known.
+        Counts matrix products and the depth-wise convolution, nothing else. `num_heads` must be
+        known.
         """
         D = self.width
         p = self.patch_size
         T = (input_size[0] // p) * (input_size[1] // p)
-        core = 2 * T * T * D
-        if self.attention == "linear":
-            H = D // (self.num_heads or 1)
-            core = 2 * T * D * H + self.conv_size**2 * T * D
-        block = 4 * T * D * D + core + 8 * T * D * D + 6 * D * D
+        projections = 4 * T * D * D
+        core = attention_macs(
+            self.attention,
+            tokens=T,
+            width=D,
+            num_heads=self.num_heads or 1,
+            conv_size=self.conv_size,
+        )
+        block = projections + core + 8 * T * D * D + 6 * D * D
         patches = T * p * p * (self.in_channels + self.out_channels) * D
         ends = patches + FREQUENCIES * D + D * D + 2 * D * D
         return 2.0 * (self.depth * block + ends)
@@ -201,7 +205,7 @@ def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
         words, holds = _RANGES[name]
         if not holds(value):
-            raise ValueError(f"{name} must be {words}; got {str(value)[:40]!r}")
+            raise ValueError(f"{name} must be {words}; got {repr(value)[:40]}")
     grid = fields.get("grid")
     return dict(fields) | ({"grid": tuple(grid)} if grid is not None else {})
 

@@ -1,33 +1,51 @@
-"""How a run ends: exit statuses that a launcher understands, and what counts as which."""
+"""How a run ends. The exit status is all that a launcher has to know:
+
+0    done
+1    it cannot run like this (bad input, processes that do not agree, a loss that is not finite):
+     do not try again
+70   training had begun and something broke, a disk or a chip: run the same command again to go on
+     (the third such end in a row without a new checkpoint is 1)
+75   stopped from outside, by SIGTERM or because another process is gone: run the same command
+     again to go on
+"""
 
 import contextlib
 import json
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import TracebackType
+from typing import NoReturn
 
-from lit_jax.runtime import cluster
+import jax
+from etils import epath
 
+from lit_jax.runtime import cluster, storage
+
+EXIT_BAD_INPUT = 1
 EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
-
-
-MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not tried for ever
-
-
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not repeated
+ANSWER_SECONDS = 10  # how much longer than the heartbeat the other processes have to answer
+CRASH_FILE_BYTES = 80
+
+GO_ON = "run the same command again to go on from the last checkpoint"
 
 
 class TryAgainError(Exception):
     """The run stopped in good order, and the same command continues it."""
 
 
-class CrashError(Exception):
-    """Something broke after training had begun; its cause says what.
+class GiveUpError(ValueError):
+    """The run would come to the same end again, even though training had begun."""
 
-    Args: count: counts it, and says how often in a row that was from the same step.
+
+class CrashError(Exception):
+    """Something broke after training had begun; `__cause__` says what.
+
+    Args: count: counts this crash; returns how many in a row began from the same step.
     """
 
     def __init__(self, count: Callable[[], int]):
@@ -35,34 +53,36 @@ class CrashError(Exception):
         self.count = count
 
 
-class GiveUpError(ValueError):
-    """A run that would come to the same end again, however far it has come."""
-
-
 class Crashes:
-    """A with-block whose errors are crashes once `begun` is set; before, they are those of the input.
+    """A with-block whose errors are crashes once `begun` is set; before, they are bad input.
 
-    Args: path: where this process counts them. step: the one that it has gone on from.
+    Args:
+      path: the file in which this process counts its crashes.
+      step: that of the checkpoint from which the run goes on.
     """
 
-    def __init__(self, path: pathlib.Path, step: int):
-        self.begun, self._path, self._step, self._before = False, path, step, 0
+    def __init__(self, path: epath.PathLike, step: int):
+        self.begun = False
+        self._path = epath.Path(path)
+        self._step = step
+        self._before = 0
 
     def __enter__(self) -> "Crashes":
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError
-        ):  # none yet, or not ours
+        # There may be no file yet, or a damaged one.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             before = json.loads(self._path.read_text())
             self._before = before["crashes"] if before["step"] == self._step else 0
         self._write(self._before)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if (
-            self.begun
-            and isinstance(error, Exception)
-            and not isinstance(error, (TryAgainError, GiveUpError))
-        ):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        expected = isinstance(error, TryAgainError | GiveUpError)
+        if self.begun and isinstance(error, Exception) and not expected:
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
@@ -71,56 +91,83 @@ class Crashes:
         return self._before + 1
 
     def _write(self, crashes: int) -> None:
-        """Over what is there, of the same length: a disk that has filled up has no room for more."""
-        with open(self._path, "r+" if self._path.exists() else "w") as file:
-            file.write(json.dumps({"step": self._step, "crashes": crashes}).ljust(80))
+        text = json.dumps({"step": self._step, "crashes": crashes}).ljust(CRASH_FILE_BYTES)
+        if storage.is_object_store(self._path):
+            self._path.write_text(text)
+        else:
+            # In place and of the same length: a full disk has no room for more.
+            with open(self._path, "r+" if self._path.exists() else "w") as file:
+                file.write(text)
 
 
 @contextlib.contextmanager
 def shared_fate(heartbeat: float) -> Iterator[None]:
-    """Turns the end of a job into the exit statuses above.
+    """Turns the error that ends a job into one of the exit statuses, and into one line.
 
-    One of several processes leaves at once, and so does a crashed one: a normal exit would first wait for the others, a
-    lost one among them, and for threads that may never end.
     Args: heartbeat: seconds of silence after which another process counts as gone.
     """
     try:
         yield
     except Exception as error:
-        several, crash = (
-            cluster._runtime().num_processes > 1,
-            error if isinstance(error, CrashError) else None,
-        )
-        error = crash.__cause__ if crash else error
-        if isinstance(error, TryAgainError) or isinstance(error, TimeoutError) and not crash:
-            status, message = EXIT_TRY_AGAIN, str(error)
-        elif not several and not crash:
-            raise
-        else:
-            message, again, lost = (
-                f"error: {' '.join(str(error).split())}",
-                "; run the same command again to go on",
-                [],
-            )
-            if not isinstance(error, (ValueError, OSError)):
-                traceback.print_exception(error)
-                message = f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                lost = cluster.lost_processes(heartbeat + cluster.ANSWER_SECONDS) if several else []
-            if lost:
-                status = EXIT_TRY_AGAIN
-                message = f"process {', '.join(map(str, lost))} is gone, so this one stops{again} from the last checkpoint"
-            elif crash and (count := crash.count()) < MOST_CRASHES:
-                status, message = EXIT_CRASHED, f"{message}{again} from the last checkpoint"
-            elif crash:
-                status, message = (
-                    1,
-                    f"{message}; crash {count} in a row without a new checkpoint, mend the cause first",
-                )
-            else:
-                status = 1
-        sys.stderr.write(message + "\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if several or crash:
-            os._exit(status)
-        sys.exit(status)
+        several = jax.distributed.is_initialized()
+        if isinstance(error, CrashError):
+            assert error.__cause__ is not None
+            status, message = _judge_crash(error, error.__cause__, heartbeat)
+            _leave(status, message)
+        if isinstance(error, TimeoutError):
+            # At once, for the thread that waits for the other processes does not end.
+            _leave(EXIT_TRY_AGAIN, str(error))
+        if several:
+            _leave(*_judge_together(error, heartbeat))
+        if isinstance(error, TryAgainError):
+            sys.stderr.write(f"{error}\n")
+            sys.exit(EXIT_TRY_AGAIN)
+        raise
+
+
+def _judge_crash(error: CrashError, cause: BaseException, heartbeat: float) -> tuple[int, str]:
+    """Status and message for what broke after training had begun."""
+    message, lost = _describe(cause, heartbeat)
+    if lost:
+        return EXIT_TRY_AGAIN, message
+    count = error.count()
+    if count < MOST_CRASHES:
+        return EXIT_CRASHED, f"{message}; {GO_ON}"
+    return EXIT_BAD_INPUT, (
+        f"{message}; crash {count} in a row without a new checkpoint, mend the cause first"
+    )
+
+
+def _judge_together(error: Exception, heartbeat: float) -> tuple[int, str]:
+    """Status and message for an error before training began, in one of several processes."""
+    if isinstance(error, TryAgainError):
+        return EXIT_TRY_AGAIN, str(error)
+    message, lost = _describe(error, heartbeat)
+    return EXIT_TRY_AGAIN if lost else EXIT_BAD_INPUT, message
+
+
+def _describe(error: BaseException, heartbeat: float) -> tuple[str, bool]:
+    """The line that says what broke, and whether that is the loss of another process."""
+    if isinstance(error, ValueError | OSError):
+        return f"error: {' '.join(str(error).split())}", False
+
+    traceback.print_exception(error)
+    # A collective fails like this when a process of it is gone.
+    if jax.distributed.is_initialized():
+        lost = cluster.lost_processes(heartbeat + ANSWER_SECONDS)
+        if lost:
+            names = ", ".join(map(str, lost))
+            return f"process {names} is gone, so this one stops; {GO_ON}", True
+    return f"error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", False
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    """Ends the process at once.
+
+    A normal end would first wait for the other processes, a lost one among them, and for threads
+    that may never end.
+    """
+    sys.stderr.write(message + "\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

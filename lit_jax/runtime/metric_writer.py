@@ -1,11 +1,10 @@
-"""What a run leaves for people: a progress line, metrics as JSON lines and TensorBoard events, image grids, MFU."""
+"""What a run writes for people: metrics as JSON lines and TensorBoard events, a progress line."""
 
 import contextlib
 import json
 import math
-import os
-import pathlib
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -14,135 +13,178 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
-from lit_jax.costs import chips
-from lit_jax.runtime import progress
+from lit_jax.runtime import progress, storage
 
 CLEAR_LINE = "\r\x1b[2K"  # of a terminal
+EVENT_FILE_BYTES = 4 << 20  # of one object of TensorBoard events, where files cannot grow
 
 
 class MetricWriter:
-    """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 writes."""
+    """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 does.
+
+    Args:
+      workdir: where the files go.
+      total_steps: at which the run ends, for the time left.
+      images_per_step: of all devices together.
+      flops_per_step: of all devices together.
+      peak_flops: FLOP/s of all devices together, for MFU; None where it is not known.
+      first_step: of the checkpoint from which the run goes on. Later lines are dropped.
+    """
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: epath.PathLike,
         *,
         total_steps: int,
         images_per_step: int,
         flops_per_step: float,
+        peak_flops: float | None,
         first_step: int = 0,
     ):
-        self._total, self._images, self._flops = total_steps, images_per_step, flops_per_step
+        self._total_steps = total_steps
+        self._images_per_step = images_per_step
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
+        self._clock: tuple[int, float] | None = None
         self._active = jax.process_index() == 0
         self._terminal = self._active and sys.stderr.isatty()
-        self._clock = None
-        peak = chips.PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._peak = peak and peak * jax.device_count()
         if self._active:
-            forget_after(workdir / "metrics.jsonl", first_step)
-            self._file = open(workdir / "metrics.jsonl", "a")
-            # Not a SummaryWriter: its thread dies on a full disk, and who goes on writing to it stands still for ever.
-            self._folder = workdir / "tensorboard"
-            self._folder.mkdir(exist_ok=True)
-            self._events = EventsWriter(str(self._folder / "events"))
-            self._write_event(
-                first_step + 1, session_log=SessionLog(status=SessionLog.START)
-            )  # what was after it is void
+            self._lines_path = epath.Path(workdir) / "metrics.jsonl"
+            forget_after(self._lines_path, first_step)
+            self._lines = storage.open_to_append(self._lines_path)
+            self._events_folder = epath.Path(workdir) / "tensorboard"
+            self._events = _EventFile(self._events_folder)
+            # TensorBoard drops what an earlier run wrote for later steps than this.
+            restart = SessionLog(status=SessionLog.START)
+            self._write_events([Event(step=first_step + 1, session_log=restart)])
         if self._terminal:
             logging.get_absl_handler().addFilter(_clear_line)
 
     def start(self, step: int) -> None:
-        """Starts the clock at `step`, after compilation, so that the first rate is a rate."""
+        """Starts the clock at `step`: after compilation, and after what is no training time."""
         self._clock = (step, time.monotonic())
 
-    def write(
-        self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0
-    ) -> dict[str, float]:
+    def write(self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0) -> None:
         """Records training metrics of `step` together with the speed since the last call.
 
-        Args: seconds_waiting: how long of that time the loop stood still for want of data.
+        Args: seconds_waiting: how long of that time the loop waited for data.
         """
-        if self._clock and step > self._clock[0]:
-            elapsed = time.monotonic() - self._clock[1]
-            seconds = elapsed / (step - self._clock[0])
-            metrics = metrics | {
-                "train/images_per_second": self._images / seconds,
-                "train/data_wait": seconds_waiting / elapsed,
-                "train/seconds_left": (self._total - step) * seconds,
-            }
-            if self._peak:
-                metrics["train/mfu"] = self._flops / seconds / self._peak
+        metrics = metrics | self._rates(step, seconds_waiting)
         self.start(step)
         self._record(step, metrics)
         if self._active:
-            self._show(step, metrics)
-        return metrics
+            self._show(progress_line(step, self._total_steps, metrics))
+
+    def _rates(self, step: int, seconds_waiting: float) -> dict[str, float]:
+        if not self._clock or step <= self._clock[0]:
+            return {}
+        elapsed = time.monotonic() - self._clock[1]
+        seconds = elapsed / (step - self._clock[0])
+        rates = {
+            "train/images_per_second": self._images_per_step / seconds,
+            "train/data_wait": seconds_waiting / elapsed,
+            "train/seconds_left": (self._total_steps - step) * seconds,
+        }
+        if self._peak_flops:
+            rates["train/mfu"] = self._flops_per_step / seconds / self._peak_flops
+        return rates
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None:
         """Records an evaluation during training, as eval/NAME."""
         self._record(step, {f"eval/{name}": value for name, value in scores.items()})
-        logging.info(
-            "step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        )
-
-    def _record(self, step: int, metrics: dict[str, float]) -> None:
-        if self._active:
-            with naming_file(self._file.name):
-                self._file.write(json.dumps({"step": step} | metrics) + "\n")
-                self._file.flush()
-            for name, value in metrics.items():
-                if math.isfinite(value):  # TensorBoard has no picture of the others
-                    self._write_event(step, summary=summary.scalar(name, value))
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        logging.info("step %d: %s", step, text)
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
+        """Adds a picture to TensorBoard."""
         if self._active:
-            self._write_event(
-                step,
-                summary=summary.image(name, np.asarray(picture.convert("RGB")), dataformats="HWC"),
-            )
+            pixels = np.asarray(picture.convert("RGB"))
+            content = summary.image(name, pixels, dataformats="HWC")
+            self._write_events([Event(step=step, summary=content)])
 
-    def _write_event(self, step: int, **content: Any) -> None:
-        with naming_file(self._folder):
-            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-            self._events.flush()
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._active:
+            return
+        with naming_file(self._lines_path):
+            self._lines.write((json.dumps({"step": step} | metrics) + "\n").encode())
+            self._lines.flush()
+        # TensorBoard cannot show a value that is not finite.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._write_events(
+            [Event(step=step, summary=summary.scalar(*item)) for item in finite.items()]
+        )
 
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
-        line = f"step {step:,}/{self._total:,}  loss {metrics['train/loss']:.4f}"
-        if "train/images_per_second" in metrics:
-            line += f"  {metrics['train/images_per_second']:.0f} images/s"
-            if "train/mfu" in metrics:
-                line += f"  MFU {metrics['train/mfu']:.1%}"
-            line += f"  {metrics['train/data_wait']:.1%} waiting for data"
-            line += f"  {progress._duration(metrics['train/seconds_left'])} left"
-        if metrics.get("train/skipped"):
-            line += f"  {int(metrics['train/skipped'])} steps skipped"
+    def _write_events(self, events: list[Any]) -> None:
+        with naming_file(self._events_folder):
+            self._events.write(events)
+
+    def _show(self, line: str) -> None:
         if self._terminal:
             # A line that wraps could not be cleared again.
             sys.stderr.write(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
         else:
-            logging.info(line)
+            logging.info("%s", line)
 
     def close(self) -> None:
+        """Closes the files; an error here has been raised when the same lines were written."""
         if self._terminal:
             logging.get_absl_handler().removeFilter(_clear_line)
             sys.stderr.write("\n")
         if self._active:
-            for file in (self._file, self._events):
-                with contextlib.suppress(
-                    OSError
-                ):  # all is flushed; what could not be written has been told
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):
                     file.close()
 
 
+class _EventFile(RecordWriter):
+    """A new file of TensorBoard events.
+
+    Not tensorboardX's SummaryWriter: its thread dies on a full disk, and a program that goes on
+    writing then waits for ever. Nor its EventsWriter, which opens the file with packages of its
+    own on an object store.
+    """
+
+    def __init__(self, folder: epath.Path):
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._writer = storage.open_to_append(folder / name, EVENT_FILE_BYTES)
+        super().write(
+            Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
+        )
+
+    def write(self, events: list[Any]) -> None:
+        """Writes Event messages and gives them the present time; they are in the file after it."""
+        for event in events:
+            event.wall_time = time.time()
+            super().write(event.SerializeToString())
+        self.flush()
+
+
+def progress_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
+    """The line that a person follows a run by."""
+    parts = [f"step {step:,}/{total_steps:,}", f"loss {metrics['train/loss']:.4f}"]
+    if "train/images_per_second" in metrics:
+        parts.append(f"{metrics['train/images_per_second']:.0f} images/s")
+        if "train/mfu" in metrics:
+            parts.append(f"MFU {metrics['train/mfu']:.1%}")
+        parts.append(f"{metrics['train/data_wait']:.1%} waiting for data")
+        parts.append(f"{progress.format_duration(metrics['train/seconds_left'])} left")
+    if metrics.get("train/skipped"):
+        parts.append(f"{int(metrics['train/skipped'])} steps skipped")
+    return "  ".join(parts)
+
+
 @contextlib.contextmanager
-def naming_file(path: pathlib.Path | str) -> Iterator[None]:
-    """Names the file in an OSError that does not."""
+def naming_file(path: epath.PathLike) -> Iterator[None]:
+    """Names the file in an OSError of the block."""
     try:
         yield
     except OSError as error:
@@ -150,34 +192,35 @@ def naming_file(path: pathlib.Path | str) -> Iterator[None]:
 
 
 def _clear_line(record: object) -> bool:
-    """A log filter that lets everything pass, onto a line of its own: the progress line makes room."""
+    """A log filter that keeps every record; the progress line makes room for it."""
     sys.stderr.write(CLEAR_LINE)
     return True
 
 
-def forget_after(path: pathlib.Path, step: int) -> None:
-    """Drops the lines of a metrics file that a resumed run will write again, and a last one that a kill cut short."""
+def forget_after(path: epath.PathLike, step: int) -> None:
+    """Drops the lines of a metrics file after `step`, which a resumed run will write again.
+
+    A last line that a kill cut short goes too.
+    """
+    path = epath.Path(path)
     if not path.exists():
         return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    part = path.with_suffix(".part")
-    part.write_text(
-        "".join(line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step)
-    )
-    os.replace(part, path)
+    text = path.read_text().splitlines(keepends=True)
+    whole = [line for line in text if line.endswith("}\n")]
+    kept = [line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step]
+    storage.replace_text(path, "".join(kept))
 
 
-def read_training(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The training lines of metrics.jsonl; evaluations are lines of their own and left out."""
-    path = workdir / "metrics.jsonl"
+def read_training(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """The training lines of metrics.jsonl; those of evaluations are left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
     return [line for line in _parse(path, path.read_text().splitlines()) if "train/loss" in line]
 
 
-def _parse(path: pathlib.Path, lines: list[str]) -> list[dict[str, float]]:
-    """The lines of a metrics file. Raises: ValueError naming the file and the line that is none."""
+def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, float]]:
+    """The lines of a metrics file. Raises: ValueError naming the file and a line that is none."""
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} has a line that is no JSON: {error.doc.strip()[:80]}; remove it"
-        ) from error
+        line = error.doc.strip()[:80]
+        raise ValueError(f"{path} has a line that is no JSON: {line}; remove it") from error

@@ -1,4 +1,4 @@
-"""Stopping on request, on every process at the same step, and a watch over steps that do not end."""
+"""Stopping on request, on every process at the same step, and a watch over steps that hang."""
 
 import contextlib
 import faulthandler
@@ -6,21 +6,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from lit_jax.runtime import cluster, exit_status
+from lit_jax.runtime.exit_status import TryAgainError
 
 
 @contextlib.contextmanager
 def sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends what is inside by TryAgainError, for jobs that lose nothing so; training has `Preemption`."""
+    """SIGTERM raises TryAgainError in the block, for jobs that lose nothing by that.
 
-    def stop(*_):
-        raise exit_status.TryAgainError("stopped by SIGTERM; run the same command again to go on")
+    Training has something to save first; it uses `Preemption`.
+    """
+
+    def stop(*_: Any) -> None:
+        raise TryAgainError("stopped by SIGTERM; run the same command again to go on")
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
@@ -36,62 +40,82 @@ class StopRequest(Exception):
 class Preemption:
     """Tells training to save and stop: on SIGTERM, and on every process at the same place.
 
-    One process listens to the signal itself. Several use JAX's preemption service, which hears the SIGTERM (or the
-    platform's maintenance notice) of any of them and agrees on a number that none has reached yet. It was made for steps;
-    here it counts how often `check` was called, which is the same on all processes and goes on while pictures are drawn.
+    A process that is alone listens to the signal itself. Several processes use JAX's preemption
+    service: it receives the SIGTERM, or the platform's maintenance notice, of any of them, and
+    agrees on a step number that none has reached yet. Here it is given the number of calls of
+    `check` instead: that is the same on all processes too, and it goes on while pictures are
+    drawn.
     """
 
-    def __init__(self):
-        self._told, self._checks = False, 0
+    def __init__(self) -> None:
+        self._told = False
+        self._checks = 0
         self._alone = jax.process_count() == 1
+        self._restore: Callable[[], Any] = lambda: None
+        # Python allows signal handlers in the main thread only.
         if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._tell)
+            previous = signal.signal(signal.SIGTERM, self._tell)
+            self._restore = lambda: signal.signal(signal.SIGTERM, previous)
 
-    def _tell(self, *_) -> None:
+    def _tell(self, *_: Any) -> None:
         self._told = True
 
     def close(self) -> None:
-        if hasattr(self, "_previous"):
-            signal.signal(signal.SIGTERM, self._previous)
+        self._restore()
 
-    def check(self, *_) -> None:
-        """Raises StopRequest when it is time; every process calls it equally often: after each step and each batch drawn."""
+    def check(self, *_: Any) -> None:
+        """Raises StopRequest when it is time.
+
+        Every process calls it equally often: after each step and each batch of images.
+        """
         self._checks += 1
-        if (
-            self._told
-            if self._alone
-            else multihost_utils.reached_preemption_sync_point(self._checks)
-        ):
+        told = self._told
+        if not self._alone:
+            told = multihost_utils.reached_preemption_sync_point(self._checks)
+        if told:
             raise StopRequest
 
 
 class Watchdog:
-    """A thread that prints the stacks of all threads when no step has ended for `seconds`, again after as many; 0: never."""
+    """A thread that prints the stacks of all threads when no step has ended for some time.
+
+    Args: seconds: how long; it prints again after as many. 0: never.
+    """
 
     def __init__(self, seconds: float):
-        self._seconds, self._closed = seconds, threading.Event()
-        self._last, self._step = time.monotonic(), 0
+        self._seconds = seconds
+        self._closed = threading.Event()
+        self._last = time.monotonic()
+        self._step = 0
+        # Not asked for in the thread: that would wait for the devices, which may be what hangs.
+        self._process = jax.process_index() if jax.distributed.is_initialized() else 0
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step_ended(self, step: int) -> None:
-        self._last, self._step = time.monotonic(), step
+        """Tells the watchdog that `step` has ended."""
+        self._last = time.monotonic()
+        self._step = step
 
     def _watch(self) -> None:
         reported = self._last
-        while not self._closed.wait(
-            max(0.01, max(self._last, reported) + self._seconds - time.monotonic())
-        ):
-            now = time.monotonic()
-            if now - max(self._last, reported) >= self._seconds:
-                reported = now
-                logging.error(
-                    "process %d: no step has ended for %.0f s (train.watchdog), the last was step %d; the stacks:",
-                    cluster._runtime().process_id,
-                    now - self._last,
-                    self._step,
-                )
-                faulthandler.dump_traceback(sys.__stderr__)
+        while True:
+            due = max(self._last, reported) + self._seconds
+            if self._closed.wait(max(0.0, due - time.monotonic())):
+                return
+            # A step may have ended while the thread waited.
+            if time.monotonic() < max(self._last, reported) + self._seconds:
+                continue
+            reported = time.monotonic()
+            logging.error(
+                "process %d: no step has ended for %.0f s (train.watchdog), the last was step %d; "
+                "the stacks:",
+                self._process,
+                reported - self._last,
+                self._step,
+            )
+            # Not sys.stderr, which may be something without a file descriptor.
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
 
     def close(self) -> None:
         self._closed.set()

@@ -12,18 +12,18 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PROGRESS_SECONDS = 60.0
+PROGRESS_SECONDS = 60.0  # between two log lines, where there is no terminal
 
 
 class StartUp:
-    """Where the time from the launch of the program to its first step goes."""
+    """Measures where the time from the start of the program to its first step goes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last = time.monotonic()
         self._parts = {"imports": _process_age()}
 
-    def lap(self, name: str) -> None:
-        """Ends a part that began where the last one ended."""
+    def part_ended(self, name: str) -> None:
+        """Gives the time since the part before to `name`."""
         now = time.monotonic()
         self._parts[name] = self._parts.get(name, 0.0) + now - self._last
         self._last = now
@@ -34,21 +34,25 @@ class StartUp:
 
 
 def _process_age() -> float:
-    """Seconds since this process was started, where /proc tells; else 0."""
+    """Seconds since this process was started; 0 where there is no /proc."""
     try:
-        ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        fields = pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
     except FileNotFoundError:
         return 0.0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 @contextlib.contextmanager
 def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """How far a job over images is: a bar on a terminal, elsewhere a log line every PROGRESS_SECONDS; by process 0 alone.
+    """Shows how far a job over images is; process 0 does it alone.
 
-    Yields a function that is told how many more are done.
+    A bar on a terminal, elsewhere a log line every PROGRESS_SECONDS.
+    Args: done: images that were finished before this start; they do not count in the speed.
+    Yields: a function that is told how many more images are done.
     """
-    terminal, shows = sys.stderr.isatty(), jax.process_index() == 0
+    shows = jax.process_index() == 0
+    terminal = sys.stderr.isatty()
     columns = (
         TextColumn(name),
         BarColumn(),
@@ -56,9 +60,11 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
         TextColumn("images"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not (terminal and shows)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (terminal and shows)) as bar:
         task = bar.add_task("", total=total, completed=done)
-        before, start = done, time.monotonic()
+        before = done
+        start = time.monotonic()
         logged = start
 
         def advance(count: int) -> None:
@@ -75,13 +81,14 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
                     done,
                     total,
                     speed,
-                    _duration((total - done) / speed),
+                    format_duration((total - done) / speed),
                 )
 
         yield advance
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """7384 s as "2h03m", 61 s as "1m01s"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,9 +1,8 @@
-"""The lock of a workdir: two runs that write to one would cut each other's files to pieces."""
+"""The lock of a workdir: two runs that write to one would overwrite each other's files."""
 
 import contextlib
 import fcntl
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Iterator
@@ -12,37 +11,44 @@ from typing import TextIO
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
-WAIT_SECONDS = (
-    10  # a run that was told to stop may overlap a little with the one that goes on from it
-)
+from lit_jax.runtime import storage
+
+# A run that was told to stop may still be saving when the next one starts.
+WAIT_SECONDS = 10
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir`; process 0 does it for all processes of this one.
+def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
+    """Keeps other runs out of `workdir`; process 0 locks it for all processes of this run.
 
-    The lock is the kernel's, not the file: it goes with the process in whatever way that ends, so none is ever stale.
-    Raises: ValueError, on every process, when another run still holds it after WAIT_SECONDS.
+    The kernel holds the lock, not the file: it ends with the process, however that ends, so no
+    lock is left behind. An object store has no locks; there the log says so.
+    Raises: ValueError, on every process, when another run has the lock after WAIT_SECONDS.
     """
     with contextlib.ExitStack() as stack:
-        owner = ""
-        if jax.process_index() == 0:
-            file = stack.enter_context(open(workdir / "lock", "a+"))
-            owner = _lock(file)
-            if not owner:
+        other = ""
+        if storage.is_object_store(workdir):
+            _log_unlocked(workdir, "an object store has no locks")
+        elif jax.process_index() == 0:
+            file = stack.enter_context(open(epath.Path(workdir) / "lock", "a+"))
+            other = _lock(file)
+            if not other:
                 stack.callback(file.truncate, 0)
-        if multihost_utils.broadcast_one_to_all(np.bool_(owner)):
+
+        if multihost_utils.broadcast_one_to_all(np.bool_(other)):
             raise ValueError(
-                f"--workdir={workdir} is in use by {owner or 'another run, which process 0 names'}; let that end "
-                f"or stop it, or use another --workdir"
+                f"--workdir={workdir} is in use by "
+                f"{other or 'another run, which process 0 names'}; let that end or stop it, "
+                f"or use another --workdir"
             )
         yield
 
 
 def _lock(file: TextIO) -> str:
-    """Locks the file and writes into it who holds it; returns who else does, "" for nobody."""
+    """Locks the file and writes this process into it; returns the other owner, "" for none."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -53,15 +59,22 @@ def _lock(file: TextIO) -> str:
                 file.seek(0)
                 return file.read().strip() or "another process"
             time.sleep(0.2)
-        except OSError as error:
-            logging.info(
-                "%s cannot be locked (%s): see to it yourself that no second run uses this workdir",
-                file.name,
-                error.strerror,
-            )
+        except OSError as error:  # a mounted object store, for one
+            _log_unlocked(file.name, error.strerror or str(error))
             return ""
-    file.truncate(0)  # who was killed has left its name
+
+    # A process that was killed left its name in the file.
+    file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
     file.flush()
     return ""
+
+
+def _log_unlocked(path: epath.PathLike, reason: str) -> None:
+    if jax.process_index() == 0:
+        logging.info(
+            "%s cannot be locked (%s): make sure that no second run uses this workdir",
+            path,
+            reason,
+        )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import debug
 from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
-from lit_jax.porting.read import read_checkpoint
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -22,21 +23,6 @@ QUIET = [
     "--config.report.num_images=0",
     "--config.optimizer.schedule=constant",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The same programs are compiled again and again here; JAX's cache on disk keeps them."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +121,13 @@ def test_the_report_adds_up(first_run):
 
 
 def test_everything_but_attention_came_from_the_teacher(first_run):
-    """The ends of the student are the torch teacher's, but for three steps of training at 1e-3."""
+    """The ends of the student are the teacher's, but for three steps of training at 1e-3."""
     workdir, _ = first_run
     inherited = json.loads((workdir / "inheritance.json").read_text())
     assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
     teacher = command.write_teacher(workdir.parent / "again.safetensors")
     params, metadata = checkpoint.restore_params(workdir, ema=False)
-    difference = (
-        params["final_layer"]["linear"]["kernel"]
-        - teacher.final_layer.linear.weight.detach().numpy().T
-    )
+    difference = params["final_layer"]["linear"]["kernel"] - teacher["final_layer.linear.weight"].T
     assert 0 < np.abs(difference).max() < 4e-3
     assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
 
@@ -265,9 +248,12 @@ def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
 
 def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
     """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
-    torch_teacher = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
-    source = read_checkpoint(tmp_path / "teacher.safetensors", weights="ema")
-    params = train.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
+    written = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
+    config = debug.get_config()
+    config.teacher.update(checkpoint=str(tmp_path / "teacher.safetensors"), dtype="bfloat16")
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = experiment.load_teacher()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
     shapes = {
@@ -284,7 +270,7 @@ def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
         "bias": (2, 384),
     }  # of 512 a quarter; 768 stay whole
     assert len(mlp["fc1"]["kernel"].sharding.device_set) == 8
-    expected = torch_teacher.blocks[1].mlp.fc1.weight.detach().numpy().T
+    expected = written["blocks.1.mlp.fc1.weight"].T
     np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
 
 

@@ -1,5 +1,9 @@
 """Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
 
+import concurrent.futures
+import contextlib
+import http.server
+import json
 import os
 import signal
 import socket
@@ -9,6 +13,7 @@ import time
 import jax
 import lives
 import pytest
+from jax.experimental import multihost_utils
 
 from lit_jax.runtime import cluster, exit_status, preemption, workdir_lock
 
@@ -156,18 +161,25 @@ def test_a_checkpoint_that_cannot_be_written_stops_both_at_once(server):
     assert f"in {workdir}/checkpoints cannot be written: " in processes[0].text().splitlines()[-1]
 
 
-def test_processes_with_different_configs_are_named_on_both_sides(server):
-    first, second = server.run_together(
-        server.folder / "differing", 2, *WIDE, each=("--config.seed=1", "--config.seed=2")
-    )
-    for life in (first, second):
-        assert life.wait() == 1
+@pytest.mark.parametrize(
+    "each, field, values",
+    [
+        (("--config.seed=1", "--config.seed=2"), "has seed = 2, process 0 (", "has 1"),
+        # As many devices in each process are what JAX needs to compare the rest.
+        (
+            ("--config.mesh.cpu_devices=1", "--config.mesh.cpu_devices=2"),
+            "process 1 has 2 devices, process 0 has 1 ",
+            "(mesh.cpu_devices",
+        ),
+    ],
+)
+def test_processes_with_different_configs_are_named_on_both_sides(server, each, field, values):
+    processes = server.run_together(server.folder / "differing", 2, *WIDE, each=each)
+    for life in processes:
+        assert life.wait() == 1, life.text()
         message = life.text().splitlines()[-1]
-        assert (
-            message.startswith("error: process 1 (")
-            and "has seed = 2, process 0 (" in message
-            and "has 1" in message
-        )
+        assert message.startswith("error: process 1 "), message
+        assert field in message and values in message
 
 
 def test_a_workdir_in_use_is_refused_by_all_processes(server):
@@ -185,15 +197,44 @@ def test_a_workdir_in_use_is_refused_by_all_processes(server):
     assert [path.name for path in workdir.iterdir()] == ["lock"]
 
 
-def test_a_process_that_does_not_come_is_named(server):
+def test_a_process_that_does_not_come_is_named_by_all_others(server):
+    started = time.monotonic()
     processes = server.run_together(
-        server.folder / "missing", 2, *WIDE, "--config.mesh.join_timeout=5", present=1
+        server.folder / "missing", 3, *WIDE, "--config.mesh.join_timeout=5", present=2
     )
-    assert processes[0].wait() == exit_status.EXIT_TRY_AGAIN, processes[0].text()
-    assert "process 1 of 2 did not come within 5 s" in processes[0].text()
+    for life in processes:
+        assert life.wait() == exit_status.EXIT_TRY_AGAIN, life.text()
+        message = life.text().splitlines()[-1]
+        assert message.startswith("process 2 of 3 did not come within 5 s (mesh.join_timeout)")
+        assert message.endswith("2 of 3 processes came")
+    assert time.monotonic() - started < 60
+    assert not list((server.folder / "missing").iterdir())
+
+
+def test_when_process_zero_does_not_come_the_others_say_where_they_looked(server):
+    with socket.socket(type=socket.SOCK_DGRAM) as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    life = server.start(
+        server.folder / "no_zero", *WIDE, "--config.mesh.join_timeout=3", environ=environ
+    )
+    assert life.wait() == exit_status.EXIT_TRY_AGAIN, life.text()
+    message = life.text().splitlines()[-1]
+    assert f"process 0 of 2 did not answer at {address} within 3 s (mesh.join_timeout)" in message
 
 
 # Below: in this process.
+
+
+def leaver(left):
+    """Stands in for os._exit: remembers the status, and ends the test's block with it."""
+
+    def leave(status):
+        left.append(status)
+        raise SystemExit(status)
+
+    return leave
 
 
 def test_the_environment_says_how_to_join(monkeypatch):
@@ -237,50 +278,99 @@ def test_the_environment_says_how_to_join(monkeypatch):
     )
 
 
-def test_slurm_and_the_tpu_platform_say_who_is_who(monkeypatch):
+def test_the_environment_says_who_belongs_to_the_run():
+    explicit = {
+        "JAX_COORDINATOR_ADDRESS": "[::1]:1234",
+        "JAX_NUM_PROCESSES": "4",
+        "JAX_PROCESS_ID": "2",
+    }
+    assert cluster.find_roll(explicit) == cluster.Roll("::1", 1234, count=4, index=2)
     slurm = {
         "SLURM_JOB_ID": "4100",
         "SLURM_STEP_NODELIST": "node[03-04],other7",
         "SLURM_NTASKS": "16",
         "SLURM_PROCID": "9",
-        "SLURM_LOCALID": "1",
     }
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    found = cluster.ask_cluster(cluster.find_cluster(slurm)["cluster_detection_method"], 1.0)
-    assert found.pop("coordinator_address").startswith("node03:")
-    assert found == {"num_processes": 16, "process_id": 9, "local_device_ids": [1]}
-    for name in slurm:
-        monkeypatch.delenv(name)
-    from jax._src.clusters import (
-        cloud_tpu_cluster,  # as on a GKE node with TPUs, four hosts in each of two slices
-    )
-
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    expected = cluster.Roll("node03", 61444, count=16, index=9)
+    assert cluster.find_roll(slurm) == expected
+    for nodes in ("node03", "node03,other7", "node[03,05-07]"):
+        assert cluster.find_roll(slurm | {"SLURM_STEP_NODELIST": nodes}) == expected
+    # As on a GKE node with TPUs, four hosts in each of two slices.
     gke = {
-        "TPU_WORKER_HOSTNAMES": "localhost,b,c,d",
+        "TPU_WORKER_HOSTNAMES": "a,b,c,d",
         "TPU_WORKER_ID": "2",
         "MEGASCALE_NUM_SLICES": "2",
         "MEGASCALE_SLICE_ID": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "first:1234",
     }
-    for name, value in gke.items():
-        monkeypatch.setenv(name, value)
-    found = cluster.ask_cluster(None, 1.0)
-    assert found["coordinator_address"].startswith("localhost:")
-    assert (found["num_processes"], found["process_id"]) == (8, 6)
-    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "lit-jax-slice-0-0.invalid")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(
-        TimeoutError, match=r"within 0 s \(mesh.join_timeout\): .* lit-jax-slice-0-0.invalid"
-    ):
-        cluster.ask_cluster(None, 0.1)
+    assert cluster.find_roll(gke) == cluster.Roll("first", 8482, count=8, index=6)
+    one_slice = {name: gke[name] for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")}
+    assert cluster.find_roll(one_slice) == cluster.Roll("a", 8482, count=4, index=2)
+    assert cluster.find_roll({"TPU_SKIP_MDS_QUERY": "1"}) is None
+
+
+def test_the_metadata_of_a_tpu_vm_say_who_belongs_to_the_run():
+    attributes = {
+        "worker-network-endpoints": "vm0:0:10.0.0.7,vm1:1:10.0.0.8",
+        "agent-worker-number": "1",
+        "tpu-env": "ZONE: 'us'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
+    }
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            folder, _, name = self.path.rpartition("/")
+            assert folder == "/computeMetadata/v1/instance/attributes"
+            self.send_response(200 if name in attributes else 404)
+            self.end_headers()
+            self.wfile.write(attributes.get(name, "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
+        assert cluster.find_roll(environ) == cluster.Roll("10.0.0.7", 8482, count=4, index=3)
+        del attributes["agent-worker-number"]
+        assert cluster.find_roll(environ) is None
+        server.shutdown()
+
+
+def test_the_roll_call_takes_no_notice_of_other_programs_and_missing_names():
+    joining = concurrent.futures.Future()
+    with socket.socket(type=socket.SOCK_DGRAM) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+
+    def disturb_and_come():
+        with socket.socket(type=socket.SOCK_DGRAM) as client:
+            client.settimeout(1.0)
+            for message in (b"GET / HTTP/1.1", b"", b"3", b"1"):
+                while True:
+                    client.sendto(message, ("127.0.0.1", port))
+                    try:
+                        answers.append(json.loads(client.recv(1000)))
+                        break
+                    except (TimeoutError, ConnectionRefusedError):
+                        if message not in (b"3", b"1"):
+                            break
+        joining.set_result(None)
+
+    answers = []
+    other = threading.Thread(target=disturb_and_come)
+    other.start()
+    zero = cluster.Roll("localhost", port, count=4, index=0)
+    assert cluster.call_roll(zero, joining, time.monotonic() + 60) == {0, 1, 3}
+    other.join()
+    assert answers == [[0, 3], [0, 1, 3]]
+    nowhere = cluster.Roll("lit-jax-slice-0-0.invalid", port, count=4, index=2)
+    unjoined = concurrent.futures.Future()
+    assert cluster.call_roll(nowhere, unjoined, time.monotonic() + 0.5) == {2}
 
 
 def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch):
     reports = []
-    monkeypatch.setattr(cluster.faulthandler, "dump_traceback", reports.append)
+    monkeypatch.setattr(preemption.faulthandler, "dump_traceback", reports.append)
     watchdog = preemption.Watchdog(1.0)
     for now in range(30):
         watchdog.step_ended(now)
@@ -315,7 +405,7 @@ def test_the_exit_status_tells_bad_input_from_what_broke_once_training_had_begun
     monkeypatch, capsys, tmp_path, error, before, after
 ):
     left = []
-    monkeypatch.setattr(cluster.os, "_exit", left.append)  # then shared_fate goes on to sys.exit
+    monkeypatch.setattr(os, "_exit", leaver(left))
     for begun, expected in ((False, before), (True, after)):
         left.clear()
         with pytest.raises(type(error) if expected == "raised" else SystemExit) as end:
@@ -328,12 +418,13 @@ def test_the_exit_status_tells_bad_input_from_what_broke_once_training_had_begun
         if expected != "raised":
             assert end.value.code == expected
             assert str(error) in capsys.readouterr().err.splitlines()[-1]
-        # A crashed process does not wait for threads that may never end.
-        assert left == ([exit_status.EXIT_CRASHED] if expected == exit_status.EXIT_CRASHED else [])
+        # Without a wait for threads that may never end: those of a crash, and of the joining.
+        at_once = expected == exit_status.EXIT_CRASHED or isinstance(error, TimeoutError)
+        assert left == ([expected] if at_once else [])
 
 
 def test_the_third_crash_without_a_new_checkpoint_is_not_tried_again(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cluster.os, "_exit", lambda status: None)
+    monkeypatch.setattr(os, "_exit", leaver([]))
     statuses = []
     for step in (5, 5, 8, 8, 8):
         with pytest.raises(SystemExit) as end, exit_status.shared_fate(heartbeat=1.0):
@@ -350,23 +441,24 @@ def test_the_third_crash_without_a_new_checkpoint_is_not_tried_again(monkeypatch
 def test_a_port_that_is_busy_is_waited_for_and_then_named():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(TimeoutError, match=f"port {port} .* is in use"):
-            cluster.rendezvous(f"localhost:{port}", 1, 0, {}, timeout=0.5)
+        with pytest.raises(TimeoutError, match=f"port {port} of .*mesh.join_timeout.* in use"):
+            cluster.wait_for_port(port, time.monotonic() + 0.5)
         threading.Timer(0.5, other.close).start()
-        cluster.rendezvous(f"localhost:{port}", 1, 0, {}, timeout=60.0)
+        cluster.wait_for_port(port, time.monotonic() + 60.0)
 
 
 def test_a_process_that_fails_alone_leaves_although_the_others_are_silent(monkeypatch, capsys):
-    class Silent:
-        def get_live_nodes(self, everyone):
-            over.wait()
-            return everyone
-
     left, over = [], threading.Event()
-    runtime = type("Runtime", (), {"num_processes": 2, "client": Silent()})
-    monkeypatch.setattr(cluster, "_runtime", lambda: runtime)
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(cluster.os, "_exit", left.append)
+
+    @contextlib.contextmanager
+    def silent(devices):
+        over.wait()
+        yield devices
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "live_devices", silent)
+    monkeypatch.setattr(exit_status, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", leaver(left))
     with pytest.raises(SystemExit), exit_status.shared_fate(heartbeat=0.1):
         raise RuntimeError("out of memory, here alone")
     over.set()

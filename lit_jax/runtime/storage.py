@@ -1,0 +1,95 @@
+"""Where the files of a run lie: a folder, or an object store such as gs://bucket/run.
+
+`etils.epath` reads and writes both. An object store differs from a folder in three ways: a file
+appears when it is complete and replaces the old one at once, nothing can be appended to it, and
+it cannot be locked.
+"""
+
+from typing import BinaryIO
+
+from etils import epath
+
+SCHEMES = ("gs", "s3", "az", "hf")  # those that etils.epath knows
+
+
+def user_path(name: str, argument: str) -> epath.Path:
+    """The path that a user gives as `argument`, which the error names.
+
+    Raises: ValueError when it is a URL that cannot be opened here.
+    """
+    scheme, separator, _ = name.partition("://")
+    # Without this check, file://x and a misspelt gcs://bucket would become local folders.
+    if separator and scheme not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ValueError(f"{argument}={name} is neither a local folder nor one of {known}")
+
+    path = epath.Path(name)
+    try:
+        path.exists()
+    except ImportError as error:
+        raise ValueError(f"{argument}={name} needs a further package: {error}") from error
+    except Exception as error:  # each store has errors of its own: credentials, network, names
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{argument}={name} cannot be reached: {reason}") from error
+    return path
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether the path is that of an object, where a file cannot be changed in place."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root of the file system; a URL stays as it is."""
+    path = epath.Path(path)
+    return path if is_object_store(path) else path.absolute()
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Writes the text so that a kill leaves the old file or the new one, never a half."""
+    if is_object_store(path):
+        path.write_text(text)
+    else:
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        part.replace(path)
+
+
+def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | ObjectFile":
+    """Opens a file to write bytes at its end; `limit` is that of `ObjectFile`."""
+    return ObjectFile(path, limit) if is_object_store(path) else open(path, "ab")
+
+
+class ObjectFile:
+    """A file of an object store to which bytes can be appended.
+
+    Each flush uploads the object again, as a whole. Args: limit: an object that has grown to this
+    number of bytes is left as it is, and the file goes on in NAME.0001, NAME.0002 and so on; None
+    keeps it in one object, for files that stay small.
+    """
+
+    def __init__(self, path: epath.Path, limit: int | None = None):
+        self.name = str(path)
+        self._path = path
+        self._limit = limit
+        self._parts = 0
+        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        self._uploaded = len(self._content)
+
+    def write(self, data: bytes) -> int:
+        self._content += data
+        return len(data)
+
+    def flush(self) -> None:
+        if len(self._content) == self._uploaded:
+            return
+        self._path.write_bytes(bytes(self._content))
+        self._uploaded = len(self._content)
+        if self._limit and self._uploaded >= self._limit:
+            self._parts += 1
+            self._path = self._path.with_name(f"{epath.Path(self.name).name}.{self._parts:04d}")
+            self._content.clear()
+            self._uploaded = 0
+
+    def close(self) -> None:
+        self.flush()
