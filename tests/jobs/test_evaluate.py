@@ -1,17 +1,12 @@
 """The evaluation job, and evaluation during training: files of images in, reports out."""
 
 import json
-import os
 import pathlib
-import re
 
-import fsspec
-import jax
 import ml_collections
 import numpy as np
+import object_store
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tiny_extractor import make_extractor, random_images
 
@@ -160,23 +155,8 @@ def test_guidance_scales_are_compared(tmp_path, tiny_features):
         evaluate.run(make_config(compare=tuple(files), compare_across=()), tmp_path / "all")
 
 
-@pytest.fixture
-def compilation_cache(tmp_path):
-    """Training, its previews and its report, and sampling compile the same programs."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def test_training_shows_and_scores_what_sampling_and_evaluation_do_after_it(
-    tmp_path, tiny_features, compilation_cache
+    tmp_path, tiny_features
 ):
     """The EMA of the last step, images of the same numbers: the same pictures and scores."""
     np.savez(tmp_path / "reference.npz", arr_0=random_images(12, size=28)[..., :1])
@@ -329,24 +309,10 @@ def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, me
     assert not (tmp_path / "workdir").exists()
 
 
-class Bucket(MemoryFileSystem):
-    """An object store in memory."""
-
-    protocol = ("gs", "gcs")
-    store = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(re.sub("^gc?s://", "", os.fspath(path)))
-
-
 @pytest.fixture
-def bucket(tmp_path):
-    """A folder of its own in an object store."""
-    for name in Bucket.protocol:
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    return epath.Path("gs://bucket") / tmp_path.name
+def bucket(monkeypatch):
+    with object_store.serve(monkeypatch) as bucket:
+        yield bucket
 
 
 def save(path, **arrays):
