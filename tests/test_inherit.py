@@ -214,7 +214,7 @@ def test_misspelt_names_are_refused(kwargs, message):
 def test_a_convolution_is_not_loaded_into_a_student_without_one():
     with pytest.raises(
         ValueError,
-        match="inherit.load names conv, but the student has no convolution: .*blocks/attn/kv/bias",
+        match="load = conv, but the student has no convolution: .*blocks/attn/kv/bias",
     ):
         inherit.merge_params(make_params("linear"), make_student(conv_size=0), load=("conv",))
 
