@@ -87,6 +87,7 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict):
+        # Settings first, and all of them: a mistake in sample.* is told before hours of training.
         fields.check(config)
         self.config = config
         self.process = GaussianDiffusion()
@@ -117,10 +118,12 @@ class Experiment:
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
+        # The model takes any grid; this one is what checkpoints say it was trained on.
         side = model.input_size // found.patch_size
         return dataclasses.replace(found, grid=(side, side))
 
     def _check_implementations(self) -> None:
+        # The names only. Whether the devices can run one is asked once they are known.
         linear = self.model_config.attention == "linear"
         known = {
             "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
@@ -132,6 +135,7 @@ class Experiment:
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
+        # These live in other groups of the config than the rest.
         names = {
             "dropout": "train.label_dropout",
             "accumulation": "train.accumulation",
@@ -215,6 +219,7 @@ class Experiment:
             raise ValueError(
                 f"teacher.num_heads = {num_heads} does not divide the width {found.width} of {path}"
             )
+        # A guard for the user: a teacher of another size distils without any error.
         if teacher.size:
             wanted = SIZES.get(teacher.size)
             if wanted is None or wanted[:2] != (found.depth, found.width):
@@ -233,6 +238,7 @@ class Experiment:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
+        # What no size names is taken from the student, whose teacher it is.
         like_the_student = {
             name: getattr(self.model_config, name)
             for name in ("patch_size", "qkv_bias", *CONVENTIONS)
@@ -261,6 +267,7 @@ class Experiment:
         if self.teacher_checkpoint is None:
             return None
         params = self.teacher_checkpoint.params
+        # Each device reads its part of the file. The cast comes after: a file holds float32.
         loaded = load_params(params, sharding.fsdp_sharding(params, self.mesh))
         return jax.tree.map(lambda x: x.astype(self.config.teacher.dtype), loaded)
 
@@ -333,6 +340,7 @@ class Experiment:
             for name, tree in checkpoint.params.items()
             if name in ("encoder", "quant_conv")
         }
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
         everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
         with naming("autoencoder"):
             built = make_autoencoder(
@@ -365,6 +373,7 @@ class Experiment:
     def batches(self) -> Any:
         """The endless batches of this process's rows; see `pipeline.make_batches`."""
         config = self.config
+        # A process reads the rows that its own devices hold, so no batch crosses the network.
         rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
         with naming("train"):
             return pipeline.make_batches(
@@ -440,6 +449,7 @@ class Experiment:
 
     def check_platform(self) -> None:
         """Raises ValueError for an attention by name that the devices of the mesh cannot run."""
+        # All devices of a mesh are of one kind.
         platform = self.mesh.devices.flat[0].platform
         for group in ("model", "teacher"):
             name = self.config[group].implementation
@@ -487,6 +497,7 @@ class Experiment:
                 f"data.name = {data.name} holds latents of {encoder}, but autoencoder.checkpoint "
                 f"is empty: name it, or set {' and '.join(asked_for)} to 0"
             )
+        # Another encoder or scale would shift the latents without any error.
         for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
             stored = data.autoencoder[name]
             asked = identity[name] if identity else config.autoencoder.get(name) or stored
@@ -522,6 +533,7 @@ class Experiment:
         """
         config = self.config
         teacher = self.teacher_checkpoint
+        # The keys are stored in checkpoints: renaming one would let a changed field pass.
         decisive = {
             "seed": config.seed,
             "data.records": self.dataset.fingerprint(),
@@ -538,6 +550,7 @@ class Experiment:
             for name, value in config[group].items():
                 if name != "implementation":
                     decisive[f"{group}.{name}"] = value
+        # A cosine's length decides every step; a constant rate's does not.
         if config.optimizer.schedule != "constant":
             decisive["train.steps"] = config.train.steps
         return decisive

@@ -293,7 +293,7 @@ def make_train_step(
 
         bad = (~finite).astype(jnp.int32)
         good_steps = state.step - state.skipped  # a skipped step does not advance the schedule
-        # The norm of the parameters is that before the update. That of the new ones would change how
+        # The norm of the parameters is that before the update. That of the new ones changes how
         # XLA fuses the update on a CPU, and with it the last bits of the EMA.
         metrics = terms | {
             "grad_norm": grad_norm,
