@@ -383,7 +383,7 @@ _LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}"
 
 
 def replica_groups(attributes: str) -> np.ndarray:
-    """The chips that a collective's attributes name, (groups, chips); of a permutation, its pairs."""
+    """The chips that a collective names, (groups, chips); of a permutation, its pairs."""
     if found := _MESH.search(attributes):
         return _mesh_groups(*found.groups())
     if found := _IOTA.search(attributes):

@@ -104,8 +104,10 @@ def train(
     if restored:
         first_step, items, data_state, metadata = restored
         state = TrainState.from_items(items)
-        for metrics in metadata["window"]:
-            window.append({name: np.float32(value) for name, value in metrics.items()})
+        window += [
+            {name: np.float32(value) for name, value in metrics.items()}
+            for metrics in metadata["window"]
+        ]
         logging.info("resumed from step %d of %s", first_step, workdir)
     else:
         first_step = 0
