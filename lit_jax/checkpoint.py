@@ -1,9 +1,9 @@
 """Orbax checkpoints: the train state of a run, and parameters alone.
 
-A training checkpoint is `checkpoints/STEP/` with the items params, ema_params, opt_state, train
-(step and counters), data (the iterator's state, JSON) and metadata (JSON). A parameter checkpoint
-is a folder of the same form with params and metadata only. Everything that reads parameters reads
-both.
+A training checkpoint is `checkpoints/STEP/` with the items params,
+ema_params, opt_state, train (step and counters), data (the iterator's state,
+JSON) and metadata (JSON). A parameter checkpoint is a folder of the same form
+with params and metadata only. Everything that reads parameters reads both.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ class DamagedError(Exception):
 class Checkpointer:
     """Saves and restores the train state of one run.
 
-    It saves in the background. Args: keep: the number of the newest checkpoints that stay.
+    It saves in the background. Args: keep: the number of the newest
+    checkpoints that stay.
     keep_every: each checkpoint of a multiple of this step stays too; 0: none.
     """
 
@@ -53,8 +54,8 @@ class Checkpointer:
         self._saving: int | None = None
         self._failure: Exception | None = None
         self._wait_for_others = ocp.multihost.get_barrier_sync_fn()
-        # Folders are made before `save` returns: a failure to make one in the background would
-        # leave Orbax waiting for 300 s.
+        # Folders are made before `save` returns: a failure to make one in the
+        # background would leave Orbax waiting for 300 s.
         in_background = ocp.AsyncOptions(
             barrier_sync_fn=self._barrier, create_directories_asynchronously=False
         )
@@ -68,9 +69,10 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=ARRAY_ITEMS + JSON_ITEMS
         )
-        # JAX's preemption service agrees on a number, and preemption.Preemption gives it numbers
-        # of its own. A step among them, which Orbax would give it in `save`, could delay the stop
-        # by as many steps as the run has made.
+        # JAX's preemption service agrees on a number, and
+        # preemption.Preemption gives it numbers of its own. A step among
+        # them, which Orbax would give it in `save`, could delay the stop by
+        # as many steps as the run has made.
         self._manager.reached_preemption = lambda step: False
 
     def save(self, step: int, items: dict[str, Any], *, data: dict, metadata: dict) -> None:
@@ -79,7 +81,8 @@ class Checkpointer:
         It first waits for an earlier save to end.
         Args:
           items: the trees of ARRAY_ITEMS.
-          data: the state of the data iterator, JSON values. metadata: JSON values.
+          data: the state of the data iterator, JSON values. metadata: JSON
+            values.
         Raises: OSError naming the folder when files cannot be written.
         """
         self.wait()
@@ -116,20 +119,24 @@ class Checkpointer:
     ) -> tuple[int, dict[str, Any], dict, dict] | None:
         """Restores the newest readable checkpoint onto the shardings of `items_shape`.
 
-        A damaged checkpoint (unreadable, or not what was saved) is named in the log, renamed to
-        `STEP.damaged` and skipped. Where there are several processes, perhaps only one has seen
-        the damage; the run then stops after the renaming. An error of the file system says
-        nothing about the checkpoint: it stops the run and leaves everything where it is.
+        A damaged checkpoint (unreadable, or not what was saved) is named in
+        the log, renamed to `STEP.damaged` and skipped. Where there are
+        several processes, perhaps only one has seen the damage; the run then
+        stops after the renaming. An error of the file system says nothing
+        about the checkpoint: it stops the run and leaves everything where it
+        is.
 
         Args:
           items_shape: {item: a tree of ShapeDtypeStruct with shardings}.
-          fields: config fields that must be as they were, compared with metadata["fields"].
+          fields: config fields that must be as they were, compared with
+            metadata["fields"].
           force: only warn when they are not.
-        Returns: step, the item trees, the data iterator's state, the metadata; None if there is no
-          checkpoint.
+        Returns: step, the item trees, the data iterator's state, the
+          metadata; None if there is no checkpoint.
         Raises:
-          ValueError: checkpoints are or were there, but none can be read; or the newest is of
-            another run, with other fields or other parameters.
+          ValueError: checkpoints are or were there, but none can be read; or
+            the newest is of another run, with other fields or other
+            parameters.
           TryAgainError: one of several processes meets a damaged checkpoint.
           OSError: the newest cannot be read for another reason than damage.
         """
@@ -147,8 +154,8 @@ class Checkpointer:
                     ) from error
                 self._manager.reload()
 
-        # Those that an earlier start has renamed count too: a run that has made steps never
-        # begins again by itself.
+        # Those that an earlier start has renamed count too: a run that has
+        # made steps never begins again by itself.
         aside = sorted(path.name for path in self.directory.glob("*.damaged*"))
         if aside:
             raise ValueError(
@@ -252,8 +259,8 @@ class Checkpointer:
 
         Raises: OSError as soon as it has failed, as `save` does.
         """
-        # Orbax's own wait reports a failure only after all other processes have come to its
-        # barrier, which they may never do.
+        # Orbax's own wait reports a failure only after all other processes
+        # have come to its barrier, which they may never do.
         while self._manager.is_saving_in_progress():
             self.check()
             time.sleep(0.01)
@@ -262,7 +269,8 @@ class Checkpointer:
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's wait for the other processes, in its thread or in ours."""
-        # A thread of Orbax that comes here while it handles an exception has failed to save.
+        # A thread of Orbax that comes here while it handles an exception has
+        # failed to save.
         in_background = threading.current_thread() is not threading.main_thread()
         error = sys.exception()
         if in_background and error and not self._failure:
@@ -291,14 +299,15 @@ class Checkpointer:
 def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
     """Writes a parameter checkpoint.
 
-    Args: path: a new or empty folder. metadata: JSON values (model fields, origin).
+    Args: path: a new or empty folder. metadata: JSON values (model fields,
+      origin).
     Raises: ValueError when the folder has files.
     """
     path = orbax_path(path)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} already holds files; a checkpoint needs a new or empty folder")
-    # Orbax copies what it writes. With more than 1 GB of it at once, a port would need the memory
-    # of two trees.
+    # Orbax copies what it writes. With more than 1 GB of it at once, a port
+    # would need the memory of two trees.
     handlers = {
         "params": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
         "metadata": ocp.JsonCheckpointHandler(),
@@ -335,12 +344,13 @@ def restore_params(
 
     Args:
       path: a parameter checkpoint, a training checkpoint or a workdir.
-      shardings: tree of shardings like the parameters, or None for host memory (NumPy).
+      shardings: tree of shardings like the parameters, or None for host
+        memory (NumPy).
       ema: the EMA parameters where a training checkpoint has both.
-    Returns: params and the metadata dict; in it "weights" says what was read, "ema_params" or
-      "params".
-    Raises: FileNotFoundError when there is no checkpoint at `path`, ValueError when it cannot be
-      read.
+    Returns: params and the metadata dict; in it "weights" says what was read,
+      "ema_params" or "params".
+    Raises: FileNotFoundError when there is no checkpoint at `path`,
+      ValueError when it cannot be read.
     """
     folder = _find(orbax_path(path))
     if folder is None:
@@ -385,7 +395,8 @@ def shapes_of(item: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 def _saved_tree(item: epath.PathLike) -> Any:
     """The tree of one saved item; leaves have shape and dtype."""
-    # Not ocp.Checkpointer, which looks for a commit mark that an item does not have.
+    # Not ocp.Checkpointer, which looks for a commit mark that an item does
+    # not have.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.metadata(epath.Path(item)).tree
 
@@ -398,7 +409,8 @@ def reading(path: epath.PathLike) -> Iterator[None]:
     """Sorts the many kinds of errors that reading the checkpoint at `path` can raise.
 
     The block must do nothing else.
-    Raises: OSError where the machine or its file system failed, DamagedError for all others.
+    Raises: OSError where the machine or its file system failed, DamagedError
+      for all others.
     """
     try:
         yield
@@ -420,7 +432,8 @@ def machine_failure(error: BaseException | None) -> BaseException | None:
     while error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         of_system = isinstance(error, MemoryError | OSError) and not missing
-        # TensorStore raises ValueError for everything and quotes what the system or XLA said.
+        # TensorStore raises ValueError for everything and quotes what the
+        # system or XLA said.
         quoted = any(sign in str(error) for sign in ("os_error_code", "RESOURCE_EXHAUSTED"))
         if of_system or quoted:
             return error
@@ -436,8 +449,9 @@ def checksum(value: Any) -> str:
 def fingerprints(items: dict[str, Any]) -> dict[str, int]:
     """A number for each tree, which every changed bit changes.
 
-    It is the same on any mesh, and takes as long as reading the arrays once. Compressed chunks on
-    a disk carry no checksum of their own: a flipped bit can read as another weight.
+    It is the same on any mesh, and takes as long as reading the arrays once.
+    Compressed chunks on a disk carry no checksum of their own: a flipped bit
+    can read as another weight.
     """
     return {name: int(value) for name, value in jax.device_get(_fingerprints(items)).items()}
 
@@ -447,8 +461,9 @@ def _fingerprints(items: dict[str, Any]) -> dict[str, jax.Array]:
     def of_leaf(leaf: jax.Array) -> jax.Array:
         bits_dtype = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(leaf, bits_dtype).astype(jnp.uint32)
-        # Every element has another odd weight, so that swapped blocks show. The place is a sum
-        # over the axes, for a reshape would gather the shards.
+        # Every element has another odd weight, so that swapped blocks show.
+        # The place is a sum over the axes, for a reshape would gather the
+        # shards.
         strides = np.cumprod([1, *leaf.shape[:0:-1]])[::-1][: leaf.ndim].tolist()
         place = [
             jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % 2**32)

@@ -1,7 +1,7 @@
 """Command line: flags, start-up, pick the job.
 
 python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
-    [--config.field=value ...]
+[--config.field=value ...]
 """
 
 import contextlib
@@ -85,9 +85,9 @@ def main(argv: list[str]) -> None:
 def only_libtpu() -> bool:
     """Whether JAX could find no device but a TPU or the CPU: no plugin for others is installed.
 
-    JAX sets jax_platforms itself where it sees a TPU. Where it does not see one, it would start
-    libtpu all the same, which planning wants installed on any machine, and libtpu would complain
-    of the TPU that is not there.
+    JAX sets jax_platforms itself where it sees a TPU. Where it does not see
+    one, it would start libtpu all the same, which planning wants installed on
+    any machine, and libtpu would complain of the TPU that is not there.
     """
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not (importlib.util.find_spec("jax_plugins") or plugins)

@@ -19,7 +19,8 @@ def plot_curves(workdir: epath.PathLike) -> None:
 
     Does nothing if the file has no steps.
     """
-    # Not at the top, for it takes a second; not pyplot, which would look for a display.
+    # Not at the top, for it takes a second; not pyplot, which would look for
+    # a display.
     from matplotlib.figure import Figure
 
     lines = metric_writer.read_training(workdir)
@@ -62,7 +63,8 @@ def image_grid(
 
     Args:
       rows: uint8, each (n, h, w, 1 or 3); n may differ.
-      scale: pixels an image pixel becomes; 0 enlarges small images to about 56 pixels.
+      scale: pixels an image pixel becomes; 0 enlarges small images to about
+        56 pixels.
     """
     h, w = rows[0].shape[1:3]
     scale = scale or max(1, round(56 / h))

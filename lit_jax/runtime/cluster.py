@@ -26,7 +26,8 @@ from jax.experimental import multihost_utils
 
 ROLL_CALL_SECONDS = 0.2  # between two datagrams of the roll call
 ZERO_FIRST_SECONDS = 600  # the others wait so long for process 0 to prepare something
-# At the end of a job, processes with nothing left to do wait for the one that writes a report.
+# At the end of a job, processes with nothing left to do wait for the one that
+# writes a report.
 SHUTDOWN_SECONDS = 86_400
 
 
@@ -36,9 +37,10 @@ SHUTDOWN_SECONDS = 86_400
 def find_cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments for jax.distributed.initialize that the environment implies.
 
-    In this order: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on any
-    cluster; JOB_COMPLETION_INDEX of a Kubernetes Job can replace the latter), a Slurm step of
-    several tasks, a TPU. JAX itself finds out the rest.
+    In this order: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (on any cluster; JOB_COMPLETION_INDEX of a Kubernetes Job
+    can replace the latter), a Slurm step of several tasks, a TPU. JAX itself
+    finds out the rest.
 
     Returns: the arguments; None when this process is alone.
     Raises: ValueError when the first group is incomplete or makes no sense.
@@ -82,7 +84,8 @@ def tpu_attached() -> bool:
 class Roll:
     """The processes that a run waits for.
 
-    host, port: process 0 listens there. count: the number of processes. index: of this process.
+    host, port: process 0 listens there. count: the number of processes.
+      index: of this process.
     """
 
     host: str
@@ -94,7 +97,8 @@ class Roll:
 def find_roll(environ: Mapping[str, str]) -> Roll | None:
     """Who belongs to the run that `find_cluster` finds, for the message that names the missing.
 
-    jax.distributed learns the same from the same variables, but offers no way to ask it.
+    jax.distributed learns the same from the same variables, but offers no way
+    to ask it.
     Returns: None where the environment does not tell.
     """
     if address := environ.get("JAX_COORDINATOR_ADDRESS"):
@@ -133,7 +137,8 @@ def _find_tpu_roll(environ: Mapping[str, str]) -> Roll | None:
     if not hosts or not worker:
         return None
 
-    # An entry is HOST or HOST:PORT, or NAME:ID:HOST in the metadata of older TPU VMs.
+    # An entry is HOST or HOST:PORT, or NAME:ID:HOST in the metadata of older
+    # TPU VMs.
     entries = [entry.split(":") for entry in hosts.split(",")]
     first = slices.get("MEGASCALE_COORDINATOR_ADDRESS")
     host = first.split(":")[0] if first else entries[0][2 if len(entries[0]) == 3 else 0]
@@ -172,8 +177,8 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
       fields: nested JSON values, on which the processes must agree.
       timeout: seconds to wait for all processes.
       heartbeat: seconds of silence after which a process counts as gone.
-    Raises: TimeoutError naming the processes that did not come, ValueError naming those that
-      differ from process 0.
+    Raises: TimeoutError naming the processes that did not come, ValueError
+      naming those that differ from process 0.
     """
     arguments = find_cluster(os.environ)
     if arguments is None:
@@ -186,9 +191,10 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
     if roll and roll.index == 0:
         wait_for_port(roll.port, deadline)
 
-    # In a thread, for this call cannot be interrupted: when a process does not come, JAX aborts
-    # the others, without a name and with a status that no launcher understands. Its own time
-    # limit is therefore longer than ours.
+    # In a thread, for this call cannot be interrupted: when a process does
+    # not come, JAX aborts the others, without a name and with a status that
+    # no launcher understands. Its own time limit is therefore longer than
+    # ours.
     joining = concurrent.futures.ThreadPoolExecutor(1).submit(
         jax.distributed.initialize,
         **arguments,
@@ -205,7 +211,8 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
     except ValueError as error:
         if arguments or roll:
             raise
-        # A machine with a TPU, but none of JAX's clusters: a TPU VM in a container, for one.
+        # A machine with a TPU, but none of JAX's clusters: a TPU VM in a
+        # container, for one.
         logging.info("this process is alone: jax.distributed finds no cluster (%s)", error)
         return
     with _stacks_after(timeout):
@@ -215,8 +222,8 @@ def initialize(fields: dict[str, Any], *, timeout: float, heartbeat: int) -> Non
 def wait_for_port(port: int, deadline: float) -> None:
     """Returns when no other program listens at the TCP port.
 
-    JAX would not wait, and would even share the port with the service of an earlier run that is
-    about to end.
+    JAX would not wait, and would even share the port with the service of an
+    earlier run that is about to end.
     Args: deadline: of time.monotonic().
     Raises: TimeoutError when the port is still in use at the deadline.
     """
@@ -236,16 +243,18 @@ def wait_for_port(port: int, deadline: float) -> None:
 def call_roll(roll: Roll, joining: concurrent.futures.Future, deadline: float) -> set[int]:
     """Finds out which processes have come, until `joining` is done or the time is over.
 
-    Each process tells its number to process 0 by a datagram, and process 0 answers with all that
-    it has heard of. The run does not depend on it: the answer is for the message that names the
-    missing processes. The port is that of JAX's service, which listens with TCP, not UDP.
+    Each process tells its number to process 0 by a datagram, and process 0
+    answers with all that it has heard of. The run does not depend on it: the
+    answer is for the message that names the missing processes. The port is
+    that of JAX's service, which listens with TCP, not UDP.
 
     Args: deadline: of time.monotonic().
     Returns: the indices of the processes that have come, this one among them.
     """
     present = {roll.index}
     while not joining.done() and time.monotonic() < deadline:
-        # Lost datagrams, those of other programs, and a host without a name yet are no error.
+        # Lost datagrams, those of other programs, and a host without a name
+        # yet are no error.
         with contextlib.suppress(OSError, ValueError, TypeError):
             if roll.index == 0:
                 _hear_others(roll, joining, deadline, present)
@@ -316,12 +325,14 @@ def _stacks_after(seconds: float) -> Iterator[None]:
 def check_agreement(fields: dict[str, Any]) -> None:
     """Compares nested JSON values among the processes.
 
-    Raises: ValueError on every process, naming the host, the field and both values, when one
-      differs from process 0. The processes are disconnected then.
+    Raises: ValueError on every process, naming the host, the field and both
+      values, when one differs from process 0. The processes are disconnected
+      then.
     """
     problems = _compare_devices() or _compare_fields(fields)
     if problems:
-        # Together: a process that is still connected when process 0 ends would be aborted.
+        # Together: a process that is still connected when process 0 ends
+        # would be aborted.
         jax.distributed.shutdown()
         more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
         raise ValueError("; ".join(problems[:4] + more))
@@ -368,12 +379,14 @@ def _compare_fields(fields: dict[str, Any]) -> list[str]:
 def process_zero_first(name: str) -> Iterator[None]:
     """Process 0 runs the block before the others do, which then find the files that it leaves.
 
-    Args: name: of the barrier at which the others wait, for ZERO_FIRST_SECONDS at most.
+    Args: name: of the barrier at which the others wait, for
+      ZERO_FIRST_SECONDS at most.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    # Orbax's barrier waits in JAX's service: a collective would time out on some devices.
+    # Orbax's barrier waits in JAX's service: a collective would time out on
+    # some devices.
     wait = ocp.multihost.get_barrier_sync_fn()
     first = jax.process_index() == 0
     if not first:
@@ -386,7 +399,8 @@ def process_zero_first(name: str) -> Iterator[None]:
 def lost_processes(seconds: float) -> list[int]:
     """The processes of the run that no longer answer.
 
-    Args: seconds: how long to ask; processes that are silent longer are taken to be at work.
+    Args: seconds: how long to ask; processes that are silent longer are taken
+      to be at work.
     """
     lost: list[int] = []
 

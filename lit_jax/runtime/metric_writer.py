@@ -33,8 +33,10 @@ class MetricWriter:
       total_steps: at which the run ends, for the time left.
       images_per_step: of all devices together.
       flops_per_step: of all devices together.
-      peak_flops: FLOP/s of all devices together, for MFU; None where it is not known.
-      first_step: of the checkpoint from which the run goes on. Later lines are dropped.
+      peak_flops: FLOP/s of all devices together, for MFU; None where it is
+        not known.
+      first_step: of the checkpoint from which the run goes on. Later lines
+        are dropped.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class MetricWriter:
             self._lines = storage.open_to_append(self._lines_path)
             self._events_folder = epath.Path(workdir) / "tensorboard"
             self._events = _EventFile(self._events_folder)
-            # TensorBoard drops what an earlier run wrote for later steps than this.
+            # TensorBoard drops what an earlier run wrote for later steps than
+            # this.
             restart = SessionLog(status=SessionLog.START)
             self._write_events([Event(step=first_step + 1, session_log=restart)])
         if self._terminal:
@@ -146,9 +149,9 @@ class MetricWriter:
 class _EventFile(RecordWriter):
     """A new file of TensorBoard events.
 
-    Not tensorboardX's SummaryWriter: its thread dies on a full disk, and a program that goes on
-    writing then waits for ever. Nor its EventsWriter, which opens the file with packages of its
-    own on an object store.
+    Not tensorboardX's SummaryWriter: its thread dies on a full disk, and a
+    program that goes on writing then waits for ever. Nor its EventsWriter,
+    which opens the file with packages of its own on an object store.
     """
 
     def __init__(self, folder: epath.Path):

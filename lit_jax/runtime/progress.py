@@ -48,7 +48,8 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     """Shows how far a job over images is; process 0 does it alone.
 
     A bar on a terminal, elsewhere a log line every PROGRESS_SECONDS.
-    Args: done: images that were finished before this start; they do not count in the speed.
+    Args: done: images that were finished before this start; they do not count
+      in the speed.
     Yields: a function that is told how many more images are done.
     """
     shows = jax.process_index() == 0

@@ -1,8 +1,8 @@
 """Where the files of a run lie: a folder, or an object store such as gs://bucket/run.
 
-`etils.epath` reads and writes both. An object store differs from a folder in three ways: a file
-appears when it is complete and replaces the old one at once, nothing can be appended to it, and
-it cannot be locked.
+`etils.epath` reads and writes both. An object store differs from a folder in
+three ways: a file appears when it is complete and replaces the old one at
+once, nothing can be appended to it, and it cannot be locked.
 """
 
 from typing import BinaryIO
@@ -18,7 +18,8 @@ def user_path(name: str, argument: str) -> epath.Path:
     Raises: ValueError when it is a URL that cannot be opened here.
     """
     scheme, separator, _ = name.partition("://")
-    # Without this check, file://x and a misspelt gcs://bucket would become local folders.
+    # Without this check, file://x and a misspelt gcs://bucket would become
+    # local folders.
     if separator and scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise ValueError(f"{argument}={name} is neither a local folder nor one of {known}")
@@ -63,9 +64,10 @@ def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | Ob
 class ObjectFile:
     """A file of an object store to which bytes can be appended.
 
-    Each flush uploads the object again, as a whole. Args: limit: an object that has grown to this
-    number of bytes is left as it is, and the file goes on in NAME.0001, NAME.0002 and so on; None
-    keeps it in one object, for files that stay small.
+    Each flush uploads the object again, as a whole. Args: limit: an object
+    that has grown to this number of bytes is left as it is, and the file goes
+    on in NAME.0001, NAME.0002 and so on; None keeps it in one object, for
+    files that stay small.
     """
 
     def __init__(self, path: epath.Path, limit: int | None = None):

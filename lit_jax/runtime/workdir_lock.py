@@ -24,9 +24,11 @@ WAIT_SECONDS = 10
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Keeps other runs out of `workdir`; process 0 locks it for all processes of this run.
 
-    The kernel holds the lock, not the file: it ends with the process, however that ends, so no
-    lock is left behind. An object store has no locks; there the log says so.
-    Raises: ValueError, on every process, when another run has the lock after WAIT_SECONDS.
+    The kernel holds the lock, not the file: it ends with the process, however
+    that ends, so no lock is left behind. An object store has no locks; there
+    the log says so.
+    Raises: ValueError, on every process, when another run has the lock after
+      WAIT_SECONDS.
     """
     with contextlib.ExitStack() as stack:
         other = ""
