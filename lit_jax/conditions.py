@@ -48,6 +48,12 @@ def for_images(
 
 def check_dataset(model_config: Any, dataset: Any) -> None:
     """Raises ValueError where the records' conditions are not those that the model is told."""
+    wanted = set(model_config.condition_shapes(1))
+    if wanted != set(dataset.condition_fields):
+        raise ValueError(
+            f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
+            f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
+        )
     if dataset.num_classes != model_config.num_classes:
         raise ValueError(
             f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "

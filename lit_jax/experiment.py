@@ -297,7 +297,8 @@ class Experiment:
                     f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
-        inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
+        with naming("inherit"):
+            inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
 
     @property
     def inheritance(self) -> dict[str, tuple[str, ...]]:
@@ -333,13 +334,14 @@ class Experiment:
             if name in ("encoder", "quant_conv")
         }
         everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
-        built = make_autoencoder(
-            load_params(checkpoint.params, everywhere),
-            checkpoint.architecture,
-            dtype=wanted.dtype,
-            slice_size=wanted.slice_size,
-            tile_size=wanted.tile_size,
-        )
+        with naming("autoencoder"):
+            built = make_autoencoder(
+                load_params(checkpoint.params, everywhere),
+                checkpoint.architecture,
+                dtype=wanted.dtype,
+                slice_size=wanted.slice_size,
+                tile_size=wanted.tile_size,
+            )
         return built, {
             "name": epath.Path(wanted.checkpoint).name,
             "sha256": checkpoint.report.checksum,
@@ -454,6 +456,7 @@ class Experiment:
         data = self.dataset
         identity = self.autoencoder_identity
         wanted = (*self.input_size, self.model_config.in_channels)
+        # Read off the records' class: a data set of latents says which autoencoder made them.
         is_latent = isinstance(data, dataset.LatentDataset)
         if data.image_shape != wanted:
             raise ValueError(
@@ -464,7 +467,7 @@ class Experiment:
         with naming("model"):
             conditions.check_dataset(self.model_config, data)
         checkpoint = config.autoencoder.checkpoint
-        if not is_latent:
+        if not isinstance(data, dataset.LatentDataset):
             if identity:
                 raise ValueError(
                     f"autoencoder.checkpoint = {checkpoint}, but data.name = {data.name} holds "

@@ -234,12 +234,12 @@ def make_train_step(
 
     def loss_fn(params, teacher_params, x_start, noise, t, condition, drop):
         x_t = process.perturb(x_start, t, noise)
-        output = model.apply({"params": params}, x_t, t, condition, drop)
+        output: Any = model.apply({"params": params}, x_t, t, condition, drop)
         terms = process.loss(output, x_start, x_t, t, noise)
         if teacher is not None:
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
-            teacher_output = teacher.apply(frozen, x_t, t, condition, teacher_drop)
+            teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
             terms |= losses.distillation_terms(
                 process,
                 output,

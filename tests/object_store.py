@@ -203,6 +203,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(204)
 
 
+def upload(folder, target):
+    """Copies a local folder with all that is in it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(f"{target}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
 @contextlib.contextmanager
 def serve(monkeypatch):
     """Lets gs:// mean this store in the block; yields epath.Path("gs://bucket")."""
@@ -218,7 +225,8 @@ def serve(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("localhost", 0), _Handler) as server:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
-        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://localhost:{server.server_port}")
+        address = f"http://localhost:{server.server_port}"
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -94,9 +94,7 @@ class Previews:
         # All processes draw together and have all images; one writes.
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Through an open file: PIL itself writes to local paths only.
-            with self.path(step).open("wb") as file:
-                picture.save(file, format="png")
+            pictures.save_picture(self.path(step), picture)
         return picture
 
 

@@ -464,7 +464,14 @@ class DiT(nn.Module):
         x = FinalLayer(p * p * C_out, self.dtype, name="final_layer")(x, c)
         return unpatchify(x, (h, w), p)
 
-    def _attention(self) -> tuple[type[nn.Module], dict[str, Any]]:
+    def attention_module(self) -> SoftmaxAttention | LinearAttention:
+        """The attention of a block, to be asked what it computes; it has no parameters."""
+        attention, fields = self._attention()
+        return attention(**fields, dtype=self.dtype, parent=None)
+
+    def _attention(
+        self,
+    ) -> tuple[type[SoftmaxAttention] | type[LinearAttention], dict[str, Any]]:
         config = self.config
         fields: dict[str, Any] = dict(
             num_heads=config.num_heads,

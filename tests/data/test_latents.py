@@ -18,8 +18,9 @@ from lit_jax.data import pipeline
 from lit_jax.data.dataset import ImageDataset, LatentDataset, read_all
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import prepare, sample, train
+from lit_jax.models.dit import param_shapes
 from lit_jax.sampling import Sampler
-from lit_jax.train_step import images_to_model, init_params
+from lit_jax.train_step import images_to_model
 
 SHARED_TFDS = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
 H = 4
@@ -264,7 +265,7 @@ def test_a_sampler_decodes_what_it_draws(checkpoint):
     config.sample.update(steps=1, cfg_scale=1.0)
     experiment = Experiment(config)
     model = experiment.model
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = param_shapes(model.config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
     index = np.arange(5)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import debug
-from lit_jax import experiment
 from lit_jax.costs import tpu_schedule
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import benchmark
 from lit_jax.kernels.linear_attention import linear_attention
-from lit_jax.models.dit import forward_flops
+from lit_jax.models.dit import DiT, param_shapes
 
 
 def tiny_config(**model):
@@ -70,16 +70,13 @@ def test_the_models_that_are_timed_are_the_configs(measured, monkeypatch):
         "LiT with DiT teacher distillation step",
     ]
     B = 2
-    lit = experiment.student(config)
-    dit = lit.clone(attention="softmax", num_heads=4)
+    lit = Experiment(config).model
+    dit = DiT(dataclasses.replace(lit.config, attention="softmax", num_heads=4))
     for model, (args, out) in zip((dit, lit), (measured[0], measured[2])):
-        x, t, y = args[1:]
-        assert shapes(args[0]) == shapes(
-            jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y)["params"])
-        )
+        assert shapes(args[0]) == shapes(param_shapes(model.config))
         assert out.shape == (B, 4, 4, 8)
     # A millisecond each: TFLOP/s tells the FLOPs of a row.
-    forward = [forward_flops(model, (4, 4)) for model in (dit, lit)]
+    forward = [model.config.forward_flops((4, 4)) for model in (dit, lit)]
     expected = [forward[0], 3 * forward[0], forward[1], 3 * forward[1], 3 * forward[1] + forward[0]]
     np.testing.assert_allclose([row["TFLOP/s"] * 1e9 / B for row in rows], expected)
     assert all(

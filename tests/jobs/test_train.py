@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import debug
 from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
-from lit_jax.porting.read import read_checkpoint
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -248,8 +249,11 @@ def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
 def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
     """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
     written = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
-    source = read_checkpoint(tmp_path / "teacher.safetensors", weights="ema")
-    params = train.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
+    config = debug.get_config()
+    config.teacher.update(checkpoint=str(tmp_path / "teacher.safetensors"), dtype="bfloat16")
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = experiment.load_teacher()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
     shapes = {

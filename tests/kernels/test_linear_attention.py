@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from oracles import assert_close
 
-from lit_jax.kernels.linear_attention import _choose, linear_attention, take_or_xla
+from lit_jax.kernels.linear_attention import (
+    Case,
+    choose_implementation,
+    linear_attention,
+    take_or_xla,
+)
 
 
 def phi_and_slope(x, kernel_function):
@@ -36,7 +41,7 @@ def phi_and_slope(x, kernel_function):
 
 
 def oracle(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function="relu"):
-    """Output and gradients (dq, dkv, dconv_kernel, dconv_bias) in float64, by the O(T^2) attention matrix."""
+    """Output and gradients (dq, dkv, dconv_kernel, dconv_bias), float64, by the T x T matrix."""
     q, kv, do = (np.asarray(x, np.float64) for x in (q, kv, do))
     B, T, D = q.shape
     (h, w), H = grid, D // num_heads
@@ -104,6 +109,13 @@ def make_inputs(
         for s in ((K, K, head_width), (head_width,))
     )
     return q, kv, conv_kernel, conv_bias, do
+
+
+def case_of(inputs, *, num_heads, grid):
+    """The case that a call on `inputs` is."""
+    q, _, conv_kernel, *_ = inputs
+    K = 0 if conv_kernel is None else len(conv_kernel)
+    return Case(q.shape[2], num_heads, grid, K, dtype=q.dtype)
 
 
 def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
@@ -211,7 +223,8 @@ def test_the_gradient_of_v_is_summed_in_float32():
         for y in range(7)
         for x in range(7)
     )
-    # Four roundings to eight bits: of the convolution's part and of its sum with the attention's, which cancels, both times.
+    # Four roundings to eight bits: of the convolution's part and of its sum with the attention's,
+    # which cancels, both times.
     np.testing.assert_allclose(dv, expected.reshape(dv.shape), rtol=4 * 2**-8)
 
 
@@ -256,17 +269,8 @@ def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
         platform=platform, compute_capability=capability, device_kind="a device"
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert (
-        _choose(
-            width=2 * H,
-            num_heads=2,
-            grid=(16, 16),
-            conv_size=K,
-            kernel_function=kernel_function,
-            dtype=jnp.bfloat16,
-        )
-        == expected
-    )
+    case = Case(2 * H, 2, (16, 16), K, kernel_function)
+    assert choose_implementation(case) == expected
 
 
 @pytest.mark.parametrize(
@@ -274,7 +278,7 @@ def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
     [
         (dict(num_heads=3), "width 16 and num_heads 3"),
         (dict(num_heads=2.0), "width 16 and num_heads 2.0"),
-        (dict(grid=(-5, -3)), r"grid \(-5, -3\) and 15 tokens"),
+        (dict(grid=(-5, -3)), r"one token or more; got grid \(-5, -3\)"),
         (dict(q=jnp.zeros((0, 15, 16)), kv=jnp.zeros((0, 15, 32))), r"q \(0, 15, 16\)"),
         (dict(conv_kernel=jnp.zeros(())), r"got \(\)"),
         (dict(conv_kernel=jnp.zeros((3, 3, 8), int)), "got int32"),
