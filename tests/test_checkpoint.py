@@ -1,4 +1,7 @@
-"""Checkpoints: what is kept, what is restored and onto which devices, and what damaged or foreign ones lead to."""
+"""Checkpoints: which are kept, and what is restored onto which devices.
+
+Also: what happens where a checkpoint is damaged or comes from another run.
+"""
 
 import json
 import logging
@@ -137,7 +140,7 @@ def test_saving_copies_before_it_returns(tmp_path):
     run.close()
 
 
-# Damage. --------------------------------------------------------------------------------------------------------------
+# Damage. ------------------------------------------------------------------------------------------
 
 
 def spoil(item):
@@ -311,7 +314,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_left_alone(copy):
     assert folders(copy) == ["2", "4", "6"]
 
 
-# Parameters alone. ----------------------------------------------------------------------------------------------------
+# Parameters alone. --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["", "6"])

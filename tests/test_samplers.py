@@ -1,4 +1,4 @@
-"""Samplers against a float64 transcription of the DDPM chain, diffusers' schedulers, and the properties they must have."""
+"""Samplers against a float64 DDPM chain and diffusers' schedulers, and their properties."""
 
 import diffusers
 import jax
@@ -47,7 +47,9 @@ def run(grid, count=3, model_fn=model_fn, *, keys=None, labels=None, noise=None,
 
 
 def ddpm_oracle(steps, noises, labels, variance="learned_range"):
-    """The respaced chain in float64, one step after another, from its definition and not from our tables.
+    """The respaced chain in float64, one step after another.
+
+    It follows the definition and does not use our tables.
 
     noises: (steps + 1, B, h, w, C), the first to start from.
     """
@@ -89,7 +91,8 @@ def test_ddpm_is_the_respaced_chain(steps, variance):
     noises = np.stack([samplers.step_noise(keys, s, SHAPE) for s in range(steps + 1)])
     expected = ddpm_oracle(steps, noises, labels, variance)
     actual = run(grid, labels=labels)
-    # float32 against float64 along a chain whose first estimate of x_start is 157 times as large as its image.
+    # float32 against float64, along a chain whose first estimate of x_start is 157 times as large
+    # as its image.
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -161,7 +164,10 @@ ALPHAS_CUMPROD = jnp.asarray(PROCESS.alphas_cumprod, jnp.float32)
 
 
 def two_clusters_eps(x, t, condition, drop):
-    """The exact noise prediction for pixels that are -1 or 1, give or take 0.2: a model with bounded estimates."""
+    """The exact noise prediction for pixels near -1 or 1, with a deviation of 0.2.
+
+    As a model it has bounded estimates of x_start.
+    """
     a = ALPHAS_CUMPROD[t][:, None, None, None]
     variance = 0.04 * a + 1.0 - a
     x_start = (0.04 * jnp.sqrt(a) * x + (1.0 - a) * jnp.tanh(jnp.sqrt(a) * x / variance)) / variance
@@ -169,7 +175,7 @@ def two_clusters_eps(x, t, condition, drop):
 
 
 def run_both(scheduler, grid, exact_tables):
-    """Our sampler and a diffusers scheduler, in float32, from the same noise and with the same model."""
+    """Our sampler and a diffusers scheduler, in float32, with the same noise and the same model."""
     noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
     actual = run(grid, 2, two_clusters_eps, noise=noise)
     if exact_tables:
@@ -183,8 +189,9 @@ def run_both(scheduler, grid, exact_tables):
     return actual, x.double().numpy()
 
 
-# diffusers computes its betas and their product in float32. Given our float64 table in place of its own, it agrees to
-# 1e-5; with its own, the alphas_cumprod it steps with are themselves up to 2e-5 off, and so are its images.
+# diffusers computes its betas and their product in float32. With our float64 table in place of its
+# table, it agrees to 1e-5. With its table, its alphas_cumprod are wrong by up to 2e-5, and so are
+# its images.
 TABLES = [(10, True, 1e-5), (50, True, 1e-5), (50, False, 1e-4)]
 
 
@@ -215,9 +222,12 @@ def test_dpm_solver_agrees_with_diffusers(steps, order, exact_tables, tolerance)
     ],
 )
 def test_the_coefficients_agree_with_diffusers_for_arbitrary_outputs(sampler, kwargs, steps):
-    """Fed arbitrary outputs nothing corrects a rounding error, and the first is multiplied by 157, the root of
-    1 / alphas_cumprod at t = 999: so both sides run in float64 here,
-    but for the image inside DPMSolverMultistepScheduler.step, which that casts to float32."""
+    """Both sides run in float64, with arbitrary outputs in the place of a model's.
+
+    Nothing corrects a rounding error then, and the first step multiplies it by 157, which is the
+    root of 1 / alphas_cumprod at t = 999. Only the image is float32 where
+    DPMSolverMultistepScheduler.step casts it.
+    """
     grid = make_grid(sampler, steps, **kwargs)
     rng = np.random.default_rng(0)
     outputs = rng.standard_normal((steps, 64))
@@ -304,7 +314,9 @@ def test_the_true_noise_recovers_the_image(sampler):
 
 
 def test_higher_orders_come_closer_to_the_exact_flow():
-    """For Gaussian data of variance s2 the flow is known: x scales as sqrt(alphas_cumprod s2 + 1 - alphas_cumprod).
+    """For Gaussian data of variance s2 the flow is known.
+
+    x scales as sqrt(alphas_cumprod s2 + 1 - alphas_cumprod).
 
     Between two timesteps, not to the end: the last stride of every order is of the first.
     """

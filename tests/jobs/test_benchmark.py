@@ -1,4 +1,7 @@
-"""What the benchmark times and estimates is the config's model; bad input is one line. No test looks at a time."""
+"""The benchmark times and estimates the config's model, and refuses bad input in one line.
+
+No test asserts how long something takes.
+"""
 
 import dataclasses
 import json
@@ -42,7 +45,10 @@ def tiny_config(**model):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Calls what would be timed once, and keeps its arguments and results; every call takes a millisecond."""
+    """Calls once what would be timed, and keeps its arguments and results.
+
+    Every call takes a millisecond.
+    """
     calls = []
 
     def measure(function, *args, repeats, calls_a_repeat=10):
@@ -220,7 +226,10 @@ def test_a_static_estimate_is_of_the_configs_model_on_the_whole_chip(
 
 
 def test_a_loop_over_chunks_counts_as_often_as_it_turns_and_bands_move_more_than_the_floor():
-    """LiT-S/2 at 1024 pixels on a v4: 4096 tokens are 16 chunks, in bands, and v is read for the state and for the output."""
+    """LiT-S/2 at 1024 pixels on a v4: 4096 tokens are 16 chunks, in bands.
+
+    v is read twice: for the state and for the output.
+    """
     cost = tpu_schedule.attention_costs(384, 2, (64, 64), 2, "v4:2x2x1")["forward"]
     assert len(cost.kernels) == 2
     assert cost.compute == pytest.approx(

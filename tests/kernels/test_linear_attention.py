@@ -1,4 +1,7 @@
-"""The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
+"""The op's XLA form against a float64 oracle that forms the T x T matrix.
+
+Also: which implementation the op chooses, and what it refuses.
+"""
 
 import functools
 import math
@@ -94,8 +97,8 @@ def make_inputs(
 ):
     """Random q, kv, conv_kernel, conv_bias and cotangent; K = 0 leaves the convolution out.
 
-    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does not
-    depend on its size, so there dq is a difference of equal numbers.
+    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does
+    not depend on its size, so there dq is a difference of equal numbers.
     """
     rng = np.random.default_rng(seed)
     T, D = grid[0] * grid[1], num_heads * head_width
@@ -138,7 +141,8 @@ def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwar
     expected, expected_grads = oracle(*inputs, **shape)
     dtype = str(q.dtype)
     assert out.dtype == q.dtype
-    # In bfloat16 the operands of the products are rounded once more (phi, the state), not only the result.
+    # In bfloat16 not only the result is rounded: the operands of the products (phi, the state) are
+    # rounded once more.
     close = dict(dtype=dtype, factor=factor)
     assert_close(out, expected, reduction=1 if dtype == "bfloat16" else H, what="out", **close)
     names = ("dq", "dk", "dv", "dconv_kernel", "dconv_bias")
@@ -194,7 +198,10 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(magnitude, zero):
 
 
 def test_the_gradient_of_v_is_summed_in_float32():
-    """49 positive terms: a sum in bfloat16 would round at each of them, here the result alone is rounded."""
+    """Each sum has 49 positive terms: bfloat16 would round at each of them.
+
+    In float32 the result alone is rounded.
+    """
     q, kv, _, _, do = make_inputs(K=0, grid=(7, 7), dtype="bfloat16")
     D, (h, w) = q.shape[-1], (7, 7)
     do, filters = (

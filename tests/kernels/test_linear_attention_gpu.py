@@ -1,4 +1,4 @@
-"""The GPU kernels in interpret mode against a float64 T x T oracle, and their lowering to Triton for CUDA."""
+"""The GPU kernels: interpret mode against a float64 T x T oracle, and the lowering to Triton."""
 
 import functools
 
@@ -13,7 +13,8 @@ from test_linear_attention import case_of, check, make_inputs, oracle
 
 from lit_jax.kernels import linear_attention_gpu
 
-# XLA's CPU backend takes minutes to optimise the unrolled loads of interpret mode, for runs of milliseconds.
+# XLA's CPU backend would take minutes to optimise the unrolled loads of interpret mode. The runs
+# take milliseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = linear_attention_gpu.BlockSizes(
     tokens=16, dq_tokens=16, state_tokens=16, state_rows=16, programs=1
@@ -128,7 +129,10 @@ def test_the_public_op_hands_the_forwards_state_to_the_backward():
     ],
 )
 def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
-    """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
+    """Interpret mode accepts shapes that Triton refuses.
+
+    The lowering refuses them too, and needs no GPU.
+    """
     *inputs, do = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
     inputs = tuple(inputs)
     case = case_of(inputs, num_heads=N, grid=(side, side))

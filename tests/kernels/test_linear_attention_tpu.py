@@ -1,6 +1,6 @@
-"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler's word.
+"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler.
 
-The compiler, libtpu, takes real shapes on any machine.
+The compiler, libtpu, compiles real shapes on any machine.
 """
 
 import functools
@@ -39,7 +39,8 @@ def plan_of(inputs, num_heads, grid):
     return linear_attention_tpu_plan.make_plan(case, backward=True)
 
 
-# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
+# Heads that straddle tiles of 128 lanes (144), that fill them (128, 256), and heads that leave a
+# last tile ragged (192).
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype",
     [
@@ -134,7 +135,10 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(
 
 @pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
 def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
-    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
+    """Rows of 1e4 and 1e-4 share one window of Cook and Toom's algorithm.
+
+    The keys give the bright row no weight.
+    """
     q, kv, filters, bias, _ = make_inputs(
         B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16"
     )
@@ -347,7 +351,8 @@ def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
         ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),  # heads of 72
         ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),  # heads of 64
         ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
-        # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+        # Near the 16 MiB of v4, where registers that spill count: those of the heads' normalisers
+        # and those of float32.
         ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
