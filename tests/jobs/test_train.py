@@ -15,6 +15,7 @@ from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
+from lit_jax.models.dit import init_params
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -359,3 +360,27 @@ def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
 
 def test_the_digits_were_written_once(first_run, folder):
     assert len(dataset.open_dataset("mnist_digits", str(folder / "data"), "train")) == 4500
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
+    """Its stream is the second half of the seed's key, from which no step draws."""
+    config = debug.get_config()
+    config.seed = seed
+    config.student.init = "random"
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    state = train.new_student(experiment, tmp_path)
+    root = jax.random.key(seed)
+    own = jax.random.split(root, 2)[1]
+
+    def kernel(rng):
+        params = init_params(experiment.model, rng)
+        return np.asarray(params["blocks"]["mlp"]["fc1"]["kernel"])
+
+    np.testing.assert_array_equal(state.params["blocks"]["mlp"]["fc1"]["kernel"], kernel(own))
+    steps = [jax.random.fold_in(root, step) for step in range(3)]
+    drawn_from = [root, *steps, *(part for step in steps for part in jax.random.split(step, 4))]
+    keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
+    assert tuple(jax.random.key_data(own).tolist()) not in keys
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
