@@ -26,6 +26,7 @@ from lit_jax.models import FAMILIES
 from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.models.dit import SIZES, DiT, DiTConfig
+from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
     Checkpoint,
     checksum,
@@ -101,6 +102,7 @@ class Experiment:
                 steps=config.train.steps, **config.optimizer
             )
         self.unscaled_step_settings = self._make_step_settings()
+        self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
 
@@ -152,6 +154,15 @@ class Experiment:
                 variance_target=config.distill.variance_target,
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
+
+    def _port_overrides(self) -> Overrides:
+        port = self.config.port
+        names = {field.name for field in dataclasses.fields(Overrides)}
+        known = {name: port[name] for name in names & set(port)}
+        # A side of 0 keeps the table that the checkpoint has.
+        sides = (port.input_size, port.input_size) if port.input_size else None
+        with naming("port"):
+            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:

@@ -71,9 +71,6 @@ RANGES = {
     "sample.labels": one_of(*conditions.LABEL_MODES),
     # 0 leaves each of these as the source says.
     "port.weights": WEIGHTS,
-    "port.num_heads": AT_LEAST_0,
-    "port.num_classes": AT_LEAST_0,
-    "port.input_size": AT_LEAST_0,
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": AT_LEAST_1,
