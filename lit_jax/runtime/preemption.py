@@ -64,6 +64,7 @@ class Preemption:
     def close(self) -> None:
         self._restore()
 
+    # It takes arguments so that it can be called with the images of a batch.
     def check(self, *_: Any) -> None:
         """Raises StopRequest when it is time.
 
