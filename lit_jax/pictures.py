@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,13 @@ def save_picture(path: epath.PathLike, picture: Image.Image) -> None:
     save_png(path, picture.save)
 
 
-def save_png(path: epath.PathLike, save: Any, **options: Any) -> None:
-    """Writes the file that Pillow's or Matplotlib's `save` function makes."""
+def save_png(
+    path: epath.PathLike,
+    save: Callable[..., Any],
+    **options: Any,
+) -> None:
+    """Writes the file that Pillow's or Matplotlib's `save` makes."""
+    # Through memory, for they can open nothing but local files.
     file = io.BytesIO()
     save(file, format="png", **options)
     epath.Path(path).write_bytes(file.getvalue())

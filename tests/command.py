@@ -1,4 +1,7 @@
-"""The real command line, run in this process, and a teacher for it: a torch model with random weights everywhere."""
+"""The real command line, run in this process, and a teacher for it.
+
+The teacher is a torch model with random weights everywhere.
+"""
 
 import pathlib
 import sys
@@ -14,7 +17,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(monkeypatch, *arguments):
-    """Runs `python -m lit_jax.main ARGUMENTS`; returns None if it ends well, or the text that goes to stderr with status 1."""
+    """Runs `python -m lit_jax.main ARGUMENTS`.
+
+    Returns: None if it ends well, or the text that goes to stderr with status 1.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", ["lit_jax.main", *map(str, arguments)])
@@ -42,7 +48,10 @@ def debug_arguments(folder, teacher, *overrides):
 
 
 def write_teacher(path, seed=0, **change):
-    """A softmax DiT of configs/debug.py's size in the official key layout; returns the torch model."""
+    """Writes a softmax DiT of configs/debug.py's size in the official key layout.
+
+    Returns: the torch model.
+    """
     fields = (
         dict(
             depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, num_classes=10, grid=(7, 7)

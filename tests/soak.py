@@ -1,6 +1,10 @@
-"""Kills a training run again and again at random moments and compares its end, bit by bit, with a run that nobody disturbed.
+"""Kills a training run again and again at random moments.
 
-python tests/soak.py [KILLS] [SEED]         (100 and 0 if not given; a few seconds a kill on one core)
+Then it compares the end, bit by bit, with that of a run that nobody disturbed.
+
+    python tests/soak.py [KILLS] [SEED]
+
+100 and 0 if not given; a kill takes a few seconds on one core.
 """
 
 import pathlib
@@ -50,9 +54,9 @@ def soak(kills: int, seed: int) -> None:
     )
     server.close()
     sys.stdout.write(
-        f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
-        f"{life.first_step()} of {steps}: same ids, losses, parameters, EMA and optimizer state, every bit; "
-        f"{time.monotonic() - started:.0f} s\n"
+        f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on "
+        f"from step {life.first_step()} of {steps}: same ids, losses, parameters, EMA and "
+        f"optimizer state, every bit; {time.monotonic() - started:.0f} s\n"
     )
     shutil.rmtree(folder)
 

@@ -63,6 +63,7 @@ class MetricWriter:
         self._terminal = self._active and sys.stderr.isatty()
         if self._active:
             self._lines_path = epath.Path(workdir) / "metrics.jsonl"
+            # They were written after the checkpoint, and will be again.
             forget_after(self._lines_path, first_step)
             self._lines = storage.open_to_append(self._lines_path)
             self._events_folder = epath.Path(workdir) / "tensorboard"

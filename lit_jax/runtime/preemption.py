@@ -93,6 +93,7 @@ class Watchdog:
         # Not asked for in the thread: that would wait for the devices, which
         # may be what hangs.
         self._process = jax.process_index() if jax.distributed.is_initialized() else 0
+        # A daemon, for it must not keep a run alive whose main thread failed.
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

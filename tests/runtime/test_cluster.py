@@ -1,4 +1,4 @@
-"""Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
+"""Several processes as one run, on this machine; their collectives go over TCP."""
 
 import concurrent.futures
 import contextlib
@@ -42,7 +42,10 @@ def one_process(server):
 
 @pytest.fixture(scope="module")
 def two_processes(server):
-    """The workdir of a run of two processes, each with a half of the parameters, and what they saw."""
+    """The workdir of a run of two processes, and what they saw.
+
+    Each has a half of the parameters.
+    """
     workdir = server.folder / "two"
     processes = server.run_together(
         workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2"
