@@ -310,3 +310,11 @@ def test_the_process_prints_one_line_and_exits_with_1(tmp_path, arguments, part)
     assert len(lines) == 1 and part in lines[0]
     assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["gcs://bucket/run", "file:///run", "s3://bucket/run"])
+def test_a_workdir_where_nothing_can_be_written(monkeypatch, folder, tmp_path, place):
+    """No local folder is made of it. For s3:// a package is missing here."""
+    arguments = command.debug_arguments(folder, folder / "teacher.safetensors")
+    expect_error(monkeypatch, folder, [*arguments, f"--workdir={place}"], f"--workdir={place}")
+    assert not (command.ROOT / place.split("/")[0]).exists()

@@ -64,6 +64,7 @@ class Preemption:
     def close(self) -> None:
         self._restore()
 
+    # It takes arguments so that it can be called with the images of a batch.
     def check(self, *_: Any) -> None:
         """Raises StopRequest when it is time.
 
@@ -92,6 +93,7 @@ class Watchdog:
         # Not asked for in the thread: that would wait for the devices, which
         # may be what hangs.
         self._process = jax.process_index() if jax.distributed.is_initialized() else 0
+        # A daemon, for it must not keep a run alive whose main thread failed.
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

@@ -37,9 +37,11 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
         elif jax.process_index() == 0:
             file = stack.enter_context(open(epath.Path(workdir) / "lock", "a+"))
             other = _lock(file)
+            # The file stays, for removing it would race with its next owner.
             if not other:
                 stack.callback(file.truncate, 0)
 
+        # All processes stop, and so none waits for the others in a barrier.
         if multihost_utils.broadcast_one_to_all(np.bool_(other)):
             raise ValueError(
                 f"--workdir={workdir} is in use by "
