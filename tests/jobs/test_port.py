@@ -30,7 +30,8 @@ def test_the_job_goes_there_and_back_again(tmp_path):
     assert saved["counts"] == {"keys": 42} | none
     assert saved["checksum"] == report.checksum and set(saved["keys"]) == set(model.state_dict())
     assert saved["source"] == str(source) and saved["architecture"]["grid"] == [4, 4]
-    assert "keys: 42 matched, 0 left out" in report.summary() and report.checksum in report.summary()
+    summary = report.summary()
+    assert "keys: 42 matched, 0 left out" in summary and report.checksum in summary
     assert is_checkpoint(tmp_path / "orbax")
     run("orbax", "b.pt")
     assert_same_state(torch.load(tmp_path / "b.pt", weights_only=True), model)
