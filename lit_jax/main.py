@@ -99,6 +99,10 @@ def main(argv: list[str]) -> None:
 
 def configure_jax(config: ConfigDict) -> None:
     """Passes on what JAX must know before it looks for devices."""
+    import jax
+
+    from lit_jax.runtime import cluster
+
     configured = jax.config.values["jax_platforms"]
     if configured is None and only_libtpu() and not cluster.tpu_attached():
         jax.config.update("jax_platforms", "cpu")
