@@ -1,6 +1,9 @@
-"""Plans LiT-XL/2 with its DiT-XL/2 teacher on one slice after the other and prints the table of docs/scaling.md.
+"""Plans LiT-XL/2 with its DiT-XL/2 teacher on several slices: the table of docs/scaling.md.
 
-python docs/plan_table.py [WORKDIR]         (about 80 CPU seconds a row; rows already in WORKDIR are not planned again)
+    python docs/plan_table.py [WORKDIR]
+
+It prints the table. A row takes about 80 CPU seconds. A row that is already in WORKDIR is not
+planned again.
 """
 
 import json

@@ -1,265 +1,590 @@
-"""What a config describes, built: the models, the optimizer, the train step, the generators. All jobs build them here."""
+"""What a config describes: settings that are checked once, and every object, built once.
 
-import pathlib
-from collections.abc import Callable
+All jobs ask an `Experiment` for what they need. The library takes values and speaks of its own
+arguments; here, and in the jobs, the config's fields have their names (`naming`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
+from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import sampling, sharding
-from lit_jax.data import dataset
-from lit_jax.diffusion import Diffusion
+from lit_jax import conditions, fields, inherit, ranges, sharding
+from lit_jax.data import dataset, pipeline
+from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.evaluation.evaluator import EvaluationSettings
+from lit_jax.kernels.linear_attention import IMPLEMENTATIONS
+from lit_jax.models import FAMILIES
+from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import SIZES, DiT, make_dit
-from lit_jax.porting.read import checksum, load_params, read_autoencoder
-from lit_jax.train_step import make_optimizer, make_train_step
+from lit_jax.models.dit import SIZES, DiT, DiTConfig
+from lit_jax.porting.dit import Overrides
+from lit_jax.porting.read import (
+    Checkpoint,
+    checksum,
+    load_params,
+    read_autoencoder,
+    read_checkpoint,
+)
+from lit_jax.samplers import SamplerSettings
+from lit_jax.sampling import Sampler
+from lit_jax.train_step import (
+    OptimizerSettings,
+    StepSettings,
+    TrainState,
+    make_optimizer,
+    make_train_step,
+    state_shapes,
+    with_sharding,
+)
 
-# What a teacher must share with the student, whatever its size.
-SHARED_FIELDS = ("in_channels", "num_classes", "learn_sigma")
-# What it has like the student as long as no checkpoint says otherwise.
-TEACHER_DEFAULTS = ("patch_size", "qkv_bias", "timestep_freq_shift", "mlp_norm_epsilon")
 # Where the attentions that are written for one kind of device run.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+# Fields of config.model that are not of the architecture.
+NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
+# Conventions of a checkpoint's own code that no shape tells.
+CONVENTIONS = ("timestep_freq_shift", "mlp_norm_epsilon")
 
 
-def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for a batch that the devices do not divide, naming the field and both values."""
-    train = config.train
-    sharding.check_batch(train.batch_size, mesh)
-    if train.batch_size % (mesh.size * train.accumulation):
-        raise ValueError(
-            f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = "
-            f"{train.accumulation} times the {mesh.size} devices of the mesh"
-        )
-    if config.report.num_images or config.evaluate.every:
-        sharding.check_batch(config.sample.batch_size, mesh, "sample.batch_size")
+@contextlib.contextmanager
+def naming(group: str, **names: str) -> Iterator[None]:
+    """Errors of the library that start with an argument's name get the field's name.
 
+    `steps = 0 ...` becomes `sample.steps = 0 ...` within naming("sample").
 
-def check_platform(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for an attention that is asked for by name and that the devices of the mesh cannot run."""
-    platform = mesh.devices.flat[0].platform
-    for field, name in (
-        ("model", config.model.implementation),
-        ("teacher", config.teacher.implementation),
-    ):
-        wanted = PLATFORMS.get(name, platform)
-        if wanted != platform:
-            raise ValueError(
-                f"{field}.implementation = {name} runs on {wanted} devices, these are {platform} devices"
-            )
-
-
-def student(config: ConfigDict) -> DiT:
-    """The model that is trained."""
-    fields = {name: value for name, value in config.model.items() if name != "input_size"}
-    model = make_dit(remat=config.train.remat, **fields)
-    if config.model.input_size % model.patch_size:
-        raise ValueError(
-            f"model.patch_size = {model.patch_size} does not divide model.input_size = "
-            f"{config.model.input_size}"
-        )
-    return model
-
-
-def teacher(config: ConfigDict, model: DiT, architecture: dict[str, Any] | None = None) -> DiT:
-    """The teacher of `model`: what its checkpoint's architecture says or, without one, a DiT of the config's size.
-
-    Raises: ValueError where checkpoint, config and student contradict each other.
+    Args: names: the whole name of a field where it is not the group's, by the argument's.
     """
-    stated = config.teacher
-    if architecture is None:
-        size = {"size": stated.size or config.model.size}
-        if not stated.size:
-            size |= {"depth": config.model.depth, "width": config.model.width}
-        fields = {name: getattr(model, name) for name in TEACHER_DEFAULTS + SHARED_FIELDS}
-        return make_dit(
-            attention="softmax",
-            num_heads=stated.num_heads,
-            dtype=stated.dtype,
-            implementation=stated.implementation,
-            **size,
-            **fields,
-        )
-    fields = {name: value for name, value in architecture.items() if name != "grid"}
-    if stated.num_heads:
-        fields["num_heads"] = stated.num_heads
-    if not fields["num_heads"]:
-        raise ValueError(
-            f"{stated.checkpoint} does not say how many heads its width of {fields['width']} has; "
-            f"set teacher.num_heads"
-        )
-    if fields["width"] % fields["num_heads"]:
-        raise ValueError(
-            f"teacher.num_heads = {fields['num_heads']} does not divide the width {fields['width']} of "
-            f"{stated.checkpoint}"
-        )
-    if stated.size:
-        wanted = SIZES.get(stated.size)
-        if wanted is None or wanted[:2] != (fields["depth"], fields["width"]):
-            raise ValueError(
-                f"teacher.size = {stated.size}, but {stated.checkpoint} has {fields['depth']} blocks of width "
-                f"{fields['width']}"
-            )
-    for name in SHARED_FIELDS:
-        if fields[name] != getattr(model, name):
-            raise ValueError(
-                f"model.{name} = {getattr(model, name)}, but the teacher {stated.checkpoint} has "
-                f"{fields[name]}"
-            )
-    return make_dit(size="XL", dtype=stated.dtype, implementation=stated.implementation, **fields)
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        argument = re.match(r"([a-z]\w*)(?= = | must )", text)
+        if argument is None:
+            raise
+        field = names.get(argument[1], f"{group}.{argument[1]}")
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(field + text[argument.end() :]) from error
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    return make_optimizer(steps=config.train.steps, **config.optimizer)
+def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
+    """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
+    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
+    with naming("evaluate"):
+        return EvaluationSettings(**{n: config.evaluate[n] for n in names})
 
 
-def train_step(
-    config: ConfigDict,
-    model: DiT,
-    teacher: DiT | None,
-    optimizer: optax.GradientTransformation,
-    diffusion: Diffusion,
-    mesh: jax.sharding.Mesh,
-    scaling_factor: float = 1.0,
-    shift_factor: float = 0.0,
-) -> Callable:
-    """The jitted step; see `train_step.make_train_step`. The two factors are those of the data (`dataset.Dataset`)."""
-    return make_train_step(
-        model,
-        optimizer,
-        diffusion,
-        teacher=teacher,
-        mesh=mesh,
-        label_dropout=config.train.label_dropout,
-        accumulation=config.train.accumulation,
-        ema_decay=config.ema.decay,
-        ema_warmup=config.ema.warmup,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        **config.distill,
-    )
+class Experiment:
+    """The settings of a config, checked, and its objects, each built when it is first asked for.
 
-
-def autoencoder(
-    config: ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[Autoencoder | None, dict[str, Any] | None]:
-    """The autoencoder, its parameters on every device of the mesh, and what identifies it; (None, None) for pixels.
-
-    Latents depend on the encoder alone, so it has a hash of its own: decoders fine-tuned for one encoder share latents.
+    Raises: ValueError for settings that cannot be, before any device or file is touched.
     """
-    wanted = config.autoencoder
-    if not wanted.checkpoint:
-        return None, None
-    source = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
-    channels = source.architecture["latent_channels"]
-    if channels != config.model.in_channels:
-        raise ValueError(
-            f"model.in_channels = {config.model.in_channels}, but the latents of autoencoder.checkpoint = "
-            f"{wanted.checkpoint} have {channels} channels"
-        )
-    encoder = {
-        name: tree for name, tree in source.params.items() if name in ("encoder", "quant_conv")
-    }
-    params = load_params(
-        source.params, jax.tree.map(lambda _: sharding.replicated(mesh), source.params)
-    )
-    built = make_autoencoder(
-        params,
-        source.architecture,
-        dtype=wanted.dtype,
-        slice_size=wanted.slice_size,
-        tile_size=wanted.tile_size,
-    )
-    return built, {
-        "name": pathlib.Path(wanted.checkpoint).name,
-        "sha256": source.report.checksum,
-        "encoder_sha256": checksum(encoder),
-        "scaling_factor": built.scaling_factor,
-        "shift_factor": built.shift_factor,
-        "dtype": wanted.dtype,
-        "tile_size": wanted.tile_size,
-    }
 
+    def __init__(self, config: ConfigDict):
+        # Settings first, and all of them: a mistake in sample.* is told before hours of training.
+        fields.check(config)
+        self.config = config
+        self.process = GaussianDiffusion()
+        self.model_config = self._model_config()
+        self._check_implementations()
+        with naming("sample"):
+            names = [field.name for field in dataclasses.fields(SamplerSettings)]
+            self.sampler_settings = SamplerSettings(**{n: config.sample[n] for n in names})
+        with naming("optimizer", steps="train.steps"):
+            self.optimizer_settings = OptimizerSettings(
+                steps=config.train.steps, **config.optimizer
+            )
+        self.unscaled_step_settings = self._make_step_settings()
+        self.port_overrides = self._port_overrides()
 
-def check_data(
-    config: ConfigDict,
-    source: dataset.ImageDataset | dataset.LatentDataset,
-    identity: dict[str, Any] | None,
-) -> None:
-    """Raises ValueError where the data are not what model and autoencoder (`identity`, see `autoencoder`) work on."""
-    wanted = (config.model.input_size, config.model.input_size, config.model.in_channels)
-    latents = isinstance(source, dataset.LatentDataset)
-    kind = "latents" if latents else "images"
-    if source.image_shape != wanted:
-        raise ValueError(
-            f"model.input_size and model.in_channels make images of {wanted}, the {kind} of "
-            f"data.name = {source.name} are {source.image_shape}"
-        )
-    if source.num_classes != config.model.num_classes:
-        raise ValueError(
-            f"model.num_classes = {config.model.num_classes}, but data.name = {source.name} has "
-            f"{source.num_classes} classes"
-        )
-    checkpoint = config.autoencoder.checkpoint
-    if not latents:
-        if identity:
+    # ---- Settings --------------------------------------------------------------------------------
+
+    def _model_config(self) -> DiTConfig:
+        model = self.config.model
+        if model.family not in FAMILIES:
             raise ValueError(
-                f"autoencoder.checkpoint = {checkpoint}, but data.name = {source.name} holds images, not "
-                f"latents; --mode=prepare encodes them, or clear autoencoder.checkpoint to train on pixels"
+                f"model.family must be one of {', '.join(FAMILIES)}; got {model.family!r}"
             )
-        return
-    if identity is None:
-        shown = [
-            name
-            for name, count in (
-                ("train.preview_every", config.train.preview_every),
-                ("report.num_images", config.report.num_images),
-                ("evaluate.every", config.evaluate.every),
-            )
-            if count
-        ]
-        if shown:
+        architecture = {n: value for n, value in model.items() if n not in NOT_ARCHITECTURE}
+        with naming("model"):
+            found = FAMILIES[model.family].config.of_size(**architecture)
+        if model.input_size % found.patch_size:
             raise ValueError(
-                f"data.name = {source.name} holds latents of {source.autoencoder['name']}, but "
-                f"autoencoder.checkpoint is empty: name it, or set {' and '.join(shown)} to 0"
+                f"model.patch_size = {found.patch_size} does not divide model.input_size = "
+                f"{model.input_size}"
             )
-    encoder = source.autoencoder["name"]
-    for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
-        stored = source.autoencoder[name]
-        asked = identity[name] if identity else config.autoencoder.get(name) or stored
-        if asked != stored:
-            raise ValueError(
-                f"data.name = {source.name} holds latents of {encoder} with {name} {stored}, but "
-                f"the autoencoder of the config ({checkpoint or 'no checkpoint'}) has {asked}"
+        # The model takes any grid; this one is what checkpoints say it was trained on.
+        side = model.input_size // found.patch_size
+        return dataclasses.replace(found, grid=(side, side))
+
+    def _check_implementations(self) -> None:
+        # The names only. Whether the devices can run one is asked once they are known.
+        linear = self.model_config.attention == "linear"
+        known = {
+            "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
+            "teacher": SOFTMAX_IMPLEMENTATIONS,
+        }
+        for group, names in known.items():
+            with naming(group):
+                ranges.check(self.config[group], implementation=ranges.one_of(None, *names))
+
+    def _make_step_settings(self) -> StepSettings:
+        config = self.config
+        # These live in other groups of the config than the rest.
+        names = {
+            "dropout": "train.label_dropout",
+            "accumulation": "train.accumulation",
+            "ema_decay": "ema.decay",
+        }
+        with naming("distill", **names):
+            return StepSettings(
+                dropout=config.train.label_dropout,
+                accumulation=config.train.accumulation,
+                ema_decay=config.ema.decay,
+                ema_warmup=config.ema.warmup,
+                noise_weight=config.distill.noise_weight,
+                variance_weight=config.distill.variance_weight,
+                variance_target=config.distill.variance_target,
+                teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
-    if config.report.read_labels:
-        raise ValueError(
-            f"report.read_labels needs images, but data.name = {source.name} holds latents"
+
+    def _port_overrides(self) -> Overrides:
+        port = self.config.port
+        names = {field.name for field in dataclasses.fields(Overrides)}
+        known = {name: port[name] for name in names & set(port)}
+        # A side of 0 keeps the table that the checkpoint has.
+        sides = (port.input_size, port.input_size) if port.input_size else None
+        with naming("port"):
+            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) of the images or latents."""
+        return (self.config.model.input_size,) * 2
+
+    @property
+    def step_settings(self) -> StepSettings:
+        """Those of the step, with the scale of the data that it reads."""
+        return dataclasses.replace(
+            self.unscaled_step_settings,
+            scaling_factor=self.dataset.scaling_factor,
+            shift_factor=self.dataset.shift_factor,
         )
 
+    def to_json(self) -> str:
+        """The resolved config, and the architecture that it comes to, for workdir/config.json."""
+        resolved = json.loads(self.config.to_json_best_effort())
+        return json.dumps(resolved | {"architecture": self.model_config.to_json()}, indent=1) + "\n"
 
-def generators(
-    config: ConfigDict,
-    models: dict[str, DiT],
-    diffusion: Diffusion,
-    mesh: jax.sharding.Mesh,
-    batch_size: int,
-    autoencoder: Autoencoder | None = None,
-) -> dict[str, sampling.Sampler]:
-    """A generator for each model, with the config's sampler; with an autoencoder it decodes what they draw."""
-    settings = {name: config.sample[name] for name in sampling.SETTINGS}
-    return {
-        name: sampling.Sampler(
-            model,
-            diffusion,
-            mesh,
-            size=config.model.input_size,
-            seed=config.seed,
-            batch_size=batch_size,
-            autoencoder=autoencoder,
-            **settings,
+    # ---- Devices and models ----------------------------------------------------------------------
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        with naming("mesh"):
+            return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
+
+    @functools.cached_property
+    def model(self) -> DiT:
+        """The model that is trained, or sampled from."""
+        config = self.config
+        return FAMILIES[config.model.family].model(
+            self.model_config,
+            dtype=_dtype(config.model.dtype),
+            remat=config.train.remat,
+            implementation=config.model.implementation,
         )
-        for name, model in models.items()
-    }
+
+    @functools.cached_property
+    def teacher_checkpoint(self) -> Checkpoint | None:
+        """Still on disk; None: plain training."""
+        teacher = self.config.teacher
+        if not teacher.checkpoint:
+            return None
+        return _read("teacher.checkpoint", teacher.checkpoint, teacher.weights)
+
+    @functools.cached_property
+    def teacher(self) -> DiT | None:
+        """The frozen model, as its checkpoint and the config say; None: plain training.
+
+        Raises: ValueError where checkpoint, config and student contradict each other.
+        """
+        if self.teacher_checkpoint is None:
+            return None
+        teacher = self.config.teacher
+        found = self.teacher_checkpoint.config
+        path = teacher.checkpoint
+        num_heads = teacher.num_heads or found.num_heads
+        if not num_heads:
+            raise ValueError(
+                f"{path} does not say how many heads its width of {found.width} has; set "
+                f"teacher.num_heads"
+            )
+        if found.width % num_heads:
+            raise ValueError(
+                f"teacher.num_heads = {num_heads} does not divide the width {found.width} of {path}"
+            )
+        # A guard for the user: a teacher of another size distils without any error.
+        if teacher.size:
+            wanted = SIZES.get(teacher.size)
+            if wanted is None or wanted[:2] != (found.depth, found.width):
+                raise ValueError(
+                    f"teacher.size = {teacher.size}, but {path} has {found.depth} blocks of width "
+                    f"{found.width}"
+                )
+        for name in self.model_config.shared_with_teacher:
+            ours = getattr(self.model_config, name)
+            theirs = getattr(found, name)
+            if ours != theirs:
+                raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
+        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
+
+    def default_teacher(self) -> DiT:
+        """The teacher of a config that names no checkpoint: a softmax model of the same size."""
+        teacher = self.config.teacher
+        model = self.config.model
+        # What no size names is taken from the student, whose teacher it is.
+        like_the_student = {
+            name: getattr(self.model_config, name)
+            for name in ("patch_size", "qkv_bias", *CONVENTIONS)
+            + self.model_config.shared_with_teacher
+        }
+        with naming("teacher"):
+            architecture = FAMILIES[model.family].config.of_size(
+                teacher.size or model.size,
+                attention="softmax",
+                depth=0 if teacher.size else model.depth,
+                width=0 if teacher.size else model.width,
+                num_heads=teacher.num_heads,
+                grid=self.model_config.grid,
+                **like_the_student,
+            )
+        return self._as_teacher(architecture)
+
+    def _as_teacher(self, architecture: DiTConfig) -> DiT:
+        teacher = self.config.teacher
+        return FAMILIES[self.config.model.family].model(
+            architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
+        )
+
+    def load_teacher(self) -> Any:
+        """The teacher's parameters on the mesh, sharded by shape, in teacher.dtype; None: none."""
+        if self.teacher_checkpoint is None:
+            return None
+        params = self.teacher_checkpoint.params
+        # Each device reads its part of the file. The cast comes after: a file holds float32.
+        loaded = load_params(params, sharding.fsdp_sharding(params, self.mesh))
+        return jax.tree.map(lambda x: x.astype(self.config.teacher.dtype), loaded)
+
+    @functools.cached_property
+    def init_checkpoint(self) -> Checkpoint | None:
+        """What the student inherits from, still on disk; None: nothing."""
+        student = self.config.student
+        if student.init == "random":
+            return None
+        checkpoint = self.teacher_checkpoint
+        if student.init != "teacher":
+            checkpoint = _read("student.init", student.init, student.weights)
+        if checkpoint is None:
+            raise ValueError(
+                "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
+                "student.init=random"
+            )
+        return checkpoint
+
+    def check_inheritance(self) -> None:
+        """Raises ValueError where student and init checkpoint do not fit.
+
+        That is another convention of the weights' own code, which no shape tells, or other leaves.
+        """
+        checkpoint = self.init_checkpoint
+        if checkpoint is None:
+            return
+        for name in CONVENTIONS:
+            ours = getattr(self.model_config, name)
+            theirs = getattr(checkpoint.config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"model.{name} = {ours}, but {checkpoint.report.source}, which the student "
+                    f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
+                    f"was trained with {ours}, port it with port.{name}={ours} first"
+                )
+        with naming("inherit"):
+            inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
+
+    @property
+    def inheritance(self) -> dict[str, tuple[str, ...]]:
+        """What `inherit.merge_params` is told: attention parts to load, paths to keep."""
+        chosen = self.config.inherit
+        return {"load": tuple(chosen.load), "keep_init": tuple(chosen.keep_init)}
+
+    # ---- Data ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def dataset(self) -> dataset.Dataset:
+        data = self.config.data
+        with naming("data"):
+            return dataset.open_dataset(data.name, data.dir, data.split)
+
+    @functools.cached_property
+    def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+        wanted = self.config.autoencoder
+        if not wanted.checkpoint:
+            return None, None
+        with naming("autoencoder"):
+            checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
+        channels = checkpoint.architecture["latent_channels"]
+        if channels != self.model_config.in_channels:
+            raise ValueError(
+                f"model.in_channels = {self.model_config.in_channels}, but the latents of "
+                f"autoencoder.checkpoint = {wanted.checkpoint} have {channels} channels"
+            )
+        # Latents depend on the encoder alone: decoders that were tuned for one encoder share them.
+        encoder = {
+            name: tree
+            for name, tree in checkpoint.params.items()
+            if name in ("encoder", "quant_conv")
+        }
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
+        everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
+        with naming("autoencoder"):
+            built = make_autoencoder(
+                load_params(checkpoint.params, everywhere),
+                checkpoint.architecture,
+                dtype=wanted.dtype,
+                slice_size=wanted.slice_size,
+                tile_size=wanted.tile_size,
+            )
+        return built, {
+            "name": epath.Path(wanted.checkpoint).name,
+            "sha256": checkpoint.report.checksum,
+            "encoder_sha256": checksum(encoder),
+            "scaling_factor": built.scaling_factor,
+            "shift_factor": built.shift_factor,
+            "dtype": wanted.dtype,
+            "tile_size": wanted.tile_size,
+        }
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """Its parameters on every device of the mesh; None: the model works on pixels."""
+        return self._autoencoder[0]
+
+    @property
+    def autoencoder_identity(self) -> dict[str, Any] | None:
+        """What tells the autoencoder from others: names, hashes, scale; None for pixels."""
+        return self._autoencoder[1]
+
+    def batches(self) -> Any:
+        """The endless batches of this process's rows; see `pipeline.make_batches`."""
+        config = self.config
+        # A process reads the rows that its own devices hold, so no batch crosses the network.
+        rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
+        with naming("train"):
+            return pipeline.make_batches(
+                self.dataset,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+                flip=config.data.flip,
+                rows=rows,
+                num_threads=config.data.num_threads,
+                prefetch=config.data.prefetch,
+            )
+
+    # ---- The step and its state ------------------------------------------------------------------
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        return state_shapes(self.model, make_optimizer(self.optimizer_settings))
+
+    @functools.cached_property
+    def state_sharding(self) -> TrainState:
+        """Read off the shapes: no full copy ever sits on one device."""
+        return sharding.fsdp_sharding(self.state_shapes, self.mesh)
+
+    @property
+    def sharded_state_shapes(self) -> TrainState:
+        return with_sharding(self.state_shapes, self.state_sharding)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        return make_train_step(
+            self.model,
+            self.teacher,
+            self.process,
+            self.optimizer_settings,
+            self.step_settings,
+            self.mesh,
+        )
+
+    def sampler(
+        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+    ) -> Sampler:
+        """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
+
+        Not `decodes`: it ends with latents, and the autoencoder is not read.
+        """
+        with naming("sample"):
+            return Sampler(
+                model or self.model,
+                self.sampler_settings,
+                batch_size=batch_size or self.config.sample.batch_size,
+                seed=self.config.seed,
+                process=self.process,
+                mesh=self.mesh,
+                size=self.input_size,
+                autoencoder=self.autoencoder if decodes else None,
+            )
+
+    # ---- Checks of what belongs together ---------------------------------------------------------
+
+    def check_batches(self) -> None:
+        """Raises ValueError for a batch that the devices do not divide."""
+        train = self.config.train
+        with naming("train"):
+            sharding.check_batch(train.batch_size, self.mesh)
+        if train.batch_size % (self.mesh.size * train.accumulation):
+            raise ValueError(
+                f"train.batch_size = {train.batch_size} is not a multiple of train.accumulation = "
+                f"{train.accumulation} times the {self.mesh.size} devices of the mesh"
+            )
+        if self.config.report.num_images or self.config.evaluate.every:
+            with naming("sample"):
+                sharding.check_batch(self.config.sample.batch_size, self.mesh)
+
+    def check_platform(self) -> None:
+        """Raises ValueError for an attention by name that the devices of the mesh cannot run."""
+        # All devices of a mesh are of one kind.
+        platform = self.mesh.devices.flat[0].platform
+        for group in ("model", "teacher"):
+            name = self.config[group].implementation
+            wanted = PLATFORMS.get(name, platform)
+            if wanted != platform:
+                raise ValueError(
+                    f"{group}.implementation = {name} runs on {wanted} devices, these are "
+                    f"{platform} devices"
+                )
+
+    def check_data(self) -> None:
+        """Raises ValueError where the data are not what model and autoencoder work on."""
+        config = self.config
+        data = self.dataset
+        identity = self.autoencoder_identity
+        wanted = (*self.input_size, self.model_config.in_channels)
+        # Read off the records' class: a data set of latents says which autoencoder made them.
+        is_latent = isinstance(data, dataset.LatentDataset)
+        if data.image_shape != wanted:
+            raise ValueError(
+                f"model.input_size and model.in_channels make images of {wanted}, the "
+                f"{'latents' if is_latent else 'images'} of data.name = {data.name} are "
+                f"{data.image_shape}"
+            )
+        with naming("model"):
+            conditions.check_dataset(self.model_config, data)
+        checkpoint = config.autoencoder.checkpoint
+        if not isinstance(data, dataset.LatentDataset):
+            if identity:
+                raise ValueError(
+                    f"autoencoder.checkpoint = {checkpoint}, but data.name = {data.name} holds "
+                    f"images, not latents; --mode=prepare encodes them, or clear "
+                    f"autoencoder.checkpoint to train on pixels"
+                )
+            return
+        encoder = data.autoencoder["name"]
+        pictures = {
+            "train.preview_every": config.train.preview_every,
+            "report.num_images": config.report.num_images,
+            "evaluate.every": config.evaluate.every,
+        }
+        asked_for = [name for name, count in pictures.items() if count]
+        if identity is None and asked_for:
+            raise ValueError(
+                f"data.name = {data.name} holds latents of {encoder}, but autoencoder.checkpoint "
+                f"is empty: name it, or set {' and '.join(asked_for)} to 0"
+            )
+        # Another encoder or scale would shift the latents without any error.
+        for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
+            stored = data.autoencoder[name]
+            asked = identity[name] if identity else config.autoencoder.get(name) or stored
+            if asked != stored:
+                raise ValueError(
+                    f"data.name = {data.name} holds latents of {encoder} with {name} {stored}, but "
+                    f"the autoencoder of the config ({checkpoint or 'no checkpoint'}) has {asked}"
+                )
+        if config.report.read_labels:
+            raise ValueError(
+                f"report.read_labels needs images, but data.name = {data.name} holds latents"
+            )
+
+    def check_checkpoint(self, checkpoint: Checkpoint, path: str) -> None:
+        """Raises ValueError naming the first field in which a checkpoint is of another model."""
+        theirs = dataclasses.asdict(checkpoint.config)
+        for name, ours in dataclasses.asdict(self.model_config).items():
+            # The position table follows the images, and what a file does not tell cannot differ.
+            if name == "grid" or theirs[name] is None:
+                continue
+            if ours != theirs[name]:
+                raise ValueError(
+                    f"model.{name} = {ours}, but the checkpoint {path} has {theirs[name]}"
+                )
+
+    # ---- What tells runs apart -------------------------------------------------------------------
+
+    def decisive_fields(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the checkpoint.
+
+        By the names of the config. Left out: what changes speed, files or rounding alone, and what
+        only a start reads.
+        """
+        config = self.config
+        teacher = self.teacher_checkpoint
+        # The keys are stored in checkpoints: renaming one would let a changed field pass.
+        decisive = {
+            "seed": config.seed,
+            "data.records": self.dataset.fingerprint(),
+            "data.flip": config.data.flip,
+            # The same name and size can be another data set.
+            "data.content": f"of checksum {self.dataset.content()}",
+            "train.batch_size": config.train.batch_size,
+            "train.label_dropout": config.train.label_dropout,
+            "teacher.checkpoint": teacher and f"of checksum {teacher.report.checksum}",
+            "teacher.num_heads": config.teacher.num_heads,
+            "teacher.dtype": config.teacher.dtype,
+        }
+        for group in ("model", "distill", "optimizer", "ema"):
+            for name, value in config[group].items():
+                if name != "implementation":
+                    decisive[f"{group}.{name}"] = value
+        # A cosine's length decides every step; a constant rate's does not.
+        if config.optimizer.schedule != "constant":
+            decisive["train.steps"] = config.train.steps
+        return decisive
+
+    def run_hash(self) -> str:
+        """Tells runs apart whose weights, step by step, are not the same."""
+        init = self.init_checkpoint
+        decisive = self.decisive_fields() | {
+            "init": init.report.checksum if init else "random",
+            "inherit": self.config.inherit.to_dict(),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _dtype(name: str) -> Any:
+    return jax.numpy.dtype(name).type
+
+
+def _read(field: str, path: str, weights: str) -> Checkpoint:
+    """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(
+            f"{field} = {path}: no such file or folder; it is what another training or download "
+            f"leaves"
+        )
+    return read_checkpoint(path, weights=weights)

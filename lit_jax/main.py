@@ -12,12 +12,8 @@ import pathlib
 import sys
 from logging import INFO, LogRecord
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-
-from lit_jax import fields
-from lit_jax.runtime import cluster, exit_status, preemption, storage
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -61,7 +57,14 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_ours)
     config = CONFIG.value
-    fields.check(config)
+
+    # Here: JAX and the data libraries take seconds to load, and a wrong flag has failed by now.
+    import jax
+
+    from lit_jax.experiment import Experiment
+    from lit_jax.runtime import cluster, exit_status, preemption, storage
+
+    Experiment(config)  # checks all settings, whatever the job needs of them
 
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     default = f"workdir/{pathlib.Path(config_file).stem}"
@@ -96,6 +99,10 @@ def main(argv: list[str]) -> None:
 
 def configure_jax(config: ConfigDict) -> None:
     """Passes on what JAX must know before it looks for devices."""
+    import jax
+
+    from lit_jax.runtime import cluster
+
     configured = jax.config.values["jax_platforms"]
     if configured is None and only_libtpu() and not cluster.tpu_attached():
         jax.config.update("jax_platforms", "cpu")

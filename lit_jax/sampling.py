@@ -1,39 +1,22 @@
-"""Images from a model: one jitted sampler over the mesh, and the label and noise that belong to image number i."""
+"""Images from a model: one jitted sampler over the mesh; image i depends on (seed, i) alone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax import samplers, sharding
-from lit_jax.diffusion import Diffusion
+from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.models.dit import DiT
-
-# The fields of config.sample that an image depends on, besides its number, label and seed.
-SETTINGS = (
-    "sampler",
-    "steps",
-    "spacing",
-    "variance",
-    "eta",
-    "order",
-    "cfg_scale",
-    "cfg_channels",
-    "cfg_interval",
-    "clip_denoised",
-)
-LABEL_STREAM = (
-    2**31 - 1
-)  # sampling steps fold small numbers into an image's key; its label takes one far away
+from lit_jax.samplers import SamplerSettings
 
 
 def protocol(
-    settings: Mapping[str, Any],
+    settings: SamplerSettings,
     *,
     input_size: int,
     seed: int,
@@ -42,139 +25,142 @@ def protocol(
     autoencoder: dict[str, Any] | None,
     labels: str,
 ) -> dict[str, Any]:
-    """Everything that the uint8 images of a generator depend on: what has to be equal for their scores to be comparable.
+    """Everything that the uint8 images of a sampler depend on.
 
-    Args: settings: config.sample. input_size: height = width in the model's space. weights: the hash of the model's.
-        autoencoder: what identifies it, None for pixels.
+    Two scores are comparable only where it is equal.
+
+    Args:
+      input_size: height = width in the model's space. dtype: the activations' type.
+      weights: the hash of the model's. labels: how the images' labels were chosen.
+      autoencoder: what identifies it, None for pixels.
     """
-    return {
+    # The names are those of protocol.json in folders that older versions began: keep them.
+    about = {
         "weights": weights,
         "input_size": input_size,
         "seed": seed,
         "dtype": dtype,
         "autoencoder": autoencoder or "none",
+        # Rounding in place of truncation moves FID by 0.01.
         "uint8": "clip(127.5 x + 128) truncated",
         "labels": labels,
-    } | {name: settings[name] for name in SETTINGS}
+    }
+    return about | dataclasses.asdict(settings)
 
 
 class Sampler:
-    """Draws images by number. Image i depends on (seed, i) and its label alone, not on the batch or the mesh.
+    """Draws images by number. Image i depends on (seed, i) and its condition, on nothing else.
 
-    With an autoencoder the model's space is that of its scaled latents, and images are decoded from there.
+    Neither the batch nor the mesh changes it. With an autoencoder the model's space is that of its
+    scaled latents, and images are decoded from there.
 
     Args:
-      size: height = width of an image in the model's space. batch_size: global; the mesh must divide it.
-      sampler, steps, spacing, eta, order: see `samplers.make_grid`; cfg_*: see `samplers.sample`.
-      variance: DDPM's noise, see `samplers.make_grid`; empty: "learned_range" of a model that predicts it, else
-        "fixed_large".
-      clip_denoised: clip the predicted x_start to [-1, 1]: for models of pixels.
+      settings: which sampler, its steps and the guidance.
+      batch_size: global; the devices of the mesh must divide it.
+      process: what the model was trained on; None: DiT's.
+      mesh: None: all devices, as replicas.
+      size: (h, w) of an image in the model's space; None: what the model was trained on.
+    Raises: ValueError where the settings ask for a variance that the model does not predict, or
+      the batch does not fit the mesh.
     """
 
     def __init__(
         self,
         model: DiT,
-        diffusion: Diffusion,
-        mesh: jax.sharding.Mesh,
+        settings: SamplerSettings,
         *,
-        size: int,
-        seed: int,
-        sampler: str,
-        steps: int,
         batch_size: int,
-        cfg_scale: float,
-        cfg_channels: str,
-        cfg_interval: tuple[float, float],
-        clip_denoised: bool,
-        spacing: str = "",
-        variance: str = "",
-        eta: float = 0.0,
-        order: int = 2,
+        seed: int = 0,
+        process: GaussianDiffusion | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        size: tuple[int, int] | None = None,
         autoencoder: Autoencoder | None = None,
     ):
-        sharding.check_batch(batch_size, mesh, "sample.batch_size")
-        self.batch_size, self._num_classes, self._seed = batch_size, model.num_classes, seed
-        self._sharding = sharding.batch_sharding(mesh)
-        variance = variance or ("learned_range" if model.learn_sigma else "fixed_large")
-        if variance == "learned_range" and not model.learn_sigma:
-            raise ValueError(
-                "sample.variance = learned_range, but model.learn_sigma = False: the model predicts no variance"
-            )
-        samplers.check_guidance(cfg_channels, cfg_interval)
-        grid = samplers.make_grid(
-            diffusion,
-            sampler,
-            steps,
-            spacing=spacing or None,
-            eta=eta,
-            order=order,
-            variance=variance,
-        )
+        process = process or GaussianDiffusion()
+        mesh = mesh or sharding.make_mesh()
+        sharding.check_batch(batch_size, mesh)
+        shape = (*(size or _trained_size(model)), model.config.in_channels)
+        settings = _with_variance(settings, model.config.learn_sigma)
+        grid = samplers.make_grid(process, settings)
+        # One root for all images: a key of the batch would tie an image to its neighbours.
         root = jax.random.key(seed)
 
-        def draw(params, index, labels):
-            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-            return samplers.sample(
-                lambda x, t, y: model.apply({"params": params}, x, t, y),
-                keys,
-                (size, size, model.in_channels),
-                grid=grid,
-                labels=labels,
-                null_label=model.num_classes,
-                cfg_scale=cfg_scale,
-                cfg_channels=cfg_channels,
-                cfg_interval=tuple(cfg_interval),
-                clip_denoised=clip_denoised,
-            )
+        def draw(params, index, condition):
+            def model_fn(x, t, condition, drop):
+                return model.apply({"params": params}, x, t, condition, drop)
 
-        # (params, index (B,), labels (B,)) -> (B, h, w, C) in the model's space, B = batch_size.
+            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
+            return samplers.sample(model_fn, keys, condition, shape, grid, settings)
+
+        self.batch_size = batch_size
+        self._sharding = sharding.batch_sharding(mesh)
+        # (params, index (B,), condition) -> (B, h, w, C) in the model's space, B = batch_size.
         self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
         self._autoencoder = autoencoder
         if autoencoder:
-            self._decode = sharding.map_rows(
-                lambda params, latents: dataclasses.replace(
-                    autoencoder, params=params
-                ).from_latents(latents),
-                mesh,
-            )
+            # Its parameters are an argument: closed over, they would be constants of the program.
+            def decode(params, latents):
+                return dataclasses.replace(autoencoder, params=params).from_latents(latents)
 
-    def labels(self, index: np.ndarray, mode: str) -> np.ndarray:
-        """Labels (n,) int32 of images by number: "random" uniform from (seed, i), or "balanced": i modulo the classes."""
-        if mode == "balanced":
-            return (index % self._num_classes).astype(np.int32)
-        if mode != "random":
-            raise ValueError(f"sample.labels must be random or balanced, got {mode!r}")
-
-        def label(i):
-            rng = jax.random.fold_in(
-                jax.random.fold_in(jax.random.key(self._seed), i), LABEL_STREAM
-            )
-            return jax.random.randint(rng, (), 0, self._num_classes)
-
-        return np.asarray(jax.vmap(label)(jnp.asarray(index)), np.int32)
+            self._decode = sharding.map_rows(decode, mesh)
 
     def __call__(
         self,
         params: Any,
-        index: np.ndarray,
-        labels: np.ndarray,
+        index: Sequence[int] | np.ndarray,
+        condition: Mapping[str, Any],
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """Images (n, h, w, C) float32, about [-1, 1], on every process; `on_batch` is told how many are done."""
+        """Images (n, h, w, C) float32, about [-1, 1], the same on every process.
+
+        Args:
+          index: (n,) numbers of the images. condition: arrays (n, ...).
+          on_batch: is told after each batch how many images are done.
+        """
+        index = np.asarray(index)
+        condition = {name: np.asarray(value) for name, value in condition.items()}
         images = []
         for start in range(0, len(index), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            out = self.draw(params, index[rows], labels[rows])
-            images.append(multihost_utils.process_allgather(out, tiled=True)[: len(index[rows])])
+            part = {name: value[rows] for name, value in condition.items()}
+            out = self.draw(params, index[rows], part)
+            # Every process gets all images: scores and grids are made of all of them.
+            whole = multihost_utils.process_allgather(out, tiled=True)
+            images.append(whole[: len(index[rows])])
             on_batch(min(rows.stop, len(index)))
         return np.concatenate(images)
 
-    def draw(self, params: Any, index: np.ndarray, labels: np.ndarray) -> jax.Array:
-        """One batch over the mesh, (batch_size, h, w, C): at most batch_size images; the rows after them repeat the last."""
-        fill = self.batch_size - len(index)  # one compiled shape
-        rows = [
-            jax.device_put(np.pad(x, (0, fill), mode="edge"), self._sharding)
-            for x in (index, labels)
-        ]
-        out = self.draw_batch(params, *rows)
+    def draw(
+        self, params: Any, index: np.ndarray, condition: Mapping[str, np.ndarray]
+    ) -> jax.Array:
+        """One batch over the mesh, (batch_size, h, w, C), of at most batch_size images.
+
+        The rows after those repeat the last one: there is one compiled shape.
+        """
+        fill = self.batch_size - len(index)
+
+        def put(rows):
+            edges = [(0, fill)] + [(0, 0)] * (rows.ndim - 1)
+            return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
+
+        placed = {name: put(rows) for name, rows in condition.items()}
+        out = self.draw_batch(params, put(index), placed)
         return self._decode(self._autoencoder.params, out) if self._autoencoder else out
+
+
+def _trained_size(model: DiT) -> tuple[int, int]:
+    grid = model.config.grid
+    if grid is None:
+        raise ValueError("size = None, but the model does not say which grid it was trained on")
+    p = model.config.patch_size
+    return grid[0] * p, grid[1] * p
+
+
+def _with_variance(settings: SamplerSettings, learn_sigma: bool) -> SamplerSettings:
+    """The settings with DDPM's noise named: the model's own where it predicts one."""
+    if settings.variance == "learned_range" and not learn_sigma:
+        raise ValueError(
+            "variance = learned_range, but the model predicts no variance (learn_sigma = False)"
+        )
+    own = "learned_range" if learn_sigma else "fixed_large"
+    return dataclasses.replace(settings, variance=settings.variance or own)

@@ -1,5 +1,9 @@
-"""The train state, its birth on the mesh, and the one train step: plain diffusion, or distillation when a teacher is given."""
+"""The train state, its birth, and the one train step.
 
+Plain diffusion is the step without a teacher; distillation is the same step with one.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lit_jax import losses, sharding
-from lit_jax.diffusion import Diffusion, q_sample
+from lit_jax import losses, ranges, sharding
+from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models.autoencoder import sample_posterior
-from lit_jax.models.dit import DiT
+from lit_jax.models.dit import DiT, init_params
 
 
 @flax.struct.dataclass
@@ -49,42 +53,74 @@ class TrainState:
         )
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    b1: float,
-    b2: float,
-    epsilon: float,
-    weight_decay: float,
-    clip_norm: float,
-    schedule: str,
-    warmup: int,
-    steps: int,
-) -> optax.GradientTransformation:
-    """AdamW with an optional linear warm-up, a constant or cosine schedule, and global-norm clipping.
+# ---- The optimizer -------------------------------------------------------------------------------
 
-    Raises: ValueError for an unknown schedule or a warm-up that is longer than the run.
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, its schedule and clipping.
+
+    Raises: ValueError whose text starts with the field's name.
     """
-    if schedule not in ("constant", "cosine"):
-        raise ValueError(f"optimizer.schedule must be constant or cosine, got {schedule!r}")
-    if not 0 <= warmup < steps:
-        raise ValueError(f"optimizer.warmup = {warmup} is not shorter than train.steps = {steps}")
-    after = (
-        optax.constant_schedule(learning_rate)
-        if schedule == "constant"
-        else optax.cosine_decay_schedule(learning_rate, steps - warmup)
+
+    steps: int  # of the whole run
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # of the global gradient; 0: no clipping
+    schedule: str = "constant"  # constant, or cosine to zero at `steps`
+    warmup: int = 0  # steps of linear warm-up
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            steps=ranges.AT_LEAST_1,
+            learning_rate=ranges.NOT_NEGATIVE,
+            b1=ranges.BELOW_1,
+            b2=ranges.BELOW_1,
+            epsilon=ranges.POSITIVE,
+            weight_decay=ranges.NOT_NEGATIVE,
+            clip_norm=ranges.NOT_NEGATIVE,
+            schedule=ranges.one_of("constant", "cosine"),
+            warmup=ranges.AT_LEAST_0,
+        )
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup = {self.warmup} is not shorter than the run of {self.steps} steps"
+            )
+
+    def rates(self) -> optax.Schedule:
+        """The learning rate of an update, by the number of good steps before it."""
+        rate = self.learning_rate
+        after = optax.constant_schedule(rate)
+        if self.schedule == "cosine":
+            after = optax.cosine_decay_schedule(rate, self.steps - self.warmup)
+        if not self.warmup:
+            return after
+        # One step in, the rate is already rate / warmup: a first step at zero would be wasted.
+        ramp = optax.linear_schedule(rate / self.warmup, rate, max(self.warmup - 1, 1))
+        return optax.join_schedules([ramp, after], [self.warmup])
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """AdamW with an optional warm-up, a schedule, and clipping by the global norm."""
+    # A schedule even where the rate is constant: optax then keeps a count, and the layout of the
+    # optimizer state, which checkpoints hold, is the same for every run.
+    adamw = optax.adamw(
+        settings.rates(),
+        settings.b1,
+        settings.b2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
     )
-    # One step in, the rate is already rate / warmup: a first step at zero would be wasted.
-    ramp = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
-    rate = optax.join_schedules([ramp, after], [warmup]) if warmup else after
-    adamw = optax.adamw(rate, b1, b2, eps=epsilon, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    if not settings.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
 
 
-def init_params(model: DiT, rng: jax.Array, input_size: int) -> Any:
-    """Fresh parameters, float32."""
-    x = jnp.zeros((1, input_size, input_size, model.in_channels))
-    return model.init(rng, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+# ---- The birth of a state ------------------------------------------------------------------------
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -100,20 +136,57 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainStat
     )
 
 
-def state_shapes(
-    model: DiT, optimizer: optax.GradientTransformation, input_size: int
-) -> TrainState:
-    """Shapes of the whole state, without computing anything."""
-    return jax.eval_shape(
-        lambda: new_state(init_params(model, jax.random.key(0), input_size), optimizer)
-    )
+def state_shapes(model: DiT, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of the whole state; nothing is computed."""
+    return jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
 
 
 def with_sharding(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that carry their sharding: what Orbax restores onto and what ahead-of-time compilation takes."""
+    """ShapeDtypeStructs that carry their sharding.
+
+    Orbax restores onto them, and ahead-of-time compilation takes them.
+    """
     return jax.tree.map(
         lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings
     )
+
+
+# ---- The step ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What the step does besides the models, the process and the optimizer.
+
+    Raises: ValueError whose text starts with the field's name.
+    """
+
+    dropout: float = 0.1  # share of conditions that are dropped, once, here
+    accumulation: int = 1  # microbatches a step
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False  # decay min(decay, (1 + step) / (10 + step)): for short runs
+    noise_weight: float = 0.5  # lambda_1 of the paper's hybrid loss
+    variance_weight: float = 0.05  # lambda_2
+    variance_target: str = "raw"  # see losses.distillation_terms
+    teacher_sees_dropped: bool = False  # False, the paper's code: the teacher is told everything
+    scaling_factor: float = 1.0  # of latents, see `images_to_model`
+    shift_factor: float = 0.0
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            dropout=ranges.BELOW_1,
+            accumulation=ranges.AT_LEAST_1,
+            ema_decay=ranges.BELOW_1,
+            noise_weight=ranges.NOT_NEGATIVE,
+            variance_weight=ranges.NOT_NEGATIVE,
+            variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of the loss; 1 where a term is not named."""
+        return {"kd_noise": self.noise_weight, "kd_variance": self.variance_weight}
 
 
 def images_to_model(
@@ -122,122 +195,94 @@ def images_to_model(
     scaling_factor: float = 1.0,
     shift_factor: float = 0.0,
 ) -> jax.Array:
-    """What the model is trained on, (B, h, w, C) float32: pixels in [-1, 1], or scaled draws from the latents' posteriors.
+    """What the model is trained on, (B, h, w, C) float32.
 
-    Args: batch: "image" uint8, or "mean" and "log_variance" of latents, which become (latent - shift) * scale.
+    Pixels in [-1, 1], or draws from the latents' posteriors as (latent - shift) * scale.
+
+    Args: batch: "image" uint8, or "mean" and "log_variance" of latents.
     """
     if "image" in batch:
         return batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    mean, log_variance = (batch[name].astype(jnp.float32) for name in ("mean", "log_variance"))
+    mean = batch["mean"].astype(jnp.float32)
+    log_variance = batch["log_variance"].astype(jnp.float32)
     return (sample_posterior(mean, log_variance, rng) - shift_factor) * scaling_factor
 
 
 def make_train_step(
     model: DiT,
-    optimizer: optax.GradientTransformation,
-    diffusion: Diffusion,
-    *,
     teacher: DiT | None,
-    noise_weight: float,
-    variance_weight: float,
-    variance_target: str,
-    teacher_sees_dropped_labels: bool,
-    label_dropout: float,
-    accumulation: int,
-    ema_decay: float,
-    ema_warmup: bool,
+    process: GaussianDiffusion,
+    optimizer: OptimizerSettings,
+    settings: StepSettings,
     mesh: jax.sharding.Mesh,
-    scaling_factor: float = 1.0,
-    shift_factor: float = 0.0,
-) -> Callable:
-    """Builds the jitted step (state, teacher_params, batch, rng) -> (state, metrics); the state is donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the jitted step (state, teacher_params, batch, rng) -> (state, metrics).
 
-    Every draw (timestep, noise, dropped labels, latents) is made for the whole batch from fold_in(rng, step): they
-    depend neither on the mesh nor on the number of microbatches. A step whose loss or gradient is not finite
-    leaves parameters, EMA and optimizer as they were and is counted.
+    The state is donated. Every draw (timestep, noise, dropped conditions, latents) is made for the
+    whole batch from fold_in(rng, step): it depends neither on the mesh nor on the number of
+    microbatches. A step whose loss or gradient is not finite leaves parameters, EMA and optimizer
+    as they were and is counted.
 
     Args:
-      teacher: the frozen model, or None for plain diffusion training; teacher_params is then None.
-      noise_weight, variance_weight: lambda_1 and lambda_2 of the paper's hybrid loss.
-      label_dropout: share of labels that become the null class, once, here.
-      scaling_factor, shift_factor: of latents, see `images_to_model`.
-    Returns: the step; metrics are float32 scalars: loss, its unweighted terms, grad_norm.
+      teacher: the frozen model, or None for plain training; teacher_params is then None too.
+    Returns: the step. Metrics are float32 scalars: loss, its unweighted terms, grad_norm,
+      param_norm, update_norm, learning_rate.
     """
-    weights = {"mse": 1.0, "vb": 1.0, "kd_noise": noise_weight, "kd_variance": variance_weight}
     rows = sharding.batch_sharding(mesh)
+    tx = make_optimizer(optimizer)
+    condition_fields = tuple(model.config.condition_shapes(1))
 
-    def loss_fn(params, teacher_params, x_start, noise, t, y, label):
-        x_t = q_sample(diffusion, x_start, t, noise)
-        output = model.apply({"params": params}, x_t, t, y)
-        terms = losses.denoising_loss(diffusion, output, x_start, x_t, t, noise)
+    def loss_fn(params, teacher_params, x_start, noise, t, condition, drop):
+        x_t = process.perturb(x_start, t, noise)
+        output: Any = model.apply({"params": params}, x_t, t, condition, drop)
+        terms = process.loss(output, x_start, x_t, t, noise)
         if teacher is not None:
-            teacher_y = y if teacher_sees_dropped_labels else label
-            teacher_output = teacher.apply(
-                {"params": jax.lax.stop_gradient(teacher_params)}, x_t, t, teacher_y
-            )
-            terms |= losses.distillation_loss(
-                diffusion,
+            frozen = {"params": jax.lax.stop_gradient(teacher_params)}
+            teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
+            teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
+            terms |= losses.distillation_terms(
+                process,
                 output,
                 teacher_output,
                 t,
-                in_channels=model.in_channels,
-                variance_target=variance_target,
+                in_channels=x_t.shape[-1],
+                variance_target=settings.variance_target,
             )
-        terms = {name: value.mean() for name, value in terms.items()}
-        loss = sum(weights[name] * value for name, value in terms.items())
-        return loss, {"loss": loss} | terms
+        means = {name: value.mean() for name, value in terms.items()}
+        loss = sum(settings.weights.get(name, 1.0) * value for name, value in means.items())
+        return loss, {"loss": loss} | means
 
-    value_and_grad = jax.grad(loss_fn, has_aux=True)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def train_step(state, teacher_params, batch, rng):
-        t_rng, noise_rng, dropout_rng, latent_rng = jax.random.split(
-            jax.random.fold_in(rng, state.step), 4
-        )
-        x_start, label = (
-            images_to_model(batch, latent_rng, scaling_factor, shift_factor),
-            batch["label"],
-        )
-        B = len(label)
-        t = jax.random.randint(t_rng, (B,), 0, diffusion.num_steps)
+        # ---- Draws: of the whole batch, before it is split ---------------------------------------
+        step_rng = jax.random.fold_in(rng, state.step)
+        t_rng, noise_rng, dropout_rng, latent_rng = jax.random.split(step_rng, 4)
+        x_start = images_to_model(batch, latent_rng, settings.scaling_factor, settings.shift_factor)
+        condition = {name: batch[name] for name in condition_fields}
+        B = len(x_start)
+        t = process.draw_t(t_rng, B)
         noise = jax.random.normal(noise_rng, x_start.shape)
-        y = jnp.where(
-            jax.random.bernoulli(dropout_rng, label_dropout, (B,)), model.num_classes, label
-        )
-        draws = jax.lax.with_sharding_constraint((x_start, noise, t, y, label), rows)
+        drop = jax.random.bernoulli(dropout_rng, settings.dropout, (B,))
+        draws = (x_start, noise, t, condition, drop)
+        draws = jax.lax.with_sharding_constraint(draws, rows)
 
-        if accumulation == 1:
-            grads, terms = value_and_grad(state.params, teacher_params, *draws)
+        # ---- Gradients: at once, or microbatch by microbatch -------------------------------------
+        if settings.accumulation == 1:
+            grads, terms = grad_fn(state.params, teacher_params, *draws)
         else:
-            # Microbatch i takes every accumulation-th row, so that each device keeps working on rows it holds.
-            micro = jax.tree.map(
-                lambda x: x.reshape(B // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1),
-                draws,
+            grads, terms = _accumulate(
+                grad_fn, settings.accumulation, state.params, teacher_params, draws
             )
-            zeros = jax.tree.map(
-                jnp.zeros_like,
-                jax.eval_shape(
-                    value_and_grad,
-                    state.params,
-                    teacher_params,
-                    *jax.tree.map(lambda x: x[0], micro),
-                ),
-            )
-
-            def accumulate(total, rows):
-                return jax.tree.map(
-                    jnp.add, total, value_and_grad(state.params, teacher_params, *rows)
-                ), None
-
-            total, _ = jax.lax.scan(accumulate, zeros, micro)
-            grads, terms = jax.tree.map(lambda x: x / accumulation, total)
-
         grads = jax.lax.with_sharding_constraint(grads, sharding.fsdp_sharding(grads, mesh))
+
+        # ---- Update: kept only if loss and gradient are finite -----------------------------------
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.float32(ema_decay)
-        if ema_warmup:
+        decay = jnp.float32(settings.ema_decay)
+        if settings.ema_warmup:
             decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(
             lambda e, p: decay * e + (1.0 - decay) * p, state.ema_params, params
@@ -247,7 +292,16 @@ def make_train_step(
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         bad = (~finite).astype(jnp.int32)
-        state = TrainState(
+        good_steps = state.step - state.skipped  # a skipped step does not advance the schedule
+        # The norm of the parameters is that before the update. That of the new ones changes how
+        # XLA fuses the update on a CPU, and with it the last bits of the EMA.
+        metrics = terms | {
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(state.params),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": jnp.float32(optimizer.rates()(good_steps)),
+        }
+        new = TrainState(
             step=state.step + 1,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
@@ -255,8 +309,25 @@ def make_train_step(
             ema_params=keep_if_finite(ema_params, state.ema_params),
             opt_state=keep_if_finite(opt_state, state.opt_state),
         )
-        return jax.lax.with_sharding_constraint(
-            state, sharding.fsdp_sharding(state, mesh)
-        ), terms | {"grad_norm": grad_norm}
+        new = jax.lax.with_sharding_constraint(new, sharding.fsdp_sharding(new, mesh))
+        return new, metrics
 
     return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)
+
+
+def _accumulate(grad_fn, count, params, teacher_params, draws):
+    """Means of gradients and terms over `count` microbatches, one after the other."""
+
+    def split(x):
+        # Microbatch i takes every count-th row: each device keeps working on rows that it holds.
+        return x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    micro = jax.tree.map(split, draws)
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(grad_fn, params, teacher_params, *first)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, grad_fn(params, teacher_params, *rows)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), micro)
+    return jax.tree.map(lambda x: x / count, total)

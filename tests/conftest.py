@@ -1,17 +1,110 @@
-"""The suite runs on a CPU that pretends to be eight devices, with implicit rank promotion forbidden."""
+"""What all tests share: eight pretend devices, a cache of compiled programs, marks, tiny models.
 
+The suite runs on a CPU that pretends to be eight devices, with implicit rank promotion forbidden.
+"""
+
+import ast
+import atexit
+import functools
 import os
+import pathlib
+import shutil
+import tempfile
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+
+# ---- The environment, before the first import of JAX.
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-os.environ.setdefault(
-    "TPU_SKIP_MDS_QUERY", "1"
-)  # libtpu only compiles here: do not look for a TPU's metadata server
-os.environ.setdefault(
-    "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-)  # test processes side by side each load the compiler
+# libtpu only compiles here: it must not look for a TPU's metadata server.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Test processes that run at the same time each load the compiler.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+# Most of the suite's time is compilation, and many tests compile the same program. The cache lasts
+# for one session. Workers of xdist and processes that a test starts inherit its place. Whoever sets
+# JAX_COMPILATION_CACHE_DIR keeps the programs for the next session too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lit_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
+
+FAST = {
+    "test_architecture.py",
+}
+
+
+def top_level_imports(path: pathlib.Path) -> set[str]:
+    """The first names of the modules that a file imports outside of its functions."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@functools.cache
+def needs_torch(path: pathlib.Path) -> bool:
+    """Whether a file of tests imports torch or diffusers, itself or by a helper in this folder."""
+    names = top_level_imports(path)
+    if names & {"torch", "diffusers"}:
+        return True
+    helpers = [TESTS / f"{name}.py" for name in names]
+    return any(needs_torch(helper) for helper in helpers if helper.exists())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without-torch",
+        action="store_true",
+        help="leave out the tests marked torch, and do not import their files",
+    )
+
+
+def pytest_configure() -> None:
+    if missing := [name for name in sorted(FAST) if not (TESTS / name).exists()]:
+        raise pytest.UsageError(f"FAST in tests/conftest.py names {missing}, which do not exist")
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Without torch, a file that imports torch cannot even be read for its marks."""
+    if config.getoption("--without-torch") and collection_path.suffix == ".py":
+        return needs_torch(collection_path) or None
+    return None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.relative_to(TESTS).as_posix() in FAST:
+        item.add_marker("fast")
+    if needs_torch(item.path):
+        item.add_marker("torch")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without torch, a test that imports torch in its body goes by its own mark."""
+    if config.getoption("--without-torch"):
+        left_out = [item for item in items if item.get_closest_marker("torch")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.getoption("--without-torch"):
+        files = sorted(TESTS.rglob("test_*.py"))
+        names = [str(path.relative_to(TESTS)) for path in files if needs_torch(path)]
+        terminalreporter.write_line("left out without torch: " + ", ".join(names))

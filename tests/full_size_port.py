@@ -1,8 +1,11 @@
-"""Ports a DiT-XL/2 of full size and random weights there and back, and prints what it took. Not part of the suite.
+"""Ports a DiT-XL/2 of full size and random weights there and back, and prints what it took.
 
-python tests/full_size_port.py FOLDER        # takes 8 GB there and leaves nothing; 6 GB of memory
+    python tests/full_size_port.py FOLDER
+
+It is not part of the suite. It takes 8 GB in FOLDER, which it frees at the end, and 6 GB of memory.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -16,34 +19,29 @@ import numpy as np
 REPOSITORY = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from lit_jax.models.dit import position_embedding
-from lit_jax.porting import layouts, torch_file
+from lit_jax.models.dit import DiTConfig, position_embedding
+from lit_jax.porting.dit import entries
+from lit_jax.porting.torch_file import NewTensor, write_torch
 
-XL = dict(
-    attention="softmax",
-    depth=28,
-    width=1152,
-    num_heads=16,
-    patch_size=2,
-    in_channels=4,
-    num_classes=1000,
-    learn_sigma=True,
-    qkv_bias=True,
-    conv_size=0,
-)
-GRID = (16, 16)
+CONFIG = DiTConfig.of_size("XL", grid=(16, 16))
 
 
 def write_checkpoint(path: pathlib.Path) -> None:
     """A flat state dict in the official layout."""
     rng = np.random.default_rng(0)
-    tensors = [("pos_embed", (1, 256, 1152), lambda: position_embedding(GRID, 1152)[None])]
-    tensors += [
-        (key, shape, lambda shape=shape: rng.standard_normal(shape, np.float32))
-        for _, keys, _, shape in layouts.dit_rules(XL)
-        for key in keys
-    ]
-    torch_file.write_torch(path, tensors)
+
+    def table():
+        return position_embedding(CONFIG.grid, CONFIG.width)[None]
+
+    def draw(shape):
+        return rng.standard_normal(shape, np.float32)
+
+    tensors = [NewTensor("pos_embed", (1, 256, CONFIG.width), table)]
+    for entry in entries(CONFIG):
+        shape = entry.torch_shape
+        read = functools.partial(draw, shape)
+        tensors += [NewTensor(key, shape, read) for key in entry.keys]
+    write_torch(path, tensors)
 
 
 def port(source: pathlib.Path, target: pathlib.Path, workdir: pathlib.Path) -> dict:
@@ -64,11 +62,13 @@ def port(source: pathlib.Path, target: pathlib.Path, workdir: pathlib.Path) -> d
     if status:
         sys.exit(f"{' '.join(command)} failed")
     report = json.loads((workdir / "port_report.json").read_text())
-    peak, size = 1024 * usage.ru_maxrss, 4 * report["parameters"]
+    peak = 1024 * usage.ru_maxrss
+    size = 4 * report["parameters"]
     print(
-        f"{source.name} to {target.name}: {report['counts']['keys']} keys, {report['parameters']:,} parameters; peak memory "
-        f"{peak / 1e9:.2f} GB, {peak / size:.2f} times their {size / 1e9:.2f} GB; {usage.ru_utime + usage.ru_stime:.0f} s "
-        f"of a core, {time.monotonic() - start:.0f} s",
+        f"{source.name} to {target.name}: {report['counts']['keys']} keys, "
+        f"{report['parameters']:,} parameters; peak memory {peak / 1e9:.2f} GB, "
+        f"{peak / size:.2f} times their {size / 1e9:.2f} GB; "
+        f"{usage.ru_utime + usage.ru_stime:.0f} s of a core, {time.monotonic() - start:.0f} s",
         flush=True,
     )
     return report

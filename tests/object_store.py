@@ -1,4 +1,5 @@
-"""An object store in memory, at gs://: for etils.epath by fsspec, for TensorStore by HTTP.
+"""An object store in memory, at gs://: for etils.epath by fsspec; for TensorStore and ArrayRecord
+by HTTP.
 
 Like a real one it has no folders (a folder exists while an object lies in it), a file appears
 when it is closed, and nothing can be appended to it.
@@ -180,7 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             span = self.headers.get("Range")
             if span:
                 start, _, end = span.removeprefix("bytes=").partition("-")
-                first = int(start) if start else len(content) - int(end)
+                first = int(start) if start else max(len(content) - int(end), 0)
                 last = int(end) if end and start else len(content) - 1
                 last = min(last, len(content) - 1)
                 headers.append(("Content-Range", f"bytes {first}-{last}/{len(content)}"))
@@ -203,6 +204,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(204)
 
 
+def upload(folder, target):
+    """Copies a local folder with all that is in it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(f"{target}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
 @contextlib.contextmanager
 def serve(monkeypatch):
     """Lets gs:// mean this store in the block; yields epath.Path("gs://bucket")."""
@@ -221,6 +229,8 @@ def serve(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("localhost", 0), _Handler) as server:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
+        address = f"http://localhost:{server.server_port}"
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -1,10 +1,9 @@
-"""Kills a training run again and again at random moments.
-
-Then it compares the end, bit by bit, with that of a run that nobody disturbed.
+"""Kills a training run many times at random moments.
 
     python tests/soak.py [KILLS] [SEED]
 
-100 and 0 if not given; a kill takes a few seconds on one core.
+Its end must equal that of a run that nobody disturbed, bit by bit. Without arguments there are 100
+kills, with the seed 0. A kill takes a few seconds on one core.
 """
 
 import pathlib

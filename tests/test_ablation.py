@@ -3,12 +3,11 @@
 import importlib
 import pathlib
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import experiment, fields
-from lit_jax.train_step import init_params
+from lit_jax.experiment import Experiment
+from lit_jax.models.dit import param_shapes
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "ablation"
 INIT = "workdir/imagenet256_dit_s/checkpoints"
@@ -79,13 +78,12 @@ def test_a_step_changes_what_it_says(name, before, change):
 @pytest.mark.parametrize("name", [name for name, *_ in PATH])
 def test_its_models_can_be_built(name):
     config = load(name).get_config()
-    fields.check(config)
-    model = experiment.student(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
+    experiment = Experiment(config)
+    shapes = param_shapes(experiment.model_config)
     heads = config.model.num_heads
     assert ("dwc" in shapes["blocks"]["attn"]) == (name != "scratch")
     if name != "scratch":
         assert shapes["blocks"]["attn"]["dwc"]["kernel"].shape == (12, 5, 5, 1, 384 // heads)
     if config.teacher.checkpoint:
-        teacher = experiment.teacher(config, model)
+        teacher = experiment.default_teacher().config
         assert (teacher.depth, teacher.width, teacher.attention) == (28, 1152, "softmax")

@@ -17,13 +17,11 @@ import pytest
 from jax.experimental import multihost_utils
 
 from lit_jax import checkpoint, sharding
-from lit_jax.models.dit import DiT
+from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.train_step import TrainState, state_shapes
 
-SIZE = 8
-MODEL = DiT(
-    depth=2, width=16, num_heads=2, patch_size=4, in_channels=1, num_classes=3, attention="linear"
-)
+PIXELS = dict(patch_size=4, in_channels=1, num_classes=3)
+MODEL = DiT(DiTConfig(2, 16, 2, attention="linear", **PIXELS))
 OPTIMIZER = optax.adamw(1e-3)
 FIELDS = {"train.batch_size": 8}
 
@@ -31,7 +29,7 @@ FIELDS = {"train.batch_size": 8}
 @functools.cache
 def shapes_of_state(model, optimizer):
     """Traced once for all tests."""
-    return state_shapes(model, optimizer, SIZE)
+    return state_shapes(model, optimizer)
 
 
 def make_state(data=2, fsdp=4, model=MODEL, optimizer=OPTIMIZER, seed=0):

@@ -1,7 +1,11 @@
-"""Every config: it loads, its train step traces, its fields are those of default.py, and none of them is dead."""
+"""Every config loads, its train step traces, and its fields are those of configs/default.py.
+
+The code reads every one of these fields.
+"""
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -11,7 +15,9 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import diffusion, experiment, fields, sharding
+from lit_jax.experiment import Experiment
+from lit_jax.models.dit import DiTConfig, param_shapes
+from lit_jax.train_step import make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -69,23 +75,27 @@ def test_a_config_is_a_recipe(name):
     "name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
 )
 def test_one_train_step_of_every_config_traces(name):
-    """Shapes alone, on the config's own mesh of pretend devices; a softmax model of the student's size is the teacher."""
+    """Shapes alone, on the mesh of the config, over pretend devices.
+
+    The teacher is a softmax model of the student's size.
+    """
     config = load(name)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_batches(config, mesh)
-    model = experiment.student(config)
+    experiment = Experiment(config)
+    experiment.check_batches()
     size, C = config.model.input_size, config.model.in_channels
     teacher = teacher_shapes = None
     if config.teacher.checkpoint or config.student.init == "teacher":
-        teacher = experiment.teacher(config, model)
-        teacher_shapes = jax.eval_shape(
-            lambda: train_step.init_params(teacher, jax.random.key(0), size)
-        )
-    optimizer = experiment.optimizer(config)
-    train_step = experiment.train_step(
-        config, model, teacher, optimizer, diffusion.make_diffusion(), mesh
+        teacher = experiment.default_teacher()
+        teacher_shapes = param_shapes(teacher.config)
+    train_step = make_train_step(
+        experiment.model,
+        teacher,
+        experiment.process,
+        experiment.optimizer_settings,
+        experiment.unscaled_step_settings,
+        experiment.mesh,
     )
-    state = train_step.state_shapes(model, optimizer, size)
+    state = experiment.state_shapes
     B = config.train.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8),
@@ -97,7 +107,8 @@ def test_one_train_step_of_every_config_traces(name):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
-    wanted = {"loss", "mse", "grad_norm"} | ({"vb"} if config.model.learn_sigma else set())
+    norms = {"grad_norm", "param_norm", "update_norm", "learning_rate"}
+    wanted = {"loss", "mse"} | norms | ({"vb"} if config.model.learn_sigma else set())
     if teacher:
         wanted |= {"kd_noise"} | ({"kd_variance"} if config.model.learn_sigma else set())
     assert set(metrics) == wanted
@@ -106,39 +117,40 @@ def test_one_train_step_of_every_config_traces(name):
     )
 
 
+READERS = ("main.py", "experiment.py", "jobs/*.py")  # nothing else is given the config
+CONFIGS = ("config", "self.config", "experiment.config", "self.experiment.config", "CONFIG.value")
+
+
 def reads_of_fields():
-    """For every section of the config, the names that lit_jax reads of it; "*" where it takes the whole section."""
+    """The names that lit_jax reads of each section; "*" where it takes the whole section."""
     sections = {field.split(".")[0] for field in DEFAULTS if "." in field}
     reads = {section: set() for section in sections} | {"": set()}
-    for path in (ROOT / "lit_jax").rglob("*.py"):
+    for path in (path for pattern in READERS for path in (ROOT / "lit_jax").glob(pattern)):
         tree = ast.parse(path.read_text())
-        # `sample = config.sample` makes `sample` another name of the section within that file; so does `self._sample = ...`.
+        # `sample = config.sample` makes `sample` another name of the section within that file.
         aliases = {}
         for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Name)
-                and (section := section_of(node.value, {}))
-            ):
-                aliases[node.targets[0].id] = section
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                if section := section_of(node.value, {}):
+                    aliases[node.targets[0].id] = section
         for node in ast.walk(tree):
+            section = section_of(getattr(node, "value", None), aliases)
             if isinstance(node, ast.Attribute):
-                if (section := section_of(node.value, aliases)) in reads:
+                if section in reads:
                     reads[section].add("*" if node.attr in ("items", "to_dict") else node.attr)
-                if isinstance(node.value, ast.Name) and node.value.id == "config":
+                if ast.unparse(node.value) in CONFIGS:
                     reads[""].add(node.attr)
-            elif (
-                isinstance(node, ast.keyword)
-                and node.arg is None
-                and (section := section_of(node.value, aliases)) in reads
-            ):
-                reads[section].add("*")
+            elif isinstance(node, ast.keyword | ast.Subscript) and section in reads:
+                if isinstance(node, ast.Subscript) or node.arg is None:
+                    reads[section].add("*")
     return reads
 
 
 def section_of(node, aliases):
-    """ "model" for `config.model`, main's `CONFIG.value.model`, or a name that stands for it."""
-    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "CONFIG.value"):
+    """ "model" for `config.model`, or for a name that stands for it."""
+    if not isinstance(node, ast.AST):
+        return None
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in CONFIGS:
         return node.attr
     return aliases.get(ast.unparse(node))
 
@@ -165,6 +177,8 @@ def test_every_field_that_is_read_is_in_the_default():
         "unlock",
         "value",
     }
+    # A job calls an architecture `config`, too.
+    methods |= {field.name for field in dataclasses.fields(DiTConfig)} | set(dir(DiTConfig))
     reads = reads_of_fields()
     assert reads[""] - methods <= sections, (
         f"not in default.py: {sorted(reads[''] - methods - sections)}"
@@ -175,25 +189,33 @@ def test_every_field_that_is_read_is_in_the_default():
             for field in DEFAULTS
             if field.startswith(f"{section}.")
         }
-        assert reads[section] - methods - {"*"} <= fields, (
-            f"not in default.py: {[f'{section}.{name}' for name in sorted(reads[section] - methods - {'*'} - fields)]}"
+        unknown = reads[section] - methods - {"*"} - fields
+        assert not unknown, (
+            f"not in default.py: {[f'{section}.{name}' for name in sorted(unknown)]}"
         )
 
 
-def test_every_number_has_a_range():
-    ranged = {name for *_, names in fields.NUMBERS for name in names} | set(fields.WORDS)
-    numbers = {
-        field
-        for field, value in DEFAULTS.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    assert numbers - ranged == set()
-    assert ranged <= set(DEFAULTS)
+NUMBERS = [
+    name
+    for name, value in DEFAULTS.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_every_number_has_a_range(field):
+    """No field takes a number that makes no sense: not a negative one, and -1 is not -7."""
+    config = load("default")
+    group, _, name = field.rpartition(".")
+    section = config[group] if group else config
+    section[name] = -7 if isinstance(section[name], int) else float("nan")
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        Experiment(config)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
-    fields.check(load(name))
+    Experiment(load(name))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +248,7 @@ def test_values_at_the_ends_of_their_ranges(field, good, bad):
         group, _, name = field.rpartition(".")
         (config[group] if group else config)[name] = value
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-            fields.check(config)
+            Experiment(config)
 
 
 def test_a_misspelt_field_fails_at_once():

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lit_jax import inherit, sharding
-from lit_jax.models.dit import DiT
+from lit_jax.models.dit import DiTConfig, param_shapes
 
 D, L = 32, 2
 ATTENTION = {"q", "kv", "proj", "dwc"}
@@ -30,15 +30,7 @@ def make_params(attention="linear", seed=0, **overrides):
         )
         | overrides
     )
-    model = DiT(**fields)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes = jax.eval_shape(
-        model.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 8, 8, fields["in_channels"]), jnp.float32),
-        t,
-        t,
-    )["params"]
+    shapes = param_shapes(DiTConfig(**fields))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
@@ -222,7 +214,7 @@ def test_misspelt_names_are_refused(kwargs, message):
 def test_a_convolution_is_not_loaded_into_a_student_without_one():
     with pytest.raises(
         ValueError,
-        match="inherit.load names conv, but the student has no convolution: .*blocks/attn/kv/bias",
+        match="load = conv, but the student has no convolution: .*blocks/attn/kv/bias",
     ):
         inherit.merge_params(make_params("linear"), make_student(conv_size=0), load=("conv",))
 

@@ -1,6 +1,6 @@
-"""The launcher scripts, run with stand-ins for what they start.
+"""The launcher scripts: what they start again, and with which arguments.
 
-What is started again, and with which arguments.
+Stand-ins take the place of the programs that the scripts start.
 """
 
 import os
@@ -70,7 +70,10 @@ def test_a_tpu_vm_goes_on_until_it_is_done_or_cannot(stand_in, values):
 
 
 def test_a_tpu_vm_forgets_short_tries_after_a_long_one(stand_in):
-    """The third try lasts longer than the limit, which a copy of the script makes shorter."""
+    """A copy of the script has a clock that runs a thousand times faster.
+
+    The third try lasts longer than the limit.
+    """
     script = stand_in.folder / "fast.sh"
     text = (LAUNCH / "tpu_vm.sh").read_text()
     assert text.count("SECONDS < 600") == 1

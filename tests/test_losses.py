@@ -1,4 +1,7 @@
-"""The denoising and the distillation loss against float64 oracles, and where their gradients may not go."""
+"""The denoising and the distillation loss against float64 oracles.
+
+Also: where their gradients may not go.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ from oracles import assert_close
 
 from lit_jax import diffusion, losses
 
-DIFFUSION = diffusion.make_diffusion()
+PROCESS = diffusion.GaussianDiffusion()
 BETAS, ALPHAS_CUMPROD = oracles.linear_schedule(1000)
 C = 4
 T = np.array([0, 1, 37, 500, 999])
@@ -23,15 +26,16 @@ def normal(seed, channels=C):
 def batch():
     """x_start, x_t, noise (B, 4, 6, C), student's and teacher's output (B, 4, 6, 2C)."""
     x_start, noise = np.clip(normal(0), -1, 1), normal(1)
-    x_t = np.asarray(diffusion.q_sample(DIFFUSION, x_start, T, noise))
-    # Near the noise, as a trained model is: at t = 0, levels that are many deviations off are all rounding in float32.
+    x_t = np.asarray(PROCESS.perturb(x_start, T, noise))
+    # Near the noise, as a trained model's output is. At t = 0 the probability of a level that is
+    # many deviations away is nothing but rounding in float32.
     student = np.concatenate([noise + 0.3 * normal(2), normal(3)], axis=-1)
     return x_start, x_t, noise, student, normal(4, 2 * C)
 
 
 def test_denoising_loss_matches_the_oracle_sample_by_sample(batch):
     x_start, x_t, noise, output, _ = batch
-    terms = losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)
+    terms = PROCESS.loss(output, x_start, x_t, T, noise)
     assert set(terms) == {"mse", "vb"} and terms["mse"].shape == terms["vb"].shape == (len(T),)
     assert_close(
         terms["mse"],
@@ -42,31 +46,30 @@ def test_denoising_loss_matches_the_oracle_sample_by_sample(batch):
         expected = oracles.variational_bound(
             output[i], x_start[i], x_t[i], int(t), BETAS, ALPHAS_CUMPROD
         )
-        # As for vb_terms: log-variances of -9 in float32 leave 1e-5 of a ratio of exponentials.
+        # As in test_diffusion.py: log-variances of -9 in float32 give a ratio of exponentials that
+        # is exact to 1e-5.
         assert float(terms["vb"][i]) == pytest.approx(expected, rel=2e-5)
 
 
 def test_without_a_variance_head_only_the_noise_counts(batch):
     x_start, x_t, noise, output, teacher = batch
-    assert set(losses.denoising_loss(DIFFUSION, output[..., :C], x_start, x_t, T, noise)) == {"mse"}
+    assert set(PROCESS.loss(output[..., :C], x_start, x_t, T, noise)) == {"mse"}
     assert set(
-        losses.distillation_loss(DIFFUSION, output[..., :C], teacher[..., :C], T, in_channels=C)
+        losses.distillation_terms(PROCESS, output[..., :C], teacher[..., :C], T, in_channels=C)
     ) == {"kd_noise"}
 
 
 def test_the_true_noise_has_no_error(batch):
     x_start, x_t, noise, output, _ = batch
     output = np.concatenate([noise, output[..., C:]], axis=-1)
-    np.testing.assert_array_equal(
-        losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)["mse"], 0.0
-    )
+    np.testing.assert_array_equal(PROCESS.loss(output, x_start, x_t, T, noise)["mse"], 0.0)
 
 
 def test_the_bound_trains_the_variance_alone(batch):
     x_start, x_t, noise, output, _ = batch
 
     def total(output, term):
-        return losses.denoising_loss(DIFFUSION, output, x_start, x_t, T, noise)[term].sum()
+        return PROCESS.loss(output, x_start, x_t, T, noise)[term].sum()
 
     vb, mse = (
         jax.grad(total)(jnp.asarray(output), "vb"),
@@ -80,7 +83,7 @@ def test_the_bound_trains_the_variance_alone(batch):
 
 def test_distillation_matches_the_oracle(batch):
     *_, student, teacher = batch
-    terms = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C)
+    terms = losses.distillation_terms(PROCESS, student, teacher, T, in_channels=C)
     square = (student.astype(np.float64) - teacher) ** 2
     assert set(terms) == {"kd_noise", "kd_variance"}
     assert_close(terms["kd_noise"], square[..., :C].mean(axis=(1, 2, 3)), reduction=96)
@@ -89,10 +92,10 @@ def test_distillation_matches_the_oracle(batch):
 
 def test_log_variance_target_matches_the_oracle(batch):
     *_, student, teacher = batch
-    terms = losses.distillation_loss(
-        DIFFUSION, student, teacher, T, in_channels=C, variance_target="log_variance"
+    terms = losses.distillation_terms(
+        PROCESS, student, teacher, T, in_channels=C, variance_target="log_variance"
     )
-    raw = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C)
+    raw = losses.distillation_terms(PROCESS, student, teacher, T, in_channels=C)
     np.testing.assert_array_equal(terms["kd_noise"], raw["kd_noise"])
     for i, t in enumerate(T):
         ours, theirs = (
@@ -100,8 +103,9 @@ def test_log_variance_target_matches_the_oracle(batch):
             for x in (student, teacher)
         )
         expected = np.mean((ours - theirs) ** 2)
-        # The range narrows with t (6e-6 wide at the last step) while both ends are about -4 to -14, so its square is lost
-        # in float32 below the rounding of the log-variances themselves.
+        # The range becomes narrow as t grows: 6e-6 at the last step. Both of its ends lie between
+        # -4 and -14. So in float32 the square of a difference in it is smaller than the rounding
+        # of the log-variances.
         rounding = (16 * 2.0**-23) ** 2 * 4
         assert float(terms["kd_variance"][i]) == pytest.approx(
             expected, rel=1e-3, abs=max(rounding, 1e-9)
@@ -112,7 +116,7 @@ def test_nothing_flows_into_the_teacher(batch):
     *_, student, teacher = batch
 
     def total(student, teacher):
-        terms = losses.distillation_loss(DIFFUSION, student, teacher, T, in_channels=C)
+        terms = losses.distillation_terms(PROCESS, student, teacher, T, in_channels=C)
         return terms["kd_noise"].sum() + terms["kd_variance"].sum()
 
     to_student, to_teacher = jax.grad(total, argnums=(0, 1))(
@@ -125,8 +129,8 @@ def test_nothing_flows_into_the_teacher(batch):
 def test_a_student_that_copies_its_teacher_has_no_distance(batch):
     *_, teacher = batch
     for target in ("raw", "log_variance"):
-        for value in losses.distillation_loss(
-            DIFFUSION, teacher, teacher, T, in_channels=C, variance_target=target
+        for value in losses.distillation_terms(
+            PROCESS, teacher, teacher, T, in_channels=C, variance_target=target
         ).values():
             np.testing.assert_array_equal(value, 0.0)
 
@@ -134,8 +138,4 @@ def test_a_student_that_copies_its_teacher_has_no_distance(batch):
 def test_what_does_not_fit_is_named(batch):
     *_, student, teacher = batch
     with pytest.raises(ValueError, match=r"\(5, 4, 6, 8\).*\(5, 4, 6, 4\)"):
-        losses.distillation_loss(DIFFUSION, student, teacher[..., :C], T, in_channels=C)
-    with pytest.raises(ValueError, match="raw or log_variance, got 'variance'"):
-        losses.distillation_loss(
-            DIFFUSION, student, teacher, T, in_channels=C, variance_target="variance"
-        )
+        losses.distillation_terms(PROCESS, student, teacher[..., :C], T, in_channels=C)

@@ -1,6 +1,6 @@
-"""Every way to get the command line wrong ends in one line and status 1, and leaves no files.
+"""Every wrong command line ends with status 1, one line and no files.
 
-The line names the field and both values.
+The line names the flag or the field, and both values.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def expect_error(monkeypatch, folder, arguments, *parts):
-    """Runs the command; it must fail with one line that has all the parts, and leave no files."""
+    """Runs the command, which must fail with one line that has all the parts, and write no file."""
     before = sorted(folder.rglob("*"))
     code = command.run(monkeypatch, *arguments)
     assert isinstance(code, str), (
@@ -76,10 +76,8 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
         ("import no_such_module", ["no_such_module"]),
         ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
         (
-            "from configs import default\n\n"
-            "def get_config():\n"
-            "    config = default.get_config()\n"
-            "    config.train.stepss = 9\n"
+            "from configs import default\n\ndef get_config():\n"
+            "    config = default.get_config()\n    config.train.stepss = 9\n"
             "    return config",
             ["stepss"],
         ),
@@ -208,7 +206,10 @@ def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts)
 
 
 def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
-    """It is found when a record is read: the error names data set, split and record."""
+    """The damage is found when a record is read.
+
+    The error names the data set, the split and the record.
+    """
     dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
     (path,) = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
@@ -237,14 +238,6 @@ def test_a_workdir_that_is_a_file(monkeypatch, folder):
         str(folder / "file"),
         "not a folder",
     )
-
-
-@pytest.mark.parametrize("place", ["gcs://bucket/run", "file:///run", "s3://bucket/run"])
-def test_a_workdir_where_nothing_can_be_written(monkeypatch, folder, tmp_path, place):
-    """No local folder is made of it. For s3:// a package is missing here."""
-    arguments = command.debug_arguments(folder, folder / "teacher.safetensors")
-    expect_error(monkeypatch, folder, [*arguments, f"--workdir={place}"], f"--workdir={place}")
-    assert not (command.ROOT / place.split("/")[0]).exists()
 
 
 # What the sampling job refuses. -------------------------------------------------------------------
@@ -317,3 +310,11 @@ def test_the_process_prints_one_line_and_exits_with_1(tmp_path, arguments, part)
     assert len(lines) == 1 and part in lines[0]
     assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["gcs://bucket/run", "file:///run", "s3://bucket/run"])
+def test_a_workdir_where_nothing_can_be_written(monkeypatch, folder, tmp_path, place):
+    """No local folder is made of it. For s3:// a package is missing here."""
+    arguments = command.debug_arguments(folder, folder / "teacher.safetensors")
+    expect_error(monkeypatch, folder, [*arguments, f"--workdir={place}"], f"--workdir={place}")
+    assert not (command.ROOT / place.split("/")[0]).exists()

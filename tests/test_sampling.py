@@ -1,4 +1,9 @@
-"""Sampling by image number: image i is the same in every batch, on every mesh, whatever else is drawn."""
+"""Sampling by image number: image i is the same in every batch, on every mesh.
+
+It does not depend on which other images are drawn.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +11,11 @@ import numpy as np
 import pytest
 from oracles import assert_close
 
-from lit_jax import sampling, sharding
-from lit_jax.diffusion import make_diffusion
-from lit_jax.models.dit import DiT
+from lit_jax import conditions, sampling, sharding
+from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.samplers import SamplerSettings
 
-MODEL = DiT(
+CONFIG = DiTConfig(
     depth=1,
     width=16,
     num_heads=2,
@@ -18,33 +23,25 @@ MODEL = DiT(
     in_channels=1,
     num_classes=5,
     attention="linear",
-    dtype=jnp.float32,
+    grid=(2, 2),
 )
+MODEL = DiT(CONFIG, dtype=jnp.float32)
+BLIND = DiT(dataclasses.replace(CONFIG, learn_sigma=False), dtype=jnp.float32)
 SIZE = 8
 
 
-def make_generator(devices=8, model=MODEL, **change):
+def make_sampler(devices=8, model=MODEL, *, batch_size=8, seed=0, **change):
     mesh = sharding.make_mesh(devices, 1, devices=jax.devices()[:devices])
-    fields = dict(
-        size=SIZE,
-        seed=0,
-        sampler="ddpm",
-        steps=4,
-        batch_size=8,
-        cfg_scale=1.5,
-        cfg_channels="all",
-        cfg_interval=(0.0, 1000.0),
-        clip_denoised=False,
-    )
-    return sampling.Sampler(model, make_diffusion(), mesh, **fields | change)
+    settings = SamplerSettings(**dict(steps=4, cfg_channels="all") | change)
+    return sampling.Sampler(model, settings, batch_size=batch_size, seed=seed, mesh=mesh)
+
+
+def random_labels(index):
+    return conditions.for_images(CONFIG, np.asarray(index), seed=0, labels="random")
 
 
 def random_params(model):
-    x, t = (
-        jax.ShapeDtypeStruct((1, SIZE, SIZE, model.in_channels), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t, t)["params"]
+    shapes = param_shapes(model.config)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
@@ -55,15 +52,15 @@ PARAMS = random_params(MODEL)
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return make_generator()
+def sampler():
+    return make_sampler()
 
 
 @pytest.fixture(scope="module")
-def images(generator):
+def images(sampler):
     """Images 0 to 15."""
     index = np.arange(16)
-    return generator(PARAMS, index, generator.labels(index, "random"))
+    return sampler(PARAMS, index, random_labels(index))
 
 
 def test_images_are_float32_and_differ(images):
@@ -78,89 +75,91 @@ def test_images_are_float32_and_differ(images):
 
 
 @pytest.mark.parametrize("index", [[3], [15, 2, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 15]])
-def test_an_image_does_not_depend_on_which_others_are_drawn(generator, images, index):
-    """Any subset, in any order, of any length: the program is the same, so the images are, bit for bit."""
+def test_an_image_does_not_depend_on_which_others_are_drawn(sampler, images, index):
+    """A subset of any length, in any order: the program is the same.
+
+    So the images are the same, bit for bit.
+    """
     index = np.array(index)
-    np.testing.assert_array_equal(
-        generator(PARAMS, index, generator.labels(index, "random")), images[index]
-    )
+    np.testing.assert_array_equal(sampler(PARAMS, index, random_labels(index)), images[index])
 
 
 @pytest.mark.parametrize("devices, batch_size", [(1, 3), (8, 16)])
 def test_an_image_does_not_depend_on_the_batch_or_the_mesh(images, devices, batch_size):
-    other, index = make_generator(devices, batch_size=batch_size), np.arange(7)
-    # Another shape is another program: products may be summed in another order, in each of the four steps.
-    assert_close(other(PARAMS, index, other.labels(index, "random")), images[:7], reduction=400)
+    other, index = make_sampler(devices, batch_size=batch_size), np.arange(7)
+    # Another shape is another program. It may sum products in another order, in each of the four
+    # steps.
+    assert_close(other(PARAMS, index, random_labels(index)), images[:7], reduction=400)
 
 
-def test_the_seed_and_the_label_change_the_image(generator, images):
+def test_the_seed_and_the_label_change_the_image(sampler, images):
     index = np.arange(8)
-    labels = generator.labels(index, "random")
-    other = generator(PARAMS, index, (labels + 1) % 5)
+    labels = random_labels(index)
+    other = sampler(PARAMS, index, {"label": (labels["label"] + 1) % 5})
     assert (np.abs(other - images[:8]).max(axis=(1, 2, 3)) > 1e-3).all()
-    reseeded = make_generator(seed=1)
+    reseeded = make_sampler(seed=1)
     assert (np.abs(reseeded(PARAMS, index, labels) - images[:8]).max(axis=(1, 2, 3)) > 0.1).all()
 
 
-def test_random_labels_belong_to_the_number_and_are_uniform(generator):
-    labels = generator.labels(np.arange(2000), "random")
-    np.testing.assert_array_equal(
-        generator.labels(np.array([1999, 5, 70]), "random"), labels[[1999, 5, 70]]
-    )
+def test_random_labels_belong_to_the_number_and_are_uniform():
+    labels = random_labels(np.arange(2000))["label"]
+    np.testing.assert_array_equal(random_labels([1999, 5, 70])["label"], labels[[1999, 5, 70]])
     counts = np.bincount(labels, minlength=5)
     assert len(counts) == 5  # the null class is never drawn
     assert (np.abs(counts - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8)).all()
     assert labels.dtype == np.int32
 
 
-def test_balanced_labels_count_through_the_classes(generator):
-    np.testing.assert_array_equal(
-        generator.labels(np.array([0, 1, 4, 5, 13]), "balanced"), [0, 1, 4, 0, 3]
-    )
+def test_a_label_has_a_stream_of_its_own():
+    """It shares no key with a sampling step: each of those folds a small number into an image's."""
+    image_key = jax.random.fold_in(jax.random.key(0), 3)
+    steps = jax.vmap(lambda s: jax.random.fold_in(image_key, s))(jnp.arange(1001))
+    stream = jax.random.fold_in(image_key, conditions.LABEL_STREAM)
+    keys = np.asarray(jax.random.key_data(steps))
+    assert not (keys == np.asarray(jax.random.key_data(stream))).all(axis=1).any()
+    expected = jax.random.randint(stream, (), 0, 5)
+    assert random_labels([3])["label"] == [expected]
 
 
-def test_progress_counts_the_images_that_are_done(generator):
+def test_balanced_labels_count_through_the_classes():
+    index = np.array([0, 1, 4, 5, 13])
+    labels = conditions.for_images(CONFIG, index, seed=0, labels="balanced")
+    np.testing.assert_array_equal(labels["label"], [0, 1, 4, 0, 3])
+
+
+def test_progress_counts_the_images_that_are_done(sampler):
     done = []
-    generator(PARAMS, np.arange(11), np.zeros(11, np.int32), done.append)
+    sampler(PARAMS, np.arange(11), {"label": np.zeros(11, np.int32)}, done.append)
     assert done == [8, 11]
 
 
 def test_a_model_without_a_variance_head_samples():
-    model = MODEL.clone(learn_sigma=False)
-    images = make_generator(model=model)(random_params(model), np.arange(3), np.zeros(3, np.int32))
+    labels = {"label": np.zeros(3, np.int32)}
+    images = make_sampler(model=BLIND)(random_params(BLIND), np.arange(3), labels)
     assert images.shape == (3, SIZE, SIZE, 1) and np.isfinite(images).all()
 
 
-def test_a_variance_can_be_fixed_though_the_model_predicts_one(generator, images):
+def test_a_variance_can_be_fixed_though_the_model_predicts_one(images):
     """Learned is the default of a model that predicts it; the two fixed ones are other chains."""
     index = np.arange(8)
-    labels = generator.labels(index, "random")
+    labels = random_labels(index)
     small, large = (
-        make_generator(1, variance=name)(PARAMS, index, labels)
+        make_sampler(1, variance=name)(PARAMS, index, labels)
         for name in ("fixed_small", "fixed_large")
     )
     for one, other in ((images[:8], small), (images[:8], large), (small, large)):
         assert np.abs(one - other).max() > 0.01
     with pytest.raises(
-        ValueError, match="sample.variance = learned_range, but model.learn_sigma = False"
+        ValueError, match="variance = learned_range, but the model predicts no variance"
     ):
-        make_generator(model=MODEL.clone(learn_sigma=False), variance="learned_range")
+        make_sampler(model=BLIND, variance="learned_range")
 
 
-def test_impossible_requests_are_named(generator):
-    with pytest.raises(ValueError, match="cfg_channels is '3' or 'all', got '2'"):
-        make_generator(cfg_channels="2")
-    with pytest.raises(
-        ValueError, match=r"cfg_interval is two timesteps, the lower one first, got \(9.0, 1.0\)"
-    ):
-        make_generator(cfg_interval=(9.0, 1.0))
-    with pytest.raises(ValueError, match="unknown variance 'small'"):
-        make_generator(variance="small")
-    with pytest.raises(
-        ValueError, match="sample.batch_size = 12 is not a multiple of the 8 devices"
-    ):
-        make_generator(batch_size=12)
-    with pytest.raises(ValueError, match="sample.labels must be random or balanced, got 'sorted'"):
-        generator.labels(np.arange(3), "sorted")
-    with pytest.raises(ValueError, match="'euler'"):
-        make_generator(sampler="euler")
+def test_impossible_requests_are_named():
+    with pytest.raises(ValueError, match="batch_size = 12 is not a multiple of the 8 devices"):
+        make_sampler(batch_size=12)
+    with pytest.raises(ValueError, match="labels must be one of random, balanced; got 'sorted'"):
+        conditions.for_images(CONFIG, np.arange(3), seed=0, labels="sorted")
+    unsized = DiT(dataclasses.replace(CONFIG, grid=None), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="does not say which grid it was trained on"):
+        make_sampler(model=unsized)

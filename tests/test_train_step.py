@@ -1,7 +1,8 @@
-"""The one train step: distillation, plain training, dropout, EMA, accumulation, the mesh, steps that are not finite.
+"""The one train step: distillation, plain training, dropout, EMA, accumulation, the mesh.
 
-The step is compiled for a model of one parameter where a claim is about the step alone, and for small real models where
-it is about the models in it.
+Also: steps that are not finite. Where a test is about the step alone, the step is compiled for a
+model of one parameter. Where it is about the models in the step, it is compiled for small real
+models.
 """
 
 import functools
@@ -15,19 +16,20 @@ import pytest
 from oracles import assert_close
 
 from lit_jax import checkpoint, inherit, sharding
-from lit_jax.diffusion import make_diffusion
-from lit_jax.models.dit import DiT
+from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.models.dit import DiT, DiTConfig, param_shapes
 from lit_jax.train_step import (
+    OptimizerSettings,
+    StepSettings,
     TrainState,
     images_to_model,
-    init_params,
     make_optimizer,
     make_train_step,
     new_state,
     state_shapes,
 )
 
-DIFFUSION = make_diffusion()
+PROCESS = GaussianDiffusion()
 OPTIMIZER = dict(
     learning_rate=1e-2,
     b1=0.9,
@@ -39,21 +41,11 @@ OPTIMIZER = dict(
     warmup=0,
     steps=100,
 )
-STEP = dict(
-    teacher=None,
-    noise_weight=0.5,
-    variance_weight=0.05,
-    variance_target="raw",
-    teacher_sees_dropped_labels=False,
-    label_dropout=0.1,
-    accumulation=1,
-    ema_decay=0.9,
-    ema_warmup=False,
-)
+STEP = dict(ema_decay=0.9)
 RNG = jax.random.key(7)
 
 
-# The optimizer. -------------------------------------------------------------------------------------------------------
+# The optimizer. -----------------------------------------------------------------------------------
 
 
 def adamw_oracle(
@@ -104,7 +96,7 @@ def adamw_oracle(
 )
 def test_the_optimizer_follows_its_equations(change):
     fields = OPTIMIZER | change
-    optimizer = make_optimizer(**fields)
+    optimizer = make_optimizer(OptimizerSettings(**fields))
     gradients = np.random.default_rng(0).standard_normal((8, 5))
     x = jnp.array(np.linspace(-1, 1, 5), jnp.float32)
     state, expected = optimizer.init(x), adamw_oracle(x, gradients, **fields)
@@ -117,47 +109,51 @@ def test_the_optimizer_follows_its_equations(change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(schedule="linear"), "optimizer.schedule must be constant or cosine, got 'linear'"),
-        (dict(warmup=100), "optimizer.warmup = 100 is not shorter than train.steps = 100"),
+        (dict(schedule="linear"), "schedule must be one of constant, cosine; got 'linear'"),
+        (dict(warmup=100), "^warmup = 100 is not shorter than the run of 100 steps"),
     ],
 )
 def test_impossible_optimizers_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        make_optimizer(**OPTIMIZER | change)
+        OptimizerSettings(**OPTIMIZER | change)
 
 
-# A model of one parameter. --------------------------------------------------------------------------------------------
+# A model of one parameter. ------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Scalar:
-    """Predicts w times one function of (x, t, y) in every pixel; without a variance head."""
+    """Predicts w times one function of (t, label, drop) in every pixel; without a variance head."""
 
     function: str = flax.struct.field(pytree_node=False)
-    num_classes: int = flax.struct.field(pytree_node=False, default=10)
-    in_channels: int = flax.struct.field(pytree_node=False, default=1)
+    config: DiTConfig = flax.struct.field(pytree_node=False, default=DiTConfig(1, 4, 1))
 
-    def apply(self, variables, x, t, y):
+    def apply(self, variables, x, t, condition, drop):
         w = variables["params"]["w"]
+        label = condition["label"]
         value = {
-            "null": (y == self.num_classes).astype(jnp.float32),
+            "null": drop.astype(jnp.float32),
             "t": t.astype(jnp.float32),
-            "one": jnp.ones(len(y)),
-            "three": jnp.where(y == 3, jnp.inf, 1.0),
+            "one": jnp.ones(len(label)),
+            "three": jnp.where(label == 3, jnp.inf, 1.0),
         }[self.function]
         return w * jnp.broadcast_to(value[:, None, None, None], x.shape)
 
 
-def scalar_step(function, w=1.0, **change):
+def scalar_step(function, w=1.0, teacher=None, **change):
     """A step and a state for `Scalar`, on a mesh of one device."""
-    optimizer = make_optimizer(**OPTIMIZER)
+    optimizer = OptimizerSettings(**OPTIMIZER)
+    settings = StepSettings(**STEP | change)
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    train_step = make_train_step(Scalar(function), optimizer, DIFFUSION, mesh=mesh, **STEP | change)
-    return train_step, fresh_state({"w": np.float32(w)}, optimizer)
+    train_step = make_train_step(Scalar(function), teacher, PROCESS, optimizer, settings, mesh)
+    return train_step, fresh_state({"w": np.float32(w)}, make_optimizer(optimizer))
 
 
 def fresh_state(params, optimizer):
-    """As the training job makes it, in one program: each leaf has memory of its own, which a donated state needs."""
+    """A state as the training job makes it, in one program.
+
+    So no two leaves share memory, which a donated state needs.
+    """
     return jax.jit(lambda p: new_state(p, optimizer))(params)
 
 
@@ -173,8 +169,11 @@ def make_images(count, size=2, channels=1, label=None):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_labels_are_dropped_at_the_rate_asked_for(rate):
-    """With w = 1000 the squared error is 1e6 times the share of null labels, plus the noise's one."""
-    train_step, state = scalar_step("null", w=1000.0, label_dropout=rate)
+    """With w = 1000 the squared error is 1e6 times the share of null labels.
+
+    The noise adds 1 to it.
+    """
+    train_step, state = scalar_step("null", w=1000.0, dropout=rate)
     B = 4096
     shares = []
     for _ in range(4):
@@ -233,7 +232,7 @@ def test_the_ema_matches_the_oracle(warmup):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
-    train_step, state = scalar_step("three", label_dropout=0.0)
+    train_step, state = scalar_step("three", dropout=0.0)
     good, bad = make_images(8, label=1), make_images(8, label=3)
     state, _ = train_step(state, None, good, RNG)
     for run, batch in enumerate([bad, bad, good, bad]):
@@ -251,9 +250,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 
 @pytest.mark.parametrize("sees_dropped", [False, True])
 def test_the_teacher_sees_the_labels_it_should(sees_dropped):
-    """Student and teacher are the same function of the label: they differ where the teacher does not see it dropped."""
+    """Student and teacher are the same function of the label.
+
+    They differ where the teacher still sees a label that the student does not see.
+    """
     train_step, state = scalar_step(
-        "null", teacher=Scalar("null"), label_dropout=0.5, teacher_sees_dropped_labels=sees_dropped
+        "null", teacher=Scalar("null"), dropout=0.5, teacher_sees_dropped=sees_dropped
     )
     _, metrics = train_step(state, {"w": np.float32(1.0)}, make_images(4096), RNG)
     assert float(metrics["kd_noise"]) == pytest.approx(
@@ -261,10 +263,41 @@ def test_the_teacher_sees_the_labels_it_should(sees_dropped):
     )
 
 
-def test_the_variance_target_reaches_the_loss():
-    with pytest.raises(ValueError, match="got 'sigma'"):
-        train_step, state = scalar_step("one", teacher=Scalar("one"), variance_target="sigma")
-        train_step(state, {"w": np.float32(1.0)}, make_images(8), RNG)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(variance_target="sigma"), "variance_target must be one of raw, log_variance; got"),
+        (dict(dropout=1.0), "dropout must be in .0, 1.; got 1.0"),
+        (dict(accumulation=0), "accumulation must be at least 1; got 0"),
+    ],
+)
+def test_impossible_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        StepSettings(**change)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rate_and_norms_are_in_the_metrics(schedule):
+    """Against AdamW's first steps by hand: every element moves by the rate."""
+    optimizer = OptimizerSettings(**OPTIMIZER | dict(schedule=schedule, warmup=2, steps=10))
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    settings = StepSettings(**STEP)
+    step = make_train_step(Scalar("three"), None, PROCESS, optimizer, settings, mesh)
+    state = fresh_state({"w": np.float32(-4.0)}, make_optimizer(optimizer))
+    good, bad = make_images(8, label=1), make_images(8, label=3)
+    rates = []
+    for batch in (good, bad, good, good):
+        before = float(state.params["w"])
+        state, metrics = step(state, None, batch, RNG)
+        rates.append(float(metrics["learning_rate"]))
+        assert float(metrics["param_norm"]) == pytest.approx(abs(before))
+        if batch is good:
+            moved = float(state.params["w"]) - before
+            # Adam divides a gradient by its own running size: a constant sign moves by the rate.
+            assert float(metrics["update_norm"]) == pytest.approx(abs(moved), rel=1e-4)
+            assert abs(moved) == pytest.approx(rates[-1], rel=0.2)
+    # A skipped step does not advance the warm-up.
+    assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2, 1e-2])
 
 
 def test_uint8_becomes_minus_one_to_one():
@@ -272,27 +305,17 @@ def test_uint8_becomes_minus_one_to_one():
     np.testing.assert_allclose(pixels, [-1.0, -0.6, 1.0], atol=1e-7)
 
 
-# Small real models. ---------------------------------------------------------------------------------------------------
+# Small real models. -------------------------------------------------------------------------------
 
 SIZE = 8
-STUDENT = DiT(
-    depth=2,
-    width=32,
-    num_heads=2,
-    patch_size=2,
-    in_channels=1,
-    num_classes=10,
-    attention="linear",
-    dtype=jnp.float32,
-)
-TEACHER = DiT(
-    depth=1, width=48, num_heads=3, patch_size=4, in_channels=1, num_classes=10, dtype=jnp.float32
-)
+PIXELS = dict(in_channels=1, num_classes=10)
+STUDENT = DiT(DiTConfig(2, 32, 2, attention="linear", **PIXELS), dtype=jnp.float32)
+TEACHER = DiT(DiTConfig(1, 48, 3, patch_size=4, **PIXELS), dtype=jnp.float32)
 
 
 def random_params(model, seed):
-    """Parameters that are random everywhere (a fresh model's output is zero), of the sizes of an init."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), SIZE))
+    """Random parameters everywhere, as large as at init; a fresh model's output would be zero."""
+    shapes = param_shapes(model.config)
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
@@ -307,15 +330,16 @@ def start():
 
 @functools.cache
 def compiled(data, fsdp, **change):
-    """(train_step, place) on a mesh; `place` puts a host state on it, sharded as finely as it goes."""
+    """(train_step, place) on a mesh; `place` puts a host state on it and splits all it can."""
     mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
-    optimizer = make_optimizer(**OPTIMIZER | dict(clip_norm=1.0))
-    train_step = make_train_step(
-        STUDENT, optimizer, DIFFUSION, mesh=mesh, **STEP | dict(teacher=TEACHER) | change
-    )
+    fields = OptimizerSettings(**OPTIMIZER | dict(clip_norm=1.0))
+    teacher = change.pop("teacher", TEACHER)
+    settings = StepSettings(**STEP | change)
+    train_step = make_train_step(STUDENT, teacher, PROCESS, fields, settings, mesh)
+    optimizer = make_optimizer(fields)
 
     def place(params):
-        shapes = state_shapes(STUDENT, optimizer, SIZE)
+        shapes = state_shapes(STUDENT, optimizer)
         shardings = sharding.fsdp_sharding(shapes, mesh, min_size=64)
         params = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, shardings.params)
         return jax.jit(
@@ -332,21 +356,28 @@ def compiled(data, fsdp, **change):
 
 
 BATCH = make_images(16, size=SIZE)
+NORMS = {"grad_norm", "param_norm", "update_norm", "learning_rate"}
 
 
 def run(steps, params, teacher_params, data=2, fsdp=4, batch=BATCH, **change):
     """The host state after so many steps, and each step's metrics."""
     train_step, place, put = compiled(data, fsdp, **change)
     state, history = place(params), []
+    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+    everywhere = sharding.replicated(mesh)
+    teacher_params, rng = jax.device_put((teacher_params, RNG), everywhere)
+    inputs = put(batch)
     for _ in range(steps):
-        state, metrics = train_step(state, teacher_params, put(batch), RNG)
+        # Nothing goes between host and device in a step but what the caller puts there.
+        with jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, teacher_params, inputs, rng)
         history.append({name: float(value) for name, value in metrics.items()})
     return jax.device_get(state), history
 
 
 def test_the_loss_falls_on_one_repeated_batch_and_its_terms_add_up(start):
     state, history = run(40, *start, data=1, fsdp=1)
-    assert set(history[0]) == {"loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm"}
+    assert set(history[0]) == {"loss", "mse", "vb", "kd_noise", "kd_variance"} | NORMS
     for metrics in history:
         total = (
             metrics["mse"]
@@ -391,7 +422,10 @@ def test_the_state_is_donated(start):
 
 
 def assert_same_run(one, other, *, reduction=100):
-    """Two runs agree to the rounding of sums in another order: metrics, and every parameter against its largest."""
+    """Asserts that two runs agree up to the rounding of sums in another order.
+
+    It compares the metrics, and every parameter in units of the largest value of its array.
+    """
     (state_a, history_a), (state_b, history_b) = one, other
     for a, b in zip(history_a, history_b, strict=True):
         for name in a:
@@ -409,8 +443,9 @@ def reference(start):
 
 
 def test_one_device_equals_eight(start, reference):
-    # Adam divides by the root of its second moment: where a gradient is all rounding, so is the sign of the update.
-    # Parameters move by 1e-2 a step, so an update that differs in a hundredth is 1e-4 of their size (about one).
+    # Adam divides by the root of its second moment. Where a gradient is nothing but rounding, the
+    # sign of the update is too. Parameters are about one and move by 1e-2 a step, so an update that
+    # differs by a hundredth is 1e-4 of their size.
     assert_same_run(run(2, *start, data=1, fsdp=1), reference, reduction=1e5)
 
 
@@ -425,7 +460,7 @@ def test_distillation_weights_of_zero_are_plain_training(start, reference):
     alone = dict(data=1, fsdp=1)
     weightless = run(2, params, teacher, **alone, noise_weight=0.0, variance_weight=0.0)
     plain = run(2, params, None, **alone, teacher=None)
-    assert set(plain[1][0]) == {"loss", "mse", "vb", "grad_norm"}
+    assert set(plain[1][0]) == {"loss", "mse", "vb"} | NORMS
     for a, b in zip(weightless[1], plain[1], strict=True):
         assert a["kd_noise"] > 0 and {name: a[name] for name in b} == pytest.approx(b, rel=1e-5)
     assert_same_run((weightless[0], plain[1]), plain, reduction=1e5)
@@ -460,17 +495,9 @@ def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
 
 
 def test_a_student_inherits_and_then_trains_from_its_teacher():
-    """Inheritance into the sharded student gives a step whose loss is finite and whose new attention moves."""
-    source = DiT(
-        depth=2,
-        width=32,
-        num_heads=2,
-        patch_size=2,
-        in_channels=1,
-        num_classes=10,
-        dtype=jnp.float32,
-    )
-    teacher = random_params(source, 20)
+    """A sharded student inherits: its step has a finite loss, and its new attention moves."""
+    softmax = DiT(DiTConfig(2, 32, 2, **PIXELS), dtype=jnp.float32)
+    teacher = random_params(softmax, 20)
     fresh = jax.tree.map(jnp.asarray, random_params(STUDENT, 30))
     merged, _ = inherit.merge_params(teacher, fresh)
     state, history = run(2, jax.device_get(merged), random_params(TEACHER, 10), data=1, fsdp=1)

@@ -1,4 +1,4 @@
-"""DiT and LiT in PyTorch, written from the papers in the key layout of the official checkpoints: the parity oracle."""
+"""The parity oracle: DiT and LiT in PyTorch, from the papers, with the official keys."""
 
 import math
 
@@ -67,7 +67,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear attention with mean normaliser and a depth-wise convolution of v shared by the heads."""
+    """ReLU linear attention, mean normaliser, a depth-wise convolution of v for all heads."""
 
     def __init__(self, dim, num_heads, qkv_bias=True, conv_size=5):
         super().__init__()
@@ -144,7 +144,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """DiT (attention="softmax") or LiT ("linear"); state_dict() has the keys of the official checkpoints.
+    """DiT (attention="softmax") or LiT ("linear"); state_dict() has the official keys.
 
     forward(x (B, C, h, w), t (B,), y (B,)) -> (B, C_out, h, w), channels first as in torch.
     """
@@ -195,9 +195,11 @@ class DiT(nn.Module):
 
 
 def randomise_(module, seed):
-    """Fills every trainable parameter from a seeded normal, so that no gate is zero and no bias is hidden.
+    """Fills every trainable parameter from a seeded normal: no gate is zero, no bias is hidden.
 
-    Matrices get N(0, 1/fan_in) and vectors N(0, 0.1): outputs stay near one at any depth. Returns the module.
+    Matrices get N(0, 1/fan_in) and vectors N(0, 0.1): outputs stay near one at any depth.
+
+    Returns: the module.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,9 +1,12 @@
-"""The feature networks in torch, written from their descriptions: what the Flax ones are held against, layer by layer.
+"""The feature networks in torch, written from their descriptions, to test the Flax ones against.
 
-`Inception3` is torchvision's Inception-v3 with the four changes of pytorch-fid, under the same keys. Branches are rows
-of a table here and code in lit_jax, so that a slip in one is not repeated in the other.
+`Inception3` is torchvision's Inception-v3 with the four changes of pytorch-fid, under the same
+keys. Branches are rows of a table here and code in lit_jax, so that a slip in one is not repeated
+in the other.
 """
 
+import flax.linen as flax_nn
+import jax
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,13 +23,13 @@ class BasicConv2d(nn.Module):
 
 
 def fid_avg_pool(x):
-    return F.avg_pool2d(
-        x, 3, 1, 1, count_include_pad=False
-    )  # changes 1 to 3: in blocks A, C and the first E
+    # Changes 1 to 3: in blocks A, C and the first E.
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def fid_max_pool(x):
-    return F.max_pool2d(x, 3, 1, 1)  # change 4: in the second E
+    # Change 4: in the second E.
+    return F.max_pool2d(x, 3, 1, 1)
 
 
 def halving_max_pool(x):
@@ -34,13 +37,19 @@ def halving_max_pool(x):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions (name, outputs, kernel, stride, pad) side by side; a list of two ends in a fork."""
+    """Branches of convolutions (name, outputs, kernel, stride, pad) side by side.
+
+    A list of two such convolutions is a fork at the end of a branch.
+    """
 
     def __init__(self, inputs, branches, pool, pool_features=None):
         super().__init__()
-        self.pool, self.paths, self.outputs = pool, [], 0
+        self.pool = pool
+        self.paths = []
+        self.outputs = 0
         for branch in branches:
-            names, channels = [], inputs
+            names = []
+            channels = inputs
             for step in branch:
                 fork = step if isinstance(step, list) else [step]
                 for name, outputs, kernel, stride, padding in fork:
@@ -61,9 +70,9 @@ class Mixed(nn.Module):
                 y = [getattr(self, name)(torch.cat(y, 1)) for name in names]
             outputs += y
         pooled = self.pool(x)
-        return torch.cat(
-            [*outputs, self.branch_pool(pooled) if hasattr(self, "branch_pool") else pooled], 1
-        )
+        if hasattr(self, "branch_pool"):
+            pooled = self.branch_pool(pooled)
+        return torch.cat([*outputs, pooled], 1)
 
 
 def mixed_a(inputs, pool_features):
@@ -206,18 +215,15 @@ class LiteBlock(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride, expansion):
         super().__init__()
         wide = inputs * expansion
-        self.expands, self.is_residual = expansion > 1, stride == 1 and inputs == outputs
+        self.expands = expansion > 1
+        self.is_residual = stride == 1 and inputs == outputs
         if self.expands:
-            self._expand_conv, self._bn0 = (
-                nn.Conv2d(inputs, wide, 1, bias=False),
-                nn.BatchNorm2d(wide, eps=1e-3),
-            )
+            self._expand_conv = nn.Conv2d(inputs, wide, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(wide, eps=1e-3)
         self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
         self._bn1 = nn.BatchNorm2d(wide, eps=1e-3)
-        self._project_conv, self._bn2 = (
-            nn.Conv2d(wide, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs, eps=1e-3),
-        )
+        self._project_conv = nn.Conv2d(wide, outputs, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x):
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
@@ -231,10 +237,8 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._conv_stem, self._bn0 = (
-            nn.Conv2d(3, 32, 3, 2, bias=False),
-            nn.BatchNorm2d(32, eps=1e-3),
-        )
+        self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
         widths = [16] + [24] * 2 + [40] * 2 + [80] * 3 + [112] * 3 + [192] * 4 + [320]
         kernels = [3] + [3] * 2 + [5] * 2 + [3] * 3 + [5] * 3 + [5] * 4 + [3]
         strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
@@ -244,10 +248,8 @@ class EfficientNetLite0(nn.Module):
                 zip([32, *widths], widths, kernels, strides)
             )
         )
-        self._conv_head, self._bn1 = (
-            nn.Conv2d(320, 1280, 1, bias=False),
-            nn.BatchNorm2d(1280, eps=1e-3),
-        )
+        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, x):
@@ -259,7 +261,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def randomise(network, seed=0):
-    """Random weights everywhere, statistics of the batch normalisations included, that keep activations of size one."""
+    """Random weights everywhere, and statistics of the norms; activations stay of size one."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -273,3 +275,39 @@ def randomise(network, seed=0):
             nn.init.normal_(module.running_mean, std=0.3, generator=generator)
             nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def record_outputs(network):
+    """Every module's output by its name, in channels-last NumPy, filled when the network runs."""
+    outputs = {}
+
+    def hook(name):
+        def record(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            outputs[name] = output.movedim(1, -1).numpy() if output.ndim == 4 else output.numpy()
+
+        return record
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(hook(name))
+    return outputs
+
+
+def run_with_layers(apply):
+    """A Flax network's `apply(params, x)`, jitted: its result, and every module's output."""
+
+    @jax.jit
+    def run(params, x):
+        layers = {}
+
+        def record(method, args, kwargs, context):
+            output = method(*args, **kwargs)
+            if context.method_name == "__call__":
+                path = "/".join(context.module.path)
+                layers[path] = output[0] if isinstance(output, tuple) else output
+            return output
+
+        with flax_nn.intercept_methods(record):
+            return apply(params, x), layers
+
+    return run

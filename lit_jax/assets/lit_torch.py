@@ -1,231 +1,331 @@
 """LiT and DiT in PyTorch: runs what lit_jax exports, with PyTorch (and safetensors) alone.
 
     import lit_torch
-    model = lit_torch.load("lit.safetensors")           # or lit.pt, with lit.pt.json beside it
-    out = model(x, t, y)    # x (B, C, h, w), t (B,), y (B,) -> (B, C_out, h, w); class num_classes is the null class
 
-The first C output channels are the predicted noise; the other C, if any, the variance's interpolation weights.
+    model = lit_torch.load("lit.safetensors")    # or lit.pt, with lit.pt.json beside it
+    output = model(x, t, y)
+
+x is (B, C, h, w), t and y are (B,), the output is (B, C_out, h, w).
+The label num_classes is the null class of guidance.
+The first C output channels are the predicted noise.
+The other C, if any, are the interpolation weights of the variance.
+
 LiT: Wang et al., arXiv 2501.12976. DiT: Peebles and Xie, arXiv 2212.09748.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-EPSILON = 1e-6  # of the kernel function, and of the normaliser
+# Added after ReLU or GELU, and to the normaliser.
+EPSILON = 1e-6
+
+# A timestep becomes 128 cosines and 128 sines.
+FREQUENCIES = 128
+
+Grid = tuple[int, int]  # tokens down and across
 
 
-def position_table(grid, width):
-    """(1, h * w, width) float32: half of the width encodes the column, half the row, each as sin | cos."""
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [position.reshape(-1, 1) * frequencies for position in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()[
-        None
-    ]
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What an export says of its model; lit_jax writes these fields as JSON."""
+
+    attention: str  # softmax is DiT, linear is LiT
+    depth: int
+    width: int
+    num_heads: int
+    patch_size: int
+    in_channels: int
+    num_classes: int
+    learn_sigma: bool
+    qkv_bias: bool
+    conv_size: int  # linear: of the depth-wise convolution of v; 0 is none
+    kernel_function: str  # linear: relu, gelu, focused or focused_gelu
+    grid: Grid
+    timestep_freq_shift: int
+    mlp_norm_epsilon: float
+
+
+def position_table(grid: Grid, width: int) -> Tensor:
+    """(1, h * w, width) float32: sines and cosines of column, then of row.
+
+    The angles are float64, as in DiT's NumPy code.
+    """
+    index = torch.arange(width // 4, dtype=torch.float64)
+    frequencies = 10000.0 ** (-index / (width // 4))
+    h, w = grid
+    rows = torch.arange(h).repeat_interleave(w)
+    columns = torch.arange(w).repeat(h)
+
+    parts = []
+    for position in (columns, rows):
+        angle = position[:, None] * frequencies
+        parts += [torch.sin(angle), torch.cos(angle)]
+    return torch.cat(parts, dim=1).float()[None]
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, in_channels, width):
+    """(B, C, h * p, w * p) -> (B, h * w, D)."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width, freq_shift):
-        super().__init__()
-        self.freq_shift = freq_shift
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+    """t (B,) -> (B, D)."""
 
-    def forward(self, t):
-        index = torch.arange(128, dtype=torch.float64)  # not every device has float64
-        frequencies = (
-            torch.exp(-math.log(10000.0) * index / (128 - self.freq_shift)).float().to(t.device)
+    def __init__(self, width: int, freq_shift: int):
+        super().__init__()
+        # 0 in the official code, 1 in diffusers. The weights of one
+        # do not fit the frequencies of the other.
+        self.freq_shift = freq_shift
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
         )
-        angles = t.float()[:, None] * frequencies
-        return self.mlp(
-            torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype)
-        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        # Computed on the CPU: not every device has float64.
+        index = torch.arange(FREQUENCIES, dtype=torch.float64)
+        exponent = -math.log(10000.0) * index / (FREQUENCIES - self.freq_shift)
+        frequencies = torch.exp(exponent).float().to(t.device)
+        angle = t.float()[:, None] * frequencies
+        x = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+        return self.mlp(x.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes, width):
+    """y (B,) -> (B, D); the last row is the null class."""
+
+    def __init__(self, num_classes: int, width: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
-    def forward(self, y):
+    def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
 class SoftmaxAttention(nn.Module):
-    def __init__(self, width, num_heads, qkv_bias):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+    """DiT's attention on x (B, T, D)."""
 
-    def forward(self, x, grid):
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        D = arch.width
+        self.num_heads = arch.num_heads
+        self.qkv = nn.Linear(D, 3 * D, bias=arch.qkv_bias)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        )
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        N = self.num_heads
+        qkv = self.qkv(x).reshape(B, T, 3, N, D // N)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
 
 class LinearAttention(nn.Module):
-    """out_i = phi(q_i) mean_j(phi(k_j)^T v_j) / (phi(q_i) . mean_j phi(k_j) + 1e-6) + conv(v)_i, then proj."""
+    """LiT's attention on x (B, T, D), whose tokens are the grid (h, w) row by row.
 
-    def __init__(self, width, num_heads, qkv_bias, conv_size, kernel_function):
+    state = mean_j phi(k_j)^T v_j
+    norm_i = phi(q_i) . mean_j phi(k_j) + 1e-6
+    out_i = proj(phi(q_i) state / norm_i + conv(v)_i)
+
+    State and normaliser sum over all tokens: they are float32 whatever
+    the weights are.
+    """
+
+    def __init__(self, arch: Architecture):
         super().__init__()
-        self.num_heads, self.kernel_function = num_heads, kernel_function
-        self.q = nn.Linear(width, width, bias=qkv_bias)
-        self.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
-        self.dwc = None
-        if conv_size:  # one filter a head channel, shared by the heads
-            H = width // num_heads
-            self.dwc = nn.Conv2d(H, H, conv_size, padding=conv_size // 2, groups=H)
+        D = arch.width
+        H = D // arch.num_heads
+        K = arch.conv_size
+        bias = arch.qkv_bias
+        self.num_heads = arch.num_heads
+        self.kernel_function = arch.kernel_function
 
-    def phi(self, x):
-        gelu = self.kernel_function in ("gelu", "focused_gelu")
-        x = (F.gelu(x) if gelu else F.relu(x)) + EPSILON
-        if self.kernel_function in ("focused", "focused_gelu"):
-            norm = x.norm(dim=-1, keepdim=True)
-            power = (x / norm) ** 3
-            x = power / power.norm(dim=-1, keepdim=True) * norm
+        self.q = nn.Linear(D, D, bias=bias)
+        self.kv = nn.Linear(D, 2 * D, bias=bias)
+        self.proj = nn.Linear(D, D)
+        # One filter for each channel of a head. The heads share them.
+        self.dwc = None
+        if K:
+            self.dwc = nn.Conv2d(H, H, K, padding=K // 2, groups=H)
+
+    def phi(self, x: Tensor) -> Tensor:
+        """The kernel function, on (B, N, T, H) float32."""
+        name = self.kernel_function
+        x = F.gelu(x) if name.endswith("gelu") else F.relu(x)
+        x = x + EPSILON
+        if name.startswith("focused"):
+            # The cube sharpens the direction; the length stays.
+            length = x.norm(dim=-1, keepdim=True)
+            cube = (x / length) ** 3
+            x = cube / cube.norm(dim=-1, keepdim=True) * length
         return x
 
-    def forward(self, x, grid):
-        (B, T, D), N = x.shape, self.num_heads
-        q, k, v = (
-            a.reshape(B, T, N, D // N).transpose(1, 2)  # (B, N, T, H)
-            for a in (self.q(x), *self.kv(x).chunk(2, dim=-1))
-        )
-        phi_q, phi_k = self.phi(q.float()), self.phi(k.float())
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        B, T, D = x.shape
+        N = self.num_heads
+        H = D // N
+
+        def split(a: Tensor) -> Tensor:
+            return a.reshape(B, T, N, H).transpose(1, 2)  # (B, N, T, H)
+
+        k, v = self.kv(x).chunk(2, dim=-1)
+        phi_q = self.phi(split(self.q(x)).float())
+        phi_k = self.phi(split(k).float())
+        v = split(v)
+
         state = phi_k.transpose(-1, -2) @ v.float() / T  # (B, N, H, H)
-        norm = phi_q @ phi_k.mean(dim=2, keepdim=True).transpose(-1, -2) + EPSILON  # (B, N, T, 1)
+        mean_k = phi_k.mean(dim=2, keepdim=True)  # (B, N, 1, H)
+        norm = phi_q @ mean_k.transpose(-1, -2) + EPSILON  # (B, N, T, 1)
         out = phi_q @ state / norm
+
         if self.dwc is not None:
-            image = v.transpose(-1, -2).reshape(B * N, D // N, *grid)
-            out = out + self.dwc(image).float().reshape(B, N, D // N, T).transpose(-1, -2)
+            image = v.transpose(-1, -2).reshape(B * N, H, *grid)
+            local = self.dwc(image).float()
+            out = out + local.reshape(B, N, H, T).transpose(-1, -2)
         return self.proj(out.to(x.dtype).transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, T, D), shift and scale (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
-    def __init__(self, width, attn, mlp_norm_epsilon):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_epsilon)
-        self.mlp = Mlp(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+    """A transformer block whose norms and gates depend on the condition c (B, D)."""
 
-    def forward(self, x, c, grid):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
-            c
-        ).chunk(6, dim=1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        D = arch.width
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        softmax = arch.attention == "softmax"
+        attention = SoftmaxAttention if softmax else LinearAttention
+        self.attn = attention(arch)
+        # 1e-6 in the official code, 1e-5 in diffusers.
+        epsilon = arch.mlp_norm_epsilon
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=epsilon)
+        self.mlp = Mlp(D)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def forward(self, x: Tensor, c: Tensor, grid: Grid) -> Tensor:
+        attn, mlp = self.adaLN_modulation(c).chunk(2, dim=1)
+
+        shift, scale, gate = attn.chunk(3, dim=1)
+        out = self.attn(modulate(self.norm1(x), shift, scale), grid)
+        x = x + gate[:, None] * out
+
+        shift, scale, gate = mlp.chunk(3, dim=1)
+        out = self.mlp(modulate(self.norm2(x), shift, scale))
+        return x + gate[:, None] * out
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width, features):
+    def __init__(self, width: int, features: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        D = width
+        self.norm_final = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(D, features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class LiT(nn.Module):
-    """The model of one architecture, as a lit_jax export describes it; attention "softmax" is DiT."""
+    """The model of one architecture, under the official checkpoints' names."""
 
-    def __init__(
-        self,
-        *,
-        attention,
-        depth,
-        width,
-        num_heads,
-        patch_size,
-        in_channels,
-        num_classes,
-        learn_sigma,
-        qkv_bias,
-        conv_size,
-        kernel_function,
-        grid,
-        timestep_freq_shift,
-        mlp_norm_epsilon,
-    ):
+    def __init__(self, arch: Architecture):
         super().__init__()
-        self.patch_size, self.grid = patch_size, tuple(grid)
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, width)
-        self.t_embedder = TimestepEmbedder(width, timestep_freq_shift)
-        self.y_embedder = LabelEmbedder(num_classes, width)
-        self.pos_embed = nn.Parameter(position_table(self.grid, width), requires_grad=False)
+        D = arch.width
+        p = arch.patch_size
+        self.patch_size = p
+        h, w = arch.grid
+        self.grid = (h, w)
+        C = arch.in_channels
+        self.out_channels = 2 * C if arch.learn_sigma else C
 
-        def make_attention():
-            if attention == "softmax":
-                return SoftmaxAttention(width, num_heads, qkv_bias)
-            return LinearAttention(width, num_heads, qkv_bias, conv_size, kernel_function)
+        self.x_embedder = PatchEmbed(p, C, D)
+        self.t_embedder = TimestepEmbedder(D, arch.timestep_freq_shift)
+        self.y_embedder = LabelEmbedder(arch.num_classes, D)
+        # It never learns. It is a parameter because official checkpoints
+        # have it among their keys.
+        table = position_table(self.grid, D)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
+        self.final_layer = FinalLayer(D, p * p * self.out_channels)
 
-        self.blocks = nn.ModuleList(
-            Block(width, make_attention(), mlp_norm_epsilon) for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(width, patch_size * patch_size * self.out_channels)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's output.
 
-    def forward(self, x, t, y):
+        Args:
+          x: (B, C, h, w), noisy images or latents, of any size that the
+            patch size divides.
+          t: (B,), timesteps from 0 to 999.
+          y: (B,) int64, labels; num_classes is the null class.
+
+        Returns: (B, C_out, h, w) in the dtype of the parameters.
+        """
         p = self.patch_size
         h, w = x.shape[2] // p, x.shape[3] // p
-        pos_embed = self.pos_embed
+        pos_embed: Tensor = self.pos_embed
         if (h, w) != self.grid:
-            pos_embed = position_table((h, w), pos_embed.shape[-1]).to(pos_embed)
+            D = pos_embed.shape[-1]
+            pos_embed = position_table((h, w), D).to(pos_embed)
+
         x = self.x_embedder(x) + pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c, (h, w))
-        x = self.final_layer(x, c).reshape(-1, h, w, p, p, self.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(-1, self.out_channels, h * p, w * p)
+
+        C_out = self.out_channels
+        x = self.final_layer(x, c).reshape(-1, h, w, p, p, C_out)
+        x = torch.einsum("nhwpqc->nchpwq", x)
+        return x.reshape(-1, C_out, h * p, w * p)
 
 
-def load(path, device="cpu"):
-    """The model of a .safetensors or .pt export, in evaluation mode."""
+def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT:
+    """The model of a .safetensors or .pt export, in evaluation mode.
+
+    Raises: RuntimeError, listing the keys, if the tensors do not fit.
+    """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
+        # Imported here: a .pt needs PyTorch alone.
         from safetensors import safe_open
 
         with safe_open(path, "pt", device=str(device)) as file:
-            architecture = json.loads(file.metadata()["architecture"])
+            text = file.metadata()["architecture"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}
+        fields = json.loads(text)
     else:
-        architecture = json.loads(path.with_name(path.name + ".json").read_text())["architecture"]
+        beside = path.with_name(path.name + ".json")
+        fields = json.loads(beside.read_text())["architecture"]
         tensors = torch.load(path, map_location=device, weights_only=True)
-    model = LiT(**architecture).to(device)
+
+    model = LiT(Architecture(**fields)).to(device)
     model.load_state_dict(tensors)
     return model.eval()

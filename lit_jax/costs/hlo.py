@@ -1,6 +1,7 @@
-"""Reads a compiled program: what it moves through memory and between chips, a loop's body counted as often as it runs.
+"""Reads a compiled program: what it moves through memory and between chips.
 
-XLA's own cost analysis counts the body of a loop once, and our blocks, microbatches and sampling steps are loops.
+XLA's own cost analysis counts the body of a loop once. Our blocks, microbatches and
+sampling steps are loops, so here a body counts as often as it runs.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# Of one element, by HLO's name of its type.
 BYTES = {
     "pred": 1,
     "s4": 0.5,
@@ -29,8 +31,14 @@ BYTES = {
     "c64": 8,
     "c128": 16,
 }
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What moves no bytes of its own: names for other values, and loops, whose bodies are counted.
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+# What moves no bytes: names for other values, and loops, whose bodies are counted.
 FREE = (
     "parameter",
     "constant",
@@ -47,24 +55,27 @@ FREE = (
     "opt-barrier",
     "add-dependency",
 )
+SLICES = ("dynamic-slice", "gather", "slice")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of an HLO computation."""
+
     name: str
-    shape: str
+    shape: str  # of the result, with layouts: "bf16[8,64]{1,0:T(8,128)S(1)}"
     opcode: str
     operands: tuple[str, ...]
-    attributes: str
+    attributes: str  # what follows the operands; of a constant its value
     is_root: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program. `size` is the array in bytes: gathered, reduced, or before it is scattered."""
+    """One collective of the program."""
 
     kind: str
-    size: int
+    size: int  # bytes of the array: gathered, reduced, or before it is scattered
     group: int  # how many chips take part
     crosses_slices: bool
     times: int  # how often it runs
@@ -72,19 +83,26 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that each chip sends in all runs of it, by a ring."""
-        share = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
-        if self.kind != "collective-permute":
-            share *= (self.group - 1) / self.group
+        """Bytes that each chip sends in all its runs, by a ring."""
+        if self.kind == "collective-permute":
+            share = 1.0
+        else:
+            # Around a ring of n chips each passes on n - 1 of n parts. A reduction
+            # goes around twice: to sum, and to hand out the sums.
+            rounds = 2.0 if self.kind == "all-reduce" else 1.0
+            share = rounds * (self.group - 1) / self.group
         return share * self.size * self.times
+
+
+Computation = dict[str, Instruction]
 
 
 class Program:
     """The computations of an HLO module's text (`compiled.as_text()`)."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        current = None
+        self.computations: dict[str, Computation] = {}
+        current: Computation | None = None
         for line in text.splitlines():
             if line.endswith("{") and " -> " in line:
                 name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
@@ -95,8 +113,13 @@ class Program:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
 
-    def executed(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
-        """Every instruction that is a step of the program, its computation, and how often it runs; fusions are one step."""
+    # ---- What runs, and how often ----------------------------------------------
+
+    def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
+        """Every step of the program, its computation, and how often it runs.
+
+        A fusion is one step.
+        """
         yield from self._executed(self._entry, 1)
 
     def _executed(self, name, times):
@@ -105,73 +128,66 @@ class Program:
             yield instruction, computation, times
             called = _called(instruction)
             if instruction.opcode == "while":
-                yield from self._executed(
-                    called["body"][0], times * self._trip_count(called["condition"][0])
-                )
+                turns = self._trip_count(called["condition"][0])
+                yield from self._executed(called["body"][0], times * turns)
             elif instruction.opcode in ("call", "conditional"):
                 for branch in sum(called.values(), []):
                     yield from self._executed(branch, times)
 
     def _trip_count(self, condition: str) -> int:
-        """Our loops count from 0, one by one, up to the constant that their condition compares with."""
+        """Our loops count from 0, one by one, up to a constant of their condition."""
         body = self.computations[condition]
         for instruction in body.values():
-            bounds = [
-                body[name].attributes
-                for name in instruction.operands
-                if body[name].opcode == "constant"
-            ]
-            if (
-                instruction.opcode == "compare"
-                and "direction=LT" in instruction.attributes
-                and bounds
-            ):
+            operands = [body[name] for name in instruction.operands]
+            bounds = [x.attributes for x in operands if x.opcode == "constant"]
+            if not bounds:
+                continue
+            if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
                 return int(bounds[0])
+            # The comparison may be fused: then the counter and the bound go in.
             if instruction.opcode == "fusion":
-                bounds = [
-                    body[name].attributes
-                    for name in instruction.operands
-                    if body[name].opcode == "constant"
-                ]
-                if (
-                    bounds
-                    and "s32"
-                    in body[instruction.operands[-1]].shape + body[instruction.operands[0]].shape
-                ):
+                if "s32" in operands[0].shape + operands[-1].shape:
                     return int(bounds[0])
         raise ValueError(f"the loop condition {condition} compares with no constant")
 
+    # ---- Bytes through memory --------------------------------------------------
+
     def traffic(self) -> float:
-        """Bytes that a run moves through main memory, if each instruction reads its operands and writes its result."""
-        return sum(
-            times * self._bytes_moved(instruction, where)
-            for instruction, where, times in self.executed()
-        ) + sum(2.0 * collective.size * collective.times for collective in self.collectives())
+        """Bytes that a run moves through main memory.
+
+        As if each instruction read its operands and wrote its result.
+        """
+        steps = sum(
+            times * self._bytes_moved(instruction, computation)
+            for instruction, computation, times in self.executed()
+        )
+        # A collective is read and written once, and stands in no step's count.
+        collectives = sum(2.0 * c.size * c.times for c in self.collectives())
+        return steps + collectives
 
     def _bytes_moved(self, instruction, computation):
         opcode = instruction.opcode
-        if (
-            opcode in FREE
-            or opcode.endswith("-done")
-            or opcode.removesuffix("-start") in COLLECTIVES
-        ):
+        if opcode in FREE or opcode.endswith("-done"):
             return 0.0
-        operands = [computation[name].shape for name in instruction.operands if name in computation]
+        if opcode.removesuffix("-start") in COLLECTIVES:
+            return 0.0
+
+        names = [name for name in instruction.operands if name in computation]
+        operands = [computation[name].shape for name in names]
         result = shape_bytes(instruction.shape)
         called = sum(_called(instruction).values(), [])
         if opcode in ("fusion", "async-start") and called:
             return self._fusion_bytes(self.computations[called[0]], result)
-        if opcode in (
-            "copy-start",
-            "slice-start",
-        ):  # the result names the destination, the source again and a token
+        if opcode in ("copy-start", "slice-start"):
+            # The result names the destination, the source again and a token.
             moved = [
                 array
                 for array in _arrays(instruction.shape)
                 if array not in operands and "32[]" not in array
             ]
             size = sum(shape_bytes(array, all_spaces=True) for array in moved)
-            return size * bool(shape_bytes(operands[0])) + sum(map(shape_bytes, moved))
+            from_memory = bool(shape_bytes(operands[0]))
+            return size * from_memory + sum(map(shape_bytes, moved))
         if opcode in ("dynamic-slice", "gather"):
             return 2.0 * result
         if opcode == "dynamic-update-slice":
@@ -179,21 +195,26 @@ class Program:
         return sum(map(shape_bytes, operands)) + result
 
     def _fusion_bytes(self, body, result):
-        """A fusion that takes a slice of an operand reads the slice; one that updates a slice writes the slice in place.
+        """Bytes of one fusion.
 
-        A collective that runs beside a fusion's own work stands in the fusion, with its arrays: it is counted by itself.
+        One that takes a slice of an operand reads the slice; one that updates a slice
+        writes the slice in place. A collective that runs next to a fusion's other work
+        stands in the fusion, with its arrays: it is counted by itself.
         """
         roots = [i for i in body.values() if i.is_root]
         if roots[0].opcode == "tuple":
             roots = [body[name] for name in roots[0].operands]
-        moved, in_place = result, set()
+        moved = result
+        in_place = set()
         for root in roots:
             made_by = self._behind_bitcasts(body, root)
             if made_by.opcode == "dynamic-update-slice":
-                moved += shape_bytes(body[made_by.operands[1]].shape) - shape_bytes(root.shape)
-                in_place.add(self._behind_bitcasts(body, body[made_by.operands[0]]).name)
+                updated, part = made_by.operands[:2]
+                moved += shape_bytes(body[part].shape) - shape_bytes(root.shape)
+                in_place.add(self._behind_bitcasts(body, body[updated]).name)
             elif made_by.opcode == "parameter" or made_by.opcode in COLLECTIVES:
                 moved -= shape_bytes(root.shape)
+
         for parameter in body.values():
             if parameter.opcode != "parameter" or parameter.name in in_place:
                 continue
@@ -203,15 +224,17 @@ class Program:
                 if user.opcode not in ("tuple", *COLLECTIVES)
             ]
             size = shape_bytes(parameter.shape)
-            if all(user.opcode in ("dynamic-slice", "gather", "slice") for user in users):
-                size = min(size, sum(shape_bytes(user.shape, all_spaces=True) for user in users))
+            if all(user.opcode in SLICES for user in users):
+                parts = sum(shape_bytes(user.shape, all_spaces=True) for user in users)
+                size = min(size, parts)
             moved += size
         return max(moved, 0.0)
 
     def _behind_bitcasts(self, body, instruction):
-        while (
-            instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands[0] in body
-        ):
+        """What made a value, seen through what leaves its bytes as they are."""
+        while instruction.opcode in ("bitcast", "copy", "convert"):
+            if instruction.operands[0] not in body:
+                break
             instruction = body[instruction.operands[0]]
         return instruction
 
@@ -223,78 +246,90 @@ class Program:
                 else:
                     yield instruction
 
+    # ---- Bytes between chips ---------------------------------------------------
+
     def collectives(self, slices: int = 1) -> list[Collective]:
-        """Every collective, wherever it stands; `slices`: how many equal runs of chips are slices of their own."""
-        found = {}
-        for instruction, computation, times in self.executed():
-            inside = [(instruction, computation)]
-            for name in (
-                sum(_called(instruction).values(), [])
-                if instruction.opcode in ("fusion", "async-start")
-                else []
-            ):
-                inside += [(i, self.computations[name]) for i in self.computations[name].values()]
+        """Every collective, wherever it stands.
+
+        Args: slices: how many equal runs of chips are TPU slices of their own.
+        """
+        found: dict[str, Collective] = {}
+        for step, computation, times in self.executed():
+            inside = [(step, computation)]
+            if step.opcode in ("fusion", "async-start"):
+                for name in sum(_called(step).values(), []):
+                    body = self.computations[name]
+                    inside += [(i, body) for i in body.values()]
             for i, where in inside:
-                kind = i.opcode.removesuffix("-start")
-                groups = _groups(i.attributes)
-                if kind not in COLLECTIVES or groups.shape[1] == 1:
+                groups = replica_groups(i.attributes)
+                if i.opcode.removesuffix("-start") not in COLLECTIVES or groups.shape[1] == 1:
                     continue
-                size = sum(
-                    shape_bytes(where[o].shape, all_spaces=True) for o in i.operands if o in where
-                )
+                kind = self._kind(i, step)
+                shapes = [where[name].shape for name in i.operands if name in where]
+                size = sum(shape_bytes(shape, all_spaces=True) for shape in shapes)
                 if kind == "all-gather":
                     size *= groups.shape[1]
-                if (
-                    kind == "all-reduce"
-                    and i is not instruction
-                    and "scatter" in instruction.name + instruction.attributes
-                ):
-                    kind = "reduce-scatter"  # the TPU compiler's form of it: a fusion of all-reduce and slice
                 chips = (groups.max() + 1) // slices
-                crosses = slices > 1 and bool((groups // chips != groups[:, :1] // chips).any())
-                # One that runs beside several others stands in all of them, as links of a chain. (Channels tell nothing:
-                # all that are fused with a slice share one.)
+                slice_of = groups // chips
+                crosses = slices > 1 and bool((slice_of != slice_of[:, :1]).any())
+                # One that runs next to several others stands in all of them, as links
+                # of a chain. Channels tell nothing: all that are fused with a slice
+                # share one.
                 chain = re.search(r'chain_id="(\d+)"', i.attributes)
-                found.setdefault(
-                    chain.group() if chain else i.name,
-                    Collective(kind, int(size), groups.shape[1], crosses, times, i.name),
-                )
+                key = chain.group() if chain else i.name
+                collective = Collective(kind, int(size), groups.shape[1], crosses, times, i.name)
+                found.setdefault(key, collective)
         return list(found.values())
+
+    def _kind(self, instruction, step):
+        kind = instruction.opcode.removesuffix("-start")
+        # The TPU compiler's form of a reduce-scatter: a fusion of all-reduce and slice.
+        fused = instruction is not step
+        if kind == "all-reduce" and fused and "scatter" in step.name + step.attributes:
+            return "reduce-scatter"
+        return kind
+
+    # ---- Arrays ----------------------------------------------------------------
 
     def largest_buffers(self, count: int = 5) -> list[tuple[int, str, str]]:
         """The largest arrays that steps of the program make: bytes, shape, instruction."""
-        seen = {}
+        made_by = {}
         for instruction, _, _ in self.executed():
-            if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                for array in _arrays(instruction.shape):
-                    seen[(shape_bytes(array), array.split("{")[0])] = instruction.name
-        return [
-            (int(size), shape, name)
-            for (size, shape), name in sorted(seen.items(), reverse=True)[:count]
-        ]
+            opcode = instruction.opcode
+            if opcode in FREE or opcode.endswith("-done"):
+                continue
+            for array in _arrays(instruction.shape):
+                shape = array.split("{")[0]
+                made_by[(shape_bytes(array), shape)] = instruction.name
+        largest = sorted(made_by.items(), reverse=True)[:count]
+        return [(int(size), shape, name) for (size, shape), name in largest]
+
+
+# ---- Text --------------------------------------------------------------------
 
 
 def _parse(line: str) -> Instruction:
+    """`  ROOT %name = shape opcode(operands), attributes`."""
     name, rest = line.strip().split(" = ", 1)
+    # A tuple's shape has spaces; any other ends at the first.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
+    shape = rest[:end]
+    rest = rest[end:].lstrip()
     opcode = rest[: rest.index("(")]
     close = _closing(rest, len(opcode))
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : close]))
-    attributes = (
-        rest[len(opcode) + 1 : close] if opcode == "constant" else rest[close + 1 :]
-    )  # a constant's is its value
+    arguments = rest[len(opcode) + 1 : close]
     return Instruction(
-        name.removeprefix("ROOT ").lstrip("%"),
-        shape,
-        opcode,
-        operands,
-        attributes,
-        name.startswith("ROOT "),
+        name=name.removeprefix("ROOT ").lstrip("%"),
+        shape=shape,
+        opcode=opcode,
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        attributes=arguments if opcode == "constant" else rest[close + 1 :],
+        is_root=name.startswith("ROOT "),
     )
 
 
 def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -304,67 +339,85 @@ def _closing(text: str, start: int) -> int:
 
 
 def _arrays(shape: str) -> list[str]:
+    """The arrays of a shape, which may be a tuple, each with its layout."""
     return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
 
 
 def shape_bytes(shape: str, *, all_spaces: bool = False) -> float:
-    """Bytes of an array or tuple, of what lies in main memory alone; on-chip memory is marked S(1) in a layout."""
+    """Bytes of an array or tuple.
+
+    Args: all_spaces: also of what lies in on-chip memory, marked S(1) in a layout.
+    """
     total = 0.0
     for array in _arrays(shape):
-        if all_spaces or not re.search(r"S\([1-9]\)", array):
-            kind, dimensions = re.match(r"(\w+)\[([\d,]*)\]", array).groups()
-            total += BYTES.get(kind, 0) * math.prod(int(d) for d in dimensions.split(",") if d)
+        if not all_spaces and re.search(r"S\([1-9]\)", array):
+            continue
+        kind, dimensions = array.split("{")[0].rstrip("]").split("[")
+        elements = math.prod(int(d) for d in dimensions.split(",") if d)
+        total += BYTES.get(kind, 0) * elements  # tokens and the like have no bytes
     return total
 
 
+_CALLED = re.compile(
+    r"\b(calls|body|condition|to_apply|branch_computations|\w+_computation)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+
+
 def _called(instruction: Instruction) -> dict[str, list[str]]:
+    """The computations that an instruction calls, by the attribute that names them."""
     found = {}
-    for key, many, one in re.findall(
-        r"\b(calls|body|condition|to_apply|branch_computations|\w+_computation)="
-        r"(?:\{([^}]*)\}|%?([\w.\-]+))",
-        instruction.attributes,
-    ):
+    for key, many, one in _CALLED.findall(instruction.attributes):
+        # What a reduction applies is no step of the program; what a call applies is.
         if key != "to_apply" or instruction.opcode == "call":
             found[key] = [name.strip().lstrip("%") for name in many.split(",")] if many else [one]
     return found
 
 
-def _groups(attributes: str) -> np.ndarray:
-    """Chips by group, (groups, chips): the three ways in which HLO writes replica groups, and pairs of a permutation."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
-        chosen = {
-            name: (int(before or 1), int(size or axes[name]))
-            for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found.group(2))
-        }
-        # An axis of which only a part takes part is three: what lies before it, the part, what lies behind.
-        shape, inside = [], []
-        for name, size in axes.items():
-            before, part = chosen.get(name, (size, 1))
-            inside += [len(shape) + 1]
-            shape += [before, part, size // (before * part)]
-        order = [i for i in range(len(shape)) if i not in inside] + inside
-        return (
-            np.arange(math.prod(shape))
-            .reshape(shape)
-            .transpose(order)
-            .reshape(-1, math.prod(shape[i] for i in inside))
-        )
-    if found := re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-    ):
-        shape, dimensions, order = (
-            [int(x) for x in part.split(",")] if part else None for part in found.groups()
-        )
-        devices = np.arange(math.prod(dimensions)).reshape(dimensions)
-        return (devices.transpose(order) if order else devices).reshape(shape)
-    if found := re.search(
-        r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes
-    ):
-        return np.array(
-            [
-                [int(x) for x in group.split(",")]
-                for group in re.findall(r"\{([\d, ]+)\}", found.group(1))
-            ]
-        )
+# ---- Groups of chips ---------------------------------------------------------
+
+# The ways in which HLO writes them.
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+
+
+def replica_groups(attributes: str) -> np.ndarray:
+    """The chips that a collective names, (groups, chips); of a permutation, its pairs."""
+    if found := _MESH.search(attributes):
+        return _mesh_groups(*found.groups())
+    if found := _IOTA.search(attributes):
+        shape, dimensions, order = found.groups()
+        devices = np.arange(math.prod(_integers(dimensions))).reshape(_integers(dimensions))
+        if order:
+            devices = devices.transpose(_integers(order))
+        return devices.reshape(_integers(shape))
+    if found := _LIST.search(attributes):
+        groups = re.findall(r"\{([\d, ]+)\}", found.group(1))
+        return np.array([_integers(group) for group in groups])
     return np.zeros((1, 1), int)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def _mesh_groups(mesh: str, taking_part: str) -> np.ndarray:
+    """The groups of `mesh['a'=2,'b'=4] {'b'}`; an axis may take part in part, 'a':(1)2."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    chosen = {
+        name: (int(before or 1), int(size or axes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", taking_part)
+    }
+    # Each axis is three: what lies before the part that takes part, the part, and what
+    # lies behind it.
+    shape: list[int] = []
+    inside = []
+    for name, size in axes.items():
+        before, part = chosen.get(name, (size, 1))
+        inside += [len(shape) + 1]
+        shape += [before, part, size // (before * part)]
+    outside = [i for i in range(len(shape)) if i not in inside]
+    group_size = math.prod(shape[i] for i in inside)
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(outside + inside).reshape(-1, group_size)

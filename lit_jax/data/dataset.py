@@ -1,204 +1,335 @@
-"""TFDS data sets (ArrayRecord, no TensorFlow) as random-access records: images, or latents."""
+"""TFDS data sets (ArrayRecord, no TensorFlow) as records by number: images or latents."""
 
 import dataclasses
 import hashlib
 import json
-import pathlib
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from lit_jax.data import mnist_digits
-from lit_jax.runtime import cluster
+from lit_jax.runtime import cluster, storage
 
-PREPARED = "prepared.json"  # beside the shards that --mode=prepare writes: how they were made
+# Beside the shards that --mode=prepare writes: how they were made.
+PREPARED = "prepared.json"
+
+# Records that `content` and `deviation` read. Every start of a run waits for them.
+CONTENT_RECORDS = 16
+DEVIATION_RECORDS = 1024
+
+# Checks and converts one field of a record.
+Reader = Callable[[Any], np.ndarray | np.generic]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
-    """A split of a prepared data set as a random-access sequence of records, each a dict of arrays."""
+    """A split of a prepared data set: records by number, each a dict of arrays.
+
+    A record has the picture, its condition, and its number in the split. A subclass
+    says in `readers` which fields these are, and in `condition_fields` which of them
+    are the condition: what the model is told of the picture.
+    """
+
+    condition_fields: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]  # the name of the class in the fingerprint
 
     name: str
     split: str
-    records: Any  # a TFDS data source
+    records: Any  # what TFDS reads: len(records), records[i]
     image_shape: tuple[int, int, int]  # (h, w, C) of what the model sees
-    num_classes: int
-    scaling_factor: float = 1.0  # the model sees (x - shift_factor) * scaling_factor
-    shift_factor: float = 0.0
+
+    @property
+    def scaling_factor(self) -> float:
+        """The model sees (x - shift_factor) * scaling_factor."""
+        return 1.0
+
+    @property
+    def shift_factor(self) -> float:
+        return 0.0
+
+    def readers(self) -> dict[str, Reader]:
+        """The fields of a record, each with the function that reads it."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def _read(
-        self, index: int, features: dict[str, tuple[type, tuple[int, ...]]]
-    ) -> dict[str, np.ndarray]:
-        """The record's `features`, checked against the dtypes and shapes given, with its label and index."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The arrays of record `index`, with "index" itself as int64.
+
+        Raises: ValueError naming the record, when it cannot be read or is not what the
+          data set says.
+        """
         try:
             record = self.records[int(index)]
-            arrays, label = (
-                {name: np.asarray(record[name]) for name in features},
-                int(record["label"]),
-            )
+            readers = self.readers().items()
+            fields = {name: read(record[name]) for name, read in readers}
         except Exception as error:
-            raise ValueError(
-                f"data.name {self.name}: record {index} of split {self.split} ({len(self)} records) "
-                f"cannot be read: {str(error).splitlines()[0]}"
-            ) from error
-        for name, (dtype, shape) in features.items():
-            array = arrays[name]
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(
-                    f"data.name {self.name}: record {index} of split {self.split} is {array.dtype} "
-                    f"{array.shape}, the data set says {np.dtype(dtype)} {shape}"
-                )
-        if not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"data.name {self.name}: record {index} of split {self.split} has label {label}, "
-                f"the data set has {self.num_classes} classes"
-            )
-        return arrays | {"label": np.int32(label), "index": np.int64(index)}
+            # Damage shows as an error of ArrayRecord, protobuf or NumPy.
+            which = f"record {index} of split {self.split} ({len(self)} records)"
+            text = f"{self.name}: {which} cannot be read: {first_line(error)}"
+            raise ValueError(text) from error
+        return fields | {"index": np.int64(index)}
 
-    def __repr__(self) -> str:  # a resumed run must have the same (train.decisive_fields)
-        return f"{type(self).__name__}({self.name}, {self.split}, {len(self)} records of {self.image_shape})"
+    def fingerprint(self) -> str:
+        """Which records these are, as a line of text. A resumed run must have the same."""
+        records = f"{len(self)} records of {self.image_shape}"
+        return f"{self.kind}({self.name}, {self.split}, {records})"
 
-    def content(self, sample: int = 16) -> str:
-        """A checksum of `sample` decoded records from the first to the last: the same wherever the data set lies."""
+    def __repr__(self) -> str:
+        return self.fingerprint()
+
+    def content(self) -> str:
+        """A checksum of some decoded records, the first and the last among them.
+
+        It is the same wherever the data set lies. It tells the data set from another
+        of the same fingerprint.
+        """
         digest = hashlib.sha256()
-        for index in np.unique(np.linspace(0, len(self) - 1, sample).astype(int)):
+        numbers = np.linspace(0, len(self) - 1, CONTENT_RECORDS).astype(int)
+        for index in np.unique(numbers):
             for name, value in sorted(self[index].items()):
-                digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+                digest.update(f"{name} {value.dtype} {value.shape}".encode())
+                digest.update(value.tobytes())
         return digest.hexdigest()[:16]
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class ImageDataset(Dataset):
-    """Records {"image" uint8 (h, w, C), "label", "index"}."""
+    """Records {"image" uint8 (h, w, C), "label" int32, "index" int64}."""
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._read(index, {"image": (np.uint8, self.image_shape)})
+    condition_fields = ("label",)
+    # Checkpoints hold the fingerprint, and the first were written when the class had
+    # this name: with the name of today their runs could not resume.
+    kind = "ImageSource"
+
+    num_classes: int
+
+    def readers(self) -> dict[str, Reader]:
+        return {
+            "image": array_reader(np.uint8, self.image_shape),
+            "label": label_reader(self.num_classes),
+        }
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LatentDataset(Dataset):
-    """Records {"mean", "log_variance" float16 (2, h, w, C), "label", "index"}: of an image and of its mirror, unscaled."""
+    """Records {"mean", "log_variance" float16 (2, h, w, C), "label", "index"}.
 
-    autoencoder: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # name, sha256, encoder_sha256
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        both = (np.float16, (2, *self.image_shape))
-        return self._read(index, {"mean": both, "log_variance": both})
-
-    def __repr__(self) -> str:
-        encoder = self.autoencoder["encoder_sha256"][:12]
-        return f"{super().__repr__()[:-1]} by encoder {encoder}, times {self.scaling_factor})"
-
-    def deviation(self, limit: int = 1024) -> np.ndarray:
-        """Standard deviation of each channel of the first `limit` scaled latents, (C,): about 1 if the scale is right."""
-        records = [self[i] for i in range(min(limit, len(self)))]
-        mean = np.stack([r["mean"][0] for r in records]).astype(np.float64)  # (n, h, w, C)
-        log_variance = np.stack([r["log_variance"][0] for r in records]).astype(np.float64)
-        variance = mean.var(axis=(0, 1, 2)) + np.exp(log_variance).mean(axis=(0, 1, 2))
-        return np.sqrt(variance) * self.scaling_factor
-
-
-def find_builder(name: str, directory: str, field: str = "data") -> tfds.core.DatasetBuilder:
-    """The prepared TFDS data set `name` under `directory`; writes `mnist_digits` there if it is not yet.
-
-    Raises: FileNotFoundError, in the words of the config's `field`.name and .dir, when it is not prepared there; ValueError
-      when it is there and cannot be opened.
+    They are the posteriors of an image and of its mirror, unscaled; "label" is int32,
+    "index" int64.
     """
-    if name == "mnist_digits":
-        tfds.disable_progress_bar()  # 5,000 records are there at once
-        with cluster.process_zero_first("mnist_digits"):
-            builder = mnist_digits.MnistDigits(data_dir=directory, file_format="array_record")
-            builder.download_and_prepare()  # does nothing when the files are there
-        return builder
+
+    condition_fields = ("label",)
+    kind = "LatentSource"  # in checkpoints too
+
+    num_classes: int
+    # Of what encoded them: name, sha256, encoder_sha256, scaling_factor, shift_factor.
+    autoencoder: dict[str, Any]
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.autoencoder["scaling_factor"]
+
+    @property
+    def shift_factor(self) -> float:
+        return self.autoencoder["shift_factor"]
+
+    def readers(self) -> dict[str, Reader]:
+        both = (2, *self.image_shape)
+        return {
+            "mean": array_reader(np.float16, both),
+            "log_variance": array_reader(np.float16, both),
+            "label": label_reader(self.num_classes),
+        }
+
+    def fingerprint(self) -> str:
+        images = super().fingerprint()[:-1]
+        encoder = self.autoencoder["encoder_sha256"][:12]
+        return f"{images} by encoder {encoder}, times {self.scaling_factor})"
+
+    def deviation(self) -> np.ndarray:
+        """Standard deviation of each channel of the first scaled latents, (C,).
+
+        It is about 1 if the scale is right.
+        """
+        records = [self[i] for i in range(min(DEVIATION_RECORDS, len(self)))]
+        mean = np.stack([r["mean"][0] for r in records])  # (n, h, w, C)
+        log_variance = np.stack([r["log_variance"][0] for r in records])
+
+        # float64: the variance exp(20), which an autoencoder may give, overflows float16.
+        mean = mean.astype(np.float64)
+        noise = np.exp(log_variance.astype(np.float64)).mean(axis=(0, 1, 2))
+        return np.sqrt(mean.var(axis=(0, 1, 2)) + noise) * self.scaling_factor
+
+
+def array_reader(dtype: type[np.generic], shape: tuple[int, ...]) -> Reader:
+    """Takes arrays of this dtype and shape; raises ValueError for others."""
+
+    def read(value):
+        array = np.asarray(value)
+        if array.shape != shape or array.dtype != dtype:
+            wanted = f"{np.dtype(dtype)} {shape}"
+            raise ValueError(f"it is {array.dtype} {array.shape}, the data set says {wanted}")
+        return array
+
+    return read
+
+
+def label_reader(num_classes: int) -> Reader:
+    """Takes the number of a class, as int32; raises ValueError for others."""
+
+    def read(value):
+        label = int(value)
+        if not 0 <= label < num_classes:
+            classes = f"the data set has {num_classes} classes"
+            raise ValueError(f"it has label {label}, {classes}")
+        return np.int32(label)
+
+    return read
+
+
+def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuilder:
+    """The prepared TFDS data set `name` in a directory, local or gs://.
+
+    `mnist_digits` is written to a local directory if it is not there yet.
+
+    Raises: FileNotFoundError when it is not prepared there, ValueError when it is
+      there and cannot be opened.
+    """
+    where = os.fspath(directory)
+    # ArrayRecord's reader has a client for gs:// and for no other object store.
+    remote = storage.is_object_store(where)
+    if remote and not where.startswith("gs://"):
+        raise ValueError(
+            f"name = {name!r} cannot be read from {where!r}: ArrayRecord files are "
+            f"read from local folders and gs:// only"
+        )
+    # Its writer has a client for none: a bucket needs a copy of a local mnist_digits.
+    if name == "mnist_digits" and not remote:
+        return _write_mnist_digits(where)
+
     try:
-        builder = tfds.builder(name, data_dir=directory)
+        builder = tfds.builder(name, data_dir=where)
         prepared = builder.is_prepared()
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError):
         prepared = False
-    except Exception as error:  # a name TFDS cannot parse, another version, damaged metadata: each its own exception
+    except Exception as error:
+        # A name that TFDS cannot parse, another version, damaged metadata: each raises
+        # another type.
         raise ValueError(
-            f"{field}: the TFDS data set {name!r} in data.dir {directory!r} cannot be opened: "
-            f"{(str(error).splitlines() or [repr(error)])[0]}"
+            f"name = {name!r}: the TFDS data set in the directory {where!r} "
+            f"cannot be opened: {first_line(error)}"
         ) from error
-    if not prepared:
-        if any(pathlib.Path(directory).glob(f"{name}/*/{PREPARED}")):
-            raise FileNotFoundError(
-                f"{field}: {name!r} in data.dir {directory!r} is not finished; run the --mode=prepare "
-                f"that writes it again, it goes on where it stopped"
-            )
-        there = sorted(p.name for p in pathlib.Path(directory).glob("*") if p.is_dir())
+    if prepared:
+        return builder
+
+    folder = epath.Path(where)
+    if any(folder.glob(f"{name}/*/{PREPARED}")):
         raise FileNotFoundError(
-            f"{field}: no prepared TFDS data set {name!r} in data.dir {directory!r}, which holds: "
-            f"{', '.join(there) or 'nothing'}"
+            f"name = {name!r}: the data set in the directory {where!r} is not finished; "
+            f"run the --mode=prepare that writes it again, it goes on where it stopped"
         )
+    there = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    raise FileNotFoundError(
+        f"name = {name!r} is no prepared TFDS data set in the directory {where!r}, "
+        f"which holds: {', '.join(there) or 'nothing'}"
+    )
+
+
+def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:
+    tfds.disable_progress_bar()  # it takes a second
+    with cluster.process_zero_first("mnist_digits"):
+        builder = mnist_digits.MnistDigits(
+            data_dir=directory,
+            # TFDS's default has no random access.
+            file_format="array_record",
+        )
+        builder.download_and_prepare()  # does nothing when the files are there
     return builder
 
 
-def open_dataset(name: str, directory: str, split: str) -> ImageDataset | LatentDataset:
-    """Opens a split of the TFDS data set `name` under `directory`: images, or the latents that --mode=prepare wrote.
+def open_dataset(
+    name: str,
+    directory: epath.PathLike,
+    split: str,
+) -> ImageDataset | LatentDataset:
+    """Opens a split of the TFDS data set `name` in a directory, local or gs://.
 
-    Raises: FileNotFoundError when the data set is not prepared there, ValueError when it has no such split, was not
-    prepared to its end, or has no single uint8 image shape and label.
+    It holds images, or the latents that --mode=prepare wrote.
+
+    Raises: FileNotFoundError when the data set is not prepared there; ValueError when
+      it has no such split, was not prepared to its end, has no random access, or no
+      label and image of one shape.
     """
-    builder = find_builder(name, directory, "data.name")
-    if split not in builder.info.splits:
-        raise ValueError(
-            f"data.split {split!r} is not one of the splits of {name}: {', '.join(builder.info.splits)}"
-        )
+    builder = find_builder(name, directory)
     features = builder.info.features
-    about = pathlib.Path(builder.data_dir) / PREPARED
-    if not {"mean", "log_variance"} <= set(features):
-        if not {"image", "label"} <= set(features) or None in features["image"].shape:
-            raise ValueError(
-                f"data.name {name}: needs an image of one shape and a label, it has {dict(features)}; "
-                f"--mode=prepare makes such a data set of it"
-            )
-        return ImageDataset(
-            name,
-            split,
-            _records(builder, split),
-            tuple(features["image"].shape),
-            features["label"].num_classes,
-        )
-    if not about.exists():
+    splits = builder.info.splits
+    if split not in splits:
         raise ValueError(
-            f"data.name {name}: its latents say nothing of their autoencoder, for {about} is missing"
+            f"split = {split!r} is not one of the splits of {name}: {', '.join(splits)}"
         )
-    autoencoder = json.loads(about.read_text())["autoencoder"]
-    return LatentDataset(
-        name,
-        split,
-        _records(builder, split),
-        tuple(features["mean"].shape[1:]),
-        features["label"].num_classes,
-        autoencoder["scaling_factor"],
-        autoencoder["shift_factor"],
-        autoencoder,
+
+    if {"mean", "log_variance"} <= set(features):
+        about = epath.Path(builder.data_dir) / PREPARED
+        if not about.exists():
+            raise ValueError(
+                f"name = {name!r}: its latents say nothing of their autoencoder, "
+                f"for {about} is missing"
+            )
+        return LatentDataset(
+            name=name,
+            split=split,
+            records=_records(builder, split),
+            image_shape=tuple(features["mean"].shape[1:]),
+            num_classes=features["label"].num_classes,
+            autoencoder=json.loads(about.read_text())["autoencoder"],
+        )
+
+    usable = {"image", "label"} <= set(features)
+    if not usable or None in features["image"].shape:
+        raise ValueError(
+            f"name = {name!r} has {dict(features)}; it needs an image of one shape "
+            f"and a label, and --mode=prepare makes such a data set of it"
+        )
+    return ImageDataset(
+        name=name,
+        split=split,
+        records=_records(builder, split),
+        image_shape=tuple(features["image"].shape),
+        num_classes=features["label"].num_classes,
     )
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-    """The records of a split by number. Raises: ValueError for a data set in a format without random access."""
+    """The records of a split by number."""
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise ValueError(
-            f"data.name {builder.info.full_name} is stored as {builder.info.file_format.value}, which has no "
-            f"random access; build it with --file_format=array_record, or `tfds convert_format` it"
+            f"name = {builder.info.full_name!r} is stored as "
+            f"{builder.info.file_format.value}, which has no random access; build it "
+            f"with --file_format=array_record, or `tfds convert_format` it"
         ) from error
 
 
-def read_all(source: ImageDataset, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The first `limit` images (N, h, w, C) uint8 and labels (N,) of a split, in its order.
+def read_all(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, h, w, C) uint8 and labels (N,) int32 of a split, in its order.
 
     Raises: ValueError for a data set of latents.
     """
-    if not isinstance(source, ImageDataset):
-        raise ValueError(f"data.name {source.name} holds latents, images are needed")
-    records = [source[i] for i in range(min(limit or len(source), len(source)))]
-    return np.stack([r["image"] for r in records]), np.stack([r["label"] for r in records])
+    if not isinstance(dataset, ImageDataset):
+        raise ValueError(f"{dataset.name} holds latents, images are needed")
+    records = [dataset[i] for i in range(len(dataset))]
+    images = np.stack([record["image"] for record in records])
+    labels = np.stack([record["label"] for record in records])
+    return images, labels
+
+
+def first_line(error: Exception) -> str:
+    """The text of an error, without what libraries add below it."""
+    return (str(error).splitlines() or [repr(error)])[0]

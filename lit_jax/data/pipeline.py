@@ -1,7 +1,8 @@
-"""Images and latents: TFDS data sources (ArrayRecord, no TensorFlow), the grain pipeline, and its split over processes.
+"""From a data set to batches on the devices: order, rows of each process, batches ahead.
 
-The order of the records is a pure function of (seed, step, row): every process reads the rows of each global batch that
-its devices hold, so neither the number of processes and devices nor a restart changes what the step sees.
+The order of the records is a pure function of (seed, step, row). Every process reads the
+rows of each global batch that its devices hold. So neither the number of processes and
+devices nor a restart changes what the step sees.
 """
 
 import time
@@ -12,44 +13,49 @@ import grain
 import jax
 import numpy as np
 
-from lit_jax.data import dataset
+from lit_jax.data.dataset import Dataset
+
+Record = dict[str, Any]
 
 
 class _ProcessRows(grain.MapDataset):
-    """The rows of each global batch that one process reads, as a data set of its own.
+    """The rows of each global batch that one process reads, as a data set of their own."""
 
-    Grain's own slicing by process would interleave, and so tie the order of a batch to the number of processes.
-    """
+    # Grain's slicing by process interleaves: which records meet in a batch would depend on
+    # the number of processes.
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
-        self._batch_size, self._rows = batch_size, rows
+        self._batch_size = batch_size
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * len(self._rows)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index):
         batch, row = divmod(index, len(self._rows))
         return self._parent[batch * self._batch_size + int(self._rows[row])]
 
 
-def _choose_side(record: dict[str, np.ndarray], mirror: bool) -> dict[str, np.ndarray]:
+def _choose_side(record: Record, mirror: bool) -> Record:
     """The image or its mirror, or the latents of one of the two."""
+    # Here, not in the step: an image is mirrored on the host, where its bytes are, and of the
+    # latents only one side goes to the devices.
     if "image" in record:
         return record | {"image": record["image"][:, ::-1]} if mirror else record
     return record | {name: record[name][int(mirror)] for name in ("mean", "log_variance")}
 
 
-def _random_flip(record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _random_flip(record: Record, rng: np.random.Generator) -> Record:
     return _choose_side(record, rng.random() < 0.5)
 
 
-def _no_flip(record: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _no_flip(record: Record) -> Record:
     return _choose_side(record, False)
 
 
 def make_batches(
-    source: dataset.ImageDataset | dataset.LatentDataset,
+    dataset: Dataset,
     *,
     batch_size: int,
     seed: int,
@@ -58,34 +64,44 @@ def make_batches(
     num_threads: int = 4,
     prefetch: int = 64,
 ) -> grain.IterDataset:
-    """Endless shuffled batches of this process's rows: {"image" uint8 (B, h, w, C), "label" int32 (B,), "index" int64 (B,)}.
+    """Endless shuffled batches of this process's rows: its records, stacked.
 
-    Of latents there are "mean" and "log_variance" float16 (B, h, w, C), of the image or its mirror, for "image".
+    The picture is "image" uint8 (B, h, w, C), or "mean" and "log_variance" float16
+    (B, h, w, C); "index" is int64 (B,); the fields of the condition are stacked as they are.
 
-    Every epoch is another permutation. `batch_size` is global; the state of the iterator is the number of batches read,
-    the same on every process and for any number of them.
+    Every epoch is another permutation. The state of the iterator is the number of batches
+    read: it is the same on every process, and for any number of them.
 
     Args:
-      rows: those of each global batch that this process reads (`sharding.process_rows`); None: all of them.
-      num_threads, prefetch: reader threads, and batches read ahead (speed only).
+      batch_size: of the global batch.
+      flip: takes the mirror of a picture with probability 1/2.
+      rows: those of each global batch that this process reads, see
+        `sharding.process_rows`; None is all of them.
+      num_threads: reader threads (speed only).
+      prefetch: batches read ahead (speed only).
+    Raises: ValueError when there are fewer records than a batch needs.
     """
-    if batch_size > len(source):
+    if batch_size > len(dataset):
         raise ValueError(
-            f"train.batch_size = {batch_size} exceeds the {len(source)} records of {source.name} {source.split}"
+            f"batch_size = {batch_size} exceeds the {len(dataset)} records of {dataset.name}, "
+            f"split {dataset.split}"
         )
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_random_flip) if flip else dataset.map(_no_flip)
-    rows = np.arange(batch_size) if rows is None else rows
-    dataset = _ProcessRows(dataset, batch_size, rows).batch(len(rows))
-    return dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    )
+    if rows is None:
+        rows = np.arange(batch_size)
+
+    records = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    records = records.random_map(_random_flip) if flip else records.map(_no_flip)
+    # After the shuffle: every process draws the whole permutation, and flips by the number of
+    # the record in it.
+    batches = _ProcessRows(records, batch_size, rows).batch(len(rows))
+    # After the batching, so that `prefetch` counts batches: grain reads ahead at the end of
+    # its chain.
+    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return batches.to_iter_dataset(reading)
 
 
 def batch_shapes(
-    source: dataset.ImageDataset | dataset.LatentDataset,
-    batch_size: int,
-    sharding: jax.sharding.Sharding,
+    dataset: Dataset, batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What `DeviceIterator` hands out of `make_batches`, as shapes, read off the first record."""
     return {
@@ -94,31 +110,39 @@ def batch_shapes(
             jax.dtypes.canonicalize_dtype(value.dtype),
             sharding=sharding,
         )
-        for name, value in _no_flip(source[0]).items()
+        for name, value in _no_flip(dataset[0]).items()
     }
 
 
 class DeviceIterator:
-    """Puts batches on the mesh one ahead of the step; `state` is that of the last batch handed out, not the one ahead.
+    """Puts batches on the mesh, one ahead of the step.
 
-    `take_seconds_waiting` tells how long it stood still because the readers had no batch ready.
+    `state` is that of the last batch handed out, not of the one ahead: a checkpoint saves it, and
+    a run that resumes from it gets the batch after.
     """
 
     def __init__(
-        self, batches: grain.IterDataset, sharding: jax.sharding.Sharding, state: dict | None = None
+        self,
+        batches: grain.IterDataset,
+        sharding: jax.sharding.Sharding,
+        state: dict[str, Any] | None = None,
     ):
+        """Args: state: to go on from; None: from the first batch."""
         self._iterator = iter(batches)
         if state is not None:
             self._iterator.set_state(state)
         self._sharding = sharding
         self._seconds_waiting = 0.0
+        # Before the first load: until a batch is handed out, a run resumes at the first.
         self.state = self._iterator.get_state()
         self._ahead = self._load()
 
     def _load(self) -> tuple[dict[str, jax.Array], dict]:
-        asked = time.monotonic()
+        # Until the readers have a batch. What follows only starts a copy to the devices.
+        before = time.monotonic()
         host = next(self._iterator)
-        self._seconds_waiting += time.monotonic() - asked
+        self._seconds_waiting += time.monotonic() - before
+
         batch = {
             name: jax.make_array_from_process_local_data(self._sharding, value)
             for name, value in host.items()
@@ -126,8 +150,9 @@ class DeviceIterator:
         return batch, self._iterator.get_state()
 
     def take_seconds_waiting(self) -> float:
-        """The wait since this was last asked."""
-        seconds, self._seconds_waiting = self._seconds_waiting, 0.0
+        """Seconds since the last call in which the readers had no batch ready."""
+        seconds = self._seconds_waiting
+        self._seconds_waiting = 0.0
         return seconds
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:

@@ -1,31 +1,41 @@
-"""What the pretrained feature networks share: frozen batch normalisation and strict loading of their weights."""
+"""What the pretrained feature networks share: frozen batch norm, and strict loading of weights."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation by stored statistics; they are parameters here, as nothing in these networks is trained."""
+    """Batch normalisation by stored statistics.
+
+    The statistics are parameters here, for nothing in these networks is
+    trained.
+    """
 
     epsilon: float = 1e-3
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) -> (..., C)"""
         C = x.shape[-1]
         mean = self.param("mean", nn.initializers.zeros, (C,))
         var = self.param("var", nn.initializers.ones, (C,))
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
-        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+
+        # The suite forbids implicit rank promotion, so each vector gets all of
+        # x's axes.
         shape = (1,) * (x.ndim - 1) + (C,)
-        return (x - mean.reshape(shape)) * multiplier.reshape(shape) + bias.reshape(shape)
+        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+        centred = x - mean.reshape(shape)
+        return centred * multiplier.reshape(shape) + bias.reshape(shape)
 
 
-_BATCH_NORM_NAMES = {
+# torch's names of a batch normalisation's tensors, and ours.
+BATCH_NORM_NAMES = {
     "weight": "scale",
     "bias": "bias",
     "running_mean": "mean",
@@ -34,28 +44,38 @@ _BATCH_NORM_NAMES = {
 
 
 def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """One tensor of a torch network under our name and layout.
+    """One tensor of a torch network under our name and in our layout.
 
     Args:
-        module: path of the module in our tree, "a/b/conv"; one that ends in "bn" is a batch normalisation.
-        name: the tensor's own name, "weight" for instance.
-    Returns: path and value; (out, in, h, w) becomes (h, w, in, out), and (out, in) becomes (in, out).
+      module: the path of the module in our tree, "a/b/conv". Where it ends in
+        "bn", it is a batch normalisation.
+      name: the tensor's name in torch, "weight" for instance.
+    Returns: the path and the value; (out, in, h, w) becomes (h, w, in, out),
+      and (out, in) becomes (in, out).
     """
     if module.split("/")[-1] == "bn":
-        return f"{module}/{_BATCH_NORM_NAMES.get(name, name)}", value
+        return f"{module}/{BATCH_NORM_NAMES.get(name, name)}", value
     if name == "weight" and value.ndim == 4:
         return f"{module}/kernel", value.transpose(2, 3, 1, 0)
     if name == "weight" and value.ndim == 2:
         return f"{module}/kernel", value.T
+    # An unknown name stays as it is, and `build_params` lists it.
     return f"{module}/{name}", value
 
 
 def build_params(
-    flat: Mapping[str, np.ndarray], network: nn.Module, input_size: int, source: str | Path
+    flat: Mapping[str, np.ndarray],
+    network: nn.Module,
+    input_size: int,
+    path: epath.PathLike,
 ) -> dict:
     """Nests {"a/b/kernel": array} into the parameters of a network, float32.
 
-    Raises: ValueError naming what `source` lacks, what is unknown, and what has the wrong shape.
+    Args:
+      input_size: height = width of the images that the network takes.
+      path: the file that the arrays are from, for the error.
+    Raises: ValueError that lists what is missing, what is unknown, and what
+      has another shape.
     """
     x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
@@ -63,6 +83,7 @@ def build_params(
         "/".join(key.key for key in keys): leaf.shape
         for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
+
     problems = [f"missing {key}" for key in expected if key not in flat]
     problems += [f"unknown {key}" for key in flat if key not in expected]
     problems += [
@@ -71,15 +92,20 @@ def build_params(
         if key in flat and flat[key].shape != shape
     ]
     if problems:
+        # A file of another network has hundreds of them.
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"{source} does not hold the weights of {type(network).__name__}: {'; '.join(problems[:8])}{more}"
+            f"{path} does not hold the weights of {type(network).__name__}: "
+            f"{'; '.join(problems[:8])}{more}"
         )
-    params = {}
+
+    params: dict = {}
     for key, value in flat.items():
         *parents, last = key.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
+        # Contiguous, since the transposed arrays are views, and a device gets
+        # them in one piece.
         node[last] = np.ascontiguousarray(value, np.float32)
     return params

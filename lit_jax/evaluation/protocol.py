@@ -1,17 +1,18 @@
-"""Scores with the protocol that they were made by, and which of them may be compared."""
+"""Which scores may be compared: those that were made by the same protocol.
 
-from collections.abc import Callable, Sequence
+A protocol is a nested dict with everything that a score depends on: features,
+weights, resize, reference, and how the images were drawn. It is written into
+the file of the scores, see `Evaluator.make_result`.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import ml_collections
-import numpy as np
-
-from lit_jax.evaluation import features, metrics, references
-
-# README of openai/guided-diffusion's evaluations folder: admnet_guided_upsampled_imagenet256.npz against
-# VIRTUAL_imagenet256_labeled.npz. The tolerances allow for float32 in another order, and for the float16 distances
-# that precision and recall were published with.
+# {score: (value, tolerance)}, from the README of openai/guided-diffusion's
+# evaluations folder: admnet_guided_upsampled_imagenet256.npz against
+# VIRTUAL_imagenet256_labeled.npz. The tolerances allow for float32 sums in
+# another order, and for the float16 distances that the published precision and
+# recall were computed from.
 PUBLISHED = {
     "is_adm_50k": (215.8370361328125, 0.3),
     "fid_adm_50k": (3.9425574129223264, 0.01),
@@ -21,96 +22,56 @@ PUBLISHED = {
 }
 
 
-def count_name(count: int) -> str:
-    """50000 -> "50k"; a count that is no multiple of a thousand is written out."""
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
-
-
-def score(
-    extractor: features.Extractor,
-    samples: references.Statistics,
-    reference: references.Statistics,
-    *,
-    neighbours: int = 3,
-    split_size: int = 5000,
-) -> dict[str, float]:
-    """All scores that the two sides allow, by name; a reference without its own features gives no precision and recall."""
-    suffix = f"{extractor.suffix}_{count_name(samples.count)}"
-    scores = {
-        f"{name}_{suffix}": metrics.frechet_distance(*samples.moments[key], *reference.moments[key])
-        for key, name in extractor.frechet.items()
-        if key in reference.moments
-    }
-    if samples.logits is not None:
-        scores[f"is_{suffix}"] = metrics.inception_score(samples.logits, split_size)
-    if reference.features is not None and samples.features is not None:
-        precision, recall = metrics.precision_recall(
-            reference.features, samples.features, neighbours
-        )
-        scores |= {f"precision_{suffix}": precision, f"recall_{suffix}": recall}
-    return scores
-
-
-def score_images(
-    extractor: features.Extractor,
-    images: np.ndarray,
-    reference: references.Statistics,
-    *,
-    batch_size: int = 64,
-    neighbours: int = 3,
-    split_size: int = 5000,
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """Scores images (N, H, W, C) uint8 held in memory: what training calls every few thousand steps.
-
-    `on_batch` is told, before each batch goes through the network, how many images went before it.
-    """
-
-    def batches():
-        for start in range(0, len(images), batch_size):
-            on_batch(start)
-            yield images[start : start + batch_size]
-
-    samples = references.collect(extractor, batches(), batch_size)
-    return score(extractor, samples, reference, neighbours=neighbours, split_size=split_size)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"samples": {"steps": 250}} -> {"samples.steps": 250}"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _differences(a, b, across=()):
-    a, b = flatten(a), flatten(b)
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], across: tuple[str, ...] = ()
+) -> list[str]:
+    """What differs between two protocols, in words; fields under `across` may differ.
+
+    Args:
+      across: fields or whole branches of the protocol: "samples.cfg_scale", or
+        "samples".
+    """
+    a = flatten(a)
+    b = flatten(b)
+    branches = tuple(f"{name}." for name in across)
     return [
         f"{key} is {a.get(key)!r} and {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not any(key == c or key.startswith(f"{c}.") for c in across)
+        if a.get(key) != b.get(key) and key not in across and not key.startswith(branches)
     ]
 
 
-def check_comparable(results: dict[str, dict[str, Any]], across: tuple[str, ...] = ()) -> None:
+def check_comparable(
+    results: Mapping[str, Mapping[str, Any]], compare_across: tuple[str, ...] = ()
+) -> None:
     """Raises ValueError unless all results were made by one protocol.
 
     Args:
-        results: what `run` writes, by the name of the run.
-        across: fields of the protocol that may differ, "samples.cfg_scale" or a whole branch, "samples".
+      results: what `Evaluator.make_result` returns, by the name of the run.
+      compare_across: what may differ, see `differences`.
     """
     (first, expected), *others = results.items()
     for name, result in others:
-        differences = _differences(expected["protocol"], result["protocol"], across)
-        if differences:
+        found = differences(expected["protocol"], result["protocol"], compare_across)
+        if found:
             raise ValueError(
-                f"{first} and {name} were not made by the same protocol: {'; '.join(differences)}. What may "
-                "differ is named in evaluate.compare_across"
+                f"compare_across = {compare_across!r}: {first} and {name} were not made by the "
+                f"same protocol: {'; '.join(found)}. Add the fields that may differ"
             )
+
+        # A comparison has one column for each score, so every run needs all of
+        # them.
         if expected["scores"].keys() != result["scores"].keys():
             raise ValueError(
                 f"{first} and {name} have different scores: {sorted(expected['scores'])} and "
@@ -118,13 +79,17 @@ def check_comparable(results: dict[str, dict[str, Any]], across: tuple[str, ...]
             )
 
 
-def self_check(scores: dict[str, float]) -> list[dict[str, Any]]:
-    """Holds scores against the published figures of ADM's own samples; a row for each figure."""
+def self_check(scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Compares scores of ADM's samples with the published ones.
+
+    Returns: rows of score, here, published, tolerance, and passed.
+    Raises: ValueError where one of the published scores is not among `scores`.
+    """
     missing = sorted(PUBLISHED.keys() - scores.keys())
     if missing:
         raise ValueError(
-            f"the self-check needs {missing}, there are {sorted(scores)}: the reference is not ADM's "
-            "VIRTUAL_imagenet256_labeled.npz"
+            f"the self-check needs {missing}, there are {sorted(scores)}: the reference is not "
+            "ADM's VIRTUAL_imagenet256_labeled.npz"
         )
     return [
         {
@@ -136,40 +101,3 @@ def self_check(scores: dict[str, float]) -> list[dict[str, Any]]:
         }
         for name, (published, tolerance) in PUBLISHED.items()
     ]
-
-
-def check_settings(settings: ml_collections.ConfigDict, num_images: int) -> None:
-    """Raises ValueError for too few images for their neighbours, before anything is computed."""
-    for name, count in (
-        ("num_neighbour_images", settings.num_neighbour_images),
-        ("number of images", num_images),
-    ):
-        if count <= settings.neighbours:
-            raise ValueError(
-                f"evaluate.neighbours = {settings.neighbours} needs more images than that, but the "
-                f"{name} is {count}"
-            )
-
-
-def make_result(
-    extractor: features.Extractor,
-    scores: dict[str, float],
-    reference: references.Statistics,
-    *,
-    num_images: int,
-    image_shape: Sequence[int],
-    neighbours: int,
-    split_size: int,
-    sampling: dict[str, Any],
-) -> dict[str, Any]:
-    """Scores with the protocol that they were made by; `sampling` says how the images were drawn."""
-    protocol = extractor.protocol | {
-        "num_images": num_images,
-        "image_shape": list(image_shape),
-        "reference": reference.identity,
-        "neighbours": neighbours,
-        "samples": sampling,
-    }
-    if extractor.scores_classes:
-        protocol["inception_score_split_size"] = split_size
-    return {"scores": scores, "protocol": protocol, "device": jax.local_devices()[0].device_kind}

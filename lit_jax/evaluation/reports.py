@@ -1,157 +1,262 @@
-"""Evaluations written for people: JSON, Markdown, grids and comparisons."""
+"""Evaluations written for people.
 
+JSON, Markdown, and comparisons with curves.
+"""
+
+import dataclasses
 import json
-import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
+from etils import epath
 
+from lit_jax import pictures
 from lit_jax.evaluation import protocol
 
+# ---- One evaluation ----
 
-def write_report(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes path.json and path.md."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside(path, ".json").write_text(json.dumps(result, indent=2) + "\n")
-    lines = ["# Evaluation", "", "| score | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in result["scores"].items()]
+
+def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
+    """Writes path.json and path.md.
+
+    Args:
+      result: what `Evaluator.make_result` returns. The evaluation job adds
+        samples_file and images_per_second, and where there are any,
+        sampling_speed and self_check.
+    """
+    lines = ["# Evaluation", ""]
+    scores = result["scores"].items()
+    rows = [[name, f"{value:.4f}"] for name, value in scores]
+    lines += _table(["score", "value"], rows)
+
     if "self_check" in result:
-        lines += [
-            "",
-            "## Self-check against the published figures",
-            "",
-            "| score | here | published | tolerance | |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row['score']} | {row['here']:.4f} | {row['published']:.4f} | {row['tolerance']} | "
-            f"{'equal' if row['passed'] else 'DIFFERENT'} |"
-            for row in result["self_check"]
-        ]
-    lines += ["", "## Protocol", "", "| field | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in protocol.flatten(result["protocol"]).items()]
+        lines += ["", "## Self-check against the published figures", ""]
+        lines += _self_check_table(result["self_check"])
+
+    lines += ["", "## Protocol", ""]
+    fields = protocol.flatten(result["protocol"])
+    lines += _table(["field", "value"], fields.items())
+
+    # Neither is there in training, where the images come from memory.
     if "samples_file" in result:
-        lines += [
-            "",
-            f"{result['samples_file']}, {result['images_per_second']:.1f} images/s through the feature network on "
-            f"{result['device']}.",
-        ]
-    if speed := result.get("sampling_speed"):
-        lines += [
-            "",
-            f"Drawn at {speed['images_per_second']:.1f} images/s on {speed['devices']} x {speed['device']}.",
-        ]
-    lines.append("")
-    beside(path, ".md").write_text("\n".join(lines))
+        file = result["samples_file"]
+        speed = f"{result['images_per_second']:.1f} images/s"
+        where = f"the feature network on {result['device']}"
+        lines.append("")
+        lines.append(f"{file}, {speed} through {where}.")
+    if "sampling_speed" in result:
+        drawn = result["sampling_speed"]
+        speed = f"{drawn['images_per_second']:.1f} images/s"
+        devices = f"{drawn['devices']} x {drawn['device']}"
+        lines.append("")
+        lines.append(f"Drawn at {speed} on {devices}.")
+    path = epath.Path(path)
+    _write_texts(path, lines, result)
 
 
-def beside(path: pathlib.Path, ending: str) -> pathlib.Path:
-    """path + ending; `with_suffix` would take the 5 of samples_cfg1.5 for a suffix."""
+def with_ending(path: epath.Path, ending: str) -> epath.Path:
+    """samples, .json -> samples.json"""
+    # `with_suffix` would replace the 5 of samples_cfg1.5.
     return path.with_name(path.name + ending)
 
 
-def write_grid(path: pathlib.Path, images: np.ndarray, columns: int = 8) -> None:
-    """Writes images (N, H, W, C) uint8 as one PNG, row by row."""
-    N, H, W, C = images.shape
-    rows = -(-N // columns)
-    images = np.concatenate([images, np.zeros((rows * columns - N, H, W, C), np.uint8)])
-    grid = (
-        images.reshape(rows, columns, H, W, C)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * H, columns * W, C)
-    )
-    Image.fromarray(grid[..., 0] if C == 1 else grid).save(path)
+def read_result(path: epath.PathLike) -> dict[str, Any]:
+    """Reads the JSON that `write_report` wrote.
 
-
-def write_comparison(
-    path: pathlib.Path, results: dict[str, dict[str, Any]], across: tuple[str, ...]
-) -> None:
-    """Writes path.json, path.md, and path.png: Frechet distance against what differs, and precision against recall.
-
-    The first field that differs and is a number, those of `across` first, is the abscissa: the guidance scale, or the
-    step. Runs that differ in other fields too, two models say, are curves of their own.
+    Raises: ValueError for any other file.
     """
-    protocols = {run: protocol.flatten(result["protocol"]) for run, result in results.items()}
-    varied = [
-        key
-        for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol)
-        if len({str(protocol.get(key)) for protocol in protocols.values()}) > 1
-    ]
-    x_name = next(
-        (
-            key
-            for key in (*across, *varied)
-            if key in varied
-            and all(isinstance(protocol.get(key), int | float) for protocol in protocols.values())
-        ),
-        None,
-    )
-    if x_name:
-        results = dict(sorted(results.items(), key=lambda item: protocols[item[0]][x_name]))
-    names = list(next(iter(results.values()))["scores"])
-    lines = [
-        "# Comparison",
-        "",
-        f"| {' | '.join(['run', *varied, *names, 'images/s drawn'])} |",
-        "|---" * (2 + len(varied) + len(names)) + "|",
-    ]
-    for run, result in results.items():
-        speed = result.get("sampling_speed", {}).get("images_per_second")
-        cells = [run, *(str(protocols[run].get(key)) for key in varied)]
-        cells += [
-            *(f"{value:.4f}" for value in result["scores"].values()),
-            f"{speed:.1f}" if speed else "",
+    refusal = f"{path} is no evaluation_*.json"
+    # ValueError covers bytes that are no text, and text that is no JSON.
+    try:
+        result = json.loads(epath.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{refusal}: {error}") from error
+
+    if isinstance(result, dict):
+        scores = result.get("scores")
+        made_by = result.get("protocol")
+        if isinstance(scores, dict) and isinstance(made_by, dict):
+            return result
+    raise ValueError(f"{refusal}: it has no scores and protocol")
+
+
+def _self_check_table(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [
+        [
+            row["score"],
+            f"{row['here']:.4f}",
+            f"{row['published']:.4f}",
+            row["tolerance"],
+            # In capitals: it must not be overlooked among five rows.
+            "equal" if row["passed"] else "DIFFERENT",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        for row in rows
+    ]
+    return _table(["score", "here", "published", "tolerance", ""], cells)
+
+
+def _write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
+    # They may be the first files of a new workdir.
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside(path, ".md").write_text("\n".join([*lines, ""]))
-    beside(path, ".json").write_text(
-        json.dumps({"across": list(across), "runs": results}, indent=2) + "\n"
-    )
+    with_ending(path, ".md").write_text("\n".join(lines) + "\n")
+    # The JSON last: a training run that finds it does not score the step again.
+    text = json.dumps(content, indent=2)
+    with_ending(path, ".json").write_text(text + "\n")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [_row(header), "|---" * len(header) + "|"]
+    lines += [_row(cells) for cells in rows]
+    return lines
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+# ---- Several evaluations ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Evaluations side by side, by the name of the run; see `compare`."""
+
+    results: dict[str, dict[str, Any]]  # what Evaluator.make_result returned
+    across: tuple[str, ...]  # fields of the protocol that may differ
+    protocols: dict[str, dict[str, Any]]  # flattened: {field: value}
+    varied: list[str]  # the fields that differ
+    x_name: str | None  # the field below the curves
+
+    @property
+    def score_names(self) -> list[str]:
+        """The names of the scores, which all runs share."""
+        return list(next(iter(self.results.values()))["scores"])
+
+
+def compare(
+    results: dict[str, dict[str, Any]],
+    compare_across: tuple[str, ...],
+) -> Comparison:
+    """Puts evaluations side by side, sorted by what they are drawn over.
+
+    The abscissa is the first field that differs and is a number: the guidance
+    scale, or the step. Those of `compare_across` come before the others.
+
+    Args:
+      results: what `Evaluator.make_result` returned, by the name of the run.
+      compare_across: fields of the protocol that may differ.
+    Raises: ValueError where the protocols differ in other fields.
+    """
+    protocol.check_comparable(results, compare_across)
+    protocols = {}
+    for run, result in results.items():
+        protocols[run] = protocol.flatten(result["protocol"])
+
+    # A dict and not a set: it keeps the order of the fields.
+    fields = dict.fromkeys(key for flat in protocols.values() for key in flat)
+    varied = []
+    numbers = set()
+    for key in fields:
+        values = [flat.get(key) for flat in protocols.values()]
+        # As text, because a value may be a list, which no set can hold.
+        if len(set(map(str, values))) > 1:
+            varied.append(key)
+            if all(isinstance(value, int | float) for value in values):
+                numbers.add(key)
+
+    candidates = [key for key in (*compare_across, *varied) if key in numbers]
+    x_name = candidates[0] if candidates else None
+    # A curve must not go back and forth.
+    if x_name:
+        runs = sorted(results, key=lambda run: protocols[run][x_name])
+        results = {run: results[run] for run in runs}
+    return Comparison(results, compare_across, protocols, varied, x_name)
+
+
+def write_comparison(path: epath.PathLike, comparison: Comparison) -> None:
+    """Writes path.json, path.md with a table, and path.png with curves."""
+    path = epath.Path(path)
+    varied = comparison.varied
+    header = ["run", *varied, *comparison.score_names, "images/s drawn"]
+    rows = []
+    for run, result in comparison.results.items():
+        flat = comparison.protocols[run]
+        values = [flat.get(key) for key in varied]
+        scores = [f"{value:.4f}" for value in result["scores"].values()]
+        # Samples from elsewhere do not say how fast they were drawn.
+        drawn = result.get("sampling_speed", {})
+        speed = drawn.get("images_per_second")
+        shown = f"{speed:.1f}" if speed else ""
+        rows.append([run, *values, *scores, shown])
+    lines = ["# Comparison", "", *_table(header, rows)]
+
+    across = list(comparison.across)
+    _write_texts(path, lines, {"across": across, "runs": comparison.results})
+    figure = draw_curves(comparison)
+    pictures.save_png(with_ending(path, ".png"), figure.savefig, dpi=120)
+
+
+def draw_curves(comparison: Comparison) -> Any:
+    """Draws the first score over what differs, and precision over recall.
+
+    Runs that differ in other fields than the abscissa, two models say, are
+    curves of their own.
+
+    Returns: a matplotlib Figure.
+    """
+    # Imported here because it takes a second, and training needs no curves.
+    # No pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    x_name = comparison.x_name
+    names = comparison.score_names
+    distance = names[0]
+    precision = _first(names, "precision_")
+    recall = _first(names, "recall_")
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    precision, recall = (
-        next((n for n in names if n.startswith(prefix)), None)
-        for prefix in ("precision_", "recall_")
-    )
-    curves = {}
-    for run in results:
-        others = "\n".join(
-            f"{key} {str(protocols[run].get(key))[:12]}" for key in varied if key != x_name
-        )
-        curves.setdefault(others if x_name else run, []).append(run)
+    # A reference without neighbours leaves the right side empty.
+    curves = _group(comparison)
     for label, runs in curves.items():
-        x = [protocols[run][x_name] if x_name else run for run in runs]
-        left.plot(x, [results[run]["scores"][names[0]] for run in runs], "o-", label=label)
+        scores = [comparison.results[run]["scores"] for run in runs]
+        # Without a number that differs, each run is a point above its name.
+        x: list[Any] = list(runs)
+        if x_name:
+            x = [comparison.protocols[run][x_name] for run in runs]
+        left.plot(x, [s[distance] for s in scores], "o-", label=label)
         if precision:
-            rows = [
-                (results[run]["scores"][recall], results[run]["scores"][precision]) for run in runs
-            ]
-            right.plot(*zip(*rows), "o-", label=label)
-            for text, at in zip(x, rows):
-                right.annotate(str(text), at)
+            points = [(s[recall], s[precision]) for s in scores]
+            right.plot(*zip(*points), "o-", label=label)
+            for text, point in zip(x, points):
+                right.annotate(str(text), point)
+
     if len(curves) > 1 and x_name:
         left.legend(fontsize="small")
-    left.set(xlabel=x_name or "", ylabel=names[0])
+    left.set(xlabel=x_name or "", ylabel=distance)
+    # Names of runs are long and would cover each other.
     left.tick_params(axis="x", rotation=0 if x_name else 30)
     if precision:
         right.set(xlabel=recall, ylabel=precision)
-    figure.savefig(beside(path, ".png"), dpi=120)
+    return figure
 
 
-def read_result(path: pathlib.Path) -> dict[str, Any]:
-    """An evaluation_*.json; raises ValueError for any other file."""
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:  # not text, or not JSON
-        raise ValueError(f"evaluate.compare: {path} is no evaluation_*.json: {error}") from error
-    if not isinstance(result, dict) or not all(
-        isinstance(result.get(key), dict) for key in ("scores", "protocol")
-    ):
-        raise ValueError(
-            f"evaluate.compare: {path} is no evaluation_*.json: it has no scores and protocol"
-        )
-    return result
+def _group(comparison: Comparison) -> dict[str, list[str]]:
+    """The runs of each curve, by its label."""
+    if not comparison.x_name:
+        return {run: [run] for run in comparison.results}
+
+    curves: dict[str, list[str]] = {}
+    others = [key for key in comparison.varied if key != comparison.x_name]
+    for run in comparison.results:
+        flat = comparison.protocols[run]
+        # Twelve characters tell hashes apart and leave room for the curves.
+        parts = [f"{key} {str(flat.get(key))[:12]}" for key in others]
+        label = "\n".join(parts)
+        curves.setdefault(label, []).append(run)
+    return curves
+
+
+def _first(names: list[str], prefix: str) -> str | None:
+    return next((name for name in names if name.startswith(prefix)), None)

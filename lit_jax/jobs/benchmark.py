@@ -1,13 +1,13 @@
-"""Times the attention, the model's forward and its training steps on the device at hand, next to the floor.
+"""Times the attention, the models and the input pipeline on the device at hand.
 
-On a machine with only a CPU it prints the ahead-of-time static estimate of the kernels for a named TPU topology instead.
+Next to each time of the attention stands its floor. On a machine with only a CPU it
+prints the estimate of the kernels for a named TPU topology, ahead of time.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +17,182 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import experiment, sharding
+from lit_jax import sharding
 from lit_jax.costs import tpu_schedule
-from lit_jax.data import dataset, pipeline
-from lit_jax.diffusion import make_diffusion
-from lit_jax.kernels.linear_attention import linear_attention, refusal
-from lit_jax.models.attention import softmax_attention
-from lit_jax.models.dit import DiT, forward_flops
-from lit_jax.train_step import images_to_model, init_params, new_state, state_shapes
+from lit_jax.costs.flops import train_step_flops
+from lit_jax.experiment import Experiment, naming
+from lit_jax.kernels.linear_attention import linear_attention
+from lit_jax.models.attention import LinearAttention, softmax_attention
+from lit_jax.models.dit import DiT, init_params
+from lit_jax.train_step import (
+    images_to_model,
+    make_optimizer,
+    make_train_step,
+    new_state,
+    state_shapes,
+)
+
+WHAT = ("attention", "model", "data")
+Row = dict[str, Any]
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Prints the table and writes workdir/benchmark.json; config.benchmark says what is timed.
+
+    Raises: ValueError for fields that cannot be.
+    """
+    # ---- What is asked -------------------------------------------------------------
+    wanted = config.benchmark
+    token = token_pixels(config)
+    unknown = set(wanted.what) - set(WHAT)
+    if unknown or not wanted.what:
+        raise ValueError(
+            f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; "
+            f"it may name {', '.join(WHAT)}"
+        )
+    on_models = {"attention", "model"} & set(wanted.what)
+    whole = [isinstance(n, int) and n >= 1 and n % token == 0 for n in wanted.pixels]
+    if on_models and not (whole and all(whole)):
+        raise ValueError(
+            f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's "
+            f"{token} pixels"
+        )
+
+    # ---- The jobs, each a generator of rows ----------------------------------------
+    device = jax.devices()[0]
+    jobs = []
+    if on_models and device.platform == "cpu":
+        jobs.append(static_estimates(config))
+    elif on_models:
+        Experiment(config).check_platform()
+        if "attention" in wanted.what:
+            jobs.append(time_attention(config))
+        if "model" in wanted.what:
+            jobs.append(time_models(config))
+    if "data" in wanted.what:
+        jobs.append(time_data(config))
+
+    # ---- Rows ----------------------------------------------------------------------
+    machine = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in itertools.chain.from_iterable(jobs):
+        logging.info("%s", row)
+        rows.append(row)
+        # After each row: a program that does not fit must not take the times of the
+        # others with it.
+        if jax.process_index() == 0:
+            report = {"machine": machine, "rows": rows}
+            (workdir / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+    sys.stdout.write(f"{machine}\n{table(rows)}\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, a line a row; columns are the rows' keys, in the order they appear."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def show(value):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [names, *([show(row.get(name, "")) for name in names] for row in rows)]
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|" + "---|" * len(names), *body])
+
+
+# ---- Models and sizes ------------------------------------------------------------
+
+
+def token_pixels(config: ConfigDict) -> int:
+    """Pixels that a token spans each way: a patch, of cells where the model has latents."""
+    return config.model.patch_size * _cell_pixels(config)
+
+
+def _cell_pixels(config):
+    # As many channels as a picture has are pixels. Latents have cells of 8 pixels.
+    return 1 if config.model.in_channels in (1, 3) else 8
+
+
+def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
+    """The config's model with softmax and with linear attention: DiT and LiT.
+
+    One of them is the config's own. The other has the heads and the implementation of
+    config.teacher if it is softmax, and the heads of its size if it is linear.
+    """
+
+    def build(attention, num_heads, implementation):
+        # A copy: the caller's config says what is trained.
+        ours = ConfigDict(config.to_dict())
+        if attention != config.model.attention:
+            ours.model.update(
+                attention=attention,
+                num_heads=num_heads,
+                implementation=implementation,
+            )
+        return Experiment(ours).model
+
+    teacher = config.teacher
+    dit = build("softmax", teacher.num_heads, teacher.implementation)
+    lit = build("linear", 0, None)
+    return dit, lit
+
+
+def _linear(lit: DiT) -> LinearAttention:
+    attention = lit.attention_module()
+    assert isinstance(attention, LinearAttention)
+    return attention
+
+
+# ---- Without a device ------------------------------------------------------------
+
+
+def static_estimates(config: ConfigDict) -> Iterator[Row]:
+    """The linear attention's TPU kernels by their compiler's schedule, next to the floor.
+
+    See costs/tpu_schedule.py.
+    """
+    wanted = config.benchmark
+    model = config.model
+    _, lit = make_models(config)
+    attention = _linear(lit)
+    width = lit.config.width
+    for pixels in wanted.pixels:
+        side = pixels // token_pixels(config)
+        grid = (side, side)
+        with naming("benchmark"), tpu_schedule.on_chip(wanted.topology):
+            # The chip in context is the one whose VMEM the kernel asks for.
+            reason = attention.refusal("pallas_tpu", width, grid)
+        if reason:
+            raise ValueError(
+                f"no estimate for model.kernel_function = {model.kernel_function}, "
+                f"model.conv_size = {model.conv_size} at {pixels} pixels: {reason}"
+            )
+        # Two at least: the cores of a chip that has two share the batch.
+        batch = max(2, wanted.attention_tokens // side**2)
+        case = attention.case(width, grid)
+        costs = tpu_schedule.attention_costs(case, batch, wanted.topology)
+        for name, cost in costs.items():
+            yield {
+                "what": "static estimate",
+                "chip": cost.device_kind,
+                "pixels": pixels,
+                "pass": name,
+                "batch": batch,
+                "bundles": cost.bundles,
+                "us": cost.compute * 1e6,
+                "floor us": cost.floor * 1e6,
+                "x floor": cost.ratio,
+            }
+
+
+# ---- Timing ----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,148 +204,12 @@ class Timing:
     high: float
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints the table and writes workdir/benchmark.json, a row at a time; config.benchmark says what is timed."""
-    wanted, token = config.benchmark, token_pixels(config)
-    unknown = set(wanted.what) - {"attention", "model", "data"}
-    if unknown or not wanted.what:
-        raise ValueError(
-            f"benchmark.what names {', '.join(sorted(unknown)) or 'nothing'}; it may name attention, model, data"
-        )
-    on_models = {"attention", "model"} & set(wanted.what)
-    divisible = [
-        isinstance(pixels, int) and pixels >= 1 and pixels % token == 0 for pixels in wanted.pixels
-    ]
-    if on_models and not (divisible and all(divisible)):
-        raise ValueError(
-            f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's {token} pixels"
-        )
-    device = jax.devices()[0]
-    jobs = []
-    if on_models and device.platform == "cpu":
-        jobs.append(static_estimates(config))
-    elif on_models:
-        experiment.check_platform(config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
-        jobs += [time_attention(config)] if "attention" in wanted.what else []
-        jobs += [time_models(config)] if "model" in wanted.what else []
-    if "data" in wanted.what:
-        jobs.append(time_data(config))
-    head = {
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row in itertools.chain.from_iterable(jobs):
-        logging.info("%s", row)
-        rows.append(row)
-        if (
-            jax.process_index() == 0
-        ):  # after each row: a program that does not fit must not take the others' times with it
-            (workdir / "benchmark.json").write_text(
-                json.dumps({"machine": head, "rows": rows}, indent=1) + "\n"
-            )
-    sys.stdout.write(f"{head}\n{table(rows)}\n")
-
-
-def token_pixels(config: ConfigDict) -> int:
-    """Pixels that a token spans each way: a patch, of cells of 8 pixels where the model works on latents."""
-    return config.model.patch_size * _cell_pixels(config)
-
-
-def _cell_pixels(config):
-    return (
-        1 if config.model.in_channels in (1, 3) else 8
-    )  # as many channels as a picture has are pixels
-
-
-def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
-    """The config's model with softmax and with linear attention: DiT and LiT.
-
-    Heads and implementation of the attention that the model has not are config.teacher's for softmax, else the size's own.
-    """
-
-    def build(attention, num_heads, implementation):
-        ours = ConfigDict(config.to_dict())
-        if attention != config.model.attention:
-            ours.model.update(
-                attention=attention, num_heads=num_heads, implementation=implementation
-            )
-        return experiment.student(ours)
-
-    return build("softmax", config.teacher.num_heads, config.teacher.implementation), build(
-        "linear", 0, None
-    )
-
-
-def static_estimates(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """The linear attention's TPU kernels by their compiler's schedule, next to the HBM floor; see costs/tpu_schedule.py."""
-    wanted, model = config.benchmark, config.model
-    _, lit = make_models(config)
-    for pixels in wanted.pixels:
-        side = pixels // token_pixels(config)
-        with tpu_schedule.on_chip(wanted.topology, "benchmark.topology"):  # whose VMEM it is
-            reason = refusal("pallas_tpu", **_case(lit, side))
-        if reason:
-            raise ValueError(
-                f"no estimate for model.kernel_function = {model.kernel_function}, model.conv_size = "
-                f"{model.conv_size} at {pixels} pixels: {reason}"
-            )
-        batch = max(2, wanted.attention_tokens // side**2)
-        costs = tpu_schedule.attention_costs(
-            lit.width,
-            lit.num_heads,
-            (side, side),
-            batch,
-            wanted.topology,
-            lit.conv_size,
-            model.dtype,
-        )
-        for name, cost in costs.items():
-            yield {
-                "what": "static estimate",
-                "chip": cost.device_kind,
-                "pixels": pixels,
-                "pass": name,
-                "batch": batch,
-                "bundles": sum(kernel.bundles for kernel in cost.kernels),
-                "us": cost.compute * 1e6,
-                "floor us": cost.floor * 1e6,
-                "x floor": cost.ratio,
-            }
-
-
-def _case(lit, side):
-    """What `refusal` asks of a linear attention over side x side tokens."""
-    return dict(
-        width=lit.width,
-        num_heads=lit.num_heads,
-        grid=(side, side),
-        conv_size=lit.conv_size,
-        kernel_function=lit.kernel_function,
-        dtype=lit.dtype,
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line a row; columns are the union of the rows' keys, in the order they appear."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def show(value):
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(
-        lines
-        + ["| " + " | ".join(show(row.get(name, "")) for name in names) + " |" for row in rows]
-    )
-
-
 def measure(function: Callable, *args: Any, repeats: int, calls: int = 10) -> Timing:
-    """Times function(*args), already jitted: `calls` queued calls a repeat, so that dispatch hides behind the work."""
-    jax.block_until_ready(function(*args))
+    """Times function(*args), already jitted.
+
+    A repeat queues `calls` calls, so that dispatch hides behind the work.
+    """
+    jax.block_until_ready(function(*args))  # compiles
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -198,60 +228,38 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * x.nbytes / timing.median
 
 
-def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """Linear attention by each implementation that offers it, and softmax attention, forward and forward + backward.
+# ---- The attention ---------------------------------------------------------------
 
-    Floors: 4 B T D elements forward, 7 B T D more backward, at the measured bandwidth of a copy.
+
+def time_attention(config: ConfigDict) -> Iterator[Row]:
+    """Linear attention by each implementation that offers it, and softmax attention.
+
+    Forward, and forward with backward. Floors: 4 B T D elements forward, 7 B T D more
+    backward, at the measured bandwidth of a copy.
     """
-    wanted, device = config.benchmark, jax.devices()[0]
+    wanted = config.benchmark
+    device = jax.devices()[0]
     bandwidth = copy_bandwidth(wanted.repeats)
     logging.info("%s: a copy moves %.0f GB/s", device.device_kind, bandwidth / 1e9)
     dit, lit = make_models(config)
-    D, K, H = lit.width, lit.conv_size, lit.width // lit.num_heads
-    fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(device.platform, "xla")
     for pixels in wanted.pixels:
         side = pixels // token_pixels(config)
-        T = side * side
-        B = max(1, wanted.attention_tokens // T)
-        keys = jax.random.split(jax.random.key(0), 5)
-        q = jax.random.normal(keys[0], (B, T, D), lit.dtype)
-        kv = jax.random.normal(keys[1], (B, T, 2 * D), lit.dtype)
-        filters = bias = None
-        if K:
-            filters, bias = (
-                jax.random.normal(keys[2], (K, K, H)) / K,
-                jax.random.normal(keys[3], (H,)),
-            )
-        do = jax.random.normal(keys[4], (B, T, D), lit.dtype)
+        B = max(1, wanted.attention_tokens // side**2)
+        inputs, do = _attention_inputs(lit, B, side**2)
+        q = inputs[0]
+        for name, function in _attentions(dit, lit, side).items():
 
-        def softmax(q, kv, filters, bias, T=T, B=B):
-            q, k, v = (x.reshape(B, T, dit.num_heads, -1) for x in (q, *jnp.split(kv, 2, axis=-1)))
-            return softmax_attention(q, k, v, dit.implementation).reshape(B, T, D)
-
-        cases = {}
-        for name in dict.fromkeys(("xla", fused)):
-            if reason := refusal(name, **_case(lit, side)):
-                logging.info("attention: not %s; %s", name, reason)
-                continue
-            cases[f"linear, {name}"] = functools.partial(
-                linear_attention,
-                num_heads=lit.num_heads,
-                grid=(side, side),
-                kernel_function=lit.kernel_function,
-                implementation=name,
-            )
-        cases[f"softmax, {dit.implementation or 'fastest'}"] = softmax
-        for name, function in cases.items():
-
-            def both(q, kv, filters, bias, do, function=function):
-                out, vjp = jax.vjp(function, q, kv, filters, bias)
+            def both(inputs, do, function=function):
+                out, vjp = jax.vjp(function, *inputs)
                 return out, vjp(do)
 
-            for kind, call, args, floor in (
-                ("forward", function, (q, kv, filters, bias), 4 * q.nbytes),
-                ("forward + backward", both, (q, kv, filters, bias, do), 11 * q.nbytes),
-            ):
+            passes = (
+                ("forward", function, inputs, 4),
+                ("forward + backward", both, (inputs, do), 11),
+            )
+            for kind, call, args, arrays in passes:
                 timing = measure(jax.jit(call), *args, repeats=wanted.repeats)
+                floor = arrays * q.nbytes / bandwidth
                 yield {
                     "what": f"attention {name}",
                     "pixels": pixels,
@@ -260,118 +268,206 @@ def time_attention(config: ConfigDict) -> Iterator[dict[str, Any]]:
                     "us": timing.median * 1e6,
                     "least": timing.low * 1e6,
                     "most": timing.high * 1e6,
-                    "floor us": floor / bandwidth * 1e6,
-                    "x floor": timing.median / (floor / bandwidth),
+                    "floor us": floor * 1e6,
+                    "x floor": timing.median / floor,
                 }
 
 
-def time_models(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """Forward, training step and distillation step of DiT and LiT, the config's model with both attentions, in images/s over
-    all devices. The teacher is that DiT too, in teacher.dtype."""
-    wanted = config.benchmark
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    dit, lit = make_models(config)
-    teacher = dit.clone(remat="none", dtype=jnp.dtype(config.teacher.dtype).type)
-    for pixels in wanted.pixels:
-        B = max(1, wanted.model_tokens // (pixels // token_pixels(config)) ** 2) * mesh.size
-        for name, model, guide in (
-            ("DiT", dit, None),
-            ("LiT", lit, None),
-            ("LiT with DiT teacher", lit, teacher),
-        ):
-            yield from _time_model(config, mesh, name, model, guide, pixels, B)
+def _attention_inputs(lit, B, T):
+    """Random (q, kv, filters, bias) of a linear attention, and a cotangent."""
+    D = lit.config.width
+    K = lit.config.conv_size
+    H = D // lit.config.num_heads
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jax.random.normal(keys[0], (B, T, D), lit.dtype)
+    kv = jax.random.normal(keys[1], (B, T, 2 * D), lit.dtype)
+    filters = None
+    bias = None
+    if K:
+        # Of variance 1 / (K * K): the convolution's output is as large as v.
+        filters = jax.random.normal(keys[2], (K, K, H)) / K
+        bias = jax.random.normal(keys[3], (H,))
+    do = jax.random.normal(keys[4], (B, T, D), lit.dtype)
+    return (q, kv, filters, bias), do
 
 
-def _time_model(config, mesh, name, model, teacher, pixels, B):
-    optimizer, size = experiment.optimizer(config), pixels // _cell_pixels(config)
-    shapes = state_shapes(model, optimizer, size)
-    shardings = sharding.fsdp_sharding(shapes, mesh)
-    rng = jax.random.key(0)
-    state = jax.jit(
-        lambda rng: new_state(init_params(model, rng, size), optimizer), out_shardings=shardings
-    )(rng)
-    batch = jax.device_put(
-        {
-            "image": np.zeros((B, size, size, model.in_channels), np.uint8),
-            "label": np.zeros(B, np.int32),
-        },
-        sharding.batch_sharding(mesh),
-    )
-    flops = forward_flops(model, (size, size))
+def _attentions(dit: DiT, lit: DiT, side: int) -> dict[str, Callable]:
+    """The attentions to time, by name, all with the arguments of the linear one."""
+    platform = jax.devices()[0].platform
+    fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform, "xla")
+    config = lit.config
+    grid = (side, side)
+    attentions: dict[str, Callable] = {}
+    # On a CPU both are xla, which is then timed once.
+    for name in dict.fromkeys(("xla", fused)):
+        reason = _linear(lit).refusal(name, config.width, grid)
+        if reason:
+            logging.info("attention: not %s; %s", name, reason)
+            continue
+        attentions[f"linear, {name}"] = functools.partial(
+            linear_attention,
+            num_heads=_linear(lit).num_heads,
+            grid=grid,
+            kernel_function=config.kernel_function,
+            implementation=name,
+        )
 
-    def row(what, timing, flops):
+    def softmax(q, kv, filters, bias):
+        B, T, D = q.shape
+        arrays = (q, *jnp.split(kv, 2, axis=-1))
+        q, k, v = (x.reshape(B, T, dit.config.num_heads, -1) for x in arrays)
+        return softmax_attention(q, k, v, dit.implementation).reshape(B, T, D)
+
+    attentions[f"softmax, {dit.implementation or 'fastest'}"] = softmax
+    return attentions
+
+
+# ---- The models ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A model at one size of images, and the teacher that it is distilled from, if any."""
+
+    name: str
+    model: DiT
+    teacher: DiT | None
+    pixels: int
+    size: int  # height = width in the model's space
+    batch_size: int
+
+    def row(self, what: str, timing: Timing, flops: float) -> Row:
+        """Args: flops: of one image."""
+        images_per_second = self.batch_size / timing.median
         return {
-            "what": f"{name} {what}",
-            "pixels": pixels,
-            "batch": B,
+            "what": f"{self.name} {what}",
+            "pixels": self.pixels,
+            "batch": self.batch_size,
             "ms": timing.median * 1e3,
             "least": timing.low * 1e3,
             "most": timing.high * 1e3,
-            "images/s": B / timing.median,
-            "TFLOP/s": flops * B / timing.median / 1e12,
+            "images/s": images_per_second,
+            "TFLOP/s": flops * images_per_second / 1e12,
         }
 
+
+def time_models(config: ConfigDict) -> Iterator[Row]:
+    """Forward, training step and distillation step of DiT and LiT, over all devices.
+
+    They are the config's model with both attentions. The teacher is that DiT too, in
+    teacher.dtype.
+    """
+    mesh = Experiment(config).mesh
+    dit, lit = make_models(config)
+    # Nothing of a frozen model is computed again.
+    teacher = dit.clone(remat="none", dtype=jnp.dtype(config.teacher.dtype).type)
+    subjects = (
+        ("DiT", dit, None),
+        ("LiT", lit, None),
+        ("LiT with DiT teacher", lit, teacher),
+    )
+    for pixels in config.benchmark.pixels:
+        tokens = (pixels // token_pixels(config)) ** 2
+        B = max(1, config.benchmark.model_tokens // tokens) * mesh.size
+        size = pixels // _cell_pixels(config)
+        for name, model, guide in subjects:
+            subject = _Subject(name, model, guide, pixels, size, B)
+            yield from _time_model(config, mesh, subject)
+
+
+def _time_model(config, mesh, subject: _Subject):
+    experiment = Experiment(config)
+    repeats = config.benchmark.repeats
+    model = subject.model
+    teacher = subject.teacher
+    B = subject.batch_size
+    size = (subject.size, subject.size)
+    rng = jax.random.key(0)
+
+    optimizer = make_optimizer(experiment.optimizer_settings)
+    state_sharding = sharding.fsdp_sharding(state_shapes(model, optimizer), mesh)
+    init_state = jax.jit(
+        lambda rng: new_state(init_params(model, rng), optimizer),
+        out_shardings=state_sharding,
+    )
+    state = init_state(rng)
+    condition = {
+        name: np.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in model.config.condition_shapes(B).items()
+    }
+    images = np.zeros((B, *size, model.config.in_channels), np.uint8)
+    rows = sharding.batch_sharding(mesh)
+    batch = jax.device_put({"image": images} | condition, rows)
+    flops = model.config.forward_flops(size)
+
+    # ---- Forward, of the model alone -----------------------------------------------
     teacher_params = None
     if teacher is None:
+        # As a model is sampled from: not the float32 masters of training.
         params = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
-        x, t = images_to_model(batch, rng), jnp.zeros((B,), jnp.int32)
-        forward = jax.jit(
-            sharding.on_mesh(lambda p, x, t, y: model.apply({"params": p}, x, t, y), mesh)
-        )
-        yield row(
-            "forward",
-            measure(forward, params, x, t, batch["label"], repeats=config.benchmark.repeats),
-            flops,
-        )
-        del params
-    else:
-        init = jax.jit(
-            lambda rng: jax.tree.map(
-                lambda p: p.astype(teacher.dtype), init_params(teacher, rng, size)
-            )
-        )
-        teacher_params = init(rng)
-    train_step = experiment.train_step(config, model, teacher, optimizer, make_diffusion(), mesh)
-    holder = [state]  # the step donates its state: each call hands its result to the next
+        x = images_to_model(batch, rng)
+        t = jnp.zeros((B,), jnp.int32)
+        told = {name: batch[name] for name in condition}
 
-    def one():
+        def forward(params, x, t, condition):
+            return model.apply({"params": params}, x, t, condition)
+
+        forward = jax.jit(sharding.on_mesh(forward, mesh))
+        timing = measure(forward, params, x, t, told, repeats=repeats)
+        yield subject.row("forward", timing, flops)
+        del params  # a copy that the step has no use for
+    else:
+
+        def init_teacher(rng):
+            params = init_params(teacher, rng)
+            return jax.tree.map(lambda p: p.astype(teacher.dtype), params)
+
+        teacher_params = jax.jit(init_teacher)(rng)
+
+    # ---- The step ------------------------------------------------------------------
+    train_step = make_train_step(
+        model,
+        teacher,
+        experiment.process,
+        experiment.optimizer_settings,
+        experiment.unscaled_step_settings,
+        mesh,
+    )
+    # The step donates its state: each call hands its result to the next.
+    holder = [state]
+
+    def step():
         holder[0], metrics = train_step(holder[0], teacher_params, batch, rng)
         return metrics
 
-    total = 3 * flops + (forward_flops(teacher, (size, size)) if teacher else 0)
-    yield row(
-        "distillation step" if teacher else "training step",
-        measure(one, repeats=config.benchmark.repeats),
-        total,
-    )
+    timing = measure(step, repeats=repeats)
+    guide = teacher.config.forward_flops(size) if teacher else 0.0
+    what = "distillation step" if teacher else "training step"
+    yield subject.row(what, timing, train_step_flops(flops, guide))
 
 
-def time_data(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """The input pipeline alone: records/s that this process reads, decodes and batches, and how many a core second gives.
+# ---- The input pipeline ----------------------------------------------------------
 
-    The latter counts the seconds that this process computes on any core, so other work on the machine spoils it less.
+
+def time_data(config: ConfigDict) -> Iterator[Row]:
+    """The input pipeline alone: what this process reads, decodes and batches.
+
+    In records a second, and records a core second. The latter counts the seconds that
+    this process computes on any core, so other work on the machine spoils it less.
     """
-    source = dataset.open_dataset(config.data.name, config.data.dir, config.data.split)
-    rows = config.train.batch_size // jax.process_count()
-    batches = iter(
-        pipeline.make_batches(
-            source,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            flip=config.data.flip,
-            rows=np.arange(rows),
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
-        )
-    )
-    next(batches)
-    start, calls = time.process_time(), 10
-    timing = measure(lambda: next(batches)["label"], repeats=config.benchmark.repeats, calls=calls)
-    batches_a_core_second = (config.benchmark.repeats * calls + 1) / (
-        time.process_time() - start
-    )  # the first is not timed
+    experiment = Experiment(config)
+    repeats = config.benchmark.repeats
+    calls = 10
+    batches = iter(experiment.batches())
+    rows = len(next(batches)["index"])  # and by now the readers run
+
+    start = time.process_time()
+    timing = measure(lambda: next(batches), repeats=repeats, calls=calls)
+    core_seconds = time.process_time() - start
+    # `measure` makes one call that it does not time.
+    batches_a_core_second = (repeats * calls + 1) / core_seconds
     yield {
-        "what": f"data {source.name}",
+        "what": f"data {experiment.dataset.name}",
         "batch": rows,
         "threads": config.data.num_threads,
         "ms": timing.median * 1e3,

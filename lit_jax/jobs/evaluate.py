@@ -1,132 +1,172 @@
-"""--mode=evaluate: scores uint8 images against a reference, and says by which protocol.
+"""--mode=evaluate: scores uint8 images against a reference.
 
-    python -m lit_jax.main --config=configs/NAME.py --mode=evaluate --workdir=DIR \\
-        --config.evaluate.samples=samples.npz --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \\
-        --config.evaluate.features=inception_adm --config.evaluate.weights=pt_inception-2015-12-05-6726825d.pth
+    python -m lit_jax.main --config=configs/NAME.py --mode=evaluate \\
+        --workdir=DIR \\
+        --config.evaluate.samples=samples.npz \\
+        --config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz \\
+        --config.evaluate.features=inception_adm \\
+        --config.evaluate.weights=pt_inception-2015-12-05-6726825d.pth
 
-A score's name says what it measures, by which features and on how many images (`fid_adm_50k`); the file it is written to
-holds everything else that it depends on, and scores of unequal protocols refuse to be compared. See docs/evaluation.md.
+The name of a score says what it measures, by which features and on how many
+images (`fid_adm_50k`). The file that it is written to holds everything else
+that it depends on, and scores of unequal protocols refuse to be compared. See
+docs/evaluation.md.
 """
 
-import pathlib
 import time
-from collections.abc import Iterable
+from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
 
-from lit_jax.evaluation import features, protocol, references, reports
+from lit_jax import pictures
+from lit_jax.evaluation import npz, protocol, reports
+from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.experiment import evaluation_settings, naming
 
-# Files of images.
-
-
-# References.
-
-
-# Protocols: what makes two numbers comparable.
-
-
-# Reports.
+# What the published scores of ADM's samples were made by.
+SELF_CHECK = ("inception_adm", 50_000)
+GRID_IMAGES = 64
 
 
-# The job.
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Evaluates samples, or with evaluate.compare compares evaluations.
 
-
-def compare(files: Iterable[str], across: tuple[str, ...], workdir: pathlib.Path) -> None:
-    """Puts earlier evaluations side by side, if their protocols allow it."""
-    paths = [pathlib.Path(file) for file in files]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"evaluate.compare: {path} not found")
-    # By the file's name, its folder's too, or the whole path: whatever tells them apart.
-    namings = (
-        [path.stem for path in paths],
-        [f"{path.parent.name}/{path.stem}" for path in paths],
-        [str(p) for p in paths],
-    )
-    names = next((names for names in namings if len(set(names)) == len(names)), namings[-1])
-    results = {name: reports.read_result(path) for name, path in zip(names, paths)}
-    protocol.check_comparable(results, across)
-    reports.write_comparison(workdir / "comparison", results, across)
-    logging.info("compared %d evaluations in %s", len(results), workdir / "comparison.md")
-
-
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Evaluates one file of samples, or with evaluate.compare sets earlier evaluations side by side."""
+    Leaves evaluation_SAMPLES.json, .md and .png in the workdir, or
+    comparison.json, .md and .png.
+    Raises: ValueError or FileNotFoundError, before anything is written, for a
+      config that cannot be run; ValueError after all is written where the
+      self-check fails.
+    """
+    # The devices of one host score all images; the other processes would
+    # compute the same.
     if jax.process_index() != 0:
-        return  # the devices of one host do; the others have nothing to add
-    settings = config.evaluate
-    workdir = pathlib.Path(workdir)
-    if settings.compare:
-        compare(settings.compare, tuple(settings.compare_across), workdir)
         return
-    samples_file = pathlib.Path(settings.samples or workdir / "samples.npz")
-    available, *shape = references.npz_shape(samples_file)
-    num_images = settings.num_images or available
+    workdir = epath.Path(workdir)
+    with naming("evaluate"):
+        if config.evaluate.compare:
+            compare(config.evaluate, workdir)
+        else:
+            evaluate(config, workdir)
+
+
+def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
+    """Scores evaluate.samples against evaluate.reference."""
+    wanted = config.evaluate
+    settings = evaluation_settings(config)
+
+    # ---- Samples: the header alone, so that mistakes are found at once ----
+    samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
+    available, *shape = npz.image_shape(samples_file)
+    num_images = wanted.num_images or available
     if num_images > available:
+        there = f"{samples_file} holds {available} images"
+        raise ValueError(f"num_images = {num_images}, but {there}")
+    if wanted.self_check and (settings.features, num_images) != SELF_CHECK:
         raise ValueError(
-            f"evaluate.num_images = {num_images}, but {samples_file} holds {available} images"
+            "self_check = True compares 50,000 images with published scores of "
+            f"inception_adm: evaluate.features is {settings.features}, and "
+            f"there are {num_images} images"
         )
-    protocol.check_settings(settings, num_images)
-    if settings.self_check and (settings.features, num_images) != ("inception_adm", 50_000):
-        raise ValueError(
-            "evaluate.self_check holds 50,000 images against published scores of inception_adm: "
-            f"evaluate.features is {settings.features}, and there are {num_images} images"
-        )
-    sampling = references.npz_json(samples_file, "protocol")
-    extractor = features.make_extractor(settings.features, settings.weights)
-    reference = references.make_reference(
-        settings.reference,
+    # A file from elsewhere does not say how its images were drawn; it is known
+    # by its bytes.
+    sampling = npz.read_json(samples_file, "protocol")
+    if not sampling:
+        sampling = {"file": npz.file_hash(samples_file)}
+
+    # ---- Network, reference and scores ----
+    evaluator = make_evaluator(
+        settings,
+        num_images,
         config.data.dir,
         workdir,
-        extractor,
-        batch_size=settings.batch_size,
-        num_neighbour_images=settings.num_neighbour_images,
     )
-
+    batches = npz.image_batches(
+        samples_file,
+        num_images,
+        settings.batch_size,
+    )
+    # The network's speed: neither reference nor scores are part of it.
     start = time.monotonic()
-    batches = references.npz_batches(samples_file, num_images, settings.batch_size)
-    samples = references.collect(extractor, batches, settings.batch_size)
+    samples = evaluator.collect(batches)
     images_per_second = num_images / (time.monotonic() - start)
-    scores = protocol.score(
-        extractor,
-        samples,
-        reference,
-        neighbours=settings.neighbours,
-        split_size=settings.split_size,
-    )
+    scores = evaluator.score(samples)
 
-    result = protocol.make_result(
-        extractor,
-        scores,
-        reference,
-        num_images=num_images,
-        image_shape=shape,
-        neighbours=settings.neighbours,
-        split_size=settings.split_size,
-        sampling=sampling or {"file": references.file_hash(samples_file)},
-    )
-    result |= {"samples_file": str(samples_file), "images_per_second": images_per_second}
-    speed = references.npz_json(samples_file, "speed")
-    if speed.keys() >= {"images_per_second", "devices", "device"} and isinstance(
-        speed["images_per_second"], int | float
-    ):
+    # ---- Report ----
+    result = evaluator.make_result(scores, num_images, shape, sampling)
+    # Not in the protocol: neither the path nor the speed decides a score.
+    result["samples_file"] = str(samples_file)
+    result["images_per_second"] = images_per_second
+    if speed := read_speed(samples_file):
         result["sampling_speed"] = speed
-    if settings.self_check:
+    if wanted.self_check:
         result["self_check"] = protocol.self_check(scores)
     path = workdir / f"evaluation_{samples_file.stem}"
     reports.write_report(path, result)
-    reports.write_grid(
-        reports.beside(path, ".png"),
-        next(references.npz_batches(samples_file, min(64, num_images), 64)),
-    )
+    shown = min(GRID_IMAGES, num_images)
+    (images,) = npz.image_batches(samples_file, shown, shown)
+    grid = pictures.square_grid(images)
+    pictures.save_picture(reports.with_ending(path, ".png"), grid)
     for name, value in scores.items():
         logging.info("eval/%s = %.4f", name, value)
-    failed = [row for row in result.get("self_check", []) if not row["passed"]]
+
+    # After the report is written: it holds the table of both scores.
+    check_passed(result.get("self_check", []))
+
+
+def read_speed(samples_file: epath.Path) -> dict[str, Any]:
+    """How fast the sampling job drew the images.
+
+    Returns: {} where the file does not say.
+    """
+    speed = npz.read_json(samples_file, "speed")
+    # The report prints these three, and the file may be from elsewhere.
+    if speed.keys() >= {"images_per_second", "devices", "device"}:
+        if isinstance(speed["images_per_second"], int | float):
+            return speed
+    return {}
+
+
+def check_passed(rows: list[dict[str, Any]]) -> None:
+    """Raises ValueError for a score that is not the published one."""
+    failed = []
+    for row in rows:
+        if not row["passed"]:
+            here = f"{row['score']} is {row['here']:.4f}"
+            there = f"{row['published']:.4f} +- {row['tolerance']}"
+            failed.append(f"{here}, published {there}")
     if failed:
-        rows = (
-            f"{row['score']} is {row['here']:.4f}, published {row['published']:.4f} +- {row['tolerance']}"
-            for row in failed
-        )
-        raise ValueError(f"the self-check failed: {'; '.join(rows)}")
+        raise ValueError(f"the self-check failed: {'; '.join(failed)}")
+
+
+def compare(settings: ConfigDict, workdir: epath.Path) -> None:
+    """Puts the evaluations of evaluate.compare side by side."""
+    paths = [epath.Path(file) for file in settings.compare]
+    # All of them before the first is read.
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"evaluate.compare: {path} not found")
+
+    results = {}
+    for name, path in zip(name_runs(paths), paths):
+        try:
+            results[name] = reports.read_result(path)
+        except ValueError as error:
+            raise ValueError(f"evaluate.compare: {error}") from error
+    comparison = reports.compare(results, tuple(settings.compare_across))
+
+    reports.write_comparison(workdir / "comparison", comparison)
+    table = workdir / "comparison.md"
+    logging.info("compared %d evaluations in %s", len(results), table)
+
+
+def name_runs(paths: list[epath.Path]) -> list[str]:
+    """Names of the runs, the shortest that tell them apart."""
+    short = [path.stem for path in paths]
+    longer = [f"{path.parent.name}/{path.stem}" for path in paths]
+    for names in (short, longer):
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

@@ -1,131 +1,115 @@
-"""What a config would need and cost on a TPU slice, found by compiling its real programs for one that is not there.
+"""What a config would need and cost on a TPU slice that is not there.
 
-libtpu compiles for a named topology on any Linux machine. Memory is the compiler's own account, a chip. FLOPs are counted by
-formula, bytes and collectives read off the compiled program; time is a roofline of these, not a measurement.
+libtpu compiles the config's real programs for a named topology, on any Linux machine.
+Memory is the compiler's own account, a chip. FLOPs are counted by formula; bytes and
+collectives are read off the compiled program. The time is a roofline of these, not a
+measurement.
 """
 
 import concurrent.futures
 import dataclasses
 import json
-import pathlib
 import re
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import checkpoint, experiment, sharding
+from lit_jax import checkpoint, sharding
 from lit_jax.costs import chips, hlo
+from lit_jax.costs.chips import GB, TPU, GiB
+from lit_jax.costs.flops import attention_macs, train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
-from lit_jax.diffusion import make_diffusion
-from lit_jax.kernels.linear_attention import refusal
-from lit_jax.models.attention import softmax_refusal
-from lit_jax.models.dit import DiT, forward_flops
-from lit_jax.porting.read import read_checkpoint
-from lit_jax.train_step import init_params, state_shapes, with_sharding
+from lit_jax.experiment import Experiment, naming
+from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.train_step import make_train_step, with_sharding
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
 PROGRAMS = ("distill", "plain", "sample")
 AUTOENCODER = "0.31 GiB for the 83,653,863 parameters of Stable Diffusion's"
-GB, GiB = 1e9, 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip: bytes of memory that the compiler lets a program use, and the vendor's rates in bytes/s.
-
-    `ici` sums all links, one way; `dcn` is the chip's share of the host's network card.
-    """
-
-    memory: float
-    bandwidth: float
-    ici: float
-    dcn: float
-
-
-CHIPS = {  # by jax's device_kind
-    "TPU v4": Chip(30.75 * GiB, 1228 * GB, 300 * GB, 6.25 * GB),
-    "TPU v5 lite": Chip(15.75 * GiB, 819 * GB, 200 * GB, 3.125 * GB),
-    "TPU v5": Chip(95.73 * GiB, 2765 * GB, 600 * GB, 6.25 * GB),
-    "TPU v6 lite": Chip(31.24 * GiB, 1640 * GB, 400 * GB, 6.25 * GB),
-}
 
 
 @dataclasses.dataclass
 class Estimate:
-    """One program on one slice; bytes and FLOPs are a chip's, of one run (a step, or one batch of samples)."""
+    """One program on one slice.
+
+    Bytes and FLOPs are a chip's, of one run: a step, or one batch of samples.
+    """
 
     program: str
-    batch_size: int
+    batch_size: int  # of all chips
     fits: bool
     needs: float  # bytes of memory at the peak
-    capacity: float  # bytes the compiler lets a program use
+    capacity: float  # bytes that the compiler lets a program use
     arguments: float = 0.0  # bytes of state, teacher, batch
     temporaries: float = 0.0
-    outputs: float = 0.0  # bytes of results that take memory of their own, not the donated state's
+    outputs: float = 0.0  # bytes of results that do not lie in the donated state's memory
     compile_seconds: float = 0.0
-    flops: float = (
-        0.0  # of the model's definition: three forward passes of the student, one of the teacher
-    )
+    flops: float = 0.0  # of the model's definition
     executed_flops: float = 0.0  # and what rematerialisation repeats
-    traffic: float = 0.0
+    traffic: float = 0.0  # bytes through memory
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # by what takes them, each alone
-    images_per_second: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # see `roofline`
+    images_per_second: float = 0.0  # of all chips
     mfu: float = 0.0
-    largest: list = dataclasses.field(default_factory=list)
+    largest: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def bound(self) -> str:
-        return max(self.seconds, key=self.seconds.get)
+        """What takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints the plan of the programs in config.plan.programs and writes it to workdir/plan.json.
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Plans the programs in config.plan.programs, on stdout and in workdir/plan.json.
 
-    Raises: ValueError (exit status 1) when one of them does not fit, after printing the shortfall and the largest batch
-    that does; and for a config that cannot be run on the slice.
+    Raises: ValueError (exit status 1) when one of them does not fit, after the shortfall
+      and the largest batch that does are printed; and for a config that cannot be run on
+      the slice.
     """
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # no device is used: leave this machine's, if any, to others
+    # ---- What is asked -------------------------------------------------------------
+    # No device is used: this machine's, if any, are left to others.
+    jax.config.update("jax_platforms", "cpu")
     plan = config.plan
     unknown = sorted(set(plan.programs) - set(PROGRAMS))
     if unknown or not plan.programs:
         raise ValueError(
-            f"plan.programs names {', '.join(unknown) or 'nothing'}; it may name {', '.join(PROGRAMS)}"
+            f"plan.programs names {', '.join(unknown) or 'nothing'}; "
+            f"it may name {', '.join(PROGRAMS)}"
         )
-    planner = Planner(config, topology_devices(plan.topology, plan.slices, "plan.topology"))
+    with naming("plan"):
+        devices = topology_devices(plan.topology, plan.slices)
+    planner = Planner(config, devices)
+
+    # ---- Compile -------------------------------------------------------------------
     started = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(
-        2
-    ) as pool:  # the compiler lets go of the interpreter
+    # Two at a time: the compiler lets go of the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         estimates = list(pool.map(planner.estimate, plan.programs))
     _show(planner.heading())
     for estimate in estimates:
         _show(describe(estimate))
+
+    # ---- The largest batch ---------------------------------------------------------
     too_large = [e for e in estimates if not e.fits]
-    largest = {
-        e.program: planner.largest_batch(e)
-        for e in (estimates if plan.largest_batch else too_large)
-    }
+    wanted = estimates if plan.largest_batch else too_large
+    largest = {e.program: planner.largest_batch(e) for e in wanted}
     for program, size in largest.items():
-        _show(
-            f"{program}: "
-            + (
-                f"the largest batch found to fit is {size}"
-                if size
-                else "not even the smallest batch fits: take more chips, mesh.fsdp, or train.remat=full"
+        found = f"the largest batch found to fit is {size}"
+        if not size:
+            found = (
+                "not even the smallest batch fits: take more chips, mesh.fsdp, or train.remat=full"
             )
-        )
+        _show(f"{program}: {found}")
     _show(f"planned in {time.monotonic() - started:.0f} s")
-    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---- Report --------------------------------------------------------------------
     report = {
         "topology": plan.topology,
         "slices": plan.slices,
@@ -133,313 +117,406 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         "largest_batch": largest,
         "programs": {e.program: dataclasses.asdict(e) for e in estimates},
     }
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
     if too_large:
-        raise ValueError(
-            "; ".join(
-                f"{e.program} at batch {e.batch_size} needs {e.needs / GiB:.2f} GiB a chip of "
-                f"{plan.topology}, {(e.needs - e.capacity) / GiB:.2f} GiB more than it has"
-                for e in too_large
-            )
-        )
+        raise ValueError("; ".join(_shortfall(e, plan.topology) for e in too_large))
+
+
+def _shortfall(e: Estimate, topology: str) -> str:
+    return (
+        f"{e.program} at batch {e.batch_size} needs {e.needs / GiB:.2f} GiB a chip of "
+        f"{topology}, {(e.needs - e.capacity) / GiB:.2f} GiB more than it has"
+    )
+
+
+# ---- The programs ----------------------------------------------------------------
 
 
 class Planner:
-    """Lowers and compiles a config's programs for the given chips."""
+    """Lowers and compiles a config's programs for the given chips.
 
-    def __init__(self, config: ConfigDict, devices: list[jax.Device]):
+    Raises: ValueError for a config that cannot be run on them.
+    """
+
+    def __init__(self, config: ConfigDict, devices: list[Any]):
         self._config = config
-        self._chip = CHIPS[devices[0].device_kind]
-        self._peak_flops = chips.PEAK_FLOPS[devices[0].device_kind]
+        self._chip = chips.TPUS[devices[0].device_kind]
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        experiment.check_batches(config, self.mesh)
-        experiment.check_platform(config, self.mesh)
-        model, stated, size = experiment.student(config), config.teacher, config.model.input_size
-        # A plan comes before the weights: without the file the teacher is the DiT that the config says it is.
-        self._teacher_is_there = (
-            bool(stated.checkpoint) and pathlib.Path(stated.checkpoint).exists()
-        )
-        source = (
-            read_checkpoint(stated.checkpoint, weights=stated.weights)
-            if self._teacher_is_there
-            else None
-        )
-        teacher = experiment.teacher(config, model, source and source.architecture)
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            self.model, self.teacher = on_tpu(model, size), on_tpu(teacher, size)
-        self._optimizer = experiment.optimizer(config)
-        # The same parameters whatever computes the attention; xla asks for no chip while they are traced.
-        model, teacher = (m.clone(implementation="xla") for m in (model, teacher))
-        self.state = self._shard(state_shapes(model, self._optimizer, size))
-        params = jax.eval_shape(lambda: init_params(teacher, jax.random.key(0), size))
-        self.teacher_params = self._shard(
-            jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, stated.dtype), params)
-        )
+        experiment = Experiment(config)
+        with naming("mesh"):
+            self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        experiment.mesh = self.mesh  # of the chips that are not there
+        experiment.check_batches()
+        experiment.check_platform()
+        self._experiment = experiment
 
-    def _shard(self, shapes: Any) -> Any:
-        return with_sharding(shapes, sharding.fsdp_sharding(shapes, self.mesh))
+        # A plan comes before the weights. Without the file the teacher is the DiT that
+        # the config says it is.
+        path = config.teacher.checkpoint
+        self._teacher_is_there = bool(path) and epath.Path(path).exists()
+        there = experiment.teacher if self._teacher_is_there else None
+        teacher = there or experiment.default_teacher()
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            self.model = on_tpu(experiment.model, experiment.input_size)
+            self.teacher = on_tpu(teacher, experiment.input_size)
+
+        self.state = experiment.sharded_state_shapes
+        dtype = config.teacher.dtype
+        shapes = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, dtype),
+            param_shapes(teacher.config),
+        )
+        shardings = sharding.fsdp_sharding(shapes, self.mesh)
+        self.teacher_params = with_sharding(shapes, shardings)
 
     def heading(self) -> str:
-        config, count = self._config, self.mesh.size
-        parameters = [
-            checkpoint.parameter_count(params)
-            for params in (self.state.params, self.teacher_params)
-        ]
+        """What is planned, in a line or a few."""
+        config = self._config
+        mesh = self.mesh.shape
         slices = f"{self._slices} slices of " if self._slices > 1 else ""
+        student = checkpoint.parameter_count(self.state.params)
+        teacher = checkpoint.parameter_count(self.teacher_params)
         text = (
-            f"{slices}{config.plan.topology}, {count} chips, mesh data {self.mesh.shape['data']} x fsdp "
-            f"{self.mesh.shape['fsdp']}; student {parameters[0]:,} parameters ({self.model.attention}, "
-            f"{self.model.implementation}), teacher {parameters[1]:,} ({self.teacher.implementation})"
+            f"{slices}{config.plan.topology}, {self.mesh.size} chips, "
+            f"mesh data {mesh['data']} x fsdp {mesh['fsdp']}; "
+            f"student {student:,} parameters "
+            f"({self.model.config.attention}, {self.model.implementation}), "
+            f"teacher {teacher:,} ({self.teacher.implementation})"
         )
         if config.teacher.checkpoint and not self._teacher_is_there:
+            planned = self.teacher.config
             text += (
-                f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): the teacher planned is a "
-                f"DiT of {self.teacher.depth} layers of width {self.teacher.width}"
+                f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): "
+                f"the teacher planned is a DiT of {planned.depth} layers of width "
+                f"{planned.width}"
             )
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
             text += (
-                f"\nsample ends with latents; to decode them a chip holds, beside what it needs, the whole of "
-                f"autoencoder.checkpoint = {config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) and the "
-                f"activations of autoencoder.slice_size = {config.autoencoder.slice_size} images"
+                f"\nsample ends with latents; to decode them a chip holds, beside what it "
+                f"needs, the whole of autoencoder.checkpoint = "
+                f"{config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) and the "
+                f"activations of autoencoder.slice_size = {config.autoencoder.slice_size} "
+                f"images"
             )
         return text
 
     def lower(self, program: str, batch_size: int) -> jax.stages.Lowered:
         """The program at a global batch size, lowered for the slice."""
-        config, rows = self._config, sharding.batch_sharding(self.mesh)
-
-        def array(shape, dtype, where=rows):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
         if program == "sample":
-            generator = experiment.generators(
-                config, {"student": self.model}, make_diffusion(), self.mesh, batch_size
-            )["student"]
-            return generator.draw_batch.lower(
-                self.state.params, array((batch_size,), jnp.int32), array((batch_size,), jnp.int32)
-            )
-        teacher, teacher_params = (
-            (self.teacher, self.teacher_params) if program == "distill" else (None, None)
+            # The decoder is no part of the plan: its parameters are read from a file.
+            sampler = self._experiment.sampler(self.model, batch_size, decodes=False)
+            index = self._rows((batch_size,), jnp.int32)
+            condition = self._condition(batch_size)
+            return sampler.draw_batch.lower(self.state.params, index, condition)
+
+        distill = program == "distill"
+        train_step: Any = make_train_step(
+            self.model,
+            self.teacher if distill else None,
+            self._experiment.process,
+            self._experiment.optimizer_settings,
+            self._experiment.unscaled_step_settings,
+            self.mesh,
         )
-        size = config.model.input_size
-        # Which of the two the data hold cannot be asked here: as many channels as a picture has are pixels.
-        pixels = self.model.in_channels in (1, 3)
-        batch = {
-            name: array(
-                (batch_size, size, size, self.model.in_channels),
-                jnp.uint8 if pixels else jnp.float16,
-            )
-            for name in (("image",) if pixels else ("mean", "log_variance"))
-        }
-        batch |= {name: array((batch_size,), jnp.int32) for name in ("label", "index")}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        train_step = experiment.train_step(
-            config, self.model, teacher, self._optimizer, make_diffusion(), self.mesh
-        )
+        everywhere = sharding.replicated(self.mesh)
         return train_step.lower(
             self.state,
-            teacher_params,
-            batch,
-            array(key.shape, key.dtype, sharding.replicated(self.mesh)),
+            self.teacher_params if distill else None,
+            self._batch(batch_size),
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
         )
 
+    def _batch(self, batch_size):
+        """What the data hand to the step."""
+        channels = self.model.config.in_channels
+        shape = (batch_size, *self._experiment.input_size, channels)
+        # Which of the two the data hold cannot be asked here: as many channels as a
+        # picture has are pixels.
+        if channels in (1, 3):
+            batch = {"image": self._rows(shape, jnp.uint8)}
+        else:
+            names = ("mean", "log_variance")
+            batch = {name: self._rows(shape, jnp.float16) for name in names}
+        batch["index"] = self._rows((batch_size,), jnp.int32)
+        return batch | self._condition(batch_size)
+
+    def _condition(self, batch_size):
+        shapes = self.model.config.condition_shapes(batch_size)
+        return {name: self._rows(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+
+    def _rows(self, shape, dtype):
+        rows = sharding.batch_sharding(self.mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    # ---- What they take ------------------------------------------------------------
+
     def estimate(self, program: str, batch_size: int = 0) -> Estimate:
-        """Compiles a program and reads off what it needs; batch_size 0: the config's."""
-        batch_size = (
-            batch_size
-            or (self._config.sample if program == "sample" else self._config.train).batch_size
-        )
-        lowered, started = self.lower(program, batch_size), time.monotonic()
+        """Compiles a program and reads off what it needs; batch_size 0: the config's.
+
+        Raises: ValueError where the compiler fails for another reason than memory.
+        """
+        group = self._config.sample if program == "sample" else self._config.train
+        batch_size = batch_size or group.batch_size
+        lowered = self.lower(program, batch_size)
+        started = time.monotonic()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (found := memory_shortage(str(error))):
+            found = memory_shortage(str(error))
+            if not found:
                 raise ValueError(
-                    f"the TPU compiler fails on {program} at batch {batch_size}: {str(error).splitlines()[0]}. "
-                    f"Another mesh.fsdp, train.remat or libtpu may do"
+                    f"the TPU compiler fails on {program} at batch {batch_size}: "
+                    f"{str(error).splitlines()[0]}. Another mesh.fsdp, train.remat or "
+                    f"libtpu may do"
                 ) from error
-            used, capacity = found
-            return Estimate(
-                program,
-                batch_size,
-                False,
-                used,
-                capacity,
-                compile_seconds=time.monotonic() - started,
-            )
-        memory = compiled.memory_analysis()
+            needs, capacity = found
+            seconds = time.monotonic() - started
+            return Estimate(program, batch_size, False, needs, capacity, compile_seconds=seconds)
+        seconds = time.monotonic() - started
+
+        memory: Any = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes
+        # What is donated is written over, and takes no memory of its own.
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needs = (
-            arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        )
+        temporaries = memory.temp_size_in_bytes
+        code = memory.generated_code_size_in_bytes
         estimate = Estimate(
-            program,
-            batch_size,
-            True,
-            needs,
-            self._chip.memory,
-            arguments,
-            memory.temp_size_in_bytes,
-            outputs,
-            time.monotonic() - started,
+            program=program,
+            batch_size=batch_size,
+            fits=True,
+            needs=arguments + outputs + temporaries + code,
+            capacity=self._chip.memory,
+            arguments=arguments,
+            temporaries=temporaries,
+            outputs=outputs,
+            compile_seconds=seconds,
         )
-        text = hlo.Program(compiled.as_text())
+
+        text = hlo.Program(compiled.as_text() or "")
+        collectives = text.collectives(self._slices)
+        ici, dcn = link_bytes(collectives, self._slices)
+        flops, executed_flops = self.flops(program, batch_size)
+        estimate.flops = flops / self.mesh.size
+        estimate.executed_flops = executed_flops / self.mesh.size
         estimate.traffic = text.traffic()
+        estimate.collectives = by_kind(collectives)
         estimate.largest = text.largest_buffers()
-        estimate.flops, estimate.executed_flops = (
-            f / self.mesh.size for f in self.flops(program, batch_size)
+        estimate.seconds = roofline(
+            self._chip,
+            flops=estimate.executed_flops,
+            traffic=estimate.traffic,
+            ici=ici,
+            dcn=dcn,
         )
-        ici = dcn = 0.0
-        for collective in text.collectives(self._slices):
-            entry = estimate.collectives.setdefault(
-                collective.kind, {"runs": 0, "bytes": 0.0, "wire_bytes": 0.0}
-            )
-            entry["runs"] += collective.times
-            entry["bytes"] += collective.times * collective.size
-            entry["wire_bytes"] += collective.wire_bytes
-            if (
-                collective.crosses_slices
-            ):  # each chip of a slice carries its share of what leaves it
-                dcn += collective.wire_bytes / max(1, collective.group // self._slices)
-            ici += collective.wire_bytes
-        estimate.seconds = {
-            "compute": estimate.executed_flops / self._peak_flops,
-            "memory": estimate.traffic / self._chip.bandwidth,
-            "ici": ici / self._chip.ici,
-            "dcn": dcn / self._chip.dcn,
-        }
         longest = estimate.seconds[estimate.bound]
         estimate.images_per_second = batch_size / longest
-        estimate.mfu = estimate.flops / self._peak_flops / longest
+        # Of the definition's FLOPs: what rematerialisation repeats is no use.
+        estimate.mfu = estimate.flops / self._chip.peak_flops / longest
         return estimate
 
     def flops(self, program: str, batch_size: int) -> tuple[float, float]:
-        """FLOPs of one run on all chips: by the model's definition, and with what rematerialisation computes again."""
-        size = (self._config.model.input_size,) * 2
-        forward = forward_flops(self.model, size)
+        """FLOPs of one run on all chips.
+
+        Returns: those of the model's definition, and these with what rematerialisation
+          computes again.
+        """
+        size = self._experiment.input_size
+        forward = self.model.config.forward_flops(size)
         if program == "sample":
             sample = self._config.sample
-            passes = sample.steps * (2 if sample.cfg_scale != 1 else 1)
-            return (batch_size * passes * forward,) * 2
-        total = 3 * forward + (forward_flops(self.teacher, size) if program == "distill" else 0)
-        again = {"none": 0.0, "full": forward, "dots": attention_flops(self.model, size)}[
-            self._config.train.remat
-        ]
-        return batch_size * total, batch_size * (total + again)
+            guided = sample.cfg_scale != 1  # with and without the condition
+            total = batch_size * sample.steps * (2 if guided else 1) * forward
+            return total, total
+
+        teacher = 0.0
+        if program == "distill":
+            teacher = self.teacher.config.forward_flops(size)
+        total = train_step_flops(forward, teacher)
+        again = {
+            "none": 0.0,
+            "full": forward,
+            # Projections are saved, so the attention between them is all that is missing.
+            "dots": attention_flops(self.model.config, size),
+        }
+        executed = total + again[self._config.train.remat]
+        return batch_size * total, batch_size * executed
+
+    # ---- The largest batch ---------------------------------------------------------
 
     def largest_batch(self, estimate: Estimate) -> int:
-        """The largest global batch whose program fits: guessed from two that were compiled (memory is about linear), then
-        tried; 0 if not even one image a device does."""
-        unit = self.mesh.size * (
-            self._config.train.accumulation if estimate.program != "sample" else 1
-        )
+        """The largest global batch whose program fits; 0: not even one image a device.
+
+        It is guessed from two that were compiled, for memory is about linear in the
+        batch, and then tried.
+        """
+        unit = self.mesh.size  # a batch is a multiple of it
+        if estimate.program != "sample":
+            unit *= self._config.train.accumulation
         tried = {estimate.batch_size: estimate}
-
-        def attempt(size):
-            if size not in tried:
-                logging.info("%s: trying batch %d", estimate.program, size)
-                tried[size] = self.estimate(estimate.program, size)
-
-        attempt(2 * unit if estimate.fits and estimate.batch_size == unit else unit)
+        smallest = unit
+        if estimate.fits and estimate.batch_size == unit:
+            smallest = 2 * unit
+        guess = smallest
         while True:
+            if guess not in tried:
+                logging.info("%s: trying batch %d", estimate.program, guess)
+                tried[guess] = self.estimate(estimate.program, guess)
             fitting = max((size for size, e in tried.items() if e.fits), default=0)
-            too_large = min((size for size, e in tried.items() if not e.fits), default=None)
-            if not fitting:
-                return 0
-            if too_large is not None and too_large - fitting <= unit or len(tried) == MAX_TRIES:
+            if not fitting or len(tried) == MAX_TRIES:
                 return fitting
-            low, high = tried[fitting], tried[too_large if too_large is not None else min(tried)]
-            slope = (high.needs - low.needs) / (high.batch_size - low.batch_size)
-            guess = (
-                int(fitting + (estimate.capacity - low.needs) / slope if slope > 0 else 2 * fitting)
-                // unit
-                * unit
-            )
+            guess = _next_batch(tried, fitting, unit, estimate.capacity)
             if guess <= fitting:
                 return fitting
-            if (
-                too_large is not None
-            ):  # memory is not linear to the last byte: leave the bound behind, not by one unit
-                guess = min(
-                    guess, too_large - max(unit, (too_large - fitting) // 10 // unit * unit)
-                )
-            attempt(guess)
 
 
-def memory_shortage(message: str) -> tuple[float, float] | None:
-    """Bytes that a program needs and may use, out of the two ways in which the TPU compiler refuses one; None: neither.
+def _next_batch(
+    tried: dict[int, Estimate],
+    fitting: int,
+    unit: int,
+    capacity: float,
+) -> int:
+    """The batch to try next; `fitting`, the largest that fits, where there is none."""
+    too_large = min((size for size, e in tried.items() if not e.fits), default=0)
+    if too_large and too_large - fitting <= unit:
+        return fitting
+    low = tried[fitting]
+    high = tried[too_large or min(tried)]
+    slope = (high.needs - low.needs) / (high.batch_size - low.batch_size)
+    guess = 2 * fitting
+    if slope > 0:
+        guess = int(fitting + (capacity - low.needs) / slope)
+    guess = guess // unit * unit
+    if too_large:
+        # Memory is not linear to the last byte. A guess at the bound would move it by
+        # one unit a try.
+        margin = max(unit, (too_large - fitting) // 10 // unit * unit)
+        guess = min(guess, too_large - margin)
+    return guess
 
-    The second speaks of temporaries alone: at least these are needed.
+
+# ---- Numbers ---------------------------------------------------------------------
+
+
+def roofline(
+    chip: TPU, *, flops: float, traffic: float, ici: float, dcn: float
+) -> dict[str, float]:
+    """Seconds that each of a chip's resources is busy, as if it were alone.
+
+    Args: flops: executed. traffic: bytes through memory. ici, dcn: bytes sent inside a
+      slice and between slices.
     """
-    size = r"([\d.]+)([KMGT]?)"
-    for text in (
-        f"Used {size} of {size} hbm",
-        rf"temporaries \({size}\) exceeds available HBM \({size}\)",
-    ):
-        if found := re.search(text, message):
-            units = {"": 1, "K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
-            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
-    return None
+    return {
+        "compute": flops / chip.peak_flops,
+        "memory": traffic / chip.bandwidth,
+        "ici": ici / chip.ici,
+        "dcn": dcn / chip.dcn,
+    }
 
 
-def on_tpu(model: DiT, input_size: int) -> DiT:
-    """The model with the attention that the TPU of the mesh in context would pick: left to itself it would look at this
-    machine's devices."""
+def link_bytes(collectives: Iterable[hlo.Collective], slices: int) -> tuple[float, float]:
+    """Bytes that a chip sends inside a slice, and its share of what leaves the slice."""
+    ici = 0.0
+    dcn = 0.0
+    for collective in collectives:
+        ici += collective.wire_bytes
+        if collective.crosses_slices:
+            # The chips of a slice that take part share what crosses.
+            dcn += collective.wire_bytes / max(1, collective.group // slices)
+    return ici, dcn
+
+
+def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]]:
+    """How often each kind of collective runs, on how many bytes, and what a chip sends."""
+    kinds: dict[str, dict[str, float]] = {}
+    for collective in collectives:
+        empty = {"runs": 0, "bytes": 0.0, "wire_bytes": 0.0}
+        entry = kinds.setdefault(collective.kind, empty)
+        entry["runs"] += collective.times
+        entry["bytes"] += collective.times * collective.size
+        entry["wire_bytes"] += collective.wire_bytes
+    return kinds
+
+
+def attention_flops(config: DiTConfig, input_size: tuple[int, int]) -> float:
+    """FLOPs of an image's attention without its projections, in all layers."""
+    macs = attention_macs(
+        config.attention,
+        tokens=input_size[0] * input_size[1] // config.patch_size**2,
+        width=config.width,
+        num_heads=config.num_heads or 1,
+        conv_size=config.conv_size,
+    )
+    return 2.0 * config.depth * macs
+
+
+def on_tpu(model: DiT, input_size: tuple[int, int]) -> DiT:
+    """The model with the attention that the TPU of the mesh in context would pick.
+
+    Left to itself the model would ask this machine's devices.
+    """
     if model.implementation is not None:
         return model
-    side, H = input_size // model.patch_size, model.width // model.num_heads
-    if model.attention == "linear":
-        reason = refusal(
-            "pallas_tpu",
-            width=model.width,
-            num_heads=model.num_heads,
-            grid=(side, side),
-            conv_size=model.conv_size,
-            kernel_function=model.kernel_function,
-            dtype=model.dtype,
-        )
-    else:
-        reason = softmax_refusal("pallas_tpu", tokens=side * side, head_width=H, dtype=model.dtype)
+    p = model.config.patch_size
+    grid = (input_size[0] // p, input_size[1] // p)
+    attention = model.attention_module()
+    reason = attention.refusal("pallas_tpu", model.config.width, grid)
     return model.clone(implementation="xla" if reason else "pallas_tpu")
 
 
-def attention_flops(model: DiT, input_size: tuple[int, int]) -> float:
-    """FLOPs of an image's attention without its projections: what remat=dots computes again."""
-    D, T = model.width, input_size[0] * input_size[1] // model.patch_size**2
-    if model.attention == "softmax":
-        return 2.0 * model.depth * 2 * T * T * D
-    return 2.0 * model.depth * (2 * T * D * (D // model.num_heads) + model.conv_size**2 * T * D)
+def memory_shortage(message: str) -> tuple[float, float] | None:
+    """Bytes that a program needs and may use, where the TPU compiler refuses it for that.
+
+    It has two ways to say so. The second speaks of temporaries alone: at least these
+    are needed.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    refusals = (
+        f"Used {size} of {size} hbm",
+        rf"temporaries \({size}\) exceeds available HBM \({size}\)",
+    )
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
+    for text in refusals:
+        if found := re.search(text, message):
+            needs = float(found[1]) * units[found[2]]
+            return needs, float(found[3]) * units[found[4]]
+    return None
 
 
-def describe(estimate: Estimate) -> str:
+# ---- Text ------------------------------------------------------------------------
+
+
+def describe(e: Estimate) -> str:
     """A program's estimate in a few lines."""
-    e = estimate
-    head = f"{e.program}: batch {e.batch_size}, needs {e.needs / GiB:.2f} GiB of {e.capacity / GiB:.2f} GiB a chip"
+    head = (
+        f"{e.program}: batch {e.batch_size}, needs {e.needs / GiB:.2f} GiB of "
+        f"{e.capacity / GiB:.2f} GiB a chip"
+    )
     if not e.fits:
         return f"{head}: {(e.needs - e.capacity) / GiB:.2f} GiB too much"
+
     lines = [
-        f"{head} (arguments {e.arguments / GiB:.2f}, temporaries {e.temporaries / GiB:.2f}); compiled in "
-        f"{e.compile_seconds:.0f} s",
-        f"  a chip   {e.flops / 1e12:.3f} TFLOP ({e.executed_flops / 1e12:.3f} with rematerialisation), "
-        f"{e.traffic / GB:.2f} GB through memory",
+        f"{head} (arguments {e.arguments / GiB:.2f}, temporaries "
+        f"{e.temporaries / GiB:.2f}); compiled in {e.compile_seconds:.0f} s",
+        f"  a chip   {e.flops / 1e12:.3f} TFLOP ({e.executed_flops / 1e12:.3f} with "
+        f"rematerialisation), {e.traffic / GB:.2f} GB through memory",
     ]
     for kind, entry in sorted(e.collectives.items()):
         lines.append(
-            f"  {kind:<19}{entry['runs']:>6.0f} x, {entry['bytes'] / GB:.3f} GB in all, a chip sends "
-            f"{entry['wire_bytes'] / GB:.3f} GB"
+            f"  {kind:<19}{entry['runs']:>6.0f} x, {entry['bytes'] / GB:.3f} GB in all, "
+            f"a chip sends {entry['wire_bytes'] / GB:.3f} GB"
         )
-    parts = ", ".join(
-        f"{name} {seconds * 1e3:.1f} ms" for name, seconds in e.seconds.items() if seconds
-    )
-    what = "step" if e.program != "sample" else "batch of samples"
+
+    ms = {name: seconds * 1e3 for name, seconds in e.seconds.items()}
+    parts = ", ".join(f"{name} {x:.1f} ms" for name, x in ms.items() if x)
+    what = "batch of samples" if e.program == "sample" else "step"
+    largest = ", ".join(f"{shape} {size / GB:.2f} GB" for size, shape, _ in e.largest[:3])
     lines += [
-        f"  {what}   at least {e.seconds[e.bound] * 1e3:.1f} ms, bound by {e.bound} ({parts}; "
-        f"{sum(e.seconds.values()) * 1e3:.1f} ms if nothing overlaps)",
+        f"  {what}   at least {ms[e.bound]:.1f} ms, bound by {e.bound} ({parts}; "
+        f"{sum(ms.values()):.1f} ms if nothing overlaps)",
         f"  so at most {e.images_per_second:,.0f} images/s, MFU {e.mfu:.1%}",
-        "  largest  "
-        + ", ".join(f"{shape} {size / GB:.2f} GB" for size, shape, _ in e.largest[:3]),
+        f"  largest  {largest}",
     ]
     return "\n".join(lines)
 

@@ -1,149 +1,169 @@
-"""The porting job: a checkpoint of any layout in, another layout out, with a report that accounts for every key.
+"""The porting job: a checkpoint of any layout in, another layout out.
 
     python -m lit_jax.main --config=configs/default.py --mode=port \
         --config.port.source=DiT-XL-2-256x256.pt --config.port.target=teacher
 
-Nothing is written unless the whole source is read, explained, finite and what the config describes.
+Every key is accounted for. Nothing is written unless the whole source is read,
+explained, finite and what the config describes.
 """
 
+import dataclasses
 import os
-import pathlib
 import resource
 import time
 
 import jax
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import sharding
-from lit_jax.models import dit
+from lit_jax.experiment import Experiment, naming
+from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
-    Report,
+    AutoencoderCheckpoint,
+    Checkpoint,
     is_autoencoder,
     read_autoencoder,
     read_checkpoint,
-    require_architecture,
 )
+from lit_jax.porting.untrusted import is_remote
 from lit_jax.porting.write import export_diffusers, export_official, export_orbax
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
+# The checkpoint says how its own code computes; the config's model need not
+# compute so.
+NOT_COMPARED = ("timestep_freq_shift", "mlp_norm_epsilon")
+# A source with another attention than the config's model is its teacher.
+OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
-    """Ports `port.source` to `port.target`; leaves port_report.json in the workdir and logs its summary.
+def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
+    """Ports `port.source` to `port.target`; leaves port_report.json in the workdir.
 
-    Several processes write an Orbax folder together, each its shards; process 0 writes everything else.
+    Several processes write an Orbax folder together, each its shards; process 0
+    writes everything else.
+
+    Returns: the report, whose summary goes to the log.
     """
-    port, start = config.port, time.monotonic()
-    source, target = _path(port.source, "port.source"), _path(port.target, "port.target")
-    layout = port.layout or ("dit" if target.suffix in (".safetensors", ".pt") else "orbax")
+    # ---- What is asked for -----------------------------------------------------------------------
+
+    start = time.monotonic()
+    experiment = Experiment(config)
+    port = config.port
+    source = _path(port.source, "port.source")
+    target = _path(port.target, "port.target")
+    is_file = target.suffix in (".safetensors", ".pt")
+    layout = port.layout or ("dit" if is_file else "orbax")
     if layout not in LAYOUTS:
-        raise ValueError(f"port.layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+        choices = ", ".join(LAYOUTS)
+        raise ValueError(f"port.layout must be one of {choices}; got {layout!r}")
     if not port.layout and target.suffix in TORCH_SUFFIXES:
         raise ValueError(
             f"port.target = {target}: files are written as .pt or .safetensors, not {target.suffix}"
         )
-    if target.exists() and (target.is_file() or any(target.iterdir())):
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"port.target = {target} exists; a port never overwrites")
     if not source.exists():
         raise FileNotFoundError(f"port.source = {source}: no such file or folder")
+    workdir = epath.Path(workdir)
+    _check_place(workdir)
 
-    workdir = pathlib.Path(
-        workdir
-    )  # made at the end; a port whose report has no place is not begun
-    above = next(
-        path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists()
-    )
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
+    # ---- Read ------------------------------------------------------------------------------------
 
-    if is_autoencoder(source):
-        if layout != "orbax":
-            raise ValueError(
-                f"port.layout = {layout}, but {source} is an autoencoder, which is ported to orbax only"
+    checkpoint: Checkpoint | AutoencoderCheckpoint
+    # The library speaks of its arguments, which are the fields of config.port.
+    with naming("port"):
+        if is_autoencoder(source):
+            if layout != "orbax":
+                raise ValueError(
+                    f"layout = {layout}, but {source} is an autoencoder, "
+                    "which is ported to orbax only"
+                )
+            checkpoint = read_autoencoder(
+                source,
+                weights=port.weights,
+                scaling_factor=port.scaling_factor,
             )
-        checkpoint = read_autoencoder(
-            source, weights=port.weights, scaling_factor=port.scaling_factor
-        )
-    else:
-        checkpoint = _read_dit(config, source)
+        else:
+            checkpoint = read_checkpoint(
+                source,
+                weights=port.weights,
+                overrides=experiment.port_overrides,
+            )
+    if isinstance(checkpoint, Checkpoint) and port.check_model:
+        _check_model(experiment, checkpoint)
+
+    # ---- Write -----------------------------------------------------------------------------------
+
     writes = jax.process_index() == 0
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if layout == "orbax":
-        shardings = sharding.fsdp_sharding(checkpoint.params, mesh)
-        export_orbax(checkpoint, target, shardings=shardings, consume=True)
-    elif layout == "diffusers" and writes:
-        export_diffusers(checkpoint.params, target, checkpoint.architecture)
-    elif writes:
-        written = export_official(checkpoint.params, target, checkpoint.architecture)
-        checkpoint.report.notes.append(f"wrote {', '.join(path.name for path in written)}")
+    report = checkpoint.report
+    with naming("port"):
+        if layout == "orbax":
+            shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
+            export_orbax(checkpoint, target, shardings=shardings, consume=True)
+        elif isinstance(checkpoint, Checkpoint) and writes:
+            if layout == "diffusers":
+                export_diffusers(checkpoint.params, target, checkpoint.config)
+            else:
+                written = export_official(checkpoint.params, target, checkpoint.config)
+                names = [path.name for path in written]
+                report.notes.append(f"wrote {', '.join(names)}")
+
+    # ---- Report ----------------------------------------------------------------------------------
 
     if writes:
+        # Made at the end: a port that fails leaves no folder.
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "port_report.json").write_text(checkpoint.report.to_json() + "\n")
-        size, peak = (
-            4 * checkpoint.report.parameters,
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        )
+        (workdir / "port_report.json").write_text(report.to_json() + "\n")
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         logging.info(
-            "ported to %s (%s) in %.1f s, peak memory %.2f GB for %.2f GB of float32 parameters\n%s",
+            "ported to %s (%s) in %.1f s, peak memory %.2f GB for %.2f GB of float32 parameters",
             target,
             layout,
             time.monotonic() - start,
             peak / 1e9,
-            size / 1e9,
-            checkpoint.report.summary(),
+            4 * report.parameters / 1e9,
         )
+        logging.info("%s", report.summary())
     multihost_utils.sync_global_devices("ported")
-    return checkpoint.report
+    return report
 
 
 def _path(value, field):
     if not value:
         raise ValueError(f"{field} is empty; name a file or folder")
-    return pathlib.Path(value)
+    return epath.Path(value)
 
 
-def _read_dit(config, source):
-    """Reads a DiT or LiT with what the config asks for, and checks it against `model`."""
-    port = config.port
-    checkpoint = read_checkpoint(
-        source,
-        weights=port.weights,
-        num_heads=port.num_heads,
-        num_classes=port.num_classes,
-        input_size=(port.input_size,) * 2 if port.input_size else None,
-        timestep_freq_shift=port.timestep_freq_shift,
-        mlp_norm_epsilon=port.mlp_norm_epsilon,
-        seed=config.seed,
-    )
-    if port.check_model:
-        require_architecture(checkpoint, _expected(config, checkpoint.architecture))
-    return checkpoint
+def _check_place(workdir):
+    """Raises where the report will have no place: such a port is not begun."""
+    if is_remote(workdir):
+        return  # an object store tells only when it is written to
+    above = os.path.abspath(workdir)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
 
 
-def _expected(config, found):
-    """What `model` says of a checkpoint; of attention only if it is the same kind, else the source is the teacher."""
-    model = config.model
-    if model.size not in dit.SIZES:
-        raise ValueError(f"model.size must be one of {', '.join(dit.SIZES)}; got {model.size!r}")
-    depth, width, softmax_heads, linear_heads = dit.SIZES[model.size]
-    expected = {"depth": model.depth or depth, "width": model.width or width}
-    expected |= {
-        name: model[name] for name in ("patch_size", "in_channels", "num_classes", "learn_sigma")
-    }
-    if config.port.num_classes:
-        expected["num_classes"] = config.port.num_classes
-    if found["grid"]:
-        size = config.port.input_size or model.input_size
-        expected["grid"] = (size // model.patch_size,) * 2
-    if found["attention"] == model.attention:
-        expected["qkv_bias"] = model.qkv_bias
-        if model.attention == "linear":
-            expected |= {"conv_size": model.conv_size, "kernel_function": model.kernel_function}
-        if found["num_heads"]:
-            heads = softmax_heads if model.attention == "softmax" else linear_heads
-            expected["num_heads"] = model.num_heads or heads
-    return expected
+def _check_model(experiment, checkpoint):
+    """Raises ValueError naming a field in which the checkpoint is another model."""
+    expected = experiment.port_overrides.of_model(experiment.model_config)
+    found = checkpoint.config
+    skipped: tuple[str, ...] = NOT_COMPARED
+    if found.attention != expected.attention:
+        skipped += OF_ATTENTION
+    for field in dataclasses.fields(found):
+        ours = getattr(expected, field.name)
+        theirs = getattr(found, field.name)
+        # None: the source does not tell.
+        if field.name in skipped or theirs is None or ours == theirs:
+            continue
+        raise ValueError(
+            f"{checkpoint.report.source} has {field.name} = {plain(theirs)}, "
+            f"the config's model has {plain(ours)}; name its model, "
+            "or set port.check_model=False"
+        )

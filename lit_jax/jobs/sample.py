@@ -1,8 +1,14 @@
-"""Draws images from a checkpoint: PNG files, a grid, and the npz that evaluators read."""
+"""--mode=sample: images from a checkpoint's EMA weights.
 
+    python -m lit_jax.main --config=configs/NAME.py --mode=sample --workdir=DIR
+
+Leaves samples/ (PNG files), samples.png (a grid) and samples.npz, which evaluators read.
+"""
+
+import contextlib
+import io
 import json
 import os
-import pathlib
 import time
 import zipfile
 from collections.abc import Iterator
@@ -11,13 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lit_jax import experiment, pictures, sampling, sharding
-from lit_jax.diffusion import make_diffusion
-from lit_jax.models.dit import check_architecture
+from lit_jax import conditions, pictures, sampling, sharding
+from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress
 
@@ -26,106 +32,110 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Draws images 0 to sample.num_images - 1 into workdir/samples, going on where an interrupted run stopped.
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Draws images 0 to sample.num_images - 1, going on where an interrupted run stopped.
 
-    Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid are made of the PNGs.
-    Raises: ValueError when the checkpoint is of another model than the config says, or the folder holds images that were
-    drawn by another protocol.
+    Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
+    are made of the PNGs.
+    Raises: ValueError when the checkpoint is of another model than the config says, or the folder
+      holds images that were drawn by another protocol.
     """
-    sample = config.sample
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_platform(config, mesh)
-    model = experiment.student(config)
-    source = read_checkpoint(sample.checkpoint or workdir)
-    check_architecture(model, source.architecture, sample.checkpoint or str(workdir))
-    autoencoder, identity = experiment.autoencoder(config, mesh)
-    generator = experiment.generators(
-        config, {"model": model}, make_diffusion(), mesh, sample.batch_size, autoencoder
-    )["model"]
-    index = np.arange(sample.num_images)
-    labels = generator.labels(index, sample.labels)
+    experiment = Experiment(config)
+    settings = config.sample
 
-    folder = workdir / "samples"
-    claim(
-        folder,
-        sampling.protocol(
-            sample.to_dict(),
-            input_size=config.model.input_size,
-            seed=config.seed,
-            dtype=config.model.dtype,
-            weights=source.report.checksum,
-            autoencoder=identity,
-            labels=sample.labels,
-        ),
-    )
-    missing = np.array([not is_whole(image_path(folder, i)) for i in index], np.int32)
-    todo = np.flatnonzero(
-        multihost_utils.broadcast_one_to_all(missing)
-    )  # one list for all: they draw a batch together
-    params = load_params(source.params, sharding.fsdp_sharding(source.params, mesh))
-    with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
-        drawing, clock, compiled = None, time.monotonic(), 0
-        for start in range(0, len(todo) + sample.batch_size, sample.batch_size):
-            batch = todo[start : start + sample.batch_size]
-            ahead = (batch, generator.draw(params, batch, labels[batch])) if len(batch) else None
-            if drawing:  # written while the device draws the next one
-                if (
-                    start == sample.batch_size and ahead
-                ):  # the clock starts after the first batch, which compiles
-                    jax.block_until_ready(drawing[1])
-                    clock, compiled = time.monotonic(), len(drawing[0])
-                save_batch(folder, *drawing)
-                advance(len(drawing[0]))
-            drawing = ahead
-    multihost_utils.sync_global_devices("samples written")
-    if jax.process_index() == 0:
-        about = {"protocol": json.loads((folder / "protocol.json").read_text())}
-        speed = folder / "speed.json"
-        if len(todo):
-            speed.write_text(
-                json.dumps(
-                    {
-                        "images_per_second": (len(todo) - compiled) / (time.monotonic() - clock),
-                        "device": jax.devices()[0].device_kind,
-                        "devices": jax.device_count(),
-                    }
-                )
-                + "\n"
-            )
-        if speed.exists():  # of the last run that drew any
-            about["speed"] = json.loads(speed.read_text())
-            logging.info(
-                "%.1f images/s on %d x %s",
-                *(about["speed"][name] for name in ("images_per_second", "devices", "device")),
-            )
-        paths = [image_path(folder, i) for i in index]
-        write_npz(workdir / "samples.npz", paths, labels, about)
-        shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
-        pictures.square_grid(shown).save(workdir / "samples.png")
-        logging.info(
-            "%d images in %s, their grid in samples.png, all of them in samples.npz",
-            len(index),
-            folder,
+    # ---- The model and its checkpoint, still on disk ---------------------------------------------
+    experiment.check_platform()
+    path = settings.checkpoint or str(workdir)
+    checkpoint = read_checkpoint(path)
+    experiment.check_checkpoint(checkpoint, path)
+    sampler = experiment.sampler()
+    index = np.arange(settings.num_images)
+    with naming("sample"):
+        condition = conditions.for_images(
+            experiment.model_config, index, seed=config.seed, labels=settings.labels
         )
 
+    # ---- What is missing -------------------------------------------------------------------------
+    folder = workdir / "samples"
+    claim_folder(folder, protocol_of(experiment, checkpoint.report.checksum))
+    missing = np.array([not is_whole(image_path(folder, i)) for i in index], np.int32)
+    # One list for all processes: they draw a batch together.
+    todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
 
-def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of a sharded batch that this process holds, with their numbers; each row belongs to one process."""
-    for shard in batch.addressable_shards:
-        if shard.replica_id == 0:
-            yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
+    # ---- Draw ------------------------------------------------------------------------------------
+    params = load_params(
+        checkpoint.params, sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
+    )
+    untimed = 0  # images of the first batch, whose time is that of compilation
+    clock = time.monotonic()
+    pending: tuple[np.ndarray, jax.Array] | None = None
+    with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
+        for start in range(0, len(todo), settings.batch_size):
+            batch = todo[start : start + settings.batch_size]
+            rows = {name: value[batch] for name, value in condition.items()}
+            images = sampler.draw(params, batch, rows)
+            if pending:  # written while the device draws the next one
+                save_batch(folder, *pending)
+                advance(len(pending[0]))
+            elif len(batch) < len(todo):
+                # The clock starts when the first batch is there, unless it is the only one.
+                jax.block_until_ready(images)
+                clock = time.monotonic()
+                untimed = len(batch)
+            pending = (batch, images)
+        if pending:
+            save_batch(folder, *pending)
+            advance(len(pending[0]))
+    multihost_utils.sync_global_devices("samples written")
+
+    # ---- The npz and the grid --------------------------------------------------------------------
+    if jax.process_index() != 0:
+        return
+    about = {"protocol": json.loads((folder / "protocol.json").read_text())}
+    speed = folder / "speed.json"
+    if len(todo):
+        measured = {
+            "images_per_second": (len(todo) - untimed) / (time.monotonic() - clock),
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        }
+        speed.write_text(json.dumps(measured) + "\n")
+    if speed.exists():  # of the last run that drew any
+        about["speed"] = json.loads(speed.read_text())
+        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", about["speed"])
+    paths = [image_path(folder, i) for i in index]
+    write_npz(workdir / "samples.npz", paths, condition["label"], about)
+    shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
+    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown))
+    logging.info(
+        "%d images in %s, their grid in samples.png, all of them in samples.npz",
+        len(index),
+        folder,
+    )
 
 
-def save_batch(folder: pathlib.Path, index: np.ndarray, images: jax.Array) -> None:
-    """Writes the images of a batch that this process holds; row r is image index[r], rows beyond the index are filling."""
-    for row, image in local_rows(images):
-        if row < len(index):
-            save_image(image_path(folder, index[row]), pictures.to_uint8(image))
+def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
+    """What the images depend on, as it goes into protocol.json and the npz."""
+    config = experiment.config
+    return sampling.protocol(
+        experiment.sampler_settings,
+        input_size=config.model.input_size,
+        seed=config.seed,
+        dtype=config.model.dtype,
+        weights=weights,
+        autoencoder=experiment.autoencoder_identity,
+        labels=config.sample.labels,
+    )
 
 
-def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
-    """Writes the protocol into a new folder, or checks that the folder's images were drawn by the same one."""
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def claim_folder(folder: epath.Path, wanted: dict[str, Any]) -> None:
+    """Writes the protocol into a new folder, or checks that its images were drawn by the same.
+
+    Raises: ValueError, on every process, naming the first field that differs.
+    """
     path = folder / "protocol.json"
     wanted = json.loads(json.dumps(wanted))
     there = json.loads(path.read_text()) if path.exists() else {}
@@ -143,25 +153,49 @@ def claim(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
     multihost_utils.sync_global_devices("protocol written")
 
 
-def image_path(folder: pathlib.Path, i: int) -> pathlib.Path:
+def image_path(folder: epath.Path, i: int) -> epath.Path:
     return folder / f"{i:06d}.png"
 
 
-def save_image(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes a PNG under its final name only when it is whole: (h, w, 1 or 3) uint8."""
+def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a sharded batch that this process holds, with their numbers.
+
+    Each row belongs to one process.
+    """
+    for shard in batch.addressable_shards:
+        if shard.replica_id == 0:
+            yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
+
+
+def save_batch(folder: epath.Path, index: np.ndarray, images: jax.Array) -> None:
+    """Writes the images of a batch that this process holds.
+
+    Row r is image index[r]; the rows beyond the index fill the batch.
+    """
+    for row, image in local_rows(images):
+        if row < len(index):
+            save_image(image_path(folder, index[row]), pictures.to_uint8(image))
+
+
+def save_image(path: epath.Path, image: np.ndarray) -> None:
+    """Writes a PNG, (h, w, 1 or 3) uint8, under its final name only when it is whole."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
+        file.write(buffer.getvalue())
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # a machine that dies after the renaming would else leave an empty file of that name
-    os.replace(part, path)
+        # A machine that dies after the renaming would else leave an empty file of that name. An
+        # object store has no file to flush: an upload is there as a whole or not at all.
+        if isinstance(file, io.IOBase):
+            with contextlib.suppress(io.UnsupportedOperation):
+                os.fsync(file.fileno())
+    part.replace(path)
 
 
-def is_whole(path: pathlib.Path) -> bool:
+def is_whole(path: epath.Path) -> bool:
     """Whether the PNG is there up to its last chunk, which a file cut short lacks."""
-    if not path.is_file() or path.stat().st_size < len(PNG_START + PNG_END):
+    if not path.is_file() or path.stat().length < len(PNG_START + PNG_END):
         return False
     with path.open("rb") as file:
         start = file.read(len(PNG_START))
@@ -169,10 +203,11 @@ def is_whole(path: pathlib.Path) -> bool:
         return (start, file.read()) == (PNG_START, PNG_END)
 
 
-def read_image(path: pathlib.Path) -> np.ndarray:
+def read_image(path: epath.Path) -> np.ndarray:
     """(h, w, 1 or 3) uint8. Raises: ValueError naming the file."""
     try:
-        image = np.asarray(Image.open(path))
+        with path.open("rb") as file:
+            image = np.asarray(Image.open(file))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read: {error}; remove it, the same command draws it again"
@@ -181,35 +216,37 @@ def read_image(path: pathlib.Path) -> np.ndarray:
 
 
 def write_npz(
-    path: pathlib.Path,
-    images: list[pathlib.Path],
+    path: epath.Path,
+    images: list[epath.Path],
     labels: np.ndarray,
     about: dict[str, dict[str, Any]],
 ) -> None:
-    """Writes arr_0 (N, h, w, C) uint8, what the ADM evaluator reads, image by image; and label and `about` beside it.
+    """Writes what the ADM evaluator reads, image by image.
 
-    Raises: ValueError naming an image that cannot be read or is not of the first one's shape; the npz is as it was.
+    arr_0 is (N, h, w, C) uint8; beside it go label (N,) and the dicts of `about` as JSON.
+    Raises: ValueError naming an image that cannot be read or is not of the first one's shape. The
+      npz is then as it was.
     """
-    part = path.with_suffix(".part")
     first = read_image(images[0]).shape
-    shape = (len(images), *first)
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
+    arrays = {"label": labels}
+    arrays |= {name: np.array(json.dumps(value)) for name, value in about.items()}
+    part = path.with_suffix(".part")
+    with (
+        part.open("wb") as raw,
+        zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
-            for path_of_image in images:
-                image = read_image(path_of_image)
+            np.lib.format.write_array_header_1_0(file, header)
+            for image_file in images:
+                image = read_image(image_file)
                 if image.shape != first or image.dtype != np.uint8:
                     raise ValueError(
-                        f"{path_of_image} is {image.dtype} {image.shape}, {images[0].name} is uint8 {first}; "
-                        f"remove the one that is not of this run"
+                        f"{image_file} is {image.dtype} {image.shape}, {images[0].name} is uint8 "
+                        f"{first}; remove the one that is not of this run"
                     )
                 file.write(np.ascontiguousarray(image).tobytes())
-        for name, value in {
-            "label": labels,
-            **{name: np.array(json.dumps(text)) for name, text in about.items()},
-        }.items():
+        for name, value in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value)
-    os.replace(part, path)
+    part.replace(path)

@@ -1,478 +1,273 @@
-"""The main job: plain diffusion training, or the conversion of a pretrained DiT into a LiT when a teacher is named."""
+"""The main job: the conversion of a pretrained model into a LiT, or plain diffusion training.
+
+    python -m lit_jax.main --config=configs/NAME.py [--workdir=DIR]
+
+With `teacher.checkpoint` the student inherits from the teacher and is distilled from it; without,
+the same step trains by the denoising loss alone. The same command goes on where a run stopped.
+"""
 
 import collections
 import contextlib
-import functools
-import hashlib
-import json
-import pathlib
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 
-from lit_jax import checkpoint, experiment, inherit, pictures, sampling, sharding
+from lit_jax import checkpoint, conditions, inherit, pictures, sampling, sharding
 from lit_jax.costs import chips
+from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
-from lit_jax.diffusion import make_diffusion
-from lit_jax.evaluation import features, protocol, references, reports
-from lit_jax.evaluation.label_classifier import LabelClassifier
-from lit_jax.models.dit import ARCHITECTURE, DiT, forward_flops
-from lit_jax.porting.read import Checkpoint, load_params, read_checkpoint
+from lit_jax.evaluation import in_training, run_report
+from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.experiment import Experiment, evaluation_settings, naming
+from lit_jax.models.dit import init_params
 from lit_jax.runtime import exit_status, metric_writer, preemption, progress, workdir_lock
-from lit_jax.train_step import TrainState, init_params, new_state, state_shapes, with_sharding
+from lit_jax.train_step import TrainState, make_optimizer, new_state
 
-STEPS_AHEAD = 2  # how many steps the loop dispatches before it waits for one to end
+# Steps in flight. Two keep the device busy; more would only delay an answer to SIGTERM or a hang.
+STEPS_AHEAD = 2
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains config.model until config.train.steps, resuming from the workdir's newest checkpoint.
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains config.model until train.steps, from the workdir's newest checkpoint on.
 
-    Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and report.json in the workdir.
-    Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be run.
+    Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and
+    report.json in the workdir.
+    Raises: ValueError or FileNotFoundError, before anything is written, for a config that cannot be
+      run. TryAgainError when it was asked to stop; GiveUpError when losses are not finite.
     """
-    with (
-        contextlib.ExitStack() as held
-    ):  # what lasts to the end, whatever that is: the watch over what may hang, the workdir
-        watchdog = held.enter_context(
-            contextlib.closing(preemption.Watchdog(config.train.watchdog))
-        )
-        train(config, workdir, watchdog, held)
+    with contextlib.ExitStack() as stack:
+        watchdog = preemption.Watchdog(config.train.watchdog)
+        stack.enter_context(contextlib.closing(watchdog))
+        train(config, workdir, watchdog, stack)
 
 
 def train(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     watchdog: preemption.Watchdog,
-    held: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
 ) -> None:
-    """`run`, with a watch over what may hang; `held` takes the workdir before its first file."""
+    """`run`, with a watch over what may hang; `stack` closes what is opened on the way."""
     start_up = progress.StartUp()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    experiment.check_batches(config, mesh)
-    model = experiment.student(config)
-    teacher, teacher_source = open_teacher(config, model)
-    init_source = open_init_source(config, model, teacher_source)
-    experiment.check_platform(config, mesh)
-    optimizer = experiment.optimizer(config)
-    diffusion = make_diffusion()
-    # Shapes, then shardings from shapes, then arrays: no full copy ever sits on one device.
-    shapes = state_shapes(model, optimizer, config.model.input_size)
-    shardings = sharding.fsdp_sharding(shapes, mesh)
-    wanted = with_sharding(shapes, shardings)
-    if init_source:
-        inherit.plan_merge(
-            init_source.params,
-            shapes.params,
-            load=tuple(config.inherit.load),
-            keep_init=tuple(config.inherit.keep_init),
-        )
-    source = dataset.open_dataset(config.data.name, config.data.dir, config.data.split)
-    autoencoder, identity = experiment.autoencoder(config, mesh)
-    experiment.check_data(config, source, identity)
+    experiment = Experiment(config)
+
+    # ---- Devices, model and teacher: shapes and files, nothing computed --------------------------
+    mesh = experiment.mesh
+    experiment.check_batches()
+    model = experiment.model
+    teacher = experiment.teacher
+    experiment.check_inheritance()
+    experiment.check_platform()
+    state_shapes = experiment.sharded_state_shapes
+
+    # ---- Data ------------------------------------------------------------------------------------
+    data = experiment.dataset
+    experiment.check_data()
+    host_batches = experiment.batches()
     rows = sharding.batch_sharding(mesh)
-    batches = pipeline.make_batches(
-        source,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        flip=config.data.flip,
-        rows=sharding.process_rows(rows, config.train.batch_size),
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-    )
     start_up.part_ended("devices and data")
 
-    teacher_params = load_teacher(teacher_source, config.teacher.dtype, mesh) if teacher else None
+    # ---- The teacher's parameters, and what will draw pictures -----------------------------------
+    teacher_params = experiment.load_teacher()
     start_up.part_ended("teacher")
-
-    # The program before the files: what cannot be compiled here leaves no trace.
-    models = ({"teacher": teacher} if teacher else {}) | {"student": model}
-    # No larger than other batches: between two of them the run can be stopped.
-    preview_batch = min(
-        -(-config.train.preview_images // mesh.size) * mesh.size,
-        max(config.sample.batch_size // mesh.size, 1) * mesh.size,
-    )
-    previews = Previews(
-        config,
-        experiment.generators(config, models, diffusion, mesh, preview_batch, autoencoder),
-        workdir,
-    )
-    evaluation = None
-    if config.evaluate.every:
-        evaluation = Evaluation(
-            config,
-            model,
-            diffusion,
-            mesh,
-            autoencoder,
-            identity,
-            run_hash(config, source, teacher_source, init_source),
-            workdir,
-        )
+    due = Pictures.of(experiment, teacher_params, workdir)
+    if due.evaluation:
         start_up.part_ended("reference")
+
+    # ---- Compile: what cannot be compiled here leaves no file ------------------------------------
     rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
-    train_step = experiment.train_step(
-        config,
-        model,
-        teacher,
-        optimizer,
-        diffusion,
-        mesh,
-        source.scaling_factor,
-        source.shift_factor,
-    )
-    batch_shapes = pipeline.batch_shapes(source, config.train.batch_size, rows)
-    train_step = train_step.lower(wanted, teacher_params, batch_shapes, rng).compile()
+    batch_shapes = pipeline.batch_shapes(data, config.train.batch_size, rows)
+    step_program = experiment.train_step.lower(state_shapes, teacher_params, batch_shapes, rng)
+    train_step = step_program.compile()
     start_up.part_ended("compilation")
 
+    # ---- Resume or start -------------------------------------------------------------------------
     workdir.mkdir(parents=True, exist_ok=True)
-    held.enter_context(workdir_lock.lock_workdir(workdir))
+    stack.enter_context(workdir_lock.lock_workdir(workdir))
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints",
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )
-    fields = decisive_fields(config, source, teacher_source)
-    restored = checkpoints.restore(wanted.items(), fields, force=config.checkpoint.force_config)
-    # Metrics since the last log line, still on the device: reading them would stop the queue of steps.
-    window = []
+    decisive = experiment.decisive_fields()
+    restored = checkpoints.restore(
+        state_shapes.items(), decisive, force=config.checkpoint.force_config
+    )
+    # Metrics since the last log line. They stay on the device: to read them would empty the queue.
+    window: list[dict[str, Any]] = []
     if restored:
         first_step, items, data_state, metadata = restored
         state = TrainState.from_items(items)
-        window = [
+        window += [
             {name: np.float32(value) for name, value in metrics.items()}
             for metrics in metadata["window"]
         ]
         logging.info("resumed from step %d of %s", first_step, workdir)
     else:
-        first_step, data_state = 0, None
-        state = new_student(config, model, optimizer, shardings, init_source, workdir)
+        first_step = 0
+        data_state = None
+        state = new_student(experiment, workdir)
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+        (workdir / "config.json").write_text(experiment.to_json())
     jax.block_until_ready(state)
     start_up.part_ended("state")
 
-    if isinstance(source, dataset.LatentDataset):
+    if isinstance(data, dataset.LatentDataset):
+        deviation = ", ".join(f"{x:.2f}" for x in data.deviation())
         logging.info(
             "latents of %s times %g: standard deviation %s a channel, about 1 is right",
-            source.autoencoder["name"],
-            source.scaling_factor,
-            ", ".join(f"{x:.2f}" for x in source.deviation()),
+            data.autoencoder["name"],
+            data.scaling_factor,
+            deviation,
         )
-    batches = pipeline.DeviceIterator(batches, rows, data_state)
+    batches = pipeline.DeviceIterator(host_batches, rows, data_state)
     start_up.part_ended("first batch")
+
+    # ---- Loop ------------------------------------------------------------------------------------
     metadata = {
-        "model": architecture(model, config),
+        "model": experiment.model_config.to_json(),
         "data": config.data.name,
         "seed": config.seed,
-        "fields": fields,
+        "fields": decisive,
     }
-    size = (config.model.input_size,) * 2
-    flops = 3 * forward_flops(model, size) + (forward_flops(teacher, size) if teacher else 0)
+    size = experiment.input_size
+    flops = train_step_flops(
+        model.config.forward_flops(size), teacher.config.forward_flops(size) if teacher else 0.0
+    )
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     log = metric_writer.MetricWriter(
         workdir,
         total_steps=config.train.steps,
         images_per_step=config.train.batch_size,
         flops_per_step=config.train.batch_size * flops,
-        peak_flops=chips.PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0) * jax.device_count(),
+        peak_flops=peak and peak * jax.device_count(),
         first_step=first_step,
     )
-
-    with (
-        exit_status.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step) as crashes,
-        contextlib.closing(log),
-        contextlib.closing(preemption.Preemption()) as stop,
-    ):
-
-        def began() -> None:
-            crashes.begun = True
-            start_up.part_ended("first step")
-            logging.info("%s", start_up)
-
-        def save(state: TrainState, now: int) -> None:
-            window[:] = jax.device_get(window)
-            unlogged = [
-                {name: float(value) for name, value in metrics.items()} for metrics in window
-            ]
-            checkpoints.save(
-                now, state.items(), data=batches.state, metadata=metadata | {"window": unlogged}
-            )
-
-        def look(state: TrainState, now: int, *, again: bool = True) -> None:
-            """Draws and scores what is due after a step; not `again` where its file is there."""
-            last = now == config.train.steps
-            if is_due(config.train.preview_every, now, last) and (
-                again or is_missing(previews.path(now))
-            ):
-                params = {"teacher": teacher_params, "student": state.ema_params}
-                log.add_picture("preview", now, previews.draw(params, now, stop.check))
-                log.start(now)  # a preview is not training time
-            if (
-                evaluation
-                and is_due(config.evaluate.every, now, last)
-                and (again or is_missing(evaluation.path(now)))
-            ):
-                log.write_scores(now, evaluation.score(state.ema_params, now, stop.check))
-                log.start(now)
-
-        try:
-            if restored:
-                look(state, first_step, again=False)
-            state = loop(
-                config,
-                state,
-                first_step,
-                window,
-                batches,
-                checkpoints,
-                log,
-                watchdog,
-                stop,
-                train_step=lambda state, batch: train_step(state, teacher_params, batch, rng),
-                save=save,
-                look=look,
-                began=began,
-            )
-            crashes.begun = True
-            checkpoints.wait()
-            checkpoints.close()
-            if jax.process_index() == 0:
-                pictures.plot_curves(workdir)
-            if config.report.num_images:
-                generators = experiment.generators(
-                    config, models, diffusion, mesh, config.sample.batch_size, autoencoder
-                )
-                params = {"teacher": teacher_params, "student": state.ema_params}
-                report(
-                    config,
-                    generators,
-                    {name: params[name] for name in models},
-                    source,
-                    workdir,
-                    stop.check,
-                )
-        except preemption.StopRequest:
-            checkpoints.wait()
-            raise exit_status.TryAgainError(
-                f"stopped on request; step {checkpoints.latest_step()} is saved in {workdir}, the "
-                f"same command goes on from there"
-            ) from None
-
-
-def loop(
-    config: ConfigDict,
-    state: TrainState,
-    first_step: int,
-    window: list[dict[str, Any]],
-    batches: pipeline.DeviceIterator,
-    checkpoints: checkpoint.Checkpointer,
-    log: metric_writer.MetricWriter,
-    watchdog: preemption.Watchdog,
-    stop: preemption.Preemption,
-    *,
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-    save: Callable[[TrainState, int], None],
-    look: Callable[[TrainState, int], None],
-    began: Callable[[], None],
-) -> TrainState:
-    """The steps after `first_step`; returns the last state, saved or being saved.
-
-    Args:
-      window: metrics since the last log line; changed in place. began: called when the first step has ended.
-    Raises: StopRequest once the step is being saved. GiveUpError when losses are not finite again and again.
-    """
-    in_flight, bad_in_a_row, save_is_due, saved = (
-        collections.deque(),
-        int(state.skipped_in_a_row),
-        False,
-        first_step,
+    stack.enter_context(contextlib.closing(log))
+    crashes = stack.enter_context(
+        exit_status.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step)
     )
-    for now in range(first_step + 1, config.train.steps + 1):
-        state, metrics = train_step(state, next(batches))
-        window.append(metrics)
-        last = now == config.train.steps
-        if now == first_step + 1:
-            jax.block_until_ready(metrics)
-            began()
-            batches.take_seconds_waiting()
-            log.start(now)
-        # Two steps ahead keep the device busy; more would only delay an answer to SIGTERM or to a hang.
-        in_flight.append(metrics)
-        if len(in_flight) > STEPS_AHEAD:
-            bad_in_a_row = 0 if is_finite(in_flight.popleft()) else bad_in_a_row + 1
-        watchdog.step_ended(now - len(in_flight))
-        if (
-            now % config.train.log_every == 0
-            or last
-            or bad_in_a_row >= config.train.stop_after_bad_steps
-        ):
-            means = read_metrics(window, state)
-            log.write(now, means, batches.take_seconds_waiting())
-            window.clear()
-            bad = max(bad_in_a_row, int(means["train/skipped_in_a_row"]))
-            if bad >= config.train.stop_after_bad_steps:
-                checkpoints.wait()
-                raise exit_status.GiveUpError(
-                    f"the loss or its gradient was not finite in {bad} steps in a row, up to step {now}; "
-                    f"train.stop_after_bad_steps = {config.train.stop_after_bad_steps}. The last checkpoint: "
-                    f"{checkpoints.latest_step() or 'none yet'}"
-                )
-        checkpoints.check()
-        save_is_due |= now % config.checkpoint.every == 0
-        # Not among bad steps: one that is kept for them would push out the one before them.
-        if last or (save_is_due and not state.skipped_in_a_row):
-            save(state, now)
-            saved, save_is_due = now, False
-        try:
+    stop = stack.enter_context(contextlib.closing(preemption.Preemption()))
+    in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+    bad_in_a_row = int(state.skipped_in_a_row)
+    save_is_due = False
+    saved_step = first_step
+    step = first_step
+    try:
+        if restored:
+            due.draw(state, step, log, stop, only_missing=True)
+        for step in range(first_step + 1, config.train.steps + 1):
+            is_last = step == config.train.steps
+            trace(config.train.profile, step, in_flight, workdir)
+            state, metrics = train_step(state, teacher_params, next(batches), rng)
+            window.append(metrics)
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                crashes.begun = True
+                start_up.part_ended("first step")
+                logging.info("%s", start_up)
+                batches.take_seconds_waiting()
+                log.start(step)
+
+            # Wait for the step before the last two, and count how many in a row were not finite.
+            in_flight.append(metrics)
+            if len(in_flight) > STEPS_AHEAD:
+                bad_in_a_row = 0 if is_finite(in_flight.popleft()) else bad_in_a_row + 1
+            watchdog.step_ended(step - len(in_flight))
+
+            # Log, and give up where nothing is learned any more.
+            gives_up = bad_in_a_row >= config.train.stop_after_bad_steps
+            if step % config.train.log_every == 0 or is_last or gives_up:
+                log.write(step, read_metrics(window, state), batches.take_seconds_waiting())
+                window.clear()
+                # The state knows of the steps in flight, too.
+                bad = max(bad_in_a_row, int(state.skipped_in_a_row))
+                if bad >= config.train.stop_after_bad_steps:
+                    checkpoints.wait()
+                    raise exit_status.GiveUpError(
+                        f"the loss or its gradient was not finite in {bad} steps in a row, up to "
+                        f"step {step}; train.stop_after_bad_steps = "
+                        f"{config.train.stop_after_bad_steps}. The last checkpoint: "
+                        f"{checkpoints.latest_step() or 'none yet'}"
+                    )
+
+            # Save. Not among bad steps: a checkpoint of them would push out the one before them.
+            checkpoints.check()
+            save_is_due |= step % config.checkpoint.every == 0
+            if is_last or (save_is_due and not state.skipped_in_a_row):
+                save(checkpoints, state, step, window, batches, metadata)
+                saved_step = step
+                save_is_due = False
+
+            # Draw and score what is due. A request to stop is heard between its batches too.
             stop.check()
-            look(state, now)
-        except preemption.StopRequest:
-            if saved != now:
-                save(state, now)
-            raise
-    return state
+            due.draw(state, step, log, stop)
+
+        # ---- Report ------------------------------------------------------------------------------
+        crashes.begun = True
+        checkpoints.wait()
+        checkpoints.close()
+        if jax.process_index() == 0:
+            pictures.plot_curves(workdir)
+        if config.report.num_images:
+            write_report(experiment, state, teacher_params, workdir, stop)
+    except preemption.StopRequest:
+        if saved_step != step:
+            save(checkpoints, state, step, window, batches, metadata)
+        checkpoints.wait()
+        raise exit_status.TryAgainError(
+            f"stopped on request; step {checkpoints.latest_step()} is saved in {workdir}, the same "
+            f"command goes on from there"
+        ) from None
 
 
-def is_due(every: int, now: int, last: bool) -> bool:
-    return every > 0 and (now % every == 0 or last)
+# ---- The parts of it that have a name ------------------------------------------------------------
 
 
-def is_missing(path: pathlib.Path) -> bool:
-    """Whether process 0 sees no such file; the same answer on every process."""
-    return bool(multihost_utils.broadcast_one_to_all(np.bool(not path.exists())))
+def new_student(experiment: Experiment, workdir: epath.Path) -> TrainState:
+    """A state at step 0: fresh parameters, what is inherited, EMA and optimizer state from those.
 
-
-def architecture(model: DiT, config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint says of its model: enough to build it again, in the porter's terms."""
-    grid = config.model.input_size // model.patch_size
-    fields = {name: getattr(model, name) for name in ARCHITECTURE} | {"grid": (grid, grid)}
-    return fields | ({"conv_size": 0} if model.attention == "softmax" else {})
-
-
-def read_field(field: str, path: str, weights: str) -> Checkpoint:
-    """The checkpoint that a field of the config names. Raises: FileNotFoundError naming the field when it is not there."""
-    if not pathlib.Path(path).exists():
-        raise FileNotFoundError(
-            f"{field} = {path}: no such file or folder; it is what another training or download leaves"
-        )
-    return read_checkpoint(path, weights=weights)
-
-
-def open_teacher(config: ConfigDict, student: DiT) -> tuple[DiT | None, Checkpoint | None]:
-    """The teacher's model and its checkpoint, still on disk; (None, None) for plain training."""
-    if not config.teacher.checkpoint:
-        return None, None
-    source = read_field("teacher.checkpoint", config.teacher.checkpoint, config.teacher.weights)
-    return experiment.teacher(config, student, source.architecture), source
-
-
-def open_init_source(
-    config: ConfigDict, student: DiT, teacher_source: Checkpoint | None
-) -> Checkpoint | None:
-    """What the student inherits from; None: nothing.
-
-    Raises: ValueError where the weights' own code computes by another convention than the student, which no shape tells.
+    Leaves inheritance.json in the workdir: where each parameter came from.
     """
-    if config.student.init == "random":
-        return None
-    source = teacher_source
-    if config.student.init != "teacher":
-        source = read_field("student.init", config.student.init, config.student.weights)
-    elif source is None:
-        raise ValueError(
-            "student.init = teacher, but teacher.checkpoint is empty; name one, or set student.init=random"
-        )
-    for name in ("timestep_freq_shift", "mlp_norm_epsilon"):
-        ours, theirs = getattr(student, name), source.architecture[name]
-        if ours != theirs:
-            raise ValueError(
-                f"model.{name} = {ours}, but {source.report.source}, which the student inherits from, computes "
-                f"with {theirs}; set model.{name}={theirs} or, if it was trained with {ours}, port it with "
-                f"port.{name}={ours} first"
-            )
-    return source
-
-
-def decisive_fields(
-    config: ConfigDict, source: dataset.ImageDataset, teacher_source: Checkpoint | None
-) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that wrote the checkpoint, by the names of the config.
-
-    Left out: what changes speed, files or rounding alone, and what only a start looks at.
-    """
-    fields = {
-        "seed": config.seed,
-        "data.records": repr(source),
-        "data.flip": config.data.flip,
-        "data.content": f"of checksum {source.content()}",  # the same name and size can be another data set
-        "train.batch_size": config.train.batch_size,
-        "train.label_dropout": config.train.label_dropout,
-    }
-    for group in ("model", "distill", "optimizer", "ema"):
-        fields |= {
-            f"{group}.{name}": value
-            for name, value in config[group].items()
-            if name != "implementation"
-        }
-    if config.optimizer.schedule != "constant":
-        fields["train.steps"] = config.train.steps
-    fields["teacher.checkpoint"] = (
-        teacher_source and f"of checksum {teacher_source.report.checksum}"
-    )
-    return fields | {f"teacher.{name}": config.teacher[name] for name in ("num_heads", "dtype")}
-
-
-def run_hash(
-    config: ConfigDict,
-    source: dataset.ImageDataset,
-    teacher_source: Checkpoint | None,
-    init_source: Checkpoint | None,
-) -> str:
-    """Tells runs apart whose weights, step by step, are not the same."""
-    fields = decisive_fields(config, source, teacher_source) | {
-        "init": init_source.report.checksum if init_source else "random",
-        "inherit": config.inherit.to_dict(),
-    }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def load_teacher(source: Checkpoint, dtype: str, mesh: jax.sharding.Mesh) -> Any:
-    """The teacher's parameters on the mesh, sharded by shape, kept in `dtype`."""
-    shardings = sharding.fsdp_sharding(source.params, mesh)
-    params = load_params(source.params, shardings)
-    return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def new_student(
-    config: ConfigDict,
-    model: DiT,
-    optimizer: Any,
-    shardings: Any,
-    source: Checkpoint | None,
-    workdir: pathlib.Path,
-) -> TrainState:
-    """A state at step 0: fresh parameters on the mesh, then what is inherited, then EMA and optimizer state from those."""
-    # Init draws from its own stream, away from the steps' fold_in(key(seed), step).
-    rng = jax.random.split(jax.random.key(config.seed), 2)[1]
-    init = functools.partial(init_params, model, input_size=config.model.input_size)
-    params = jax.jit(init, out_shardings=shardings.params)(rng)
-    if source:
-        params, report = inherit.merge_params(
-            source.params,
-            params,
-            load=tuple(config.inherit.load),
-            keep_init=tuple(config.inherit.keep_init),
+    # Its own stream, away from the steps' fold_in(key(seed), step).
+    rng = jax.random.split(jax.random.key(experiment.config.seed), 2)[1]
+    model = experiment.model
+    shardings = experiment.state_sharding
+    init = jax.jit(lambda rng: init_params(model, rng), out_shardings=shardings.params)
+    params = init(rng)
+    if experiment.init_checkpoint:
+        params, merged = inherit.merge_params(
+            experiment.init_checkpoint.params, params, **experiment.inheritance
         )
         if jax.process_index() == 0:
-            report.save(workdir / "inheritance.json")
-            logging.info("%s", report.summary())
-    return jax.jit(lambda p: new_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(
-        params
+            merged.save(workdir / "inheritance.json")
+            logging.info("%s", merged.summary())
+    optimizer = make_optimizer(experiment.optimizer_settings)
+    build = jax.jit(
+        lambda params: new_state(params, optimizer), out_shardings=shardings, donate_argnums=0
+    )
+    return build(params)
+
+
+def save(
+    checkpoints: checkpoint.Checkpointer,
+    state: TrainState,
+    step: int,
+    window: list[dict[str, Any]],
+    batches: pipeline.DeviceIterator,
+    metadata: dict[str, Any],
+) -> None:
+    """Saves all that the next step depends on, the metrics that are not logged yet among it."""
+    window[:] = jax.device_get(window)
+    unlogged = [{name: float(value) for name, value in metrics.items()} for metrics in window]
+    checkpoints.save(
+        step, state.items(), data=batches.state, metadata=metadata | {"window": unlogged}
     )
 
 
@@ -482,186 +277,163 @@ def is_finite(metrics: dict[str, jax.Array]) -> bool:
 
 
 def read_metrics(window: list[dict[str, jax.Array]], state: TrainState) -> dict[str, float]:
-    """Means of the steps since the last log line; a skipped step counts in `skipped`, not in the means."""
+    """Means of the steps since the last log line.
+
+    A skipped step counts in `skipped`, not in the means.
+    """
     window = jax.device_get(window)
-    good = [metrics for metrics in window if is_finite(metrics)]
-    means = {name: np.mean([metrics[name] for metrics in good or window]) for name in window[0]}
+    good = [metrics for metrics in window if is_finite(metrics)] or window
+    # A window that an older version saved has fewer names than the steps after it.
+    names = dict.fromkeys(name for metrics in good for name in metrics)
+    means = {
+        name: np.mean([metrics[name] for metrics in good if name in metrics]) for name in names
+    }
     counters = jax.device_get(
         {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     )
     return {f"train/{name}": float(value) for name, value in (means | counters).items()}
 
 
-class Previews:
-    """Grids of fixed noise and labels: the teacher's row, drawn once, over the student's."""
+def trace(
+    profile: tuple[int, ...],
+    step: int,
+    in_flight: collections.deque[dict[str, jax.Array]],
+    workdir: epath.Path,
+) -> None:
+    """Starts the profiler before the first step of `profile`, and ends it after the last."""
+    if not profile or step not in (profile[0], profile[1] + 1):
+        return
+    # What was dispatched before must not be in the trace, and what is traced must have ended.
+    jax.block_until_ready(list(in_flight))
+    if step == profile[0]:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    else:
+        jax.profiler.stop_trace()
+        logging.info("the trace of steps %d to %d is in %s/profile", *profile, workdir)
 
-    def __init__(
-        self, config: ConfigDict, generators: dict[str, sampling.Sampler], workdir: pathlib.Path
-    ):
-        self._generators, self._folder = generators, workdir / "previews"
-        self._index = np.arange(config.train.preview_images)
-        self._rows = {}
 
-    def path(self, now: int) -> pathlib.Path:
-        return self._folder / f"step_{now:07d}.png"
+def is_due(every: int, step: int, is_last: bool) -> bool:
+    return every > 0 and (step % every == 0 or is_last)
+
+
+def is_missing(path: epath.Path) -> bool:
+    """Whether process 0 sees no such file; the same answer on every process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool(not path.exists())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What is drawn and scored between steps: previews, and evaluations of the EMA weights."""
+
+    experiment: Experiment
+    teacher_params: Any
+    previews: in_training.Previews
+    evaluation: in_training.PeriodicEvaluation | None
+
+    @classmethod
+    def of(cls, experiment: Experiment, teacher_params: Any, workdir: epath.Path) -> "Pictures":
+        """Builds the samplers, and reads the reference of the evaluation."""
+        config = experiment.config
+        devices = experiment.mesh.size
+        # No larger than other batches: between two of them the run can be stopped.
+        batch_size = min(
+            -(-config.train.preview_images // devices) * devices,
+            max(config.sample.batch_size // devices, 1) * devices,
+        )
+        models = {"student": experiment.model}
+        if experiment.teacher:
+            models = {"teacher": experiment.teacher} | models
+        previews = in_training.Previews(
+            {name: experiment.sampler(model, batch_size) for name, model in models.items()},
+            balanced(experiment, config.train.preview_images),
+            workdir / "previews",
+        )
+        evaluation = None
+        if config.evaluate.every:
+            evaluation = make_evaluation(experiment, workdir)
+        return cls(experiment, teacher_params, previews, evaluation)
 
     def draw(
-        self, params: dict[str, Any], now: int, on_batch: Callable[[int], None]
-    ) -> Image.Image:
-        """Draws, saves and returns the grid; params holds the parameters of each generator's model."""
-        for name, generator in self._generators.items():
-            if name == "teacher" and name in self._rows:
-                continue
-            labels = generator.labels(self._index, "balanced")
-            self._rows[name] = pictures.to_uint8(
-                generator(params[name], self._index, labels, on_batch)
-            )
-        picture = pictures.image_grid(list(self._rows.values()), list(self._rows))
-        if jax.process_index() == 0:
-            self._folder.mkdir(exist_ok=True)
-            pictures.save_picture(self.path(now), picture)
-        return picture
-
-
-class Evaluation:
-    """Scores a few images of the EMA weights during training, against evaluate.reference."""
-
-    def __init__(
         self,
-        config: ConfigDict,
-        model: DiT,
-        diffusion: Any,
-        mesh: jax.sharding.Mesh,
-        autoencoder: Any,
-        identity: dict[str, Any] | None,
-        run: str,
-        workdir: pathlib.Path,
-    ):
-        protocol.check_settings(config.evaluate, config.evaluate.every_images)
-        self._workdir = workdir
-        self._sampling = sampling.protocol(
-            config.sample.to_dict(),
-            input_size=config.model.input_size,
-            seed=config.seed,
-            dtype=config.model.dtype,
-            weights=f"EMA in training of run {run}",
-            autoencoder=identity,
-            labels="balanced",
-        )
-        self._settings, self._index = config.evaluate, np.arange(config.evaluate.every_images)
-        self._generator = experiment.generators(
-            config, {"model": model}, diffusion, mesh, config.sample.batch_size, autoencoder
-        )["model"]
-        self._extractor = features.make_extractor(config.evaluate.features, config.evaluate.weights)
-        self._reference = references.make_reference(
-            config.evaluate.reference,
-            config.data.dir,
-            workdir,
-            self._extractor,
-            batch_size=config.evaluate.batch_size,
-            num_neighbour_images=config.evaluate.num_neighbour_images,
-        )
+        state: TrainState,
+        step: int,
+        log: metric_writer.MetricWriter,
+        stop: preemption.Preemption,
+        *,
+        only_missing: bool = False,
+    ) -> None:
+        """Draws and scores what is due after a step; `only_missing`: where its file is not there.
 
-    def path(self, now: int) -> pathlib.Path:
-        return self._workdir / f"evaluation_{now:07d}.json"
-
-    def score(self, ema_params: Any, now: int, on_batch: Callable[[int], None]) -> dict[str, float]:
-        """{"fd_efficientnet_lite0_1k": ...}: a score's name carries its features and the number of images.
-
-        Leaves evaluation_STEP.json and .md, which carry the rest of the protocol.
+        Raises: StopRequest between two batches.
         """
-        labels = self._generator.labels(self._index, "balanced")
-        images = pictures.to_uint8(self._generator(ema_params, self._index, labels, on_batch))
-        counts = dict(neighbours=self._settings.neighbours, split_size=self._settings.split_size)
-        scores = protocol.score_images(
-            self._extractor,
-            images,
-            self._reference,
-            batch_size=self._settings.batch_size,
-            on_batch=on_batch,
-            **counts,
-        )
-        if jax.process_index() == 0:
-            result = protocol.make_result(
-                self._extractor,
-                scores,
-                self._reference,
-                num_images=len(images),
-                **counts,
-                image_shape=images.shape[1:],
-                sampling=self._sampling | {"step": now},
-            )
-            reports.write_report(self.path(now).with_suffix(""), result)
-        return scores
+        config = self.experiment.config
+        is_last = step == config.train.steps
+        if is_due(config.train.preview_every, step, is_last) and (
+            not only_missing or is_missing(self.previews.path(step))
+        ):
+            params = {"teacher": self.teacher_params, "student": state.ema_params}
+            log.add_picture("preview", step, self.previews.draw(params, step, stop.check))
+            log.start(step)  # a preview is not training time
+        if self.evaluation is None:
+            return
+        if is_due(config.evaluate.every, step, is_last) and (
+            not only_missing or is_missing(self.evaluation.path(step))
+        ):
+            log.write_scores(step, self.evaluation.score(state.ema_params, step, stop.check))
+            log.start(step)
 
 
-def report(
-    config: ConfigDict,
-    generators: dict[str, sampling.Sampler],
-    params: dict[str, Any],
-    source: dataset.ImageDataset,
-    workdir: pathlib.Path,
-    on_batch: Callable[[int], None],
-) -> None:
-    """The end of a run in a few lines and pictures: report.json, samples.png, and the summary on the log.
-
-    With report.read_labels a classifier fitted on the real images says how often it reads the label that was asked for.
-    """
-    index = np.arange(config.report.num_images)
-    images, result = {}, {"num_images": len(index)}
-    for name, generator in generators.items():
-        labels = generator.labels(index, "balanced")
-        images[name] = pictures.to_uint8(generator(params[name], index, labels, on_batch))
-    lines = metric_writer.read_training(workdir) or [
-        {"step": config.train.steps}
-    ]  # a finished run whose metrics are gone
-    first, last = lines[0], lines[-1]
-    terms = [
-        name for name in ("loss", "mse", "vb", "kd_noise", "kd_variance") if f"train/{name}" in last
-    ]
-    result["loss"] = {
-        name: {"start": first[f"train/{name}"], "end": last[f"train/{name}"]} for name in terms
-    }
-    result["parameters"] = {name: checkpoint.parameter_count(tree) for name, tree in params.items()}
-    if (workdir / "inheritance.json").exists():
-        parts = json.loads((workdir / "inheritance.json").read_text())
-        result["inheritance"] = {name: sum(leaves.values()) for name, leaves in parts.items()}
-    if config.report.read_labels:
-        reader = LabelClassifier(*dataset.read_all(source))
-        result["labels_read"] = {
-            name: reader.accuracy(picture, labels) for name, picture in images.items()
-        }
-    if jax.process_index() == 0:
-        pictures.save_picture(
-            workdir / "samples.png", pictures.square_grid(list(images.values())[-1])
-        )
-        (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-        logging.info("%s", summary(result, first["step"], last["step"], workdir))
-
-
-def summary(result: dict[str, Any], first: int, last: int, workdir: pathlib.Path) -> str:
-    """The report as the few lines that a person reads."""
-    lines = [
-        "",
-        f"parameters     {', '.join(f'{name} {count:,}' for name, count in result['parameters'].items())}",
-    ]
-    if "inheritance" in result:
-        parts = result["inheritance"]
-        lines.append(
-            f"inheritance    {parts['inherited']:,} inherited, {parts['at_init']:,} new, "
-            f"{parts['left_behind']:,} of the source left behind"
-        )
-    lines.append(f"loss terms     mean of steps 1 to {first:,} -> of the last ones, up to {last:,}")
-    lines += [
-        f"  {name:<13}{values['start']:.4f} -> {values['end']:.4f}"
-        for name, values in result["loss"].items()
-    ]
-    if "labels_read" in result:
-        lines.append(
-            f"labels read    by a classifier of the real images, on {result['num_images']} images each: "
-            + ", ".join(f"{name} {share:.1%}" for name, share in result["labels_read"].items())
-        )
-    lines.append(
-        f"pictures       {workdir}/previews/step_{last:07d}.png, {workdir}/samples.png, {workdir}/curves.png"
+def balanced(experiment: Experiment, num_images: int) -> dict[str, np.ndarray]:
+    """The conditions of pictures for people: each class as often as the others."""
+    index = np.arange(num_images)
+    return conditions.for_images(
+        experiment.model_config, index, seed=experiment.config.seed, labels="balanced"
     )
-    return "\n".join(lines)
+
+
+def write_report(
+    experiment: Experiment,
+    state: TrainState,
+    teacher_params: Any,
+    workdir: epath.Path,
+    stop: preemption.Preemption,
+) -> None:
+    """The end of a run in a few lines and pictures; see `run_report`."""
+    config = experiment.config
+    samplers = {"student": experiment.sampler()}
+    params = {"student": state.ema_params}
+    if experiment.teacher:
+        samplers = {"teacher": experiment.sampler(experiment.teacher)} | samplers
+        params["teacher"] = teacher_params
+    read_labels = config.report.read_labels
+    run_report.report(
+        samplers,
+        params,
+        balanced(experiment, config.report.num_images),
+        workdir,
+        steps=config.train.steps,
+        real_images=dataset.read_all(experiment.dataset) if read_labels else None,
+        on_batch=stop.check,
+    )
+
+
+def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.PeriodicEvaluation:
+    """The evaluation of the EMA weights that evaluate.every asks for; reads its reference."""
+    config = experiment.config
+    settings = evaluation_settings(config)
+    num_images = config.evaluate.every_images
+    with naming("evaluate"):
+        evaluator = make_evaluator(settings, num_images, config.data.dir, workdir)
+    about = sampling.protocol(
+        experiment.sampler_settings,
+        input_size=config.model.input_size,
+        seed=config.seed,
+        dtype=config.model.dtype,
+        weights=f"EMA in training of run {experiment.run_hash()}",
+        autoencoder=experiment.autoencoder_identity,
+        labels="balanced",
+    )
+    condition = balanced(experiment, num_images)
+    return in_training.PeriodicEvaluation(
+        evaluator, experiment.sampler(), condition, about, workdir
+    )

@@ -1,49 +1,68 @@
-"""The two attentions of the one model: DiT's softmax and LiT's linear attention with a depth-wise convolution."""
+"""The two attentions of the one model: DiT's softmax, and LiT's linear attention.
 
-from typing import Any
+Each is a Flax module on (B, T, D). Its `refusal` tells whether an implementation
+offers its case, so that nobody else needs to know what the case consists of.
+"""
+
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lit_jax.kernels.linear_attention import linear_attention, take_or_xla
+from lit_jax.kernels import linear_attention
+from lit_jax.kernels.linear_attention import Case, take_or_xla
 from lit_jax.partitioning import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
-PROJECTED = "projected"  # what remat saves of the projections: the sum with the bias, which is what the attention reads
-FLASH_BLOCK = (
-    128  # tokens, and columns of wide heads: what the TPU flash kernel's default blocks divide
-)
+
+# What remat saves of the projections: their sum with the bias, which is what the
+# attention reads. Saved before the bias, they were written twice in the forward
+# pass, and the bias was added again in the backward.
+PROJECTED = "projected"
+
+# What the TPU flash kernel's default blocks divide: tokens, and columns of wide heads.
+FLASH_BLOCK = 128
+
+
+# ---- Softmax attention -------------------------------------------------------
 
 
 def softmax_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v on (B, T, N, H), by the fastest implementation the platform has.
+    """softmax(q k^T / sqrt(H)) v, by the fastest implementation the platform has.
 
     Args:
-      implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash kernel, T a multiple of 128). A named one
-        runs or raises. None takes cudnn or pallas_tpu where they can run, else xla, and logs which.
-    Raises: ValueError for an unknown name, or a named implementation that does not offer the case.
+      q, k, v: (B, T, N, H).
+      implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash
+        kernel, T a multiple of 128). A named one runs or raises. None takes cudnn
+        or pallas_tpu where they can run, else xla, and logs which.
+    Returns: (B, T, N, H) in the dtype of q.
+    Raises: ValueError for an unknown name, or a named implementation that does not
+      offer the case.
     """
     B, T, N, H = q.shape
-    case = dict(tokens=T, head_width=H, dtype=q.dtype)
     if implementation is None:
-        implementation = _choose(**case)
+        implementation = choose_softmax(T, H, q.dtype)
     elif implementation not in SOFTMAX_IMPLEMENTATIONS:
         raise ValueError(
-            f"softmax attention's implementation must be one of {', '.join(SOFTMAX_IMPLEMENTATIONS)}; "
-            f"got {implementation!r}"
+            f"softmax attention's implementation must be one of "
+            f"{', '.join(SOFTMAX_IMPLEMENTATIONS)}; got {implementation!r}"
         )
-    elif reason := softmax_refusal(implementation, **case):
+    elif reason := softmax_refusal(implementation, T, H, q.dtype):
         raise ValueError(reason)
+
     if implementation != "pallas_tpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-    from jax.experimental.pallas.ops.tpu.flash_attention import (
-        flash_attention,  # here: it imports only where Pallas has TPUs
-    )
+        known: Any = implementation  # JAX's type lists its names, "xla" and "cudnn"
+        return jax.nn.dot_product_attention(q, k, v, implementation=known)
+    # Imported here: it imports only where Pallas has TPUs.
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
     def flash(q, k, v):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
@@ -52,66 +71,92 @@ def softmax_attention(
     return split_rows(flash, (q, k, v))
 
 
-def softmax_refusal(implementation: str, *, tokens: int, head_width: int, dtype: jnp.dtype) -> str:
-    """Why an implementation does not offer a case, or "" where it does; for "cudnn" on the GPU at hand."""
-    if implementation == "pallas_tpu" and tokens % FLASH_BLOCK:
-        return f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, got {tokens} tokens; use xla"
-    if (
-        implementation == "pallas_tpu"
-        and tokens > FLASH_BLOCK < head_width
-        and head_width % FLASH_BLOCK
-    ):
-        return f"the TPU flash kernel takes heads of {FLASH_BLOCK} columns, fewer or multiples; got {head_width}; use xla"
+def softmax_refusal(
+    implementation: str,
+    tokens: int,
+    head_width: int,
+    dtype: Any,
+) -> str:
+    """Why an implementation does not offer a case, or "" where it does.
+
+    For "cudnn" that depends on this machine's GPU.
+    """
+    if implementation == "pallas_tpu":
+        if tokens % FLASH_BLOCK:
+            return (
+                f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, "
+                f"got {tokens} tokens; use xla"
+            )
+        # One block of tokens takes heads of any width; several do not.
+        if tokens > FLASH_BLOCK < head_width and head_width % FLASH_BLOCK:
+            return (
+                f"the TPU flash kernel takes heads of {FLASH_BLOCK} columns, fewer "
+                f"or multiples; got {head_width}; use xla"
+            )
+
     if implementation == "cudnn":
-        major = getattr(jax.devices()[0], "compute_capability", "").partition(".")[
-            0
-        ]  # "9.0" is Hopper
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", "")  # "9.0" is Hopper
+        major = capability.partition(".")[0]
         if not major.isdigit():
-            return f"cudnn runs on NVIDIA's GPUs, this is {jax.devices()[0].device_kind}"
+            return f"cudnn runs on NVIDIA's GPUs, this is {device.device_kind}"
         if dtype not in (jnp.bfloat16, jnp.float16):
             return f"cudnn takes bfloat16 and float16, got {jnp.dtype(dtype)}"
         widest = 256 if int(major) >= 9 else 128
         if head_width > widest or head_width % 8:
-            return f"cudnn takes heads of at most {widest} columns, in multiples of 8, on this GPU; got {head_width}"
+            return (
+                f"cudnn takes heads of at most {widest} columns, in multiples of 8, "
+                f"on this GPU; got {head_width}"
+            )
     return ""
 
 
-def _choose(**case):
-    """Returns the fastest implementation this platform has for the case."""
+def choose_softmax(tokens: int, head_width: int, dtype: Any) -> str:
+    """The fastest implementation of a case on this machine's devices; logs which."""
     device = jax.devices()[0]
-    implementation = {"gpu": "cudnn", "tpu": "pallas_tpu"}.get(device.platform, "xla")
-    return take_or_xla(
-        "softmax_attention",
-        implementation,
-        device.device_kind,
-        softmax_refusal(implementation, **case),
-    )
+    fastest = {"gpu": "cudnn", "tpu": "pallas_tpu"}
+    implementation = fastest.get(device.platform, "xla")
+    reason = softmax_refusal(implementation, tokens, head_width, dtype)
+    return take_or_xla("softmax_attention", implementation, device.device_kind, reason)
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head softmax attention on (B, T, D); the fused `qkv` projection of DiT, columns q | k | v, head-major."""
+    """Multi-head softmax attention on (B, T, D).
+
+    The fused `qkv` projection is DiT's: columns q | k | v, each head-major.
+    """
 
     num_heads: int
     qkv_bias: bool = True
     implementation: str | None = None  # of softmax_attention
     dtype: Any = jnp.bfloat16
 
+    def refusal(self, implementation: str, width: int, grid: tuple[int, int]) -> str:
+        """Why an implementation does not offer this attention, or "" where it does."""
+        tokens = grid[0] * grid[1]
+        head_width = width // self.num_heads
+        return softmax_refusal(implementation, tokens, head_width, self.dtype)
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         del grid  # softmax attention does not know where a token lies
         B, T, D = x.shape
-        qkv = nn.Dense(3 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads), 2, 0)
+        N = self.num_heads
+        qkv = _dense(3 * D, self.qkv_bias, self.dtype, "qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, N, D // N), 2, 0)
         x = softmax_attention(q, k, v, self.implementation)  # (B, T, N, H)
-        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(
-            x.reshape(B, T, D)
-        )
+        return _dense(D, True, self.dtype, "proj")(x.reshape(B, T, D))
+
+
+# ---- Linear attention --------------------------------------------------------
 
 
 class DepthwiseConv(nn.Module):
-    """Holds the filters and bias that LiT's attention convolves v with: one filter a head channel, shared by the heads.
+    """The filters and the bias that LiT's attention convolves v with.
 
-    Initialised as PyTorch's Conv2d: uniform in +-1 / sqrt(K * K), bias too (paper section 3.2's plain random start).
+    One filter a head channel, shared by the heads. They start as PyTorch's Conv2d
+    does, uniform in +-1 / sqrt(K * K), the bias too: the plain random start of the
+    paper's section 3.2.
     """
 
     size: int  # K
@@ -119,18 +164,24 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        def uniform(key, shape, dtype=jnp.float32):
-            return jax.random.uniform(key, shape, dtype, -1.0 / self.size, 1.0 / self.size)
+        """Returns: filters (K, K, H) and bias (H,), float32."""
+        limit = 1.0 / self.size
 
-        kernel = self.param("kernel", uniform, (self.size, self.size, 1, self.channels))
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+        # Stored as a Flax convolution's kernel, with an axis for the one input channel.
+        shape = (self.size, self.size, 1, self.channels)
+        kernel = self.param("kernel", uniform, shape)
         bias = self.param("bias", uniform, (self.channels,))
         return kernel[:, :, 0, :], bias
 
 
 class LinearAttention(nn.Module):
-    """LiT's attention on (B, T, D): normalised linear attention of relu(q), relu(k), plus a depth-wise convolution of v.
+    """LiT's attention on (B, T, D): normalised linear attention plus a convolution of v.
 
-    The convolution is added to the attention output before `proj`; see kernels/linear_attention.py for the formula.
+    The convolution is added to the attention's output before `proj`. The formula
+    is in kernels/linear_attention.py.
     """
 
     num_heads: int
@@ -140,18 +191,34 @@ class LinearAttention(nn.Module):
     implementation: str | None = None  # of kernels.linear_attention
     dtype: Any = jnp.bfloat16
 
+    def case(self, width: int, grid: tuple[int, int]) -> Case:
+        """What the kernels are asked for, at a width and a grid of tokens."""
+        return Case(
+            width=width,
+            num_heads=self.num_heads,
+            grid=grid,
+            conv_size=self.conv_size,
+            kernel_function=self.kernel_function,
+            dtype=jnp.dtype(self.dtype),
+        )
+
+    def refusal(self, implementation: str, width: int, grid: tuple[int, int]) -> str:
+        """Why an implementation does not offer this attention, or "" where it does."""
+        return linear_attention.refusal(implementation, self.case(width, grid))
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         B, T, D = x.shape
-        q = nn.Dense(D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="q")(x)
-        kv = nn.Dense(2 * D, self.qkv_bias, self.dtype, kernel_init=xavier_uniform, name="kv")(x)
-        q, kv = checkpoint_name(q, PROJECTED), checkpoint_name(kv, PROJECTED)
-        conv_kernel = conv_bias = None
+        q = _dense(D, self.qkv_bias, self.dtype, "q")(x)
+        kv = _dense(2 * D, self.qkv_bias, self.dtype, "kv")(x)
+        q = checkpoint_name(q, PROJECTED)
+        kv = checkpoint_name(kv, PROJECTED)
+        conv_kernel = None
+        conv_bias = None
         if self.conv_size:
-            conv_kernel, conv_bias = DepthwiseConv(
-                self.conv_size, D // self.num_heads, name="dwc"
-            )()
-        x = linear_attention(
+            conv = DepthwiseConv(self.conv_size, D // self.num_heads, name="dwc")
+            conv_kernel, conv_bias = conv()
+        x = linear_attention.linear_attention(
             q,
             kv,
             conv_kernel,
@@ -161,4 +228,22 @@ class LinearAttention(nn.Module):
             kernel_function=self.kernel_function,
             implementation=self.implementation,
         )
-        return nn.Dense(D, True, self.dtype, kernel_init=xavier_uniform, name="proj")(x)
+        return _dense(D, True, self.dtype, "proj")(x)
+
+
+class Design(NamedTuple):
+    """An attention that a model may have, and the fields of its config that only it reads."""
+
+    module: type[nn.Module]
+    fields: tuple[str, ...] = ()
+
+
+# `attention` of a config names one. Each has its multiply-adds in costs/flops.py.
+ATTENTIONS = {
+    "softmax": Design(SoftmaxAttention),
+    "linear": Design(LinearAttention, ("kernel_function", "conv_size")),
+}
+
+
+def _dense(features, use_bias, dtype, name):
+    return nn.Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)

@@ -1,10 +1,13 @@
-"""DiT and LiT, one model: a diffusion transformer with adaLN-Zero blocks whose config chooses the attention.
+"""DiT and LiT, one model: a diffusion transformer with adaLN-Zero blocks.
 
-DiT: Peebles & Xie, arXiv 2212.09748. LiT: Wang et al., arXiv 2501.12976. Parameter names are those of DiT's checkpoints;
-blocks are scanned, so every leaf under `blocks` carries a leading layer axis.
+DiT: Peebles & Xie, arXiv 2212.09748. LiT: Wang et al., arXiv 2501.12976. The config chooses the
+attention. Parameters carry the names of DiT's checkpoints; the blocks are scanned, so every leaf
+under `blocks` has a leading layer axis.
 """
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
+from lit_jax import ranges
+from lit_jax.costs.flops import attention_macs
+from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
+from lit_jax.models.attention import ATTENTIONS, PROJECTED, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
 
-# size: depth, width, softmax heads, linear heads. S to XL: DiT table 1; few heads as in LiT. Ti is the quickstart's.
+# size: depth, width, softmax heads, linear heads. S to XL are DiT's table 1; the few linear heads
+# are LiT's. Ti is the quickstart's.
 SIZES = {
     "Ti": (5, 160, 4, 2),
     "S": (12, 384, 6, 2),
@@ -24,6 +31,7 @@ SIZES = {
     "XL": (28, 1152, 16, 4),
 }
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,8 +42,181 @@ REMAT_POLICIES = {
 }
 
 
+# ---- The architecture ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The architecture of a DiT or LiT: all that decides which function its parameters compute.
+
+    Checkpoints, exported files and `config.json` hold it as JSON (`to_json`). It checks itself.
+
+    Raises: ValueError whose text starts with the field's name.
+    """
+
+    depth: int
+    width: int  # D
+    num_heads: int | None  # None: a checkpoint that does not tell; such a config builds no model
+    attention: str = "softmax"  # softmax: DiT; linear: LiT
+    patch_size: int = 2  # p
+    in_channels: int = 4  # C
+    num_classes: int = 1000  # the null class is one row more
+    learn_sigma: bool = True  # the output holds the variance's values too: 2C channels
+    qkv_bias: bool = True
+    conv_size: int = 5  # linear: the K x K depth-wise convolution of v; 0: none
+    kernel_function: str = "relu"  # linear: relu, gelu, focused, focused_gelu
+    timestep_freq_shift: int = 0  # 0: official DiT; 1: diffusers, which divides by 127 and not 128
+    mlp_norm_epsilon: float = 1e-6  # 1e-6: official DiT; 1e-5: diffusers
+    grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
+
+    def __post_init__(self):
+        if self.attention == "softmax":
+            # Softmax has neither, so two equal models must not differ in them.
+            object.__setattr__(self, "conv_size", 0)
+            object.__setattr__(self, "kernel_function", "relu")
+        check_fields(dataclasses.asdict(self))
+        if self.width % 4:
+            raise ValueError(
+                f"width = {self.width} is not a multiple of 4, as the position table needs"
+            )
+        if self.num_heads and self.width % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide the width {self.width}")
+
+    @classmethod
+    def of_size(
+        cls,
+        size: str,
+        *,
+        attention: str = "softmax",
+        depth: int = 0,
+        width: int = 0,
+        num_heads: int = 0,
+        **fields: Any,
+    ) -> "DiTConfig":
+        """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
+        size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
+        size_heads = softmax_heads if attention == "softmax" else linear_heads
+        return cls(
+            depth=depth or size_depth,
+            width=width or size_width,
+            num_heads=num_heads or size_heads,
+            attention=attention,
+            **fields,
+        )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "DiTConfig":
+        """The config that `to_json` wrote.
+
+        Raises: ValueError for fields that are unknown or missing, or hold what they cannot.
+        """
+        known = check_fields(fields)
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING and field.name not in known
+        ]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing from the architecture")
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        fields = dataclasses.asdict(self)
+        return fields | {"grid": list(self.grid) if self.grid else None}
+
+    @property
+    def shared_with_teacher(self) -> tuple[str, ...]:
+        """Fields in which a teacher must be as its student, whatever its size."""
+        return ("in_channels", "num_classes", "learn_sigma")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C, or 2C with `learn_sigma`."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the model is told of each image besides x and t: its label, (B,) int32."""
+        return {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+    def forward_flops(self, input_size: tuple[int, int]) -> float:
+        """Multiply-adds of one image's forward pass, times two.
+
+        Counts matrix products and the depth-wise convolution, nothing else. `num_heads` must be
+        known.
+        """
+        D = self.width
+        p = self.patch_size
+        T = (input_size[0] // p) * (input_size[1] // p)
+        projections = 4 * T * D * D
+        core = attention_macs(
+            self.attention,
+            tokens=T,
+            width=D,
+            num_heads=self.num_heads or 1,
+            conv_size=self.conv_size,
+        )
+        block = projections + core + 8 * T * D * D + 6 * D * D
+        patches = T * p * p * (self.in_channels + self.out_channels) * D
+        ends = patches + FREQUENCIES * D + D * D + 2 * D * D
+        return 2.0 * (self.depth * block + ends)
+
+
+def _is_count(value: Any, low: int = 1) -> bool:
+    # A bool is an int to Python, and no size.
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_COUNT
+
+
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
+
+
+_COUNT = ranges.Range(f"a whole number from 1 to {MAX_COUNT}", _is_count)
+_FLAG = ranges.Range("True or False", lambda x: isinstance(x, bool))
+_RANGES = {
+    **dict.fromkeys(("depth", "width", "patch_size", "in_channels", "num_classes"), _COUNT),
+    "num_heads": ranges.Range(f"{_COUNT.words}, or None", lambda x: x is None or _is_count(x)),
+    "attention": ranges.one_of(*ATTENTIONS),
+    "learn_sigma": _FLAG,
+    "qkv_bias": _FLAG,
+    "conv_size": ranges.Range("odd, or 0", lambda x: _is_count(x, 0) and (x == 0 or x % 2 == 1)),
+    "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
+    "timestep_freq_shift": ranges.Range("0 or 1", lambda x: _is_count(x, 0) and x <= 1),
+    "mlp_norm_epsilon": ranges.Range(
+        "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
+    ),
+    "grid": ranges.Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
+}
+
+
+def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks some or all fields of a `DiTConfig`, such as a checkpoint from a stranger names.
+
+    Returns: the fields, `grid` as a tuple.
+    Raises: ValueError naming the first field that is unknown or holds what it cannot.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"the architecture is a {type(fields).__name__}, not an object")
+    for name, value in fields.items():
+        if name not in _RANGES:
+            raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
+        words, holds = _RANGES[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {words}; got {repr(value)[:40]}")
+    grid = fields.get("grid")
+    return dict(fields) | ({"grid": tuple(grid)} if grid is not None else {})
+
+
+# ---- Embeddings ----------------------------------------------------------------------------------
+
+
 def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
-    """Sinusoids of t (B,) as cos | sin, (B, 256) float32; freq_shift 0 is DiT's, 1 is what diffusers computes."""
+    """Sinusoids of t (B,) as cos | sin, (B, 256) float32.
+
+    freq_shift 0 is DiT's; 1 is what diffusers computes, up to a tenth of the output away.
+    """
     half = FREQUENCIES // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
@@ -43,7 +224,9 @@ def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
 
 
 def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
-    """DiT's fixed 2-d table for a grid of h x w tokens: first half of the width encodes the column, second the row.
+    """DiT's fixed 2-d table for a grid of h x w tokens.
+
+    The first half of the width encodes the column, the second half the row.
 
     Returns: (h * w, width) float64, tokens in raster order; each half is sin | cos.
     """
@@ -79,7 +262,7 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """(B, h, w, C) to patches (B, h/p, w/p, D): the strided convolution `proj`, initialised as the linear map it is."""
+    """(B, h, w, C) to patches (B, h/p, w/p, D): the strided convolution `proj`."""
 
     width: int
     patch_size: int
@@ -88,6 +271,7 @@ class PatchEmbedder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         p = self.patch_size
+        # Xavier's bounds for the linear map of a patch that the convolution is, as in DiT.
         init = nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3
         )
@@ -142,7 +326,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D), carried as (x, c); scanned over the depth."""
+    """One adaLN-Zero block on x (B, T, D) with the activated condition c (B, D).
+
+    It is scanned over the depth, with (x, c) as the carry.
+    """
 
     attention: type[nn.Module]
     attention_kwargs: dict
@@ -174,7 +361,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the zero-initialised projection to patches: (B, T, D) to (B, T, p * p * out_channels) float32."""
+    """Modulated norm and the zero-initialised projection to patches.
+
+    (B, T, D) to (B, T, p * p * C_out) float32.
+    """
 
     features: int
     dtype: Any
@@ -194,49 +384,55 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer: x (B, h, w, C), t (B,), y (B,) to (B, h, w, C_out) float32, C_out = 2C with learn_sigma.
+    """Diffusion transformer: x (B, h, w, C), t (B,) and a condition to (B, h, w, C_out) float32.
 
-    Any h x w that the patch size divides works: the position table is computed from the grid. Matmuls and the residual
-    stream are in `dtype`; norms, the timestep and label embedding and the output are float32, parameters too.
+    Any h x w that the patch size divides works: the position table is computed from the grid.
+    Matmuls and the residual stream are in `dtype`. Norms, the timestep's and the label's embedding
+    and the output are float32, and so are the parameters.
     """
 
-    depth: int
-    width: int
-    num_heads: int
-    patch_size: int
-    in_channels: int
-    num_classes: int
-    learn_sigma: bool = True
-    attention: str = "softmax"  # or "linear": LiT
-    qkv_bias: bool = True
-    kernel_function: str = "relu"  # linear attention: relu, gelu, focused, focused_gelu
-    conv_size: int = 5  # linear attention: 0 for no convolution
-    implementation: str | None = None  # of the chosen attention; None picks by platform
-    timestep_freq_shift: int = 0  # 0 official DiT, 1 diffusers
-    mlp_norm_epsilon: float = 1e-6  # 1e-6 official DiT, 1e-5 diffusers
+    config: DiTConfig
     dtype: Any = jnp.bfloat16
     remat: str = "none"  # none, full, dots: what the backward pass recomputes
+    implementation: str | None = None  # of the attention; None picks by platform
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        condition: Mapping[str, jax.Array],
+        drop: jax.Array | None = None,
+    ) -> jax.Array:
+        """The predicted noise and, with `learn_sigma`, the variance's raw values.
+
+        Args:
+          x: (B, h, w, C). t: (B,) timesteps, integer or float32.
+          condition: {"label": (B,) int32}.
+          drop: (B,) bool, the rows that get the null class; None: no row.
+        Raises: ValueError for other channels, or sides that the patch size does not divide.
+        """
+        config = self.config
         B, height, width, C = x.shape
-        p = self.patch_size
-        if C != self.in_channels:
+        D = config.width
+        p = config.patch_size
+        if C != config.in_channels:
             raise ValueError(
-                f"the model takes {self.in_channels} channels, the images {x.shape} have {C}"
+                f"the model takes {config.in_channels} channels, the images {x.shape} have {C}"
             )
         if height % p or width % p:
             raise ValueError(f"patch size {p} does not divide the {height} x {width} images")
-        h, w = height // p, width // p
+        h = height // p
+        w = width // p
 
-        x = PatchEmbedder(self.width, p, self.dtype, name="x_embedder")(x).reshape(
-            B, h * w, self.width
-        )
-        x = x + jnp.asarray(position_embedding((h, w), self.width), self.dtype)[None]
-        c = TimestepEmbedder(self.width, self.timestep_freq_shift, name="t_embedder")(t)
-        c = nn.silu(c + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(y))
+        x = PatchEmbedder(D, p, self.dtype, name="x_embedder")(x).reshape(B, h * w, D)
+        x = x + jnp.asarray(position_embedding((h, w), D), self.dtype)[None]  # (B, T, D)
+        c = TimestepEmbedder(D, config.timestep_freq_shift, name="t_embedder")(t)
+        label = condition["label"]
+        y = label if drop is None else jnp.where(drop, config.num_classes, label)
+        c = nn.silu(c + LabelEmbedder(config.num_classes, D, name="y_embedder")(y))  # (B, D)
 
-        # Inside remat: the backward pass gathers a layer's weights again instead of keeping them all.
+        # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
         block = nn.map_variables(
             Block,
             "params",
@@ -246,122 +442,66 @@ class DiT(nn.Module):
         )
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        # c never changes, yet is carried: as an input that the forward and the backward loop share, libtpu 0.0.52 places it
-        # twice in the same vector memory and fails ("Value while ... overlaps with another chunk") from 8 rows a chip down.
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.depth
         )
-        (x, c), _ = blocks(
-            *self._attention(), (h, w), self.mlp_norm_epsilon, self.dtype, name="blocks"
-        )((x, c), None)
-
-        out_channels = C * (2 if self.learn_sigma else 1)
-        x = FinalLayer(p * p * out_channels, self.dtype, name="final_layer")(x, c)
-        x = x.reshape(B, h, w, p, p, out_channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, height, width, out_channels)
-
-    def _attention(self) -> tuple[type[nn.Module], dict]:
-        kwargs = dict(
-            num_heads=self.num_heads, qkv_bias=self.qkv_bias, implementation=self.implementation
+        # c never changes, yet is carried. As an input that the forward and the backward loop share,
+        # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
+        # overlaps with another chunk") from 8 rows a chip down.
+        attention, attention_fields = self._attention()
+        stack = blocks(
+            attention,
+            attention_fields,
+            (h, w),
+            config.mlp_norm_epsilon,
+            self.dtype,
+            name="blocks",
         )
-        if self.attention == "softmax":
-            return SoftmaxAttention, kwargs
-        return LinearAttention, kwargs | dict(
-            kernel_function=self.kernel_function, conv_size=self.conv_size
+        (x, c), _ = stack((x, c), None)
+
+        C_out = config.out_channels
+        x = FinalLayer(p * p * C_out, self.dtype, name="final_layer")(x, c)
+        return unpatchify(x, (h, w), p)
+
+    def attention_module(self) -> Any:
+        """The attention of a block, to be asked what it computes; it has no parameters."""
+        module, fields = self._attention()
+        return module(**fields, dtype=self.dtype, parent=None)
+
+    def _attention(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The module of a block's attention, and its fields."""
+        design = ATTENTIONS[self.config.attention]
+        fields: dict[str, Any] = dict(
+            num_heads=self.config.num_heads,
+            qkv_bias=self.config.qkv_bias,
+            implementation=self.implementation,
         )
+        return design.module, fields | {n: getattr(self.config, n) for n in design.fields}
 
 
-def make_dit(
-    *,
-    size: str,
-    depth: int = 0,
-    width: int = 0,
-    num_heads: int = 0,
-    attention: str = "softmax",
-    remat: str = "none",
-    dtype: str = "bfloat16",
-    **kwargs,
-) -> DiT:
-    """Builds a model from a size name; depth, width and num_heads of 0 are the size's own.
-
-    Raises: ValueError naming the field and both values for an unknown size, attention, remat or dtype, and for heads that
-    do not divide the width.
-    """
-
-    def known(field, value, choices):
-        if value not in choices:
-            raise ValueError(f"{field} must be one of {', '.join(choices)}; got {value!r}")
-
-    known("model.size", size, SIZES)
-    known("model.attention", attention, ("softmax", "linear"))
-    known("train.remat", remat, REMAT_POLICIES)
-    known("model.dtype", dtype, ("bfloat16", "float32"))
-    size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
-    depth, width = depth or size_depth, width or size_width
-    num_heads = num_heads or (softmax_heads if attention == "softmax" else linear_heads)
-    if width % 4:
-        raise ValueError(
-            f"model.width = {width} is not a multiple of 4, as the position table needs"
-        )
-    if width % num_heads:
-        raise ValueError(f"model.num_heads = {num_heads} does not divide the width {width}")
-    return DiT(
-        depth=depth,
-        width=width,
-        num_heads=num_heads,
-        attention=attention,
-        remat=remat,
-        dtype=jnp.dtype(dtype).type,
-        **kwargs,
-    )
+def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
+    """(B, T, p * p * C) to (B, h p, w p, C): a token's vector is (row, column, channel)."""
+    h, w = grid
+    p = patch_size
+    B, T, F = x.shape
+    C = F // (p * p)
+    x = x.reshape(B, h, w, p, p, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * p, w * p, C)
 
 
-# What parameters alone do not tell, or a config may get wrong: a checkpoint's architecture names them all.
-ARCHITECTURE = (
-    "attention",
-    "depth",
-    "width",
-    "num_heads",
-    "patch_size",
-    "in_channels",
-    "num_classes",
-    "learn_sigma",
-    "qkv_bias",
-    "conv_size",
-    "kernel_function",
-    "timestep_freq_shift",
-    "mlp_norm_epsilon",
-)
-_LINEAR_ONLY = ("conv_size", "kernel_function")
+def init_params(model: DiT, rng: jax.Array) -> Any:
+    """Fresh parameters, float32. They do not depend on the size of the images."""
+    config = model.config
+    # One token: a fused kernel may refuse it, and what is drawn is the same in all of them.
+    model = model.clone(implementation="xla")
+    side = config.patch_size
+    x = jnp.zeros((1, side, side, config.in_channels))
+    condition = {
+        name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in config.condition_shapes(1).items()
+    }
+    return model.init(rng, x, jnp.zeros((1,), jnp.int32), condition)["params"]
 
 
-def check_architecture(model: DiT, architecture: dict[str, Any], path: str) -> None:
-    """Raises ValueError naming the first field in which a checkpoint's architecture is not the model's."""
-    for name in ARCHITECTURE:
-        ours, theirs = getattr(model, name), architecture[name]
-        if theirs is None or (model.attention == "softmax" and name in _LINEAR_ONLY):
-            continue
-        if ours != theirs:
-            raise ValueError(f"model.{name} = {ours}, but the checkpoint {path} has {theirs}")
-
-
-def forward_flops(model: DiT, input_size: tuple[int, int]) -> float:
-    """Multiply-adds of one image's forward pass, times two; matrix products and the depth-wise convolution only.
-
-    LiT's core is 2 T D H (state and read-out) + K K T D a layer against softmax's 2 T T D (paper, section 3.2).
-    """
-    D, p = model.width, model.patch_size
-    T = (input_size[0] // p) * (input_size[1] // p)
-    out_channels = model.in_channels * (2 if model.learn_sigma else 1)
-    core = 2 * T * T * D
-    if model.attention == "linear":
-        core = 2 * T * D * (D // model.num_heads) + model.conv_size**2 * T * D
-    block = 4 * T * D * D + core + 8 * T * D * D + 6 * D * D
-    ends = (
-        T * p * p * model.in_channels * D
-        + FREQUENCIES * D
-        + D * D
-        + 2 * D * D
-        + T * D * p * p * out_channels
-    )
-    return 2.0 * (model.depth * block + ends)
+def param_shapes(config: DiTConfig) -> Any:
+    """The tree of parameters as ShapeDtypeStructs; nothing is computed. `num_heads` is known."""
+    return jax.eval_shape(lambda: init_params(DiT(config), jax.random.key(0)))

@@ -66,7 +66,10 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
 
 
 def test_frechet_distance_of_singular_covariances_is_finite():
-    """Fewer images than features: the covariances span different subspaces. scipy's root is ill-defined here."""
+    """Fewer images than features: the covariances span different subspaces.
+
+    scipy's root is ill-defined here.
+    """
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     covariance1, covariance2 = basis[:, :5] @ basis[:, :5].T, 4.0 * basis[:, 3:9] @ basis[:, 3:9].T
@@ -124,7 +127,7 @@ def test_inception_score_of_certain_and_of_even_predictions():
 
 
 def test_inception_score_splits_in_file_order():
-    """Sorted by class, each split of 10 holds one class and scores 1; shuffled it would score near 10."""
+    """Sorted by class, each split of 10 holds one class and scores 1; shuffled about 10."""
     certain = 1e4 * np.repeat(np.eye(10), 10, axis=0)
     np.testing.assert_allclose(metrics.inception_score(certain, split_size=10), 1.0, rtol=1e-9)
 
@@ -158,7 +161,7 @@ def test_precision_and_recall_are_those_of_brute_force(k, block_size):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_ties_and_duplicates_count_as_brute_force_counts_them(k):
-    """On a lattice many distances are equal and some are 0: every second decision is one of a boundary."""
+    """On a lattice many distances are equal and some are 0: every second one is on a boundary."""
     for seed in range(4):
         rng = np.random.default_rng(seed)
         reference, samples = (

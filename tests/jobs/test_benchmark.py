@@ -1,4 +1,7 @@
-"""What the benchmark times and estimates is the config's model; bad input is one line. No test looks at a time."""
+"""The benchmark times and estimates the config's model, and refuses bad input in one line.
+
+No test asserts how long something takes.
+"""
 
 import dataclasses
 import json
@@ -10,11 +13,11 @@ import numpy as np
 import pytest
 
 from configs import debug
-from lit_jax import experiment
 from lit_jax.costs import tpu_schedule
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import benchmark
 from lit_jax.kernels.linear_attention import linear_attention
-from lit_jax.models.dit import forward_flops
+from lit_jax.models.dit import DiT, param_shapes
 
 
 def tiny_config(**model):
@@ -42,7 +45,10 @@ def tiny_config(**model):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Calls what would be timed once, and keeps its arguments and results; every call takes a millisecond."""
+    """Calls once what would be timed, and keeps its arguments and results.
+
+    Every call takes a millisecond.
+    """
     calls = []
 
     def measure(function, *args, repeats, calls_a_repeat=10):
@@ -70,16 +76,13 @@ def test_the_models_that_are_timed_are_the_configs(measured, monkeypatch):
         "LiT with DiT teacher distillation step",
     ]
     B = 2
-    lit = experiment.student(config)
-    dit = lit.clone(attention="softmax", num_heads=4)
+    lit = Experiment(config).model
+    dit = DiT(dataclasses.replace(lit.config, attention="softmax", num_heads=4))
     for model, (args, out) in zip((dit, lit), (measured[0], measured[2])):
-        x, t, y = args[1:]
-        assert shapes(args[0]) == shapes(
-            jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, y)["params"])
-        )
+        assert shapes(args[0]) == shapes(param_shapes(model.config))
         assert out.shape == (B, 4, 4, 8)
     # A millisecond each: TFLOP/s tells the FLOPs of a row.
-    forward = [forward_flops(model, (4, 4)) for model in (dit, lit)]
+    forward = [model.config.forward_flops((4, 4)) for model in (dit, lit)]
     expected = [forward[0], 3 * forward[0], forward[1], 3 * forward[1], 3 * forward[1] + forward[0]]
     np.testing.assert_allclose([row["TFLOP/s"] * 1e9 / B for row in rows], expected)
     assert all(
@@ -223,7 +226,10 @@ def test_a_static_estimate_is_of_the_configs_model_on_the_whole_chip(
 
 
 def test_a_loop_over_chunks_counts_as_often_as_it_turns_and_bands_move_more_than_the_floor():
-    """LiT-S/2 at 1024 pixels on a v4: 4096 tokens are 16 chunks, in bands, and v is read for the state and for the output."""
+    """LiT-S/2 at 1024 pixels on a v4: 4096 tokens are 16 chunks, in bands.
+
+    v is read twice: for the state and for the output.
+    """
     cost = tpu_schedule.attention_costs(384, 2, (64, 64), 2, "v4:2x2x1")["forward"]
     assert len(cost.kernels) == 2
     assert cost.compute == pytest.approx(

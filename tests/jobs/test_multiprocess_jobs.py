@@ -13,10 +13,11 @@ from PIL import Image
 
 import lit_jax
 from configs import debug
-from lit_jax import checkpoint, experiment
-from lit_jax.jobs import sample, train
+from lit_jax import checkpoint
+from lit_jax.experiment import Experiment
+from lit_jax.jobs import sample
+from lit_jax.models.dit import param_shapes
 from lit_jax.porting.read import read_checkpoint
-from lit_jax.train_step import init_params
 
 IMAGES, SHARD = 120, 4
 
@@ -98,15 +99,13 @@ def test_two_processes_sample_what_one_samples(server, tmp_path):
     config = debug.get_config()
     config.model.attention = "softmax"
     config.sample.num_images = 11
-    model = experiment.student(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
+    architecture = Experiment(config).model_config
+    shapes = param_shapes(architecture)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
     )
-    checkpoint.save_params(
-        tmp_path / "weights", params, {"model": train.architecture(model, config)}
-    )
+    checkpoint.save_params(tmp_path / "weights", params, {"model": architecture.to_json()})
     config.sample.checkpoint = str(tmp_path / "weights")
     sample.run(config, tmp_path / "one")
     pair = server.run_together(

@@ -10,10 +10,11 @@ import pytest
 from configs import debug, imagenet256_lit_s
 from lit_jax import checkpoint, sharding
 from lit_jax.costs import hlo
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import plan
 from lit_jax.models.autoencoder import AutoencoderKL
-from lit_jax.models.dit import forward_flops, make_dit
-from lit_jax.train_step import init_params, state_shapes
+from lit_jax.models.dit import DiTConfig, param_shapes
+from lit_jax.train_step import make_optimizer, state_shapes
 
 # A loop of 28 that slices a stacked weight, multiplies, gathers and updates a stacked result; then a reduction over all.
 MODULE = """
@@ -149,13 +150,13 @@ def test_replica_groups_are_read_in_each_of_their_forms():
 
 
 def test_flops_of_xl_are_six_times_parameters_times_tokens():
-    model = make_dit(size="XL", patch_size=2, in_channels=4, num_classes=1000)
+    model = DiTConfig.of_size("XL")
     tokens = 256
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), 32))
+    shapes = param_shapes(model)
     per_token = sum(checkpoint.parameter_count(shapes["blocks"][name]) for name in ("attn", "mlp"))
     by_hand = 6 * per_token * tokens + 3 * plan.attention_flops(model, (32, 32))
-    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(by_hand, rel=0.01)
-    assert 3 * forward_flops(model, (32, 32)) == pytest.approx(
+    assert 3 * model.forward_flops((32, 32)) == pytest.approx(by_hand, rel=0.01)
+    assert 3 * model.forward_flops((32, 32)) == pytest.approx(
         0.711e12, rel=0.01
     )  # 119 Gflop of the paper, times 2 and 3
 
@@ -181,7 +182,9 @@ def planned(tmp_path_factory):
 
 def test_memory_is_what_the_arrays_take_by_hand(planned):
     planner, programs = planned
-    shapes = state_shapes(planner.model, plan.from_config.optimizer(tiny_config()), 32)
+    shapes = state_shapes(
+        planner.model, make_optimizer(Experiment(tiny_config()).optimizer_settings)
+    )
     held = sum(
         np.prod(h.shard_shape(s.shape)) * s.dtype.itemsize
         for s, h in zip(
@@ -297,7 +300,7 @@ def test_a_device_of_the_plan_is_a_chip_with_the_memory_that_the_compiler_lets_i
     needed, allowed = plan.memory_shortage(str(refused.value))
     assert needed >= 64 * plan.GiB
     assert allowed == pytest.approx(
-        plan.CHIPS[chips[0].device_kind].memory, rel=1e-3
+        plan.chips.TPUS[chips[0].device_kind].memory, rel=1e-3
     )  # the text has two decimals
 
 

@@ -18,13 +18,14 @@ import pytest
 from configs import debug
 from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
-from lit_jax.jobs import train
-from lit_jax.models.dit import make_dit
+from lit_jax.experiment import Experiment
+from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.runtime import exit_status
 from lit_jax.train_step import state_shapes, with_sharding
 
-# A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a line that another one began.
+# A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a log line whose
+# first steps another process ran.
 STEPS = 60
 RHYTHM = (
     f"--config.train.steps={STEPS}",
@@ -58,7 +59,8 @@ def check_same_end(workdir, undisturbed):
 def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
     draw, workdir, everything = random.Random(0), server.folder / "killed", []
     for kill in range(10):
-        # Every third life dies anywhere, its first steps and its start included, the others in a save or after one.
+        # Every third process is killed at any moment, which may be in its start or its first steps.
+        # The others are killed in a save or after one.
         life = server.start(workdir, *RHYTHM, batches=5)
         complete = saves(workdir)[1]
         if kill % 3 == 0:
@@ -80,7 +82,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
 
 
 def saves(workdir):
-    """Names of the saves that are under way (or were, when a kill came), and of those that are complete."""
+    """Names of the incomplete saves (under way, or cut off by a kill) and of the complete ones."""
     names = {path.name for path in (workdir / "checkpoints").glob("*")}
     complete = {name for name in names if name.isdigit()}
     return names - complete, complete
@@ -96,7 +98,8 @@ def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_
     assert second.wait() == 1
     message = second.text().splitlines()[-1]
     assert message.startswith(
-        f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20"
+        f"error: --workdir={workdir} is in use by process {first.pid} "
+        f"on {socket.gethostname()} since 20"
     )
     assert not second.ids()
     first.kill(signal.SIGKILL)  # its name stays in the file, its lock does not
@@ -318,30 +321,41 @@ def test_changed_fields_are_refused_unless_forced(tmp_path):
     assert checkpoints.restore(shapes, {"model.width": 64}, force=True)[0] == 2
 
 
-def make_source(name="digits", split="train", count=20, invert=False):
+def make_dataset(name="digits", split="train", count=20, invert=False):
     images = [np.full((28, 28, 1), 255 - i if invert else i, np.uint8) for i in range(count)]
     return dataset.ImageDataset(
         name, split, [{"image": image, "label": 3} for image in images], (28, 28, 1), 10
     )
 
 
+def decisive_fields(config, data, teacher_checkpoint):
+    """Those of a config whose data set and teacher are given, not opened."""
+    experiment = Experiment(config)
+    experiment.dataset = data
+    experiment.teacher_checkpoint = teacher_checkpoint
+    return experiment.decisive_fields()
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """Two teachers of one architecture, and the checkpoint of a run with the first: its folder, shapes and fields."""
+    """Two teachers of one architecture, and the checkpoint of a run with the first.
+
+    Of the checkpoint: its folder, shapes and fields.
+    """
     folder = tmp_path_factory.mktemp("fields")
     for seed in (0, 1):
         command.write_teacher(folder / f"{seed}.safetensors", seed)
     teachers = [read_checkpoint(folder / f"{seed}.safetensors", weights="ema") for seed in (0, 1)]
-    fields = train.decisive_fields(debug.get_config(), make_source(), teachers[0])
+    fields = decisive_fields(debug.get_config(), make_dataset(), teachers[0])
     return teachers, folder / "run", with_device(save_two(folder / "run", fields)), fields
 
 
-def go_on(started, *, source=None, teacher=0, **changes):
+def go_on(started, *, data=None, teacher=0, **changes):
     """The fields after a change, and what comes of a restart with them."""
     teachers, folder, shapes, _ = started
     config = debug.get_config()
     config.update_from_flattened_dict(changes)
-    fields = train.decisive_fields(config, source or make_source(), teachers[teacher])
+    fields = decisive_fields(config, data or make_dataset(), teachers[teacher])
     checkpoints = checkpoint.Checkpointer(folder, keep=3, keep_every=0)
     try:
         return fields, checkpoints.restore(shapes, fields)[0]
@@ -355,9 +369,9 @@ def go_on(started, *, source=None, teacher=0, **changes):
     "field, change",
     [
         ("seed", {"seed": 1}),
-        ("data.records", dict(source=make_source(name="letters"))),
-        ("data.records", dict(source=make_source(split="test"))),
-        ("data.content", dict(source=make_source(invert=True))),
+        ("data.records", dict(data=make_dataset(name="letters"))),
+        ("data.records", dict(data=make_dataset(split="test"))),
+        ("data.content", dict(data=make_dataset(invert=True))),
         ("data.flip", {"data.flip": True}),
         ("train.batch_size", {"train.batch_size": 8}),
         ("train.label_dropout", {"train.label_dropout": 0.25}),
@@ -428,9 +442,8 @@ def test_the_fingerprint_sees_every_bit_and_every_place_but_not_the_mesh():
 
 def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    shapes = state_shapes(
-        make_dit(size="S", patch_size=2, in_channels=4, num_classes=10), optax.adamw(1e-4), 8
-    )
+    model = DiT(DiTConfig.of_size("S", num_classes=10))
+    shapes = state_shapes(model, optax.adamw(1e-4))
     specs = sharding.fsdp_sharding(shapes, mesh)
     for tree in (specs.params, specs.ema_params, specs.opt_state[0].mu, specs.opt_state[0].nu):
         assert tree["blocks"]["mlp"]["fc1"]["kernel"].spec == jax.P(None, None, "fsdp")

@@ -1,4 +1,7 @@
-"""The sampling job: images by number, whatever the batch, the devices and the interruptions; the npz and its protocol."""
+"""The sampling job: the npz, its protocol, and images that their number decides.
+
+Neither the batch, nor the devices, nor an interruption changes an image.
+"""
 
 import json
 import shutil
@@ -8,10 +11,10 @@ import numpy as np
 import pytest
 
 from configs import debug
-from lit_jax import checkpoint, experiment, pictures, sharding
-from lit_jax.diffusion import make_diffusion
-from lit_jax.jobs import sample, train
-from lit_jax.train_step import init_params
+from lit_jax import checkpoint, conditions, pictures, sharding
+from lit_jax.experiment import Experiment
+from lit_jax.jobs import sample
+from lit_jax.models.dit import param_shapes
 
 COUNT = 50
 
@@ -29,14 +32,14 @@ def config():
 @pytest.fixture(scope="module")
 def weights(config, tmp_path_factory):
     """A checkpoint of random parameters: at init a DiT draws the same zeros for every label."""
-    model = experiment.student(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), config.model.input_size))
+    architecture = Experiment(config).model_config
+    shapes = param_shapes(architecture)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
     )
     path = tmp_path_factory.mktemp("weights") / "params"
-    checkpoint.save_params(path, params, {"model": train.architecture(model, config)})
+    checkpoint.save_params(path, params, {"model": architecture.to_json()})
     config.sample.checkpoint = str(path)
     return params
 
@@ -65,7 +68,7 @@ def test_fifty_images_in_batches_of_another_size_are_the_same_bytes(config, draw
 
 
 def test_any_image_can_be_missing(config, drawn, tmp_path):
-    """Whatever is there already stays; the rest is drawn in batches of another make-up, and is the same bytes."""
+    """Images that exist stay. The others are drawn in other batches, and have the same bytes."""
     images, workdir = drawn
     shutil.copytree(workdir / "samples", tmp_path / "samples")
     for i in (0, 7, 8, 21, 49):
@@ -88,13 +91,16 @@ def test_one_device_and_eight_draw_the_same_noise_labels_and_ids_and_pixels_to_o
     index, results = np.arange(COUNT), []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices=devices)
-        models = {"model": experiment.student(config)}
-        generator = experiment.generators(config, models, make_diffusion(), mesh, 16)["model"]
-        labels = generator.labels(index, "random")
+        experiment = Experiment(config)
+        experiment.mesh = mesh
+        sampler = experiment.sampler(batch_size=16)
+        labels = conditions.for_images(
+            experiment.model_config, index, seed=config.seed, labels="random"
+        )
         params = jax.device_put(weights, sharding.replicated(mesh))
-        results.append((labels, pictures.to_uint8(generator(params, index, labels)).astype(int)))
+        results.append((labels, pictures.to_uint8(sampler(params, index, labels)).astype(int)))
     (labels_one, one), (labels_eight, eight) = results
-    np.testing.assert_array_equal(labels_one, labels_eight)
+    np.testing.assert_array_equal(labels_one["label"], labels_eight["label"])
     assert np.abs(one - eight).max() <= 1 and (one != eight).mean() < 0.01
     pngs = np.stack([sample.read_image(sample.image_path(drawn[1] / "samples", i)) for i in index])
     np.testing.assert_array_equal(pngs, eight)

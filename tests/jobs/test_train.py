@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import debug
 from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
+from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
-from lit_jax.porting.read import read_checkpoint
+from lit_jax.models.dit import init_params
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -22,21 +24,6 @@ QUIET = [
     "--config.report.num_images=0",
     "--config.optimizer.schedule=constant",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The same programs are compiled again and again here; JAX's cache on disk keeps them."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +122,13 @@ def test_the_report_adds_up(first_run):
 
 
 def test_everything_but_attention_came_from_the_teacher(first_run):
-    """The ends of the student are the torch teacher's, but for three steps of training at 1e-3."""
+    """The ends of the student are the teacher's, but for three steps of training at 1e-3."""
     workdir, _ = first_run
     inherited = json.loads((workdir / "inheritance.json").read_text())
     assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
     teacher = command.write_teacher(workdir.parent / "again.safetensors")
     params, metadata = checkpoint.restore_params(workdir, ema=False)
-    difference = (
-        params["final_layer"]["linear"]["kernel"]
-        - teacher.final_layer.linear.weight.detach().numpy().T
-    )
+    difference = params["final_layer"]["linear"]["kernel"] - teacher["final_layer.linear.weight"].T
     assert 0 < np.abs(difference).max() < 4e-3
     assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
 
@@ -158,7 +142,10 @@ def test_the_same_command_again_changes_no_parameter(first_run, folder):
 
 
 def test_resuming_equals_the_run_that_was_not_interrupted(folder):
-    """Two steps, then the same command with five: parameters, EMA and every metric are those of five steps at once."""
+    """Two steps, then the same command with five steps.
+
+    Parameters, EMA and every metric are those of five steps at once.
+    """
     assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
@@ -208,10 +195,11 @@ def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_
 
 
 def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
-    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it.
+    """At a learning rate of 1e30 no loss is finite, from the second step on.
 
-    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log line is due: the third
-    bad step in a row, step 4, is noticed two steps later, since the loop is two steps ahead of the device.
+    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log
+    line is due. The third bad step in a row is step 4. The loop notices it two steps later, since
+    it is two steps ahead of the device.
     """
     error = run_debug(
         folder,
@@ -264,10 +252,16 @@ def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
 
 
 def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
-    """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
-    torch_teacher = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
-    source = read_checkpoint(tmp_path / "teacher.safetensors", weights="ema")
-    params = train.load_teacher(source, "bfloat16", sharding.make_mesh(data=2, fsdp=4))
+    """The rule of lit_jax/sharding.py splits arrays of 65,536 elements or more.
+
+    It splits the largest axis, but never the layers' axis.
+    """
+    written = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
+    config = debug.get_config()
+    config.teacher.update(checkpoint=str(tmp_path / "teacher.safetensors"), dtype="bfloat16")
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = experiment.load_teacher()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     mlp, attention = params["blocks"]["mlp"], params["blocks"]["attn"]
     shapes = {
@@ -284,7 +278,7 @@ def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
         "bias": (2, 384),
     }  # of 512 a quarter; 768 stay whole
     assert len(mlp["fc1"]["kernel"].sharding.device_set) == 8
-    expected = torch_teacher.blocks[1].mlp.fc1.weight.detach().numpy().T
+    expected = written["blocks.1.mlp.fc1.weight"].T
     np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
 
 
@@ -366,3 +360,27 @@ def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
 
 def test_the_digits_were_written_once(first_run, folder):
     assert len(dataset.open_dataset("mnist_digits", str(folder / "data"), "train")) == 4500
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
+    """Its stream is the second half of the seed's key, from which no step draws."""
+    config = debug.get_config()
+    config.seed = seed
+    config.student.init = "random"
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    state = train.new_student(experiment, tmp_path)
+    root = jax.random.key(seed)
+    own = jax.random.split(root, 2)[1]
+
+    def kernel(rng):
+        params = init_params(experiment.model, rng)
+        return np.asarray(params["blocks"]["mlp"]["fc1"]["kernel"])
+
+    np.testing.assert_array_equal(state.params["blocks"]["mlp"]["fc1"]["kernel"], kernel(own))
+    steps = [jax.random.fold_in(root, step) for step in range(3)]
+    drawn_from = [root, *steps, *(part for step in steps for part in jax.random.split(step, 4))]
+    keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
+    assert tuple(jax.random.key_data(own).tolist()) not in keys
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)

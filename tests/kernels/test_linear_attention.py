@@ -1,4 +1,7 @@
-"""The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
+"""The op's XLA form against a float64 oracle that forms the T x T matrix.
+
+Also: which implementation the op chooses, and what it refuses.
+"""
 
 import functools
 import math
@@ -10,7 +13,12 @@ import numpy as np
 import pytest
 from oracles import assert_close
 
-from lit_jax.kernels.linear_attention import _choose, linear_attention, take_or_xla
+from lit_jax.kernels.linear_attention import (
+    Case,
+    choose_implementation,
+    linear_attention,
+    take_or_xla,
+)
 
 
 def phi_and_slope(x, kernel_function):
@@ -36,7 +44,7 @@ def phi_and_slope(x, kernel_function):
 
 
 def oracle(q, kv, conv_kernel, conv_bias, do, *, num_heads, grid, kernel_function="relu"):
-    """Output and gradients (dq, dkv, dconv_kernel, dconv_bias) in float64, by the O(T^2) attention matrix."""
+    """Output and gradients (dq, dkv, dconv_kernel, dconv_bias), float64, by the T x T matrix."""
     q, kv, do = (np.asarray(x, np.float64) for x in (q, kv, do))
     B, T, D = q.shape
     (h, w), H = grid, D // num_heads
@@ -89,8 +97,8 @@ def make_inputs(
 ):
     """Random q, kv, conv_kernel, conv_bias and cotangent; K = 0 leaves the convolution out.
 
-    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does not
-    depend on its size, so there dq is a difference of equal numbers.
+    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does
+    not depend on its size, so there dq is a difference of equal numbers.
     """
     rng = np.random.default_rng(seed)
     T, D = grid[0] * grid[1], num_heads * head_width
@@ -104,6 +112,13 @@ def make_inputs(
         for s in ((K, K, head_width), (head_width,))
     )
     return q, kv, conv_kernel, conv_bias, do
+
+
+def case_of(inputs, *, num_heads, grid):
+    """The case that a call on `inputs` is."""
+    q, _, conv_kernel, *_ = inputs
+    K = 0 if conv_kernel is None else len(conv_kernel)
+    return Case(q.shape[2], num_heads, grid, K, dtype=q.dtype)
 
 
 def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
@@ -126,7 +141,8 @@ def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwar
     expected, expected_grads = oracle(*inputs, **shape)
     dtype = str(q.dtype)
     assert out.dtype == q.dtype
-    # In bfloat16 the operands of the products are rounded once more (phi, the state), not only the result.
+    # In bfloat16 not only the result is rounded: the operands of the products (phi, the state) are
+    # rounded once more.
     close = dict(dtype=dtype, factor=factor)
     assert_close(out, expected, reduction=1 if dtype == "bfloat16" else H, what="out", **close)
     names = ("dq", "dk", "dv", "dconv_kernel", "dconv_bias")
@@ -182,7 +198,10 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(magnitude, zero):
 
 
 def test_the_gradient_of_v_is_summed_in_float32():
-    """49 positive terms: a sum in bfloat16 would round at each of them, here the result alone is rounded."""
+    """Each sum has 49 positive terms: bfloat16 would round at each of them.
+
+    In float32 the result alone is rounded.
+    """
     q, kv, _, _, do = make_inputs(K=0, grid=(7, 7), dtype="bfloat16")
     D, (h, w) = q.shape[-1], (7, 7)
     do, filters = (
@@ -211,7 +230,8 @@ def test_the_gradient_of_v_is_summed_in_float32():
         for y in range(7)
         for x in range(7)
     )
-    # Four roundings to eight bits: of the convolution's part and of its sum with the attention's, which cancels, both times.
+    # Four roundings to eight bits: of the convolution's part and of its sum with the attention's,
+    # which cancels, both times.
     np.testing.assert_allclose(dv, expected.reshape(dv.shape), rtol=4 * 2**-8)
 
 
@@ -256,17 +276,8 @@ def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
         platform=platform, compute_capability=capability, device_kind="a device"
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert (
-        _choose(
-            width=2 * H,
-            num_heads=2,
-            grid=(16, 16),
-            conv_size=K,
-            kernel_function=kernel_function,
-            dtype=jnp.bfloat16,
-        )
-        == expected
-    )
+    case = Case(2 * H, 2, (16, 16), K, kernel_function)
+    assert choose_implementation(case) == expected
 
 
 @pytest.mark.parametrize(
@@ -274,7 +285,7 @@ def test_none_takes_the_platforms_kernel_where_it_offers_the_case(
     [
         (dict(num_heads=3), "width 16 and num_heads 3"),
         (dict(num_heads=2.0), "width 16 and num_heads 2.0"),
-        (dict(grid=(-5, -3)), r"grid \(-5, -3\) and 15 tokens"),
+        (dict(grid=(-5, -3)), r"one token or more; got grid \(-5, -3\)"),
         (dict(q=jnp.zeros((0, 15, 16)), kv=jnp.zeros((0, 15, 32))), r"q \(0, 15, 16\)"),
         (dict(conv_kernel=jnp.zeros(())), r"got \(\)"),
         (dict(conv_kernel=jnp.zeros((3, 3, 8), int)), "got int32"),

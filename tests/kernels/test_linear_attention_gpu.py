@@ -1,4 +1,4 @@
-"""The GPU kernels in interpret mode against a float64 T x T oracle, and their lowering to Triton for CUDA."""
+"""The GPU kernels: interpret mode against a float64 T x T oracle, and the lowering to Triton."""
 
 import functools
 
@@ -9,58 +9,16 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from oracles import assert_close
-from test_linear_attention import check, make_inputs
+from test_linear_attention import case_of, check, make_inputs, oracle
 
 from lit_jax.kernels import linear_attention_gpu
 
-# XLA's CPU backend takes minutes to optimise the unrolled loads of interpret mode, for runs of milliseconds.
+# XLA's CPU backend would take minutes to optimise the unrolled loads of interpret mode. The runs
+# take milliseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = linear_attention_gpu.BlockSizes(
     tokens=16, dq_tokens=16, state_tokens=16, state_rows=16, programs=1
 )
-
-
-def _oracle(q, kv, conv_kernel, conv_bias, do, num_heads, grid):
-    """Returns out, dq, dkv, dconv_kernel, dconv_bias in float64, by the T x T attention matrix."""
-    B, T, D = q.shape
-    N, H, (h, w) = num_heads, D // num_heads, grid
-
-    def heads(x):
-        return x.reshape(B, T, N, H).transpose(0, 2, 1, 3)
-
-    def merge(x):
-        return x.transpose(0, 2, 1, 3).reshape(B, T, D)
-
-    q, k, v, g = heads(q), heads(kv[..., :D]), heads(kv[..., D:]), heads(do)
-    phi_q, phi_k = np.maximum(q, 0) + 1e-6, np.maximum(k, 0) + 1e-6
-    scores = phi_q @ phi_k.swapaxes(2, 3) / T
-    denominator = scores.sum(-1, keepdims=True) + 1e-6
-    weights = scores / denominator  # (B, N, T, T)
-    out = weights @ v
-    dscores = (g @ v.swapaxes(2, 3) - (g * out).sum(-1, keepdims=True)) / denominator / T
-    dq, dk = dscores @ phi_k * (q > 0), dscores.swapaxes(2, 3) @ phi_q * (k > 0)
-    dv = weights.swapaxes(2, 3) @ g
-    out, dq, dk, dv = map(merge, (out, dq, dk, dv))
-    if conv_kernel is None:
-        return out, dq, np.concatenate([dk, dv], -1), None, None
-
-    K = conv_kernel.shape[0]
-    image, dimage = merge(v).reshape(B, h, w, N, H), do.reshape(B, h, w, N, H)
-    padded = np.pad(image, ((0, 0), (K // 2, K // 2), (K // 2, K // 2), (0, 0), (0, 0)))
-    dpadded, local, dconv_kernel = (
-        np.zeros_like(padded),
-        np.zeros_like(image),
-        np.zeros_like(conv_kernel),
-    )
-    for dy in range(K):
-        for dx in range(K):
-            window = np.s_[:, dy : dy + h, dx : dx + w]
-            local += padded[window] * conv_kernel[dy, dx]
-            dpadded[window] += dimage * conv_kernel[dy, dx]
-            dconv_kernel[dy, dx] = (padded[window] * dimage).sum((0, 1, 2, 3))
-    dv += dpadded[:, K // 2 : K // 2 + h, K // 2 : K // 2 + w].reshape(B, T, D)
-    out += (local + conv_bias).reshape(B, T, D)
-    return out, dq, np.concatenate([dk, dv], -1), dconv_kernel, dimage.sum((0, 1, 2, 3))
 
 
 def _inputs(B, grid, N, H, K, dtype, scale=1.0):
@@ -78,22 +36,25 @@ def _inputs(B, grid, N, H, K, dtype, scale=1.0):
 
 
 def _kernels(inputs, N, grid, block_sizes):
-    kwargs = dict(num_heads=N, grid=grid, interpret=True, block_sizes=block_sizes)
+    case = case_of(inputs, num_heads=N, grid=grid)
+    kwargs = dict(case=case, interpret=True, block_sizes=block_sizes)
 
-    def both(*inputs):
-        out, saved = linear_attention_gpu.forward(*inputs[:4], **kwargs)
-        return out, *linear_attention_gpu.backward(*inputs[:4], saved, inputs[4], **kwargs)
+    def both(inputs, do):
+        out, saved = linear_attention_gpu.forward(inputs, **kwargs)
+        return out, *linear_attention_gpu.backward(inputs, saved, do, **kwargs)
 
-    return jit(both)(*inputs)
+    return jit(both)(inputs[:4], inputs[4])
 
 
 def _check(inputs, N, grid, block_sizes=SMALL, factor=8.0):
     dtype, T, H = inputs[0].dtype.name, inputs[0].shape[1], inputs[0].shape[2] // N
     actual = _kernels(inputs, N, grid, block_sizes)
-    expected = _oracle(*(None if x is None else np.asarray(x, np.float64) for x in inputs), N, grid)
-    # bfloat16 rounds operands once each, whose errors do not grow with the sums; float32 rounds every sum.
+    out, gradients = oracle(*inputs, num_heads=N, grid=grid)
+    # bfloat16 rounds operands once each, whose errors do not grow with the sums; float32 rounds
+    # every sum.
     reduction = 1 if dtype == "bfloat16" else max(T, H)
-    for name, x, y in zip(("out", "dq", "dkv", "dconv_kernel", "dconv_bias"), actual, expected):
+    names = ("out", "dq", "dkv", "dconv_kernel", "dconv_bias")
+    for name, x, y in zip(names, actual, (out, *gradients)):
         assert (x is None) == (y is None), name
         if x is not None:
             assert_close(x, y, reduction=reduction, dtype=dtype, factor=factor, what=name)
@@ -168,28 +129,24 @@ def test_the_public_op_hands_the_forwards_state_to_the_backward():
     ],
 )
 def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
-    """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
-    inputs = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
-    kwargs = dict(num_heads=N, grid=(side, side))
-    saved = jax.eval_shape(functools.partial(linear_attention_gpu.forward, **kwargs), *inputs[:4])[
-        1
-    ]
+    """Interpret mode accepts shapes that Triton refuses.
+
+    The lowering refuses them too, and needs no GPU.
+    """
+    *inputs, do = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
+    inputs = tuple(inputs)
+    case = case_of(inputs, num_heads=N, grid=(side, side))
+    forward_fn = functools.partial(linear_attention_gpu.forward, case=case)
+    backward_fn = functools.partial(linear_attention_gpu.backward, case=case)
+    _, saved = jax.eval_shape(forward_fn, inputs)
     target = "__gpu$xla.gpu.triton"
     unstable = [export.DisabledSafetyCheck.custom_call(target)]
     card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    with use_abstract_mesh(
-        AbstractMesh((1,), ("card",), abstract_device=card)
-    ):  # JAX 0.11 and later ask which card it is for
+    # JAX 0.11 and later ask which card it is for.
+    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=card)):
         forward, backward = (
-            export.export(
-                jax.jit(functools.partial(f, **kwargs)),
-                platforms=["cuda"],
-                disabled_checks=unstable,
-            )(*args)
-            for f, args in (
-                (linear_attention_gpu.forward, inputs[:4]),
-                (linear_attention_gpu.backward, (*inputs[:4], saved, inputs[4])),
-            )
+            export.export(jax.jit(f), platforms=["cuda"], disabled_checks=unstable)(*args)
+            for f, args in ((forward_fn, (inputs,)), (backward_fn, (inputs, saved, do)))
         )
     for exported, kernels in ((forward, 2), (backward, 3)):
         assert exported.mlir_module().count(f"@{target}") == kernels

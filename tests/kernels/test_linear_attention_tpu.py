@@ -1,4 +1,7 @@
-"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler's word for real shapes."""
+"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler.
+
+The compiler, libtpu, compiles real shapes on any machine.
+"""
 
 import functools
 
@@ -8,12 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracles import assert_close
-from test_linear_attention import check, make_inputs, value_and_grads
+from test_linear_attention import case_of, check, make_inputs, value_and_grads
 
 from lit_jax import sharding
 from lit_jax.costs import tpu_schedule
-from lit_jax.kernels import linear_attention_tpu
-from lit_jax.kernels.linear_attention import linear_attention
+from lit_jax.kernels import linear_attention_tpu_plan
+from lit_jax.kernels.linear_attention import Case, linear_attention
+from lit_jax.models.dit import SIZES
 
 pallas = functools.partial(check, implementation="pallas_tpu", interpret=True)
 
@@ -21,16 +25,22 @@ pallas = functools.partial(check, implementation="pallas_tpu", interpret=True)
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 32 tokens, so that small grids take several."""
-    monkeypatch.setattr(linear_attention_tpu, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(linear_attention_tpu_plan, "CHUNK_TOKENS", 32)
+
+
+@pytest.fixture
+def no_whole_images(monkeypatch):
+    """VMEM that holds bands of an image at most."""
+    monkeypatch.setattr(linear_attention_tpu_plan, "image_bytes", lambda plan: float("inf"))
 
 
 def plan_of(inputs, num_heads, grid):
-    return linear_attention_tpu._plan_of(
-        inputs[0], inputs[2], num_heads, grid, linear_attention_tpu.BACKWARD_ARRAYS
-    )
+    case = case_of(inputs, num_heads=num_heads, grid=grid)
+    return linear_attention_tpu_plan.make_plan(case, backward=True)
 
 
-# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
+# Heads that straddle tiles of 128 lanes (144), that fill them (128, 256), and heads that leave a
+# last tile ragged (192).
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype",
     [
@@ -93,9 +103,8 @@ def test_an_image_in_several_chunks_matches_the_oracle(
     ],
 )
 def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
-    small_chunks, monkeypatch, num_heads, head_width, grid, K, dtype
+    small_chunks, no_whole_images, num_heads, head_width, grid, K, dtype
 ):
-    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
     inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
     assert plan_of(inputs, num_heads, grid).bands > 1
     pallas(inputs, num_heads=num_heads, grid=grid)
@@ -126,7 +135,10 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(
 
 @pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
 def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
-    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
+    """Rows of 1e4 and 1e-4 share one window of Cook and Toom's algorithm.
+
+    The keys give the bright row no weight.
+    """
     q, kv, filters, bias, _ = make_inputs(
         B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16"
     )
@@ -256,50 +268,42 @@ def _cost_estimates(jaxpr):
 )
 def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
     B, T, D, heads = 4, 64, 256, 2
-    fn, args = tpu_schedule.attention_program(D, heads, (4, 16), B, name)
+    fn, args = tpu_schedule.attention_program(Case(D, heads, (4, 16)), B, name)
     (cost,) = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
-    # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of their gradients.
+    # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of
+    # their gradients.
     constants = (40 + 1 if name == "forward" else 40 + 2 * 41 * 8) * D * 4
     assert cost.bytes_accessed == arrays * B * T * D * 2 + constants
-    assert cost.flops == 2 * B * T * D * (
-        products * T + convolutions * 40 // 4
-    )  # by a head's T x T matrix
+    # By a head's T x T matrix.
+    assert cost.flops == 2 * B * T * D * (products * T + convolutions * 40 // 4)
     assert cost.transcendentals == B * T * heads
 
 
-def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, monkeypatch):
-    monkeypatch.setattr(linear_attention_tpu, "_image_bytes", lambda plan, arrays: float("inf"))
+def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, no_whole_images):
     B, T, D, H, heads = 2, 128, 128, 64, 2
+    case = Case(D, heads, (8, 16))
     costs = {}
     for name in ("forward", "backward"):
-        fn, args = tpu_schedule.attention_program(D, heads, (8, 16), B, name)
+        fn, args = tpu_schedule.attention_program(case, B, name)
         costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
-    plan = linear_attention_tpu._make_plan(
-        T, D, jnp.dtype(jnp.bfloat16), 5, heads, (8, 16), arrays=4
-    )
-    assert (plan.bands, plan.halo_rows, plan.outputs) == (
-        2,
-        2,
-        2,
-    )  # 5 columns of 6 products make 2 rows
+    plan = linear_attention_tpu_plan.make_plan(case, backward=False)
+    # 5 columns of 6 products make 2 rows.
+    assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)
     array, state, mean, taps = B * T * D * 2, B * 128 * 128 * 2, B * D * 4, 30 * D * 4
-    halos, sums = (
-        2 * B * 2 * 2 * 16 * D * 2,
-        2 * 31 * 8 * D * 4,
-    )  # 2 bands of 2 halos of 2 rows; of two cores
+    halos = 2 * B * 2 * 2 * 16 * D * 2  # 2 bands of 2 halos of 2 rows
+    sums = 2 * 31 * 8 * D * 4  # of two cores
     expected = [
         2 * array + state + mean,  # the state, of k and v
         3 * array + halos + state + mean + taps + D * 4,  # q, v, the output; the bias
         2 * array + state + mean,
         3 * array + 2 * (state + mean),  # q, do, dq
-        5 * array + halos + state + mean + taps + sums,
-    ]  # k, v, do, dk, dv
+        5 * array + halos + state + mean + taps + sums,  # k, v, do, dk, dv
+    ]
     found = costs["forward"] + costs["backward"]
     assert [cost.bytes_accessed for cost in found] == expected
     per_tap = 2 * B * T * D
-    assert [cost.flops for cost in found] == [
-        per_tap * n for n in (H, H + 15, H, 2 * H, 2 * H + 2 * 15)
-    ]
+    per_value = (H, H + 15, H, 2 * H, 2 * H + 2 * 15)
+    assert [cost.flops for cost in found] == [per_tap * n for n in per_value]
     assert [cost.transcendentals for cost in found] == [B * T * heads * n for n in (0, 1, 0, 1, 0)]
 
 
@@ -316,43 +320,8 @@ def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
         )
 
 
-@pytest.mark.parametrize("K", [3, 5, 7])
-@pytest.mark.parametrize("m", [1, 2, 4])
-def test_cook_toom_correlates(m, K):
-    A, B, G = linear_attention_tpu._cook_toom(m, K)
-    x, g = np.random.default_rng(0).normal(size=(2, m + K - 1))
-    expected = [sum(g[k] * x[i + k] for k in range(K)) for i in range(m)]
-    np.testing.assert_allclose(A.T @ ((G @ g[:K]) * (B @ x)), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("mebibytes", [16, 64, 128])  # of a v4; of a v5p core; of a v5e or v6e
-@pytest.mark.parametrize("size", tpu_schedule.SIZES)
-def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, mebibytes):
-    monkeypatch.setattr(linear_attention_tpu, "_vmem_bytes", lambda: mebibytes * 2**20)
-    D, num_heads = tpu_schedule.SIZES[size]
-    for pixels in tpu_schedule.PIXELS:
-        side = pixels // tpu_schedule.PIXELS_PER_TOKEN
-        for arrays in (4, 7):
-            plan = linear_attention_tpu._make_plan(
-                side * side, D, jnp.dtype(jnp.bfloat16), 5, num_heads, (side, side), arrays
-            )
-            assert (plan.bands * plan.band_rows, plan.w) == (side, side), (pixels, arrays, plan)
-            assert plan.bands == 1 or mebibytes == 16 or pixels > 512, (pixels, arrays, plan)
-
-
-def test_the_turns_of_the_loops_are_those_of_the_plan():
-    with tpu_schedule.on_chip("v4:2x2x1"):  # bands of halved chunks
-        assert linear_attention_tpu.loop_turns(1152, 4, (16, 16), 5, "bfloat16", True) == 2
-    with tpu_schedule.on_chip("v5e:2x2"):
-        turns = [
-            linear_attention_tpu.loop_turns(1152, 4, (side, side), 5, "bfloat16", True)
-            for side in (16, 32, 64)
-        ]
-    assert turns == [1, 4, 16]
-
-
-# Every chip both ways, every size and every resolution; XL below. All 128 programs, seven minutes of a core:
-#   python -m lit_jax.costs.tpu_schedule --product
+# Every chip both ways, every size and every resolution; XL below. All 128 programs, seven minutes
+# of a core: python -m docs.kernels_table
 @pytest.mark.parametrize(
     "topology,size,pixels,name",
     [
@@ -370,9 +339,9 @@ def test_the_turns_of_the_loops_are_those_of_the_plan():
 )
 def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
     side = pixels // tpu_schedule.PIXELS_PER_TOKEN
-    tpu_schedule.compile_for(
-        *tpu_schedule.attention_program(*tpu_schedule.SIZES[size], (side, side), 2, name), topology
-    )
+    _, width, _, num_heads = SIZES[size]
+    case = Case(width, num_heads, (side, side))
+    tpu_schedule.compile_for(*tpu_schedule.attention_program(case, 2, name), topology)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +351,8 @@ def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
         ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),  # heads of 72
         ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),  # heads of 64
         ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
-        # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+        # Near the 16 MiB of v4, where registers that spill count: those of the heads' normalisers
+        # and those of float32.
         ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
@@ -391,15 +361,17 @@ def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
 def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(
     topology, width, num_heads, grid, K, dtype, name
 ):
-    tpu_schedule.compile_for(
-        *tpu_schedule.attention_program(width, num_heads, grid, 2, name, K, dtype), topology
-    )
+    case = Case(width, num_heads, grid, K, dtype=jnp.dtype(dtype))
+    tpu_schedule.compile_for(*tpu_schedule.attention_program(case, 2, name), topology)
 
 
 @pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])
 def test_static_schedule_at_xl_256_is_near_the_memory_floor(name, bar):
-    """LiT-XL/2, 256 px, v5e, with some air above what the schedules reach; HBM carries arguments and outputs alone."""
-    program = tpu_schedule.attention_program(1152, 4, (16, 16), 8, name)
+    """LiT-XL/2, 256 px, v5e, with some air above what the schedules reach.
+
+    HBM carries arguments and outputs alone.
+    """
+    program = tpu_schedule.attention_program(Case(1152, 4, (16, 16)), 8, name)
     cost = tpu_schedule.estimate(*program, grid_steps=8, topology="v5e:2x2")
     assert len(cost.kernels) == 1 and cost.ratio <= bar, cost
     # Taps repeated for each head, and each core's sums of their gradients; no array (B, T, D).

@@ -17,9 +17,9 @@ from lit_jax import sharding
 from lit_jax.models import autoencoder
 from lit_jax.porting.read import load_params, read_autoencoder
 
-SMALL = dict(
-    block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1
-)  # half the resolution
+# Latents of half the side.
+SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+LATENTS = (2, 6, 8, 4)  # one shape in many tests: they share a compiled program
 VARIANTS = {
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
     "sdxl": dict(latent_channels=4, scaling_factor=0.13025, layers_per_block=2),
@@ -79,6 +79,14 @@ def rel(actual, expected):
     return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The small model with Stable Diffusion's fields, as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("small")
+    make_torch().save_pretrained(folder)
+    return folder
+
+
 def random_images(rng, *shape):
     return rng.uniform(-1, 1, shape).astype(np.float32)
 
@@ -87,7 +95,7 @@ def test_encoder_and_decoder_equal_diffusers(pair):
     model, ours = pair
     rng = np.random.default_rng(0)
     images = random_images(rng, 2, 16, 24, 3)
-    z = rng.normal(size=(2, 6, 8, model.config.latent_channels)).astype(np.float32)
+    z = rng.normal(size=(*LATENTS[:3], model.config.latent_channels)).astype(np.float32)
     with torch.no_grad():
         posterior = model.encode(to_torch(images)).latent_dist
         decoded = model.decode(to_torch(z)).sample
@@ -100,12 +108,18 @@ def test_encoder_and_decoder_equal_diffusers(pair):
 
 
 def test_every_module_equals_diffusers(tmp_path):
-    """Module by module on the way of one image, so that an error cannot hide behind a later norm."""
+    """Module by module on the way of one image: no error can hide behind a later norm."""
     model = make_torch()
     model.save_pretrained(tmp_path)
     ours = port(tmp_path)
     rng = np.random.default_rng(1)
     images = random_images(rng, 1, 16, 16, 3)
+
+    @jax.jit
+    def intermediates(params, images):
+        _, state = ours.module.apply({"params": params}, images, capture_intermediates=True)
+        return state["intermediates"]
+
     captured = {}
     handles = [
         child.register_forward_hook(lambda _, __, out, name=name: captured.update({name: out}))
@@ -115,11 +129,10 @@ def test_every_module_equals_diffusers(tmp_path):
         model.decode(model.encode(to_torch(images)).latent_dist.mean)
     for handle in handles:
         handle.remove()
-    _, state = ours.module.apply({"params": ours.params}, images, capture_intermediates=True)
     compared = []
-    for path, (value,) in flatten_dict(state["intermediates"]).items():
+    for path, (value,) in flatten_dict(intermediates(ours.params, images)).items():
         name = re.sub(r"_(\d)", r".\1", ".".join(path[:-1]))
-        # Ours applies SiLU in the norms, and diffusers sees tokens, not images, within the attention.
+        # Ours applies SiLU in the norms, and diffusers sees tokens within the attention.
         if name in captured and "norm" not in name and captured[name].ndim == 4:
             assert rel(value, to_numpy(captured[name])) < 2e-5, name
             compared.append(name)
@@ -168,15 +181,18 @@ def test_log_variance_is_clipped():
 
 
 def test_tiling_computes_what_diffusers_tiles(tmp_path):
-    """Three by two tiles, the last ones narrower, so that tiles are blended with blended ones on both sides."""
-    size = (28, 20)
+    """Three by two tiles to decode, the last ones narrower: tiles are blended with blended ones.
+
+    They are on both sides. One column of three tiles to encode: each further shape of a tile is
+    a network to compile.
+    """
     model = make_torch(sample_size=16)
     model.save_pretrained(tmp_path)
     ours = port(tmp_path, tile_size=8)
     model.enable_tiling()
     rng = np.random.default_rng(2)
-    images = random_images(rng, 1, *size, 3)
-    z = rng.normal(size=(1, size[0] // 2, size[1] // 2, 4)).astype(np.float32)
+    images = random_images(rng, 1, 28, 12, 3)
+    z = rng.normal(size=(1, 14, 10, 4)).astype(np.float32)
     with torch.no_grad():
         posterior = model.encode(to_torch(images)).latent_dist
         decoded = model.decode(to_torch(z)).sample
@@ -235,9 +251,8 @@ def test_tiles_take_the_memory_of_a_tile(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
-def test_float32_means_float32_on_every_device(tmp_path, dtype, precision):
-    make_torch().save_pretrained(tmp_path)
-    ours = port(tmp_path, dtype=dtype)
+def test_float32_means_float32_on_every_device(folder, dtype, precision):
+    ours = port(folder, dtype=dtype)
     for run, shape in ((ours.decode, (1, 8, 8, 4)), (ours.encode, (1, 16, 16, 3))):
         text = jax.jit(run).lower(np.zeros(shape, np.float32)).as_text()
         products = re.findall(r"stablehlo.(?:convolution|dot_general).*", text)
@@ -247,9 +262,8 @@ def test_float32_means_float32_on_every_device(tmp_path, dtype, precision):
         ), products[0]
 
 
-def test_slices_and_shards_do_not_change_the_result(tmp_path):
-    make_torch().save_pretrained(tmp_path)
-    ours = port(tmp_path)
+def test_slices_and_shards_do_not_change_the_result(folder):
+    ours = port(folder)
     z = np.random.default_rng(3).normal(size=(8, 4, 4, 4)).astype(np.float32)
     whole = ours.decode(z)
     assert_close(
@@ -261,10 +275,10 @@ def test_slices_and_shards_do_not_change_the_result(tmp_path):
     assert_close(sharded, whole, reduction=300)
 
 
-def test_bfloat16_decode_is_close_to_float32(tmp_path):
-    make_torch().save_pretrained(tmp_path)
-    z = np.random.default_rng(4).normal(size=(1, 8, 8, 4)).astype(np.float32)
-    exact, rounded = port(tmp_path).decode(z), port(tmp_path, dtype="bfloat16").decode(z)
+def test_bfloat16_decode_is_close_to_float32(folder):
+    z = np.random.default_rng(4).normal(size=LATENTS).astype(np.float32)
+    exact = port(folder).decode(z)
+    rounded = port(folder, dtype="bfloat16").decode(z)
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.mean(np.square(rounded - exact)) / np.mean(np.square(exact)))
     assert 1e-4 < error < 0.03  # 8 bits of mantissa through some 20 layers
@@ -275,11 +289,7 @@ def test_latents_are_shifted_and_scaled(tmp_path):
     ours = port(tmp_path)
     assert (ours.scaling_factor, ours.shift_factor) == (1.5305, 0.0609)
     rng = np.random.default_rng(5)
-    mean = rng.normal(size=(1, 4, 4, ours.module.latent_channels)).astype(np.float32)
-    latents = ours.to_latents(mean, jnp.full(mean.shape, -30.0), jax.random.key(0))
-    np.testing.assert_allclose(
-        latents, (mean - ours.shift_factor) * ours.scaling_factor, rtol=1e-5, atol=1e-5
-    )
+    mean = rng.normal(size=(*LATENTS[:3], 16)).astype(np.float32)
     assert_close(
         ours.from_latents((mean - ours.shift_factor) * ours.scaling_factor),
         ours.decode(mean),
@@ -287,20 +297,19 @@ def test_latents_are_shifted_and_scaled(tmp_path):
     )
 
 
-def test_wrong_shapes_are_named(tmp_path):
-    make_torch().save_pretrained(tmp_path)
-    ours = port(tmp_path)
+def test_wrong_shapes_are_named(folder):
+    ours = port(folder)
     with pytest.raises(ValueError, match=r"latents must be \(B, h, w, 4\); got \(1, 4, 4, 3\)"):
         ours.decode(np.zeros((1, 4, 4, 3)))
     with pytest.raises(ValueError, match="sides that 2 divides"):
         ours.encode(np.zeros((1, 31, 32, 3)))
     for wrong in (6, -4):
-        with pytest.raises(
-            ValueError, match=f"autoencoder.tile_size must be a multiple of 4.*got {wrong}"
-        ):
-            port(tmp_path, tile_size=wrong)
-    with pytest.raises(ValueError, match="autoencoder.slice_size must not be negative; got -1"):
-        port(tmp_path, slice_size=-1)
+        with pytest.raises(ValueError, match=f"^tile_size = {wrong} is not a multiple of 4"):
+            port(folder, tile_size=wrong)
+    with pytest.raises(ValueError, match="^slice_size = -1 is negative"):
+        port(folder, slice_size=-1)
+    with pytest.raises(ValueError, match="^dtype = 'float16' is not float32 or bfloat16"):
+        port(folder, dtype="float16")
 
 
 def test_full_size_has_the_published_parameters_and_equals_diffusers(tmp_path):

@@ -1,0 +1,63 @@
+"""What a model is told of an image besides x and t, and which condition image number i gets.
+
+A condition is a dict of arrays with a leading batch axis. With it goes `drop`, (B,) bool: the rows
+for which the model uses its own "nothing" (DiT's null class). So the samplers, the train step and
+the data know of no null.
+
+    {"label": (B,) int32}    a class-conditional DiT or LiT
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Condition = dict[str, jax.Array]
+
+LABEL_MODES = ("random", "balanced")
+# Sampling step s folds s into an image's key. The label of the image takes a number far from those.
+LABEL_STREAM = 2**31 - 1
+
+
+def for_images(
+    model_config: Any, index: np.ndarray, *, seed: int, labels: str
+) -> dict[str, np.ndarray]:
+    """The condition of images by number; image i's depends on (seed, i) alone.
+
+    Args:
+      model_config: the architecture, which knows the number of classes.
+      index: (n,) numbers of the images.
+      labels: "random", uniform from (seed, i) as in DiT's protocol, or "balanced": i modulo the
+        number of classes.
+    Returns: {"label": (n,) int32}.
+    Raises: ValueError for another word.
+    """
+    num_classes = model_config.num_classes  # the null class is never asked for
+    if labels == "balanced":
+        return {"label": (index % num_classes).astype(np.int32)}
+    if labels != "random":
+        raise ValueError(f"labels must be one of {', '.join(LABEL_MODES)}; got {labels!r}")
+
+    # From the image's own key, not from one generator: image i is the same in any batch.
+    def label(i):
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), LABEL_STREAM)
+        return jax.random.randint(rng, (), 0, num_classes)
+
+    return {"label": np.asarray(jax.vmap(label)(jnp.asarray(index)), np.int32)}
+
+
+def check_dataset(model_config: Any, dataset: Any) -> None:
+    """Raises ValueError where the records' conditions are not those that the model is told."""
+    wanted = set(model_config.condition_shapes(1))
+    if wanted != set(dataset.condition_fields):
+        raise ValueError(
+            f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
+            f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
+        )
+    # JAX would clamp a label outside the table without a word.
+    if dataset.num_classes != model_config.num_classes:
+        raise ValueError(
+            f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "
+            f"{dataset.num_classes} classes"
+        )

@@ -1,0 +1,224 @@
+"""The ArrayRecord files of a prepared data set: written one by one, verified, described.
+
+A shard gets its final name when it is whole. It is finished when a line of a journal,
+written after that, gives its count and hash. So an interrupted preparation goes on where
+it stopped. Each process has a journal; at the end `finish` merges them into prepared.json
+and writes the metadata that TFDS reads.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+
+from lit_jax.data.dataset import PREPARED
+
+VERSION = "1.0.0"
+
+# One record a chunk, for random access. Uncompressed: latents compress by a seventh only,
+# and reading them is then half as fast.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The files of a split, and which of them this process writes.
+
+    Shard s holds the records s * size to (s + 1) * size - 1, the last one what is left.
+    Process p of n writes the shards p, p + n, p + 2n, ...
+    """
+
+    folder: epath.Path  # a local one: ArrayRecord writes to no other
+    name: str
+    split: str
+    num_records: int
+    size: int
+    process_index: int = 0
+    process_count: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of shards."""
+        return -(-self.num_records // self.size)
+
+    @property
+    def mine(self) -> range:
+        """The numbers of the shards that this process writes."""
+        return range(self.process_index, self.count, self.process_count)
+
+    def rows(self, shard: int) -> range:
+        """The numbers of the records of a shard."""
+        start = shard * self.size
+        return range(start, min(start + self.size, self.num_records))
+
+    def path(self, shard: int) -> epath.Path:
+        """The file of a shard, by the name that TFDS looks for."""
+        kind = f"{self.name}-{self.split}.array_record"
+        return self.folder / f"{kind}-{shard:05d}-of-{self.count:05d}"
+
+    def journals(self) -> list[epath.Path]:
+        """Those of all processes, earlier ones included."""
+        return sorted(self.folder.glob(f"journal-{self.split}-*.jsonl"))
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """{"count", "sha256"} of each finished shard."""
+        split = read_about(self.folder).get("splits", {}).get(self.split, {})
+        known = {}
+        for shard, (count, sha256) in enumerate(split.get("shards", [])):
+            known[shard] = {"count": count, "sha256": sha256}
+
+        # After prepared.json, for they are of later runs.
+        for journal in self.journals():
+            for line in journal.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # a run was killed while it wrote the line
+                known[entry.pop("shard")] = entry
+
+        # Not those whose file was removed, because it was damaged: they are written again.
+        return {s: entry for s, entry in known.items() if self.path(s).exists()}
+
+    def write(self, shard: int, records: Iterable[bytes]) -> None:
+        """Writes a whole shard, then gives it its name, then notes it in the journal."""
+        path = self.path(shard)
+        part = path.with_name(f"part-{path.name}")
+        writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+        try:
+            count = 0
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            writer.close()
+
+        with open(part, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            # Before the name is given: a power failure must not leave the name without
+            # the content.
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+        entry = json.dumps({"shard": shard, "count": count, "sha256": sha256})
+        name = f"journal-{self.split}-{self.process_index:05d}.jsonl"
+        with open(self.folder / name, "a") as journal:
+            # A killed run may have left half a line, so an entry starts a new one.
+            journal.write(f"\n{entry}\n")
+
+    def verify(self) -> None:
+        """Reads this process's shards back: each must have the bytes that were written.
+
+        Raises: ValueError naming the first file that has not.
+        """
+        finished = self.finished()
+        for shard in self.mine:
+            path = self.path(shard)
+            if shard not in finished:
+                raise ValueError(
+                    f"{path} is missing or was not finished; do all processes see the same folder?"
+                )
+
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            written = finished[shard]["sha256"]
+            if sha256 != written:
+                raise ValueError(
+                    f"{path} has sha256 {sha256}, {written} was written; remove it and run again"
+                )
+
+            # The hash is of what was written; whether that is right, the reader tells.
+            reader = ArrayRecordReader(str(path))
+            count = reader.num_records()
+            reader.close()
+            wanted = len(self.rows(shard))
+            if count != wanted:
+                raise ValueError(
+                    f"{path} has {count} records, it should have {wanted}; remove it and run again"
+                )
+
+    def finish(self, features: tfds.features.FeaturesDict, about: dict[str, Any]) -> None:
+        """Describes all finished splits for TFDS, then this one in prepared.json.
+
+        Raises: ValueError when shards of this split are missing.
+        """
+        finished = self.finished()
+        missing = [shard for shard in range(self.count) if shard not in finished]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {len(missing)} shards of {self.split} are missing, "
+                f"the first is {self.path(missing[0]).name}; "
+                f"do all processes see the same folder?"
+            )
+
+        entries = [finished[shard] for shard in range(self.count)]
+        splits = read_about(self.folder)["splits"]
+        splits[self.split]["shards"] = [
+            # Two values, not a dict: there may be thousands of shards.
+            [entry["count"], entry["sha256"]]
+            for entry in entries
+        ]
+        # TFDS keeps one list of splits: without the others' infos they would be gone.
+        infos = [
+            self._split_info(name, split)
+            for name, split in splits.items()
+            if "shards" in split  # else it is not finished
+        ]
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(self.folder),
+            features=features,
+            split_infos=infos,
+            check_data=False,  # it would count the records of every shard again
+            version=VERSION,
+            supervised_keys=("mean" if about["autoencoder"] else "image", "label"),
+            description=_description(about),
+        )
+        write_about(self.folder, about | {"splits": splits})
+        # Last: until prepared.json has the hashes, only the journals do.
+        for journal in self.journals():
+            journal.unlink()
+
+    def _split_info(self, name: str, split: dict[str, Any]) -> tfds.core.SplitInfo:
+        shards = dataclasses.replace(
+            self,
+            split=name,
+            num_records=split["records"],
+            size=split["shard_records"],
+        )
+        files = [shards.path(shard) for shard in range(shards.count)]
+        return tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[count for count, _ in split["shards"]],
+            num_bytes=sum(os.path.getsize(file) for file in files),
+        )
+
+
+def _description(about: dict[str, Any]) -> str:
+    size = about["image_size"]
+    text = f"{about['source']}, ADM centre crop to {size} pixels"
+    if not about["autoencoder"]:
+        return f"{text}."
+    name = about["autoencoder"]["name"]
+    return (
+        f"{text}, encoded by {name}: "
+        f"posterior mean and log-variance, unscaled, of image and mirror."
+    )
+
+
+def read_about(folder: epath.Path) -> dict[str, Any]:
+    """How the data set in a folder is prepared: what prepared.json says, or {}."""
+    path = folder / PREPARED
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_about(folder: epath.Path, about: dict[str, Any]) -> None:
+    """Writes prepared.json."""
+    # Under another name first: a killed run must not leave half of it.
+    part = folder / f"part-{PREPARED}"
+    part.write_text(json.dumps(about, indent=1) + "\n")
+    part.replace(folder / PREPARED)

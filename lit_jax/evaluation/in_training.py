@@ -1,0 +1,158 @@
+"""What a run shows of itself while it trains.
+
+Grids of preview images, and scores of a few images.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from lit_jax import pictures
+from lit_jax.evaluation import reports
+from lit_jax.evaluation.evaluator import Evaluator
+
+# (params, index (n,), condition, on_batch) -> images (n, h, w, C) float32: a
+# `sampling.Sampler`.
+DrawImages = Callable[
+    [Any, np.ndarray, Mapping[str, np.ndarray], Callable[[int], None]],
+    np.ndarray,
+]
+
+
+def draw_images(
+    sampler: DrawImages,
+    params: Any,
+    condition: Mapping[str, np.ndarray],
+    on_batch: Callable[[int], None],
+) -> np.ndarray:
+    """Images 0 to n - 1 under the n given conditions.
+
+    Args:
+      sampler: draws image i from its number and condition alone.
+      condition: arrays (n, ...), see `conditions.for_images`.
+      on_batch: is called after each batch with the number of images that are
+        done. It may raise to stop.
+    Returns: (n, h, w, C) uint8, on every process.
+    """
+    # The same numbers each time: what changes from step to step is the model.
+    num_images = len(next(iter(condition.values())))
+    images = sampler(params, np.arange(num_images), condition, on_batch)
+    return pictures.to_uint8(images)
+
+
+class Previews:
+    """Grids of the same images at every step, the student below the teacher.
+
+    Args:
+      samplers: by the name of the model, "teacher" and "student", in the order
+        of the rows.
+      condition: arrays (n, ...) for n columns.
+      folder: where the grids go.
+    """
+
+    def __init__(
+        self,
+        samplers: Mapping[str, DrawImages],
+        condition: Mapping[str, np.ndarray],
+        folder: epath.PathLike,
+    ):
+        self._samplers = samplers
+        self._condition = condition
+        self._folder = epath.Path(folder)
+        self._rows: dict[str, np.ndarray] = {}
+
+    def path(self, step: int) -> epath.Path:
+        """The grid of a step."""
+        # Zeros in front, so that the files are sorted by step.
+        return self._folder / f"step_{step:07d}.png"
+
+    def draw(
+        self,
+        params: Mapping[str, Any],
+        step: int,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Image.Image:
+        """Draws, saves and returns the grid of a step.
+
+        Args:
+          params: the parameters of each sampler's model; of the student its
+            EMA.
+          on_batch: see `draw_images`.
+        """
+        for name, sampler in self._samplers.items():
+            # The teacher does not change, so its row is drawn once.
+            if name == "teacher" and name in self._rows:
+                continue
+            self._rows[name] = draw_images(sampler, params[name], self._condition, on_batch)
+
+        rows = list(self._rows.values())
+        titles = list(self._rows)
+        picture = pictures.image_grid(rows, titles)
+        # All processes draw together and have all images; one writes.
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pictures.save_picture(self.path(step), picture)
+        return picture
+
+
+class PeriodicEvaluation:
+    """Scores of the same few images at every step, drawn with the EMA.
+
+    Args:
+      evaluator: scores them.
+      sampler: draws them.
+      condition: arrays (n, ...) for n images.
+      sampling: how they are drawn, for the protocol; see `sampling.protocol`.
+      workdir: the scores go into evaluation_STEP.json and .md there.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        sampler: DrawImages,
+        condition: Mapping[str, np.ndarray],
+        sampling: Mapping[str, Any],
+        workdir: epath.PathLike,
+    ):
+        self._evaluator = evaluator
+        self._sampler = sampler
+        self._condition = condition
+        self._sampling = sampling
+        self._workdir = epath.Path(workdir)
+
+    def path(self, step: int) -> epath.Path:
+        """The JSON of a step."""
+        return self._workdir / f"evaluation_{step:07d}.json"
+
+    def score(
+        self,
+        ema_params: Any,
+        step: int,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, float]:
+        """Draws and scores the images of a step.
+
+        The files that it writes hold the protocol too, see `protocol.py`.
+
+        Args:
+          on_batch: is called around each batch of the sampler and of the
+            feature network. It may raise to stop.
+        Returns: the scores by name, such as fd_efficientnet_lite0_1k.
+        """
+        images = draw_images(self._sampler, ema_params, self._condition, on_batch)
+        # Every process scores. To hear of a request to stop, all of them must
+        # call on_batch equally often.
+        scores = self._evaluator.score_images(images, on_batch)
+        if jax.process_index() == 0:
+            # The step is a field of its own, so that a comparison can be drawn
+            # over it.
+            sampling = {**self._sampling, "step": step}
+            num_images, *shape = images.shape
+            result = self._evaluator.make_result(scores, num_images, shape, sampling)
+            path = self.path(step)
+            reports.write_report(path.with_name(path.stem), result)
+        return scores

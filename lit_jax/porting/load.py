@@ -1,0 +1,27 @@
+"""A checkpoint as a model that can be called: the Python API's first line."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.porting.read import load_params, read_checkpoint
+
+
+def load(path: Any, *, weights: str = "ema") -> tuple[DiT, Any, DiTConfig]:
+    """Loads a checkpoint of any layout: torch file, diffusers or Orbax folder, workdir.
+
+    Args:
+      path: what `read_checkpoint` takes.
+      weights: "ema" or "model", where a training checkpoint has both.
+    Returns: the model in float32, its parameters on the default device, and its architecture.
+    Raises: what `read_checkpoint` raises; ValueError where nothing tells the number of heads.
+    """
+    checkpoint = read_checkpoint(path, weights=weights)
+    config = checkpoint.config
+    if not config.num_heads:
+        raise ValueError(
+            f"{path} does not say how many heads its width of {config.width} has; port it with "
+            f"port.num_heads first"
+        )
+    return DiT(config, dtype=jnp.float32), load_params(checkpoint.params), config

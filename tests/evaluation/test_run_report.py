@@ -1,0 +1,129 @@
+"""The report of a finished run."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_jax import pictures
+from lit_jax.evaluation import run_report
+
+LABELS = np.arange(9, dtype=np.int32) % 3
+
+
+def shades(labels):
+    """Images whose shade is their label, in [-1, 1]."""
+    level = labels.astype(np.float32)[:, None, None, None] - 1
+    return np.broadcast_to(0.8 * level, (len(labels), 4, 4, 1))
+
+
+def draw(params, index, condition, on_batch):
+    on_batch(len(index))
+    images = shades(condition["label"]) * params["scale"]
+    assert len(index) == len(images)
+    return images + 0.01 * index[:, None, None, None].astype(np.float32)
+
+
+PARAMS = {
+    "teacher": {"scale": np.zeros((), np.float32), "other": np.zeros((3, 4), np.float32)},
+    "student": {"scale": np.ones((), np.float32)},
+}
+
+
+@pytest.fixture
+def report(tmp_path, caplog):
+    """Writes a report and returns it with what was logged."""
+
+    def write(**options):
+        with caplog.at_level(logging.INFO, logger="absl"):
+            result = run_report.report(
+                {"teacher": draw, "student": draw},
+                PARAMS,
+                {"label": LABELS},
+                tmp_path,
+                steps=300,
+                **options,
+            )
+        assert json.loads((tmp_path / "report.json").read_text()) == result
+        return result, caplog.text
+
+    return write
+
+
+def write_metrics(workdir):
+    lines = [
+        {"step": 100, "train/loss": 3.0, "train/mse": 2.0, "train/grad_norm": 1.0},
+        {"step": 100, "eval/fd_tiny_8": 70.0},
+        {"step": 200, "train/loss": 2.0, "train/mse": 1.0, "train/grad_norm": 1.0},
+        {"step": 300, "train/loss": 0.5, "train/mse": 0.25, "train/grad_norm": 1.0},
+        {"step": 300, "eval/fd_tiny_8": 60.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text)
+
+
+def test_a_report_holds_the_first_and_the_last_losses(report, tmp_path):
+    write_metrics(tmp_path)
+    result, logged = report()
+    assert result == {
+        "num_images": 9,
+        "loss": {"loss": {"start": 3.0, "end": 0.5}, "mse": {"start": 2.0, "end": 0.25}},
+        "parameters": {"teacher": 13, "student": 1},
+    }
+    for text in (
+        "parameters     teacher 13, student 1",
+        "loss terms     mean of steps 1 to 100 -> of the last ones, up to 300",
+        "  loss         3.0000 -> 0.5000",
+        "  mse          2.0000 -> 0.2500",
+        f"pictures       {tmp_path}/previews/step_0000300.png, {tmp_path}/samples.png, "
+        f"{tmp_path}/curves.png",
+    ):
+        assert text in logged
+    assert "inheritance" not in logged and "labels read" not in logged
+
+
+def test_the_picture_is_the_students(report, tmp_path):
+    write_metrics(tmp_path)
+    report()
+    x = draw(PARAMS["student"], np.arange(9), {"label": LABELS}, lambda done: None)
+    expected = pictures.square_grid(pictures.to_uint8(x))
+    np.testing.assert_array_equal(Image.open(tmp_path / "samples.png"), expected)
+
+
+def test_a_classifier_of_real_images_reads_the_labels(report, tmp_path):
+    """The student draws the shade that it is asked for, the teacher the middle one always."""
+    write_metrics(tmp_path)
+    labels = np.arange(30) % 3
+    result, logged = report(real_images=(pictures.to_uint8(shades(labels)), labels))
+    assert result["labels_read"] == {"teacher": pytest.approx(1 / 3), "student": 1.0}
+    assert (
+        "labels read    by a classifier of the real images, on 9 images each: "
+        "teacher 33.3%, student 100.0%" in logged
+    )
+
+
+def test_what_was_inherited_is_part_of_the_report(report, tmp_path):
+    write_metrics(tmp_path)
+    parts = {"inherited": {"a": 1000, "b": 500}, "at_init": {"c": 20}, "left_behind": {}}
+    (tmp_path / "inheritance.json").write_text(json.dumps(parts))
+    result, logged = report()
+    assert result["inheritance"] == {"inherited": 1500, "at_init": 20, "left_behind": 0}
+    assert "inheritance    1,500 inherited, 20 new, 0 of the source left behind" in logged
+
+
+def test_a_finished_run_whose_metrics_are_gone_is_reported_all_the_same(report, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    result, logged = report()
+    assert result["loss"] == {} and "up to 300" in logged
+
+
+def test_drawing_can_be_stopped(report, tmp_path):
+    def stop(count):
+        raise KeyboardInterrupt
+
+    write_metrics(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        report(on_batch=stop)
+    assert not (tmp_path / "report.json").exists()
