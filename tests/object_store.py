@@ -16,6 +16,7 @@ import urllib.parse
 
 import fsspec
 from etils import epath
+from etils.epath import backend
 from fsspec.spec import AbstractFileSystem
 
 OBJECTS: dict[str, bytes] = {}  # "bucket/path/of/object": content
@@ -215,6 +216,9 @@ def serve(monkeypatch):
     """Lets gs:// mean this store in the block; yields epath.Path("gs://bucket")."""
     OBJECTS.clear()
     fsspec.register_implementation("gcs", Bucket, clobber=True)
+    # epath keeps the file system that it found first, of another test for one.
+    forget = backend.fsspec_backend._get_filesystem.cache_clear
+    forget()
     # Orbax asks Google's client for the kind of bucket; this is one of the usual kind.
     client = types.SimpleNamespace(get_bucket=lambda name: types.SimpleNamespace())
     storage = types.SimpleNamespace(Client=lambda: client)
@@ -235,3 +239,4 @@ def serve(monkeypatch):
         finally:
             server.shutdown()
             thread.join()
+            forget()
