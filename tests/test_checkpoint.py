@@ -3,6 +3,7 @@
 And what damaged ones, and those of other runs, lead to.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -305,7 +306,11 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(copy, change, n
         ValueError,
         match=f"{copy}/6 does not fit the model: {name} is {there} in the checkpoint, {wanted} in",
     ):
-        run.restore(shapes_of(make_state(model=MODEL.clone(**change))))
+        run.restore(
+            shapes_of(
+                make_state(model=MODEL.clone(config=dataclasses.replace(MODEL.config, **change)))
+            )
+        )
     run.close()
     assert folders(copy) == ["2", "4", "6"]
 

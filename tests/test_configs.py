@@ -177,8 +177,12 @@ def test_every_field_that_is_read_is_in_the_default():
         "unlock",
         "value",
     }
-    # A job calls an architecture `config`, too.
-    methods |= {field.name for field in dataclasses.fields(DiTConfig)} | set(dir(DiTConfig))
+    # A job calls an architecture `config`, too, and a model `model`.
+    methods |= (
+        {field.name for field in dataclasses.fields(DiTConfig)}
+        | set(dir(DiTConfig))
+        | {"apply", "config"}
+    )
     reads = reads_of_fields()
     assert reads[""] - methods <= sections, (
         f"not in default.py: {sorted(reads[''] - methods - sections)}"

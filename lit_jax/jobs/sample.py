@@ -32,7 +32,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws images 0 to sample.num_images - 1, going on where an interrupted run stopped.
 
     Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     Raises: ValueError when the checkpoint is of another model than the config says, or the folder
       holds images that were drawn by another protocol.
     """
+    workdir = epath.Path(workdir)
     experiment = Experiment(config)
     settings = config.sample
 

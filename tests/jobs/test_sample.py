@@ -143,9 +143,9 @@ def test_the_npz_holds_images_labels_and_protocol(config, drawn):
 def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path):
     """Else the folder would refuse the request that is put right."""
     for change, message in (
-        ({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
-        ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
-        ({"variance": "none"}, "unknown variance 'none'"),
+        ({"cfg_channels": "2"}, "sample.cfg_channels must be one of 3, all; got '2'"),
+        ({"cfg_interval": (5.0, 1.0)}, "sample.cfg_interval must be two numbers"),
+        ({"variance": "none"}, "sample.variance must be one of .*; got 'none'"),
         ({"labels": "sorted"}, "sample.labels must be"),
     ):
         with pytest.raises(ValueError, match=message):
