@@ -543,7 +543,7 @@ class Experiment:
         only a start reads.
         """
         config = self.config
-        teacher = self.teacher_checkpoint
+        distilled_from = self.teacher_checkpoint
         # The keys are stored in checkpoints: renaming one would let a changed field pass.
         decisive = {
             "seed": config.seed,
@@ -553,7 +553,8 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
-            "teacher.checkpoint": teacher and f"of checksum {teacher.report.checksum}",
+            "teacher.checkpoint": distilled_from
+            and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,
             "teacher.dtype": config.teacher.dtype,
         }

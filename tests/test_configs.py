@@ -125,15 +125,21 @@ def reads_of_fields():
     """The names that lit_jax reads of each section; "*" where it takes the whole section."""
     sections = {field.split(".")[0] for field in DEFAULTS if "." in field}
     reads = {section: set() for section in sections} | {"": set()}
-    for path in (path for pattern in READERS for path in (ROOT / "lit_jax").glob(pattern)):
-        tree = ast.parse(path.read_text())
-        # `sample = config.sample` makes `sample` another name of the section within that file.
+    paths = [path for pattern in READERS for path in (ROOT / "lit_jax").glob(pattern)]
+    functions = [
+        node
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    for function in functions:
+        # `sample = config.sample` makes `sample` another name of the section in that function.
         aliases = {}
-        for node in ast.walk(tree):
+        for node in ast.walk(function):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 if section := section_of(node.value, {}):
                     aliases[node.targets[0].id] = section
-        for node in ast.walk(tree):
+        for node in ast.walk(function):
             section = section_of(getattr(node, "value", None), aliases)
             if isinstance(node, ast.Attribute):
                 if section in reads:
