@@ -70,8 +70,11 @@ def naming(group: str, **names: str) -> Iterator[None]:
         if argument is None:
             raise
         field = names.get(argument[1], f"{group}.{argument[1]}")
+        rest = text[argument.end() :]
+        for name, whole in names.items():  # where the error compares two of them
+            rest = re.sub(rf"\b{name}(?= = )", whole, rest)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(field + text[argument.end() :]) from error
+        raise kind(field + rest) from error
 
 
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:

@@ -87,9 +87,7 @@ class OptimizerSettings:
             warmup=ranges.AT_LEAST_0,
         )
         if self.warmup >= self.steps:
-            raise ValueError(
-                f"warmup = {self.warmup} is not shorter than the run of {self.steps} steps"
-            )
+            raise ValueError(f"warmup = {self.warmup} is not shorter than steps = {self.steps}")
 
     def rates(self) -> optax.Schedule:
         """The learning rate of an update, by the number of good steps before it."""

@@ -110,7 +110,7 @@ def test_the_optimizer_follows_its_equations(change):
     "change, message",
     [
         (dict(schedule="linear"), "schedule must be one of constant, cosine; got 'linear'"),
-        (dict(warmup=100), "^warmup = 100 is not shorter than the run of 100 steps"),
+        (dict(warmup=100), "^warmup = 100 is not shorter than steps = 100"),
     ],
 )
 def test_impossible_optimizers_are_named(change, message):

@@ -452,3 +452,25 @@ def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
         for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs))
     )
     assert held < 1.02 * sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) / 4
+
+
+def test_a_trace_of_chosen_steps_ends_with_them_or_with_the_run(server):
+    """A run that goes on after the first of them traces the rest; one after the last, nothing.
+
+    In processes of their own: JAX's profiler crashes in one that has loaded torch, too.
+    """
+    workdir = server.folder / "traced"
+    short = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup=0")
+    profile = workdir / "profile"
+
+    def traces():
+        return len(list(profile.rglob("*.xplane.pb")))
+
+    server.run(workdir, *short, "--config.train.steps=1", "--config.train.profile=(2, 9)")
+    assert not profile.exists()
+    server.run(workdir, *short, "--config.train.steps=3", "--config.train.profile=(1, 2)")
+    assert traces() == 1
+    server.run(workdir, *short, "--config.train.steps=4", "--config.train.profile=(4, 9)")
+    assert traces() == 2
+    server.run(workdir, *short, "--config.train.steps=5", "--config.train.profile=(1, 4)")
+    assert traces() == 2
