@@ -26,6 +26,7 @@ from lit_jax.models import FAMILIES
 from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.models.dit import SIZES, DiT, DiTConfig
+from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
     Checkpoint,
     checksum,
@@ -87,6 +88,7 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict):
+        # Settings first, and all of them: a mistake in sample.* is told before hours of training.
         fields.check(config)
         self.config = config
         self.process = GaussianDiffusion()
@@ -100,6 +102,7 @@ class Experiment:
                 steps=config.train.steps, **config.optimizer
             )
         self.unscaled_step_settings = self._make_step_settings()
+        self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
 
@@ -117,10 +120,12 @@ class Experiment:
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
+        # The model takes any grid; this one is what checkpoints say it was trained on.
         side = model.input_size // found.patch_size
         return dataclasses.replace(found, grid=(side, side))
 
     def _check_implementations(self) -> None:
+        # The names only. Whether the devices can run one is asked once they are known.
         linear = self.model_config.attention == "linear"
         known = {
             "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
@@ -132,6 +137,7 @@ class Experiment:
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
+        # These live in other groups of the config than the rest.
         names = {
             "dropout": "train.label_dropout",
             "accumulation": "train.accumulation",
@@ -148,6 +154,15 @@ class Experiment:
                 variance_target=config.distill.variance_target,
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
+
+    def _port_overrides(self) -> Overrides:
+        port = self.config.port
+        names = {field.name for field in dataclasses.fields(Overrides)}
+        known = {name: port[name] for name in names & set(port)}
+        # A side of 0 keeps the table that the checkpoint has.
+        sides = (port.input_size, port.input_size) if port.input_size else None
+        with naming("port"):
+            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -215,6 +230,7 @@ class Experiment:
             raise ValueError(
                 f"teacher.num_heads = {num_heads} does not divide the width {found.width} of {path}"
             )
+        # A guard for the user: a teacher of another size distils without any error.
         if teacher.size:
             wanted = SIZES.get(teacher.size)
             if wanted is None or wanted[:2] != (found.depth, found.width):
@@ -233,6 +249,7 @@ class Experiment:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
+        # What no size names is taken from the student, whose teacher it is.
         like_the_student = {
             name: getattr(self.model_config, name)
             for name in ("patch_size", "qkv_bias", *CONVENTIONS)
@@ -261,6 +278,7 @@ class Experiment:
         if self.teacher_checkpoint is None:
             return None
         params = self.teacher_checkpoint.params
+        # Each device reads its part of the file. The cast comes after: a file holds float32.
         loaded = load_params(params, sharding.fsdp_sharding(params, self.mesh))
         return jax.tree.map(lambda x: x.astype(self.config.teacher.dtype), loaded)
 
@@ -297,7 +315,8 @@ class Experiment:
                     f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
-        inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
+        with naming("inherit"):
+            inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
 
     @property
     def inheritance(self) -> dict[str, tuple[str, ...]]:
@@ -332,14 +351,16 @@ class Experiment:
             for name, tree in checkpoint.params.items()
             if name in ("encoder", "quant_conv")
         }
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
         everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
-        built = make_autoencoder(
-            load_params(checkpoint.params, everywhere),
-            checkpoint.architecture,
-            dtype=wanted.dtype,
-            slice_size=wanted.slice_size,
-            tile_size=wanted.tile_size,
-        )
+        with naming("autoencoder"):
+            built = make_autoencoder(
+                load_params(checkpoint.params, everywhere),
+                checkpoint.architecture,
+                dtype=wanted.dtype,
+                slice_size=wanted.slice_size,
+                tile_size=wanted.tile_size,
+            )
         return built, {
             "name": epath.Path(wanted.checkpoint).name,
             "sha256": checkpoint.report.checksum,
@@ -363,6 +384,7 @@ class Experiment:
     def batches(self) -> Any:
         """The endless batches of this process's rows; see `pipeline.make_batches`."""
         config = self.config
+        # A process reads the rows that its own devices hold, so no batch crosses the network.
         rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
         with naming("train"):
             return pipeline.make_batches(
@@ -438,6 +460,7 @@ class Experiment:
 
     def check_platform(self) -> None:
         """Raises ValueError for an attention by name that the devices of the mesh cannot run."""
+        # All devices of a mesh are of one kind.
         platform = self.mesh.devices.flat[0].platform
         for group in ("model", "teacher"):
             name = self.config[group].implementation
@@ -454,6 +477,7 @@ class Experiment:
         data = self.dataset
         identity = self.autoencoder_identity
         wanted = (*self.input_size, self.model_config.in_channels)
+        # Read off the records' class: a data set of latents says which autoencoder made them.
         is_latent = isinstance(data, dataset.LatentDataset)
         if data.image_shape != wanted:
             raise ValueError(
@@ -464,7 +488,7 @@ class Experiment:
         with naming("model"):
             conditions.check_dataset(self.model_config, data)
         checkpoint = config.autoencoder.checkpoint
-        if not is_latent:
+        if not isinstance(data, dataset.LatentDataset):
             if identity:
                 raise ValueError(
                     f"autoencoder.checkpoint = {checkpoint}, but data.name = {data.name} holds "
@@ -484,6 +508,7 @@ class Experiment:
                 f"data.name = {data.name} holds latents of {encoder}, but autoencoder.checkpoint "
                 f"is empty: name it, or set {' and '.join(asked_for)} to 0"
             )
+        # Another encoder or scale would shift the latents without any error.
         for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
             stored = data.autoencoder[name]
             asked = identity[name] if identity else config.autoencoder.get(name) or stored
@@ -518,7 +543,8 @@ class Experiment:
         only a start reads.
         """
         config = self.config
-        teacher = self.teacher_checkpoint
+        distilled_from = self.teacher_checkpoint
+        # The keys are stored in checkpoints: renaming one would let a changed field pass.
         decisive = {
             "seed": config.seed,
             "data.records": self.dataset.fingerprint(),
@@ -527,7 +553,8 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
-            "teacher.checkpoint": teacher and f"of checksum {teacher.report.checksum}",
+            "teacher.checkpoint": distilled_from
+            and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,
             "teacher.dtype": config.teacher.dtype,
         }
@@ -535,6 +562,7 @@ class Experiment:
             for name, value in config[group].items():
                 if name != "implementation":
                     decisive[f"{group}.{name}"] = value
+        # A cosine's length decides every step; a constant rate's does not.
         if config.optimizer.schedule != "constant":
             decisive["train.steps"] = config.train.steps
         return decisive

@@ -20,6 +20,7 @@ STEPS = Range(
     "(), or the first and the last step to trace",
     lambda x: len(x) == 0 or (len(x) == 2 and 1 <= x[0] <= x[1]),
 )
+# One name in brackets is a str to Python: ('q') where ('q',) was meant.
 NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
@@ -28,6 +29,7 @@ DTYPE = one_of("bfloat16", "float32")
 WEIGHTS = one_of("ema", "model")
 
 RANGES = {
+    # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
     "seed": SEED,
     "model.input_size": AT_LEAST_1,
     "model.dtype": DTYPE,
@@ -37,6 +39,7 @@ RANGES = {
     "student.weights": WEIGHTS,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
+    # 0 reads in the main thread: for a debugger, and for data that are in memory.
     "data.num_threads": AT_LEAST_0,
     "data.prefetch": AT_LEAST_0,
     "autoencoder.scaling_factor": NOT_NEGATIVE,
@@ -46,6 +49,7 @@ RANGES = {
     "prepare.image_size": AT_LEAST_1,
     "prepare.batch_size": AT_LEAST_1,
     "prepare.shard_records": AT_LEAST_1,
+    # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
     "train.batch_size": AT_LEAST_1,
     "train.remat": one_of(*REMAT_POLICIES),
     "train.log_every": AT_LEAST_1,
@@ -65,10 +69,8 @@ RANGES = {
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
     "sample.labels": one_of(*conditions.LABEL_MODES),
+    # 0 leaves each of these as the source says.
     "port.weights": WEIGHTS,
-    "port.num_heads": AT_LEAST_0,
-    "port.num_classes": AT_LEAST_0,
-    "port.input_size": AT_LEAST_0,
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": AT_LEAST_1,
@@ -93,6 +95,7 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for the first value that can never work, and says what it may be."""
     for name, (words, holds) in RANGES.items():
         value = _read(config, name)
+        # ml_collections takes None for any field; only placeholders may hold it, and none is here.
         if value is None or not holds(value):
             raise ValueError(f"{name} must be {words}; got {value!r}")
 

@@ -1,16 +1,23 @@
-"""Weight inheritance: a student takes everything but attention from a pretrained model (paper, guidelines 3 and 4)."""
+"""Weight inheritance: a student takes everything but attention from a pretrained model.
+
+These are guidelines 3 and 4 of the LiT paper: start from a fully converged model, and load all of
+it but the attention, whose function is another one now.
+"""
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-PARTS = ("q", "k", "v", "o", "conv")  # what inherit.load may name
+PARTS = ("q", "k", "v", "o", "conv")  # what `load` may name
+# Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
+# function in both models, and inherited with the rest.
+ATTENTION = "blocks/attn/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +29,20 @@ class MergeReport:
     left_behind: dict[str, int]  # attention of the source that the student does not take
 
     def summary(self) -> str:
-        def line(title, leaves):
+        """A line for each of the three, with the modules in it."""
+        lines = ["inheritance"]
+        parts = {
+            "inherited": self.inherited,
+            "new": self.at_init,
+            "left behind": self.left_behind,
+        }
+        for title, leaves in parts.items():
             modules = sorted({path.rsplit("/", 1)[0] for path in leaves})
-            return f"  {title:<12}{sum(leaves.values()):>13,} parameters: {', '.join(modules) or 'nothing'}"
+            names = ", ".join(modules) or "nothing"
+            lines.append(f"  {title:<12}{sum(leaves.values()):>13,} parameters: {names}")
+        return "\n".join(lines)
 
-        return "\n".join(
-            (
-                "inheritance",
-                line("inherited", self.inherited),
-                line("new", self.at_init),
-                line("left behind", self.left_behind),
-            )
-        )
-
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: epath.Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
@@ -44,91 +51,106 @@ def merge_params(
 ) -> tuple[Any, MergeReport]:
     """Puts the leaves of `loaded` into the student's fresh parameters, strictly.
 
-    Everything outside `blocks/attn` is taken and must match in name and shape; attention stays at init but for the parts
-    that `load` names. A softmax source's q, k, v are the thirds of its `qkv`; a linear student's k and v the halves of `kv`.
+    Everything outside `blocks/attn` is taken and must match in name and shape. Attention stays at
+    init but for the parts that `load` names. The q, k, v of a softmax source are the thirds of its
+    `qkv`; a linear student's k and v are the halves of `kv`.
 
     Args:
-      loaded: the source's tree (NumPy-like leaves, read one by one; they may still be in a file).
+      loaded: the source's tree of NumPy-like leaves. They are read one by one, and may still be in
+        a file.
       init: the student's tree of device arrays; their shardings are kept.
-      load: any of q, k, v, o, conv. keep_init: paths (a module or a leaf) that stay at init.
+      load: any of q, k, v, o, conv.
+      keep_init: paths (a module or a leaf) that stay at init.
     Returns: the merged tree and the report.
-    Raises: ValueError listing both sides: leaves the source lacks, has too many of, has empty or in another shape.
+    Raises: ValueError listing both sides: leaves that the source lacks, has too many of, has empty
+      or in another shape.
     """
     plan, report = plan_merge(loaded, init, load=load, keep_init=keep_init)
-    source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
-    merged = {
-        path: _place([part and part.read(source) for part in plan[path]], leaf)
-        if path in plan
-        else leaf
-        for path, leaf in target.items()
-    }
+    source = flatten_dict(loaded, sep="/")
+    merged = flatten_dict(init, sep="/")
+    for path, parts in plan.items():
+        columns = [part and part.read(source) for part in parts]
+        merged[path] = _place(columns, merged[path])
     return unflatten_dict(merged, sep="/"), report
 
 
 def plan_merge(
     loaded: Any, init: Any, *, load: tuple[str, ...], keep_init: tuple[str, ...]
 ) -> tuple[dict[str, "list[Part | None]"], MergeReport]:
-    """What `merge_params` would do, from shapes alone: the parts of each leaf that takes any, and the report."""
-    source, target = flatten_dict(loaded, sep="/"), flatten_dict(init, sep="/")
-    unknown = [part for part in load if part not in PARTS]
-    if unknown:
-        raise ValueError(f"inherit.load names {', '.join(unknown)}; it may name {', '.join(PARTS)}")
-    if "conv" in load and not any(path.startswith("blocks/attn/dwc/") for path in target):
-        raise ValueError(
-            f"inherit.load names conv, but the student has no convolution: its attention is "
-            f"{', '.join(sorted(p for p in target if p.startswith('blocks/attn/')))}"
-        )
-    for kept in keep_init:
-        if not any(_under(path, kept) for path in target):
-            raise ValueError(
-                f"inherit.keep_init names {kept!r}, which is no parameter of the student; "
-                f"its modules: {', '.join(sorted({p.rsplit('/', 1)[0] for p in target}))}"
-            )
+    """What `merge_params` would do, from shapes alone.
 
-    plan, inherited, at_init, used, problems = {}, {}, {}, set(), []
+    Returns: the parts of each leaf that takes any, and the report.
+    Raises: as `merge_params`.
+    """
+    source = flatten_dict(loaded, sep="/")
+    target = flatten_dict(init, sep="/")
+    _check_names(target, load, keep_init)
+
+    plan: dict[str, list[Part | None]] = {}
+    inherited: dict[str, int] = {}
+    at_init: dict[str, int] = {}
+    used: set[str] = set()
+    problems: list[str] = []
     for path, leaf in target.items():
-        parts = []
-        if not any(_under(path, kept) for kept in keep_init):
-            parts = (
-                _attention_parts(path, source, load)
-                if path.startswith("blocks/attn/")
-                else [Part(path)]
-            )
-        if not any(parts):
+        parts: list[Part | None] = []
+        if not any(_is_under(path, kept) for kept in keep_init):
+            is_attention = path.startswith(ATTENTION)
+            parts = _attention_parts(path, source, load) if is_attention else [Part(path)]
+        taken = [part for part in parts if part]
+        if not taken:
             at_init[path] = leaf.size
             continue
-        missing = [part.path for part in parts if part and part.path not in source]
+        missing = [part.path for part in taken if part.path not in source]
         if missing:
             problems.append(f"{path} {leaf.shape}: the source has no {missing[0]}")
             continue
-        used |= {part.path for part in parts if part}
+        used |= {part.path for part in taken}
+        # All parts of a leaf are of one width: its last axis is cut into as many.
         wanted = (*leaf.shape[:-1], leaf.shape[-1] // len(parts))
-        wrong = [shape for part in parts if part and (shape := part.shape(source)) != wanted]
+        wrong = [part.shape(source) for part in taken if part.shape(source) != wanted]
         if wrong or not leaf.size:
-            problems.append(
-                f"{path}: {wanted} in the student, {wrong[0] if wrong else 'empty'} in the source"
-            )
+            found = wrong[0] if wrong else "empty"
+            problems.append(f"{path}: {wanted} in the student, {found} in the source")
             continue
         plan[path] = parts
-        taken = sum(part is not None for part in parts)
-        inherited[path] = leaf.size * taken // len(parts)
-        if taken < len(parts):
+        inherited[path] = leaf.size * len(taken) // len(parts)
+        if len(taken) < len(parts):
             at_init[path] = leaf.size - inherited[path]
 
-    left_behind, extra = {}, []
+    # What the source has besides is its attention, or it is of another model.
+    left_behind: dict[str, int] = {}
     for path in source.keys() - used:
-        if path.startswith("blocks/attn/") or any(_under(path, kept) for kept in keep_init):
-            left_behind[path] = int(np.prod(source[path].shape))
+        is_kept = any(_is_under(path, kept) for kept in keep_init)
+        shape = tuple(source[path].shape)
+        if path.startswith(ATTENTION) or is_kept:
+            left_behind[path] = int(np.prod(shape))
         else:
-            extra.append(f"{path} {tuple(source[path].shape)}: the student has no such parameter")
-    if problems or extra:
-        raise ValueError(
-            "the student cannot inherit: " + "; ".join(sorted(problems) + sorted(extra))
-        )
+            problems.append(f"{path} {shape}: the student has no such parameter")
+    if problems:
+        raise ValueError("the student cannot inherit: " + "; ".join(sorted(problems)))
     return plan, MergeReport(inherited, at_init, left_behind)
 
 
-def _under(path: str, module: str) -> bool:
+def _check_names(target, load, keep_init):
+    unknown = [part for part in load if part not in PARTS]
+    if unknown:
+        raise ValueError(f"load = {', '.join(unknown)}: it may name {', '.join(PARTS)}")
+    attention = sorted(path for path in target if path.startswith(ATTENTION))
+    if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in attention):
+        raise ValueError(
+            f"load = conv, but the student has no convolution: its attention is "
+            f"{', '.join(attention)}"
+        )
+    modules = sorted({path.rsplit("/", 1)[0] for path in target})
+    for kept in keep_init:
+        if not any(_is_under(path, kept) for path in target):
+            raise ValueError(
+                f"keep_init = {kept!r} is no parameter of the student; its modules: "
+                f"{', '.join(modules)}"
+            )
+
+
+def _is_under(path: str, module: str) -> bool:
     return path == module or path.startswith(module + "/")
 
 
@@ -140,14 +162,14 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def shape(self, source: dict) -> tuple[int, ...]:
+    def shape(self, source: dict[str, Any]) -> tuple[int, ...]:
         *axes, last = source[self.path].shape
         return (*axes, last // self.count)
 
-    def read(self, source: dict) -> Any:
+    def read(self, source: dict[str, Any]) -> Any:
         leaf = source[self.path]
         if self.count == 1:
-            return leaf  # still in its file
+            return leaf  # still in its file: a sharded load reads only what each device holds
         leaf = np.asarray(leaf)
         width = leaf.shape[-1] // self.count
         return leaf[..., self.index * width : (self.index + 1) * width]
@@ -155,22 +177,27 @@ class Part:
 
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
     """What makes up an attention leaf along its last axis; None for a part that stays at init."""
-    module, leaf = path.removeprefix("blocks/attn/").split("/")
+    module, leaf = path.removeprefix(ATTENTION).split("/")
     if module in ("proj", "dwc"):
-        return [Part(path) if {"proj": "o", "dwc": "conv"}[module] in load else None]
-    if f"blocks/attn/qkv/{leaf}" in source:  # a softmax source
-        parts = {name: Part(f"blocks/attn/qkv/{leaf}", "qkv".index(name), 3) for name in "qkv"}
-    else:
-        parts = {
-            "q": Part(f"blocks/attn/q/{leaf}"),
-            "k": Part(f"blocks/attn/kv/{leaf}", 0, 2),
-            "v": Part(f"blocks/attn/kv/{leaf}", 1, 2),
-        }
-    return [parts[name] if name in load else None for name in module]  # module is q, kv or qkv
+        name = {"proj": "o", "dwc": "conv"}[module]
+        return [Part(path) if name in load else None]
+    parts = {
+        "q": Part(f"{ATTENTION}q/{leaf}"),
+        "k": Part(f"{ATTENTION}kv/{leaf}", 0, 2),
+        "v": Part(f"{ATTENTION}kv/{leaf}", 1, 2),
+    }
+    qkv = f"{ATTENTION}qkv/{leaf}"
+    if qkv in source:  # a softmax source
+        parts = {name: Part(qkv, index, 3) for index, name in enumerate("qkv")}
+    # The module's name, q, kv or qkv, spells its parts.
+    return [parts[name] if name in load else None for name in module]
 
 
-def _place(columns: list, leaf: jax.Array) -> jax.Array:
-    """Joins the parts on the last axis, an absent one staying as in `leaf`, on the leaf's sharding and dtype."""
+def _place(columns: list[Any], leaf: jax.Array) -> jax.Array:
+    """Joins the parts on the last axis, with the leaf's sharding and dtype.
+
+    Where a part is None, the leaf's own columns stay.
+    """
     if len(columns) == 1:
         whole = columns[0]
         return jax.make_array_from_callback(
@@ -179,6 +206,7 @@ def _place(columns: list, leaf: jax.Array) -> jax.Array:
     width = leaf.shape[-1] // len(columns)
     for i, part in enumerate(columns):
         if part is not None:
+            # Under jit with the leaf's sharding: no device holds the whole leaf on the way.
             update = jax.jit(
                 lambda x, part, i=i: x.at[..., i * width : (i + 1) * width].set(part),
                 out_shardings=leaf.sharding,

@@ -234,12 +234,12 @@ def make_train_step(
 
     def loss_fn(params, teacher_params, x_start, noise, t, condition, drop):
         x_t = process.perturb(x_start, t, noise)
-        output = model.apply({"params": params}, x_t, t, condition, drop)
+        output: Any = model.apply({"params": params}, x_t, t, condition, drop)
         terms = process.loss(output, x_start, x_t, t, noise)
         if teacher is not None:
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
-            teacher_output = teacher.apply(frozen, x_t, t, condition, teacher_drop)
+            teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
             terms |= losses.distillation_terms(
                 process,
                 output,
@@ -293,7 +293,7 @@ def make_train_step(
 
         bad = (~finite).astype(jnp.int32)
         good_steps = state.step - state.skipped  # a skipped step does not advance the schedule
-        # The norm of the parameters is that before the update. That of the new ones would change how
+        # The norm of the parameters is that before the update. That of the new ones changes how
         # XLA fuses the update on a CPU, and with it the last bits of the EMA.
         metrics = terms | {
             "grad_norm": grad_norm,

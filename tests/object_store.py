@@ -16,6 +16,7 @@ import urllib.parse
 
 import fsspec
 from etils import epath
+from etils.epath import backend
 from fsspec.spec import AbstractFileSystem
 
 OBJECTS: dict[str, bytes] = {}  # "bucket/path/of/object": content
@@ -203,11 +204,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(204)
 
 
+def upload(folder, target):
+    """Copies a local folder with all that is in it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(f"{target}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
 @contextlib.contextmanager
 def serve(monkeypatch):
     """Lets gs:// mean this store in the block; yields epath.Path("gs://bucket")."""
     OBJECTS.clear()
     fsspec.register_implementation("gcs", Bucket, clobber=True)
+    # epath keeps the file system that it found first, of another test for one.
+    forget = backend.fsspec_backend._get_filesystem.cache_clear
+    forget()
     # Orbax asks Google's client for the kind of bucket; this is one of the usual kind.
     client = types.SimpleNamespace(get_bucket=lambda name: types.SimpleNamespace())
     storage = types.SimpleNamespace(Client=lambda: client)
@@ -218,9 +229,8 @@ def serve(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("localhost", 0), _Handler) as server:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
-        monkeypatch.setenv(
-            "CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://localhost:{server.server_port}"
-        )
+        address = f"http://localhost:{server.server_port}"
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -229,3 +239,4 @@ def serve(monkeypatch):
         finally:
             server.shutdown()
             thread.join()
+            forget()

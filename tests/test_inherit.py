@@ -199,10 +199,10 @@ def test_every_misfit_is_listed_at_once():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(load=("qkv",)), "qkv; it may name q, k, v, o, conv"),
+        (dict(load=("qkv",)), "load = qkv: it may name q, k, v, o, conv"),
         (
             dict(keep_init=("final_layr",)),
-            "'final_layr', which is no parameter of the student; .*final_layer",
+            "keep_init = 'final_layr' is no parameter of the student; .*final_layer",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_misspelt_names_are_refused(kwargs, message):
 def test_a_convolution_is_not_loaded_into_a_student_without_one():
     with pytest.raises(
         ValueError,
-        match="inherit.load names conv, but the student has no convolution: .*blocks/attn/kv/bias",
+        match="load = conv, but the student has no convolution: .*blocks/attn/kv/bias",
     ):
         inherit.merge_params(make_params("linear"), make_student(conv_size=0), load=("conv",))
 

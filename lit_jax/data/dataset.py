@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lit_jax.data import mnist_digits
-from lit_jax.runtime import cluster
+from lit_jax.runtime import cluster, storage
 
 # Beside the shards that --mode=prepare writes: how they were made.
 PREPARED = "prepared.json"
@@ -193,11 +193,6 @@ def label_reader(num_classes: int) -> Reader:
     return read
 
 
-def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is of a file system, not of an object store."""
-    return "://" not in os.fspath(path)
-
-
 def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuilder:
     """The prepared TFDS data set `name` in a directory, local or gs://.
 
@@ -208,13 +203,14 @@ def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuild
     """
     where = os.fspath(directory)
     # ArrayRecord's reader has a client for gs:// and for no other object store.
-    if not is_local(where) and not where.startswith("gs://"):
+    remote = storage.is_object_store(where)
+    if remote and not where.startswith("gs://"):
         raise ValueError(
             f"name = {name!r} cannot be read from {where!r}: ArrayRecord files are "
             f"read from local folders and gs:// only"
         )
     # Its writer has a client for none: a bucket needs a copy of a local mnist_digits.
-    if name == "mnist_digits" and is_local(where):
+    if name == "mnist_digits" and not remote:
         return _write_mnist_digits(where)
 
     try:

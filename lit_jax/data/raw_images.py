@@ -14,7 +14,8 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from lit_jax.data.dataset import find_builder, first_line, is_local
+from lit_jax.data.dataset import find_builder, first_line
+from lit_jax.runtime import storage
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -73,6 +74,10 @@ class RawImages:
 
     def __len__(self) -> int:
         return self.count
+
+    def about_labels(self) -> dict[str, Any]:
+        """What prepared.json keeps of the labels, by its keys."""
+        return {"num_classes": self.num_classes, "class_names": hash_of(self.class_names)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises: ValueError naming the image, when it or its label is no good."""
@@ -239,9 +244,9 @@ def _open_folder(folder: epath.Path, split: str, size: int, channels: int) -> Ra
 def _bytes(path: epath.Path) -> int:
     # epath's stat asks for the name of the owner too, and fails where there is none, as
     # on network disks.
-    if is_local(path):
-        return os.path.getsize(path)
-    return path.stat().length
+    if storage.is_object_store(path):
+        return path.stat().length
+    return os.path.getsize(path)
 
 
 def hash_of(value: Any) -> str:

@@ -67,6 +67,7 @@ class Previews:
 
     def path(self, step: int) -> epath.Path:
         """The grid of a step."""
+        # Zeros in front, so that the files are sorted by step.
         return self._folder / f"step_{step:07d}.png"
 
     def draw(
@@ -94,9 +95,7 @@ class Previews:
         # All processes draw together and have all images; one writes.
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Through an open file: PIL itself writes to local paths only.
-            with self.path(step).open("wb") as file:
-                picture.save(file, format="png")
+            pictures.save_picture(self.path(step), picture)
         return picture
 
 

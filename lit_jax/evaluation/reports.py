@@ -1,6 +1,6 @@
 """Evaluations written for people.
 
-JSON, Markdown, grids of images, and comparisons with curves.
+JSON, Markdown, and comparisons with curves.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from lit_jax import pictures
@@ -53,13 +52,6 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
         lines.append(f"Drawn at {speed} on {devices}.")
     path = epath.Path(path)
     _write_texts(path, lines, result)
-
-
-def write_grid(path: epath.PathLike, images: np.ndarray) -> None:
-    """Writes images (N, H, W, C) uint8 as one PNG, as square as it can be."""
-    # Through an open file: PIL itself writes to local paths only.
-    with epath.Path(path).open("wb") as file:
-        pictures.square_grid(images).save(file, format="png")
 
 
 def with_ending(path: epath.Path, ending: str) -> epath.Path:
@@ -201,8 +193,8 @@ def write_comparison(path: epath.PathLike, comparison: Comparison) -> None:
 
     across = list(comparison.across)
     _write_texts(path, lines, {"across": across, "runs": comparison.results})
-    with with_ending(path, ".png").open("wb") as file:
-        draw_curves(comparison).savefig(file, format="png", dpi=120)
+    figure = draw_curves(comparison)
+    pictures.save_png(with_ending(path, ".png"), figure.savefig, dpi=120)
 
 
 def draw_curves(comparison: Comparison) -> Any:

@@ -14,9 +14,6 @@ from lit_jax.evaluation.in_training import DrawImages, draw_images
 from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.runtime import metric_writer
 
-# Those that are there are reported: a run without a teacher has no kd_noise.
-LOSS_TERMS = ("loss", "mse", "vb", "kd_noise", "kd_variance")
-
 
 def report(
     samplers: Mapping[str, DrawImages],
@@ -58,8 +55,9 @@ def report(
     first = lines[0]
     last = lines[-1]
     result["loss"] = {}
-    for name in LOSS_TERMS:
+    for name in pictures.LOSS_TERMS:
         key = f"train/{name}"
+        # A run without a teacher has no kd_noise.
         if key in last:
             result["loss"][name] = {"start": first[key], "end": last[key]}
     result["parameters"] = {}
@@ -76,6 +74,7 @@ def report(
             result["inheritance"][name] = sum(leaves.values())
 
     if real_images is not None:
+        # Of small images it says more to a person than a distance does.
         classifier = LabelClassifier(*real_images)
         labels = condition["label"]
         result["labels_read"] = {}
@@ -85,9 +84,8 @@ def report(
 
     # All processes draw together, one writes.
     if jax.process_index() == 0:
-        # Through an open file: PIL itself writes to local paths only.
-        with (workdir / "samples.png").open("wb") as file:
-            pictures.square_grid(student).save(file, format="png")
+        grid = pictures.square_grid(student)
+        pictures.save_picture(workdir / "samples.png", grid)
         (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
         text = summary(result, int(first["step"]), int(last["step"]), workdir)
         logging.info("%s", text)

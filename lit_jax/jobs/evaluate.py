@@ -21,6 +21,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from lit_jax import pictures
 from lit_jax.evaluation import npz, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import evaluation_settings, naming
@@ -106,7 +107,8 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     reports.write_report(path, result)
     shown = min(GRID_IMAGES, num_images)
     (images,) = npz.image_batches(samples_file, shown, shown)
-    reports.write_grid(reports.with_ending(path, ".png"), images)
+    grid = pictures.square_grid(images)
+    pictures.save_picture(reports.with_ending(path, ".png"), grid)
     for name, value in scores.items():
         logging.info("eval/%s = %.4f", name, value)
 

@@ -1,9 +1,10 @@
-"""The porting job: a checkpoint of any layout in, another layout out, every key accounted for.
+"""The porting job: a checkpoint of any layout in, another layout out.
 
     python -m lit_jax.main --config=configs/default.py --mode=port \
         --config.port.source=DiT-XL-2-256x256.pt --config.port.target=teacher
 
-Nothing is written unless the whole source is read, explained, finite and what the config describes.
+Every key is accounted for. Nothing is written unless the whole source is read,
+explained, finite and what the config describes.
 """
 
 import dataclasses
@@ -19,7 +20,6 @@ from ml_collections import ConfigDict
 
 from lit_jax import sharding
 from lit_jax.experiment import Experiment, naming
-from lit_jax.porting.dit import Overrides
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
     AutoencoderCheckpoint,
@@ -33,7 +33,8 @@ from lit_jax.porting.write import export_diffusers, export_official, export_orba
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
-# The checkpoint says how its own code computes; the config's model need not compute so.
+# The checkpoint says how its own code computes; the config's model need not
+# compute so.
 NOT_COMPARED = ("timestep_freq_shift", "mlp_norm_epsilon")
 # A source with another attention than the config's model is its teacher.
 OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function")
@@ -42,8 +43,8 @@ OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_funct
 def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     """Ports `port.source` to `port.target`; leaves port_report.json in the workdir.
 
-    Several processes write an Orbax folder together, each its shards; process 0 writes everything
-    else.
+    Several processes write an Orbax folder together, each its shards; process 0
+    writes everything else.
 
     Returns: the report, whose summary goes to the log.
     """
@@ -54,9 +55,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     port = config.port
     source = _path(port.source, "port.source")
     target = _path(port.target, "port.target")
-    layout = port.layout or ("dit" if target.suffix in (".safetensors", ".pt") else "orbax")
+    is_file = target.suffix in (".safetensors", ".pt")
+    layout = port.layout or ("dit" if is_file else "orbax")
     if layout not in LAYOUTS:
-        raise ValueError(f"port.layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+        choices = ", ".join(LAYOUTS)
+        raise ValueError(f"port.layout must be one of {choices}; got {layout!r}")
     if not port.layout and target.suffix in TORCH_SUFFIXES:
         raise ValueError(
             f"port.target = {target}: files are written as .pt or .safetensors, not {target.suffix}"
@@ -71,18 +74,25 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     # ---- Read ------------------------------------------------------------------------------------
 
     checkpoint: Checkpoint | AutoencoderCheckpoint
+    # The library speaks of its arguments, which are the fields of config.port.
     with naming("port"):
         if is_autoencoder(source):
             if layout != "orbax":
                 raise ValueError(
-                    f"layout = {layout}, but {source} is an autoencoder, which is ported to orbax "
-                    "only"
+                    f"layout = {layout}, but {source} is an autoencoder, "
+                    "which is ported to orbax only"
                 )
-            scale = port.scaling_factor
-            checkpoint = read_autoencoder(source, weights=port.weights, scaling_factor=scale)
+            checkpoint = read_autoencoder(
+                source,
+                weights=port.weights,
+                scaling_factor=port.scaling_factor,
+            )
         else:
-            asked = _overrides(config)
-            checkpoint = read_checkpoint(source, weights=port.weights, overrides=asked)
+            checkpoint = read_checkpoint(
+                source,
+                weights=port.weights,
+                overrides=experiment.port_overrides,
+            )
     if isinstance(checkpoint, Checkpoint) and port.check_model:
         _check_model(experiment, checkpoint)
 
@@ -99,7 +109,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
                 export_diffusers(checkpoint.params, target, checkpoint.config)
             else:
                 written = export_official(checkpoint.params, target, checkpoint.config)
-                report.notes.append(f"wrote {', '.join(path.name for path in written)}")
+                names = [path.name for path in written]
+                report.notes.append(f"wrote {', '.join(names)}")
 
     # ---- Report ----------------------------------------------------------------------------------
 
@@ -138,30 +149,13 @@ def _check_place(workdir):
         raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
 
 
-def _overrides(config):
-    port = config.port
-    return Overrides(
-        num_heads=port.num_heads,
-        num_classes=port.num_classes,
-        input_size=(port.input_size,) * 2 if port.input_size else None,
-        timestep_freq_shift=port.timestep_freq_shift,
-        mlp_norm_epsilon=port.mlp_norm_epsilon,
-        seed=config.seed,
-    )
-
-
 def _check_model(experiment, checkpoint):
-    """Raises ValueError naming the first field in which a checkpoint is not the config's model."""
-    port = experiment.config.port
-    expected = experiment.model_config
-    if port.num_classes:
-        expected = dataclasses.replace(expected, num_classes=port.num_classes)
-    if port.input_size:
-        side = port.input_size // expected.patch_size
-        expected = dataclasses.replace(expected, grid=(side, side))
-
+    """Raises ValueError naming a field in which the checkpoint is another model."""
+    expected = experiment.port_overrides.of_model(experiment.model_config)
     found = checkpoint.config
-    skipped = NOT_COMPARED + (OF_ATTENTION if found.attention != expected.attention else ())
+    skipped: tuple[str, ...] = NOT_COMPARED
+    if found.attention != expected.attention:
+        skipped += OF_ATTENTION
     for field in dataclasses.fields(found):
         ours = getattr(expected, field.name)
         theirs = getattr(found, field.name)
@@ -169,6 +163,7 @@ def _check_model(experiment, checkpoint):
         if field.name in skipped or theirs is None or ours == theirs:
             continue
         raise ValueError(
-            f"{checkpoint.report.source} has {field.name} = {plain(theirs)}, the config's model "
-            f"has {plain(ours)}; name its model, or set port.check_model=False"
+            f"{checkpoint.report.source} has {field.name} = {plain(theirs)}, "
+            f"the config's model has {plain(ours)}; name its model, "
+            "or set port.check_model=False"
         )

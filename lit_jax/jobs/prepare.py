@@ -22,11 +22,12 @@ from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lit_jax import sharding
-from lit_jax.data.dataset import PREPARED, is_local
+from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import Encode, encode_batches, make_encoder, make_features
-from lit_jax.data.raw_images import RawImages, hash_of, open_images
+from lit_jax.data.raw_images import RawImages, open_images
 from lit_jax.data.shards import VERSION, Shards, read_about, write_about
 from lit_jax.experiment import Experiment, naming
+from lit_jax.runtime import storage
 from lit_jax.runtime.progress import progress
 
 
@@ -81,8 +82,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "source": images.name,
         "crop": "adm",
         "image_size": prepare.image_size,
-        "num_classes": images.num_classes,
-        "class_names": hash_of(images.class_names),
+        **images.about_labels(),
         "autoencoder": experiment.autoencoder_identity,
     }
     enter_folder(shards, images, about)
@@ -122,7 +122,7 @@ def check_target(config: ConfigDict) -> None:
     """Raises ValueError for a data set that cannot be written, or not be opened later."""
     prepare = config.prepare
     target = config.data
-    if not is_local(target.dir):
+    if storage.is_object_store(target.dir):
         raise ValueError(
             f"data.dir = {target.dir} is no local folder, and ArrayRecord files are written "
             f"to local folders only; prepare into one and copy it there, training reads gs://"
@@ -142,12 +142,14 @@ def check_target(config: ConfigDict) -> None:
             f"it another name"
         )
     check_name(target.name, epath.Path(target.dir))
-    if "/" in prepare.source and prepare.split:
-        raise ValueError(
-            f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "
-            f"{prepare.source} is an image folder, all of which becomes data.split = "
-            f"{target.split}"
-        )
+    if "/" in prepare.source:
+        storage.user_path(prepare.source, "prepare.source")
+        if prepare.split:
+            raise ValueError(
+                f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "
+                f"{prepare.source} is an image folder, all of which becomes data.split = "
+                f"{target.split}"
+            )
 
 
 def check_name(name: str, directory: epath.Path) -> None:

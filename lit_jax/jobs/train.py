@@ -33,7 +33,7 @@ from lit_jax.train_step import TrainState, make_optimizer, new_state
 STEPS_AHEAD = 2
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains config.model until train.steps, from the workdir's newest checkpoint on.
 
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     with contextlib.ExitStack() as stack:
         watchdog = preemption.Watchdog(config.train.watchdog)
         stack.enter_context(contextlib.closing(watchdog))
-        train(config, workdir, watchdog, stack)
+        train(config, epath.Path(workdir), watchdog, stack)
 
 
 def train(
@@ -104,8 +104,10 @@ def train(
     if restored:
         first_step, items, data_state, metadata = restored
         state = TrainState.from_items(items)
-        for metrics in metadata["window"]:
-            window.append({name: np.float32(value) for name, value in metrics.items()})
+        window += [
+            {name: np.float32(value) for name, value in metrics.items()}
+            for metrics in metadata["window"]
+        ]
         logging.info("resumed from step %d of %s", first_step, workdir)
     else:
         first_step = 0

@@ -5,7 +5,7 @@ implementation offers its case, so that nobody else needs to know what the case
 consists of.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -232,6 +232,20 @@ class LinearAttention(nn.Module):
             implementation=self.implementation,
         )
         return _dense(D, True, self.dtype, "proj")(x)
+
+
+class Design(NamedTuple):
+    """An attention that a model may have, and the fields of its config that only it reads."""
+
+    module: type[nn.Module]
+    fields: tuple[str, ...] = ()
+
+
+# `attention` of a config names one. Each has its multiply-adds in costs/flops.py.
+ATTENTIONS = {
+    "softmax": Design(SoftmaxAttention),
+    "linear": Design(LinearAttention, ("kernel_function", "conv_size")),
+}
 
 
 def _dense(features, use_bias, dtype, name):

@@ -1,7 +1,8 @@
-"""AutoencoderKL: its three spellings of one set of tensors, and what tells its architecture.
+"""AutoencoderKL: three spellings of one set of tensors, and what tells its architecture.
 
-Today's diffusers is the common spelling. The others are diffusers before 0.18 (`query`, `key`,
-`value`, `proj_attn`) and latent diffusion's own code, also inside a whole Stable Diffusion file.
+Today's diffusers is the common spelling. The others are diffusers before 0.18 (`query`,
+`key`, `value`, `proj_attn`) and latent diffusion's code, which is also inside a whole
+Stable Diffusion file.
 """
 
 import functools
@@ -33,6 +34,8 @@ from lit_jax.porting.torch_checkpoint import (
 )
 
 DIFFUSERS_CLASSES = ("AutoencoderKL",)
+# Of the autoencoder's keys in a file that has the diffusion model and text
+# encoder too.
 STABLE_DIFFUSION_PREFIX = "first_stage_model."
 # The attention's parts in each older spelling.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -43,7 +46,8 @@ LDM_ATTENTION = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
-# Latent diffusion's names of everything else; its `up` also counts down.
+# Latent diffusion's names of everything else. Its `up` also counts down, from
+# the lowest resolution, which is no matter of names (`_from_ldm`).
 LDM_NAMES = (
     (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
@@ -55,8 +59,8 @@ LDM_NAMES = (
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
-# Of blocks, and of layers in each: the model is traced for its shapes, which takes a stranger's
-# thousand blocks a minute.
+# Of blocks, and of layers in each. Published ones have 4 of 2; the model is
+# traced for its shapes, and a stranger's thousand blocks would take a minute.
 MAX_BLOCKS = 8
 
 
@@ -82,14 +86,15 @@ def entries(architecture: Mapping[str, Any]) -> tuple[Entry, ...]:
 
 @functools.cache
 def _entries(module):
-    side = module.factor  # one latent cell
+    # One latent cell: the size of the images decides no shape.
+    side = module.factor
     images = jax.ShapeDtypeStruct((1, side, side, module.in_channels), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
     found = []
     for path, leaf in flatten_dict(shapes, sep="/").items():
         parent, _, name = path.rpartition("/")
-        # Our modules are theirs, with `_` before an index.
+        # Our modules are theirs, with `_` in place of `.` before an index.
         key = re.sub(r"_(\d+)", r".\1", parent).replace("/", ".")
         found.append(Entry(path, (f"{key}.{leaves[name]}",), leaf.shape))
     return tuple(found)
@@ -109,6 +114,8 @@ def read_torch(source: TorchCheckpoint, report: Report) -> tuple[dict[str, Any],
     architecture = _told({name: parts.shape for name, parts in named.items()}, path)
     widths = architecture["block_out_channels"]
     groups = architecture["norm_num_groups"]
+    # A single file names neither groups nor scale. What would be a wrong guess
+    # is refused: the pictures would be bad, and no error would say why.
     if source.config is not None:
         architecture |= _diffusers_fields(source, architecture)
     elif any(width % groups for width in widths):
@@ -148,6 +155,7 @@ def _common_names(source, report):
             report.left_out[key] = "loss of its training"
     keys = [key for key in source.tensors if key not in report.left_out]
 
+    # Only latent diffusion has numbers right after `up`.
     pattern = rf"{re.escape(prefix)}decoder\.up\.{INDEX}\."
     ups = [int(found[1]) for key in keys if (found := re.match(pattern, key))]
     is_ldm = bool(ups)
@@ -188,7 +196,7 @@ def _from_ldm(name, last_up):
 
 
 def _told(shapes, path):
-    """What the shapes tell; the rest is as in published ones, or None."""
+    """What the shapes tell; the rest is as in all published ones, or None."""
 
     def shape(key):
         return shape_of(shapes, key, 4, path, "an AutoencoderKL checkpoint")
@@ -207,6 +215,7 @@ def _told(shapes, path):
         "block_out_channels": tuple(shape(key)[0] for key in first_convs),
         "layers_per_block": layers,
         "norm_num_groups": 32,
+        # SD3's and Flux's have no quant convolutions.
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
@@ -240,6 +249,7 @@ def _is_flag(value):
     return isinstance(value, bool)
 
 
+# A module is made of a stranger's metadata, so every field is checked.
 _CHECKS = {
     "in_channels": is_count,
     "out_channels": is_count,
@@ -289,9 +299,11 @@ def _diffusers_fields(source, architecture):
     )
     expected = {name: architecture[name] for name in told} | {
         "block_out_channels": list(widths),
+        # What our module computes, and no shape tells.
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        # Others scale each channel of the latents by itself.
         "latents_mean": None,
         "latents_std": None,
     }

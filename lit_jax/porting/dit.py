@@ -1,8 +1,9 @@
-"""DiT and LiT: the keys of every layout, and what a checkpoint tells of the architecture.
+"""DiT and LiT: the keys of every layout, and what tells the architecture.
 
-Three layouts are read: the official one (DiT, fast-DiT, REPA and our exports), that of diffusers,
-and our own tree in an Orbax checkpoint. The first two are written. The official keys are the common
-spelling that those of diffusers are renamed to.
+Three layouts are read: the official one (DiT, fast-DiT, REPA and our exports),
+that of diffusers, and our own tree in an Orbax checkpoint. The first two are
+written. The official keys are the common spelling, to which those of diffusers
+are renamed.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lit_jax import ranges
 from lit_jax.models.dit import (
     SIZES,
     DiTConfig,
@@ -45,7 +47,8 @@ from lit_jax.porting.torch_checkpoint import (
 )
 from lit_jax.porting.torch_file import NewTensor
 
-# Our module, and its name in an official checkpoint.
+# Our module and its name in an official checkpoint, in the order of those. The
+# position table is not among them: it is computed.
 MODULES = {
     "x_embedder/proj": "x_embedder.proj",
     "t_embedder/mlp_0": "t_embedder.mlp.0",
@@ -77,7 +80,7 @@ DIFFUSERS_BLOCK = {
     "adaLN_modulation.1": "norm1.linear",
 }
 DIFFUSERS_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-# diffusers stores these again in every block.
+# The embedders are the model's, but diffusers stores them again in every block.
 DIFFUSERS_EMBEDDERS = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
@@ -92,56 +95,84 @@ DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 # DiT and LiT in PyTorch.
 LIT_TORCH = pathlib.Path(__file__).parents[1] / "assets" / "lit_torch.py"
 
-# No shape tells these: the code of a layout computes so.
-OFFICIAL_CONVENTIONS: dict[str, Any] = {"timestep_freq_shift": 0, "mlp_norm_epsilon": 1e-6}
-DIFFUSERS_CONVENTIONS: dict[str, Any] = {"timestep_freq_shift": 1, "mlp_norm_epsilon": 1e-5}
+# How the code of a layout computes. No shape tells it, and a model that
+# computes by the other convention gives pictures that are nearly right.
+OFFICIAL_CONVENTIONS: dict[str, Any] = {
+    "timestep_freq_shift": 0,
+    "mlp_norm_epsilon": 1e-6,
+}
+DIFFUSERS_CONVENTIONS: dict[str, Any] = {
+    "timestep_freq_shift": 1,
+    "mlp_norm_epsilon": 1e-5,
+}
 
 LABEL_TABLE = "y_embedder/embedding_table/embedding"
 LABEL_STD = 0.02  # of new label rows, as DiT draws them
+# A stranger's checkpoint may name any size, and lists of keys and tables are
+# made of it.
 MAX_DEPTH = 10_000
 MAX_POSITIONS = 1 << 20  # of a grid: images of 16384 x 16384 at 16 pixels a patch
 
 
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """What a caller knows better than a checkpoint; the defaults leave all as it is.
+    """What a caller knows better than a checkpoint; defaults leave all as it is.
 
+    Attributes:
+        num_heads: where nothing in the source tells it. 0: as it says, or the
+            published size's.
+        num_classes: resizes the label table. 0: keeps it.
+        input_size: (h, w) of the images or latents that the position table is
+            for: a new one, or the stored one where that is not square. None:
+            keeps it.
+        timestep_freq_shift, mlp_norm_epsilon: how the source's code computes.
+            None: as that of its layout.
+        seed: of new label rows.
     Raises: ValueError whose text starts with the field's name.
     """
 
-    num_heads: int = 0  # 0: as the file says, or the published size's
-    num_classes: int = 0  # resizes the label table; 0: keeps it
-    # (h, w) of the images or latents that the position table is for: a new one, or the stored one
-    # where that is not square. None: keeps it.
+    num_heads: int = 0
+    num_classes: int = 0
     input_size: tuple[int, int] | None = None
-    # How the source's own code computes. None: by its layout.
     timestep_freq_shift: int | None = None
     mlp_norm_epsilon: float | None = None
-    seed: int = 0  # of new label rows
+    seed: int = 0
 
     def __post_init__(self):
-        counts = {"num_heads": self.num_heads, "num_classes": self.num_classes}
-        counts["input_size"] = min(self.input_size or (0,))
-        for field, value in counts.items():
-            if value < 0:
-                raise ValueError(f"{field} must not be negative; got {value}")
-        shift = self.timestep_freq_shift
-        if shift not in (None, 0, 1):
-            raise ValueError(f"timestep_freq_shift must be 0 or 1; got {shift}")
-        epsilon = self.mlp_norm_epsilon
-        if epsilon is not None and not 0 < epsilon < 1:
-            raise ValueError(f"mlp_norm_epsilon must be between 0 and 1; got {epsilon}")
+        ranges.check(
+            self,
+            num_heads=ranges.AT_LEAST_0,
+            num_classes=ranges.AT_LEAST_0,
+            input_size=_SIDES,
+            timestep_freq_shift=ranges.Range("0 or 1", lambda x: x in (None, 0, 1)),
+            mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
+        )
+
+    def of_model(self, config: DiTConfig) -> DiTConfig:
+        """What a checkpoint of a model should be after these changes of it."""
+        changes: dict[str, Any] = {}
+        if self.num_classes:
+            changes["num_classes"] = self.num_classes
+        if self.input_size:
+            height, width = self.input_size
+            changes["grid"] = (height // config.patch_size, width // config.patch_size)
+        return dataclasses.replace(config, **changes)
+
+
+_SIDES = ranges.Range("at least 0", lambda x: x is None or min(x) >= 0)
 
 
 def recognises(keys: Collection[str]) -> bool:
-    """Whether the keys of a checkpoint are a DiT's: all its layouts call the label table so."""
+    """Whether the keys of a checkpoint are a DiT's."""
+    # All layouts call the label table so.
     return any("embedding_table" in key for key in keys)
 
 
 def entries(config: DiTConfig) -> tuple[Entry, ...]:
-    """All leaves of an architecture, with their official keys, in the official order."""
-    # The heads decide one shape alone, of the convolution: where it is, they are known. Fields
-    # that decide none are set alike, so that one trace of the model serves all of them.
+    """All leaves of an architecture, with their official keys and in that order."""
+    # The heads decide one shape alone, of the convolution: where it is, they
+    # are known. Fields that decide none are set alike, so that one trace of the
+    # model serves all.
     shaped = dataclasses.replace(
         config,
         num_heads=config.num_heads if config.conv_size else 1,
@@ -154,17 +185,16 @@ def entries(config: DiTConfig) -> tuple[Entry, ...]:
 
 @functools.cache
 def _entries(config):
-    shapes = {
-        path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()
-    }
+    leaves = flatten_dict(param_shapes(config), sep="/")
     found = []
     for module, official in MODULES.items():
         layers = range(config.depth if module.startswith("blocks/") else 1)
         for leaf, theirs in LEAVES.items():
             path = f"{module}/{leaf}"
-            if path in shapes:
-                keys = tuple(f"{official.format(layer)}.{theirs}" for layer in layers)
-                found.append(Entry(path, keys, shapes[path]))
+            if path in leaves:
+                names = map(official.format, layers)
+                keys = tuple(f"{name}.{theirs}" for name in names)
+                found.append(Entry(path, keys, leaves[path].shape))
     return tuple(found)
 
 
@@ -174,9 +204,9 @@ def _entries(config):
 def read_torch(
     source: TorchCheckpoint, report: Report, overrides: Overrides
 ) -> tuple[dict[str, Any], DiTConfig]:
-    """The leaves of a checkpoint of the PyTorch world, by path, and its architecture.
+    """A checkpoint of the PyTorch world: its leaves by path, and its architecture.
 
-    Args: overrides: of these the input size alone is used, to understand the stored table.
+    Args: overrides: the input size alone is used, to understand the stored table.
     Raises: PortingError for anything unexplained; see `matching.match`.
     """
     path = source.path
@@ -187,26 +217,22 @@ def read_torch(
         named = _from_official(source, report)
     shapes = {name: parts.shape for name, parts in named.items()}
 
-    # The tensors' word stands. The rest is assumed until the checkpoint says otherwise.
+    # What the tensors tell stands. The rest is assumed until the checkpoint
+    # says more.
     told = _told(shapes, path)
-    told["depth"] = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
+    depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
+    told["depth"] = _checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
     if report.layout == "diffusers":
-        fields |= _agreeing(told, _diffusers_conventions(source, told), path, "config.json")
+        says = _diffusers_conventions(source, told)
+        fields |= _agreeing(told, says, path, "config.json")
     stored = _checked(source.stored, path)
     fields |= _agreeing(told, stored, path, "its metadata")
     config = _make_config(fields, path)
+    report.notes += _notes_of_guesses(config, stored, source)
 
-    is_published = config.num_heads and config.attention == "softmax" and source.config is None
-    if is_published and "num_heads" not in stored:
-        report.notes.append(
-            f"num_heads = {config.num_heads} is that of the published size of this depth and width"
-        )
-    if config.attention == "linear" and "kernel_function" not in stored:
-        report.notes.append("nothing in the file tells the kernel function: relu is taken")
-    if not config.num_heads and config.attention == "linear":
-        report.notes.append("without convolution nothing in the file tells the number of heads")
-
+    # The position table is computed, not loaded: the stored one must be the
+    # same.
     checked = set()
     if "pos_embed" in named:
         table = named["pos_embed"]
@@ -216,13 +242,32 @@ def read_torch(
     return match(named, entries(config), source, report, checked=checked), config
 
 
-def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig:
-    """The architecture of our own parameters, by path, which must be all that it has.
+def _notes_of_guesses(config, stored, source):
+    """What is taken though the checkpoint does not tell it, for the report."""
+    notes = []
+    if config.attention == "linear":
+        if "kernel_function" not in stored:
+            notes.append("nothing in the file tells the kernel function: relu is taken")
+        if config.num_heads is None:
+            notes.append("without convolution nothing in the file tells the number of heads")
+    elif config.num_heads and source.config is None and "num_heads" not in stored:
+        notes.append(
+            f"num_heads = {config.num_heads} is that of the published size of this depth and width"
+        )
+    return notes
 
-    Args: stored: what the checkpoint's metadata say of the model, not yet checked.
-    Raises: PortingError listing both sides.
+
+def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig:
+    """The architecture of our own parameters, which must be all that it has.
+
+    Args:
+        flat: the parameters by path.
+        stored: what the checkpoint's metadata say of the model, not yet checked.
+    Raises: PortingError with both sides.
     """
     path = report.source
+    # The shapes tell the same as in the official layout, so they get its names:
+    # those of the first block are enough.
     shapes = {}
     for module, official in MODULES.items():
         for ours, theirs in LEAVES.items():
@@ -231,15 +276,15 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
                 continue
             shape = tuple(flat[name].shape)
             entry = Entry(name, (), shape)
-            if len(shape) - entry.is_stacked not in ((2, 4) if ours == "kernel" else (1, 2)):
+            ndims = (2, 4) if ours == "kernel" else (1, 2)
+            if len(shape) - entry.is_stacked not in ndims:
                 raise PortingError(f"{path}: {name} has shape {shape}")
             shapes[f"{official.format(0)}.{theirs}"] = entry.torch_shape
 
     told = _told(shapes, path)
-    depths = [leaf.shape[0] for name, leaf in flat.items() if name.startswith("blocks/")]
-    told["depth"] = max(depths, default=0)
-    if told["depth"] > MAX_DEPTH:
-        raise PortingError(f"{path}: {told['depth']} blocks, the limit is {MAX_DEPTH}")
+    blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
+    depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
+    told["depth"] = _checked_depth(max(depths, default=0), path)
     fields = _assumed(told, shapes, path) | told
     fields |= _agreeing(told, _checked(stored, path), path, "its metadata")
     config = _make_config(fields, path)
@@ -250,9 +295,10 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
 def override(
     params: dict[str, Any], config: DiTConfig, overrides: Overrides, report: Report
 ) -> DiTConfig:
-    """The architecture that a caller asks for; `params`, by path, get the label table it needs.
+    """The architecture that a caller asks for.
 
-    Raises: PortingError whose text starts with the override's name where it cannot be.
+    Args: params: the leaves by path, which get the label table that it needs.
+    Raises: PortingError whose text starts with the name of the override that cannot be.
     """
     asked = {
         "timestep_freq_shift": overrides.timestep_freq_shift,
@@ -264,7 +310,10 @@ def override(
         known = getattr(config, field)
         if value is not None and value != known:
             changes[field] = value
-            report.notes.append(f"{field} = {value} was asked for, the source has {known}")
+            note = f"{field} = {value} was asked for, the source has {known}"
+            report.notes.append(note)
+    # The convolution's filters are for one number of heads; the other weights
+    # fit any.
     if "num_heads" in changes and config.attention == "linear" and config.conv_size:
         raise PortingError(
             f"num_heads = {overrides.num_heads} was asked for, but the convolution of "
@@ -276,11 +325,11 @@ def override(
         changes["num_classes"] = overrides.num_classes
     grid = _asked_grid(overrides, config.patch_size, report.source)
     if grid and grid != config.grid:
-        stored = f", the source has {config.grid[0]} x {config.grid[1]}" if config.grid else ""
-        report.notes.append(
-            f"the position table is recomputed for the {grid[0]} x {grid[1]} grid{stored}"
-        )
         changes["grid"] = grid
+        note = f"the position table is recomputed for the {grid[0]} x {grid[1]} grid"
+        if config.grid:
+            note += f", the source has {config.grid[0]} x {config.grid[1]}"
+        report.notes.append(note)
     try:
         config = dataclasses.replace(config, **changes)
     except ValueError as error:
@@ -294,50 +343,49 @@ def override(
 
 
 def _resize_labels(params, old, overrides, report):
-    """Keeps the first classes and the null class; further rows are drawn as in a fresh DiT."""
+    """Keeps the first classes and the null class; draws further rows as DiT does."""
     new = overrides.num_classes
+    seed = overrides.seed
     table = np.asarray(params[LABEL_TABLE])
     kept = min(old, new)
-    rng = np.random.default_rng(overrides.seed)
-    drawn = rng.normal(0, LABEL_STD, (new - kept, table.shape[1])).astype(np.float32)
-    params[LABEL_TABLE] = np.concatenate([table[:kept], drawn, table[-1:]])
+    shape = (new - kept, table.shape[1])
+    drawn = np.random.default_rng(seed).normal(0, LABEL_STD, shape)
+    rows = [table[:kept], drawn.astype(np.float32), table[-1:]]
+    params[LABEL_TABLE] = np.concatenate(rows)
     report.notes.append(
-        f"the label table went from {old} to {new} classes: the first {kept} and the null "
-        "class are kept"
+        f"the label table went from {old} to {new} classes: the first {kept} and "
+        "the null class are kept"
     )
     if new > old:
-        report.reinitialised.append(
-            f"{LABEL_TABLE}[{kept}:{new}], normal with std {LABEL_STD}, seed {overrides.seed}"
-        )
+        where = f"{LABEL_TABLE}[{kept}:{new}]"
+        report.reinitialised.append(f"{where}, normal with std {LABEL_STD}, seed {seed}")
 
 
 # ---- From each layout to the official keys -------------------------------------------------------
 
 
 def _from_official(source, report):
-    projectors = {key for key in source.tensors if key.startswith("projectors.")}
+    projectors = [key for key in source.tensors if key.startswith("projectors.")]
     if projectors:
-        report.left_out |= dict.fromkeys(sorted(projectors), "projectors of REPA's training loss")
+        why = "projectors of REPA's training loss"
+        report.left_out |= dict.fromkeys(projectors, why)
         report.notes.append(
             "a REPA model: it predicts the velocity of SiT's linear path, at times in [0, 1]"
         )
     return {
         key: Parts((tensor,), (key,))
         for key, tensor in source.tensors.items()
-        if key not in projectors
+        if key not in report.left_out
     }
 
 
 def _from_diffusers(source, report):
-    """Official names of a DiTTransformer2DModel; the embedders of all blocks must be equal.
-
-    A key that is not of diffusers gets a name that no entry has, so that it can neither replace
-    another nor be lost.
-    """
+    """Official names of a DiTTransformer2DModel, whose embedders must be equal."""
     tensors = source.tensors
     depth = count_indices(tensors, rf"transformer_blocks\.{INDEX}\.", source.path)
     named = {}
-    thirds = {}  # of qkv: the keys that make one tensor
+    # Of each qkv the three keys that make it, whichever of them are there.
+    thirds = {}
     for key, tensor in tensors.items():
         layer, part, leaf = _split_block_key(key)
         first = f"transformer_blocks.0.{part}.{leaf}"
@@ -351,7 +399,7 @@ def _from_diffusers(source, report):
                     f"{source.path}: {key} differs from block 0's; DiT has one for all blocks"
                 )
             report.left_out[key] = "equal to block 0's"
-            source.release()
+            source.release()  # both were read as a whole
         else:
             named[_official_name(key, layer, part, leaf)] = Parts((tensor,), (key,))
 
@@ -362,13 +410,15 @@ def _from_diffusers(source, report):
             named[name] = Parts(tuple(tensors[key] for key in keys), keys)
     for theirs in _OFFICIAL_EMBEDDERS:
         for leaf in ("weight",) if "class" in theirs else ("weight", "bias"):
-            copies = [f"transformer_blocks.{layer}.{theirs}.{leaf}" for layer in range(1, depth)]
-            report.missing += [key for key in copies if key not in tensors]
+            for layer in range(1, depth):
+                copy = f"transformer_blocks.{layer}.{theirs}.{leaf}"
+                if copy not in tensors:
+                    report.missing.append(copy)
     return named
 
 
 def _split_block_key(key):
-    """Layer, part and leaf of a key in a block of diffusers; part is None for any other key."""
+    """Layer, part and leaf of a key in a block; of another key the part is None."""
     module, _, leaf = key.rpartition(".")
     found = re.fullmatch(rf"transformer_blocks\.{INDEX}\.(.+)", module)
     if found and leaf in ("weight", "bias"):
@@ -386,6 +436,7 @@ def _official_name(key, layer, part, leaf):
         return "pos_embed"
     if module in _OFFICIAL_TOP:
         return f"{_OFFICIAL_TOP[module]}.{leaf}"
+    # A name that no entry has: the key can neither replace another nor be lost.
     return f"{key} (not of diffusers)"
 
 
@@ -399,11 +450,13 @@ def _told(shapes, path):
         return shape_of(shapes, key, ndim, path, "a DiT or LiT checkpoint")
 
     D, C, p, _ = shape("x_embedder.proj.weight", 4)
+    # The last row is the null class.
     rows = shape("y_embedder.embedding_table.weight", 2)[0]
     if rows < 2:
         raise PortingError(
             f"{path}: a label table of {rows} row has no room for a class and the null class"
         )
+    # A patch of the predicted noise, and perhaps another of the variance.
     features = shape("final_layer.linear.weight", 2)[0]
     patch = p * p * C
     if features not in (patch, 2 * patch):
@@ -424,19 +477,21 @@ def _told(shapes, path):
         "conv_size": 0,
     }
     if is_linear and "blocks.0.attn.dwc.weight" in shapes:
-        # One filter for each channel of a head: their number tells that of the heads.
+        # There is a filter for each channel of a head, so their number tells
+        # the heads.
         H, _, _, K = shape("blocks.0.attn.dwc.weight", 4)
         if D % H or K % 2 == 0:
             raise PortingError(
-                f"{path}: {H} filters of size {K} in the convolution: the filters must divide the "
-                f"width {D}, the size must be odd"
+                f"{path}: {H} filters of size {K} in the convolution: the filters "
+                f"must divide the width {D}, the size must be odd"
             )
         told |= {"conv_size": K, "num_heads": D // H}
     return told
 
 
 def _assumed(told, shapes, path):
-    """The fields that shapes do not tell, as they are unless the checkpoint says otherwise."""
+    """The fields that no shape tells, as they are unless the checkpoint says more."""
+    # Depth and width are those of a published size, or the heads are not known.
     heads = None
     if told["attention"] == "softmax":
         published = {size[:2]: size[2] for size in SIZES.values()}
@@ -446,11 +501,12 @@ def _assumed(told, shapes, path):
         T = shape_of(shapes, "pos_embed", 3, path, "a DiT or LiT checkpoint")[1]
         side = math.isqrt(T)
         grid = (side, side) if side**2 == T else None
-    return OFFICIAL_CONVENTIONS | {"num_heads": heads, "kernel_function": "relu", "grid": grid}
+    guesses = {"num_heads": heads, "kernel_function": "relu", "grid": grid}
+    return OFFICIAL_CONVENTIONS | guesses
 
 
 def _agreeing(told, says, path, who):
-    """What the checkpoint says, which must agree with what its tensors tell."""
+    """What the checkpoint says of itself, which must agree with its tensors."""
     for field, value in says.items():
         if told.get(field, value) != value:
             raise PortingError(
@@ -460,12 +516,18 @@ def _agreeing(told, says, path, who):
 
 
 def _checked(stored, path):
-    """The fields that a checkpoint names itself; None stands for one that it does not know."""
+    """The fields that a checkpoint names itself, without those it does not know."""
     try:
         fields = check_fields(stored)
     except ValueError as error:
         raise PortingError(f"{path}: its metadata: {error}") from error
     return {field: value for field, value in fields.items() if value is not None}
+
+
+def _checked_depth(depth, path):
+    if depth > MAX_DEPTH:
+        raise PortingError(f"{path}: {depth} blocks, the limit is {MAX_DEPTH}")
+    return depth
 
 
 def _make_config(fields, path):
@@ -476,21 +538,25 @@ def _make_config(fields, path):
 
 
 def _diffusers_conventions(source, told):
-    """What config.json alone knows; without one, the defaults of diffusers."""
+    """What only config.json knows; without one, the defaults of diffusers."""
     config = source.config
     path = source.path
     if config is None:
-        defaults = ", ".join(f"{field} = {value}" for field, value in DIFFUSERS_CONVENTIONS.items())
-        source.notes.append(f"no config.json beside it: diffusers' defaults are taken, {defaults}")
+        taken = [f"{field} = {value}" for field, value in DIFFUSERS_CONVENTIONS.items()]
+        source.notes.append(
+            "no config.json beside it: diffusers' defaults are taken, " + ", ".join(taken)
+        )
         return DIFFUSERS_CONVENTIONS
     check_diffusers_class(config, DIFFUSERS_CLASSES, path)
 
+    # Where a field is left out, diffusers' default is DiT-XL/2's.
     heads = config.get("num_attention_heads", 16)
     head_dim = config.get("attention_head_dim", 72)
-    if not is_count(heads) or not is_count(head_dim) or heads * head_dim != told["width"]:
+    are_counts = is_count(heads) and is_count(head_dim)
+    if not are_counts or heads * head_dim != told["width"]:
         raise PortingError(
-            f"{path}: config.json says {str(heads)[:20]} heads of {str(head_dim)[:20]}, "
-            f"the width is {told['width']}"
+            f"{path}: config.json says {str(heads)[:20]} heads of "
+            f"{str(head_dim)[:20]}, the width is {told['width']}"
         )
     expected = {
         "num_layers": told["depth"],
@@ -504,10 +570,11 @@ def _diffusers_conventions(source, told):
     }
     check_diffusers_config(config, expected, path)
     C_out = told["in_channels"] * (2 if told["learn_sigma"] else 1)
-    if (config.get("out_channels") or told["in_channels"]) != C_out:
+    # None stands for as many as the input has.
+    says = config.get("out_channels")
+    if (says or told["in_channels"]) != C_out:
         raise PortingError(
-            f"{path}: config.json says out_channels = {str(config.get('out_channels'))[:20]}, "
-            f"the tensors have {C_out}"
+            f"{path}: config.json says out_channels = {str(says)[:20]}, the tensors have {C_out}"
         )
 
     size = config.get("sample_size", 32)
@@ -535,15 +602,15 @@ def _asked_grid(overrides, patch_size, path):
         return None
     if any(side % patch_size for side in overrides.input_size):
         raise PortingError(
-            f"input_size = {plain(overrides.input_size)} was asked for, but the patches of {path} "
-            f"are {patch_size} wide"
+            f"input_size = {plain(overrides.input_size)} was asked for, "
+            f"but the patches of {path} are {patch_size} wide"
         )
     h, w = overrides.input_size
     return h // patch_size, w // patch_size
 
 
 def _with_stored_grid(config, positions, overrides, path):
-    """The config with the grid of the stored table, which is the asked one where that fits."""
+    """The config with the stored table's grid: the asked one, where that fits."""
     asked = _asked_grid(overrides, config.patch_size, path)
     grid = asked if asked and math.prod(asked) == positions else config.grid
     if grid is None or math.prod(grid) != positions:
@@ -555,24 +622,26 @@ def _with_stored_grid(config, positions, overrides, path):
 
 
 def _check_pos_embed(table, config, path):
-    """Compares the stored position table with the computed one; returns what to report."""
+    """Compares the stored table with the computed one; returns what to report."""
     h, w = config.grid
     computed = position_embedding(config.grid, config.width)[None]
     if table.shape != computed.shape or table.dtype not in FLOATS:
         raise PortingError(
-            f"{path}: pos_embed is {table.shape} of {table.dtype}, the {h} x {w} grid "
-            f"needs {computed.shape}"
+            f"{path}: pos_embed is {table.shape} of {table.dtype}, "
+            f"the {h} x {w} grid needs {computed.shape}"
         )
     error = float(np.max(np.abs(np.asarray(table, np.float64) - computed)))
-    # Rounding of the stored value; and some writers compute the angle, up to the largest position,
-    # in float32.
+    # Rounding of the stored value; and some writers compute the angle, up to
+    # the largest position, in float32.
     half = 2.0**-8 if table.dtype == ml_dtypes.bfloat16 else 2.0**-11
     unit = half if table.dtype.itemsize == 2 else 2.0**-24
     tolerance = unit + 2.0**-23 * max(h, w)
-    if not error <= tolerance:  # so written, NaN fails
+    # So written, a NaN is an error too.
+    if not error <= tolerance:
         raise PortingError(
-            f"{path}: pos_embed differs from the computed {h} x {w} table by {error:.3g} "
-            f"(tolerance {tolerance:.3g}): it was trained or scaled, and our model has a fixed one"
+            f"{path}: pos_embed differs from the computed {h} x {w} table by "
+            f"{error:.3g} (tolerance {tolerance:.3g}): it was trained or scaled, "
+            "and our model has a fixed one"
         )
     return f"equal to the computed table of the {h} x {w} grid (largest difference {error:.2g})"
 
@@ -581,25 +650,25 @@ def _check_pos_embed(table, config, path):
 
 
 def check_official(config: DiTConfig) -> None:
-    """Raises PortingError unless the code of the layout computes what the model computes."""
+    """Raises PortingError unless official code computes what the model computes."""
     # The module that goes with a LiT takes any convention.
     conventions = {} if torch_module(config) else OFFICIAL_CONVENTIONS
     _require(config, conventions, "official DiT code")
 
 
 def torch_module(config: DiTConfig) -> pathlib.Path | None:
-    """The PyTorch module to go with an official export; None: official code reads that."""
+    """The PyTorch module to go with an export; None: official code can read it."""
     return LIT_TORCH if config.attention == "linear" else None
 
 
 def official_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
     """Every tensor of the official layout, in its order.
 
-    A LiT has `attn.q`, `attn.kv` and `attn.dwc` (H, 1, K, K) where a DiT has `attn.qkv`.
+    A LiT has `attn.q`, `attn.kv` and `attn.dwc` (H, 1, K, K) for a DiT's `attn.qkv`.
 
     Args: params: the tree of `models.dit`, arrays or leaves.
-    Raises: PortingError listing both sides unless the tree is that of the config, or where the
-      config does not tell the grid.
+    Raises: PortingError with both sides unless the tree is that of the config, or where
+      the config does not tell the grid.
     """
     flat = flatten_dict(params, sep="/")
     check_tree(flat, entries(config), Report("the parameters", "orbax"))
@@ -618,7 +687,8 @@ def check_diffusers(config: DiTConfig) -> None:
     """Raises PortingError unless diffusers computes what the model computes."""
     if config.attention != "softmax":
         raise PortingError("diffusers has no LiT; export it as .safetensors with its torch module")
-    # It takes the norm's epsilon from config.json.
+    # Of the two conventions one is fixed: the norm's epsilon stands in
+    # config.json.
     shift = {"timestep_freq_shift": DIFFUSERS_CONVENTIONS["timestep_freq_shift"]}
     _require(config, shift, "diffusers")
     h, w = _needed(config, "grid")
@@ -627,12 +697,13 @@ def check_diffusers(config: DiTConfig) -> None:
 
 
 def diffusers_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
-    """Every tensor of a DiTTransformer2DModel, which computes its position table itself.
+    """Every tensor of a DiTTransformer2DModel.
 
     Args and Raises: as `official_tensors`.
     """
     D = config.width
     tensors = []
+    # Not the first one, the position table: diffusers computes it.
     for key, shape, read in official_tensors(params, config)[1:]:
         module, _, leaf = key.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
@@ -692,15 +763,15 @@ def _needed(config, field):
 
 
 def _require(config, conventions, who):
-    """Raises unless `who`, who reads the layout, would compute what the model computes."""
+    """Raises unless `who`, who reads the layout, computes what the model computes."""
     for field in ("num_heads", "grid"):
         _needed(config, field)
     for field, value in conventions.items():
         ours = getattr(config, field)
         if ours != value:
             raise PortingError(
-                f"{field} = {ours} is what the model computes with, but {who} computes with "
-                f"{value}; set it to {value} to accept that"
+                f"{field} = {ours} is what the model computes with, but {who} "
+                f"computes with {value}; set it to {value} to accept that"
             )
 
 

@@ -1,10 +1,11 @@
-"""Tensors of a source matched to the leaves of a tree, strictly: every key is accounted for.
+"""Tensors of a source matched to the leaves of a tree, every key accounted for.
 
 Linear         weight (out, in)      <-> kernel (in, out)
 convolution    weight (O, I, h, w)   <-> kernel (h, w, I, O)
 blocks.i.*                           <-> blocks/*, stacked on a leading layer axis
 
-Leaves stay in their file until they are indexed, so a sharded load reads what each device needs.
+Leaves stay in their file until they are indexed, so a sharded load reads what each
+device needs.
 """
 
 import collections
@@ -14,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import ml_dtypes
@@ -24,8 +26,11 @@ from lit_jax.porting.torch_checkpoint import PortingError, TorchCheckpoint, abri
 from lit_jax.porting.untrusted import one_line
 
 FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)))
-INDEX = "(0|[1-9][0-9]{0,5})"  # in a key; "01" and other scripts' digits are other names
-# Of a kernel, by its number of dimensions: torch's axes in our order, and the report's words.
+# A number in a key. "01" and other scripts' digits would be second names of one
+# layer.
+INDEX = "(0|[1-9][0-9]{0,5})"
+# Of a kernel, by its number of dimensions: torch's axes in our order, and in
+# words.
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 _KERNEL_WORDS = {2: "transposed", 4: "axes to (h, w, I, O)"}
 
@@ -39,13 +44,14 @@ class Report:
 
     source: str  # the path
     layout: str  # the spelling of the keys
-    keys: dict[str, str] = dataclasses.field(default_factory=dict)  # where each went, and how
-    left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # why it is not needed
-    missing: list[str] = dataclasses.field(default_factory=list)
-    unexpected: list[str] = dataclasses.field(default_factory=list)
-    reinitialised: list[str] = dataclasses.field(default_factory=list)  # parts of leaves
-    notes: list[str] = dataclasses.field(default_factory=list)
-    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Keys of the source: where each went and how, or why it is not needed.
+    keys: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)  # parts of leaves
+    notes: list[str] = field(default_factory=list)
+    architecture: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0  # elements in the tree
     checksum: str = ""  # `checksum` of the tree
 
@@ -58,12 +64,18 @@ class Report:
     def summary(self) -> str:
         """The report in a few lines for a terminal."""
         fields = (f"{name} {plain(value)}" for name, value in self.architecture.items())
+        counts = {
+            "matched": self.keys,
+            "left out": self.left_out,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "re-initialised": self.reinitialised,
+        }
+        counted = ", ".join(f"{len(keys)} {what}" for what, keys in counts.items())
         lines = [
             f"{self.source} ({self.layout} layout)",
             f"  {', '.join(fields)}",
-            f"  {len(self.keys)} keys matched, {len(self.left_out)} left out, "
-            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, "
-            f"{len(self.reinitialised)} re-initialised; {self.parameters:,} parameters",
+            f"  keys: {counted}; {self.parameters:,} parameters",
             f"  sha256 {self.checksum}",
         ]
         reasons = collections.Counter(self.left_out.values())
@@ -85,8 +97,10 @@ def plain(value: Any) -> Any:
 class Parts:
     """One tensor under its name of the common spelling.
 
-    arrays: joined on torch's first axis, as the q, k and v of diffusers make one qkv.
-    keys: theirs in the source.
+    Attributes:
+        arrays: joined on torch's first axis. Several where a layout splits a tensor, as
+            diffusers splits qkv.
+        keys: theirs in the source.
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -110,10 +124,12 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A leaf of a tree and the keys, in the common spelling, that hold it.
+    """A leaf of a tree, and where it is in a source.
 
-    keys: one for each layer of a stacked leaf, else one alone.
-    shape: in our layout, with the layer axis.
+    Attributes:
+        path: in the tree.
+        keys: in the common spelling, one for each layer of a stacked leaf, else one.
+        shape: in our layout, with the layer axis.
     """
 
     path: str
@@ -160,8 +176,7 @@ class Leaf:
     `leaf[index]` and `np.asarray(leaf)` read it.
 
     Args:
-        layers: the arrays of each layer in torch's layout, joined on its first axis; a single
-            layer for a leaf without layer axis.
+        layers: in torch's layout; one alone for a leaf without layer axis.
         axes: torch's axes in our order.
         stacked: whether the leaf has a layer axis.
         release: gives the pages that were read back to the system.
@@ -187,10 +202,13 @@ class Leaf:
 
     def _layer(self, index):
         arrays = self._layers[index].arrays
+        # One array stays a view of the file; several have to be copied to be
+        # joined.
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return whole.transpose(self._axes)
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        # The first index chooses layers, and only those are read.
         first, *rest = index if isinstance(index, tuple) else (index,)
         inner = tuple(rest)
         # A float64 may become infinite in float32; `checksum` finds it.
@@ -199,7 +217,8 @@ class Leaf:
                 out = np.array(self._layer(0)[first, *inner], np.float32, order="C")
             elif isinstance(first, slice):
                 layers = range(*first.indices(len(self._layers)))
-                # The shape of what the index takes of a layer, without reading it.
+                # The shape of what the index takes of a layer, without reading
+                # it.
                 shape = np.broadcast_to(np.False_, self.shape[1:])[inner].shape
                 out = np.empty((len(layers), *shape), np.float32)
                 for row, layer in enumerate(layers):
@@ -233,26 +252,23 @@ def match(
     Args:
         named: the tensors in the common spelling.
         entries: all leaves of the tree.
+        report: gets what became of every key.
         checked: names that the caller accounts for; they have no leaf.
-    Raises: PortingError with both sides unless keys and shapes are exactly those of the entries;
-      TensorFileError where a stored checksum is another.
+    Raises: PortingError with both sides unless keys and shapes are exactly those of the
+      entries; TensorFileError where a stored checksum is another.
     """
     params = {}
     wrong: list[str] = []
     used = set(checked)
     for entry in entries:
-        report.missing += [key for key in entry.keys if key not in named]
-        found = [key for key in entry.keys if key in named]
-        used.update(found)
-        layers = [named[key] for key in found]
-        fitting = [parts.is_even and parts.shape == entry.torch_shape for parts in layers]
-        wrong += [
-            f"{' + '.join(parts.keys)} {' + '.join(str(array.shape) for array in parts.arrays)}, "
-            f"expected {entry.torch_shape}"
-            for parts, fits in zip(layers, fitting)
-            if not fits
-        ]
-        if len(layers) < len(entry.keys) or not all(fitting):
+        missing = [key for key in entry.keys if key not in named]
+        layers = [named[key] for key in entry.keys if key in named]
+        misfits = _misfits(layers, entry.torch_shape)
+        used.update(entry.keys)
+        report.missing += missing
+        wrong += misfits
+        # One error tells of all keys, so the others are still looked at.
+        if missing or misfits:
             continue
         for layer, parts in enumerate(layers):
             wrong += _account(entry, layer, parts, report)
@@ -261,6 +277,7 @@ def match(
     unknown = set(named) - used
     report.unexpected = sorted(key for name in unknown for key in named[name].keys)
     _refuse(source.path, report, wrong)
+    # A family that renames a key and forgets it would lose a weight in silence.
     unexplained = source.tensors.keys() - report.keys.keys() - report.left_out.keys()
     if unexplained:
         names = abridged(sorted(unexplained))
@@ -269,8 +286,18 @@ def match(
     return params
 
 
+def _misfits(layers, expected):
+    """Texts of the layers that have another shape."""
+    texts = []
+    for parts in layers:
+        if not parts.is_even or parts.shape != expected:
+            shapes = " + ".join(str(array.shape) for array in parts.arrays)
+            texts.append(f"{' + '.join(parts.keys)} {shapes}, expected {expected}")
+    return texts
+
+
 def _account(entry, layer, parts, report):
-    """Says of each key of a layer where it goes; returns those that hold no floats."""
+    """Reports where each key of a layer goes; returns those that hold no floats."""
     where = f"{entry.path}[{layer}]" if entry.is_stacked else entry.path
     count = len(parts.keys)
     wrong = []
@@ -284,9 +311,9 @@ def _account(entry, layer, parts, report):
 
 
 def check_tree(flat: Mapping[str, Any], entries: Iterable[Entry], report: Report) -> None:
-    """Compares the leaves of a tree, by path, with the paths and shapes of the entries.
+    """Compares the leaves of a tree, by path, with the entries' paths and shapes.
 
-    Raises: PortingError listing both sides unless they are the same, and all leaves are floats.
+    Raises: PortingError with both sides unless they are the same, and leaves are floats.
     """
     expected = {entry.path: entry.shape for entry in entries}
     report.missing = sorted(expected.keys() - flat.keys())
@@ -296,6 +323,8 @@ def check_tree(flat: Mapping[str, Any], entries: Iterable[Entry], report: Report
         for name, shape in expected.items()
         if name in flat and tuple(flat[name].shape) != shape
     ]
+    # Orbax restores what was saved, and a cast would hide that it was no
+    # weight.
     wrong += [
         f"{name} of {leaf.dtype}, expected a float"
         for name, leaf in flat.items()
@@ -322,9 +351,9 @@ def _refuse(path, report, wrong):
 def shape_of(
     shapes: Mapping[str, tuple[int, ...]], key: str, ndim: int, path: Any, what: str
 ) -> tuple[int, ...]:
-    """The shape of a key that the source must have, with `ndim` axes and no empty one.
+    """The shape of a key that a source must have: of `ndim` axes, none empty.
 
-    Raises: PortingError saying that `path` is not `what`.
+    Raises: PortingError, which says that `path` is not `what`.
     """
     if key not in shapes:
         found = f"found {len(shapes)} keys: {abridged(sorted(shapes), 4)}"
@@ -349,9 +378,9 @@ def count_indices(keys: Iterable[str], pattern: str, path: Any) -> int:
 
 
 def checksum(params: Any) -> str:
-    """SHA-256 over path, shape and float32 bytes of every leaf in the order of the paths.
+    """SHA-256 over path, shape and float32 bytes of every leaf, in the paths' order.
 
-    It is the same in every file layout.
+    One model has the same in every layout.
 
     Args: params: nested dict of `Leaf` or arrays.
     Raises: PortingError naming the first leaf that holds a value that is not finite.
@@ -363,6 +392,7 @@ def checksum(params: Any) -> str:
         is_stacked = path.startswith("blocks/")
         rows = range(leaf.shape[0]) if is_stacked else [slice(None)]
         for row in rows:
+            # float32 as we use it, whatever the file has.
             part = np.ascontiguousarray(leaf[row], np.dtype("<f4"))
             if not np.isfinite(part).all():
                 where = f"{path}[{row}]" if len(rows) > 1 else path

@@ -1,8 +1,8 @@
-"""Pickles read without running them: one interpreter for every pickle of this package.
+"""Pickles read without running them: one interpreter for all of this package.
 
-A pickle is a program. `Unpickler` interprets the few opcodes that files of weights use by itself:
-it has no way to import or call anything, whatever the file asks for. It knows torch's tensors,
-NumPy's arrays and plain containers.
+A pickle is a program. `Unpickler` interprets the few opcodes that files of weights
+use by itself: it has no way to import or call anything, whatever the file asks for.
+It knows torch's tensors, NumPy's arrays and plain containers.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from lit_jax.porting.untrusted import (
     map_file,
 )
 
-MAX_ARRAYS_BYTES = 1 << 29  # of a pickle that holds its arrays itself; Inception's has 95 MB
+# Of a pickle with the arrays inside. That of Inception's weights has 95 MB.
+MAX_ARRAYS_BYTES = 1 << 29
 # The storages that a torch file names.
 STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -41,7 +42,8 @@ STORAGE_DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-# NumPy's types by the code that a pickle gives them. No objects, no records, no strings.
+# NumPy's types by the code that a pickle gives them. Not among them are
+# objects, whose bytes would be pickles again, records and strings.
 ARRAY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 # Opcodes whose argument is the object.
 _LITERALS = frozenset(
@@ -60,7 +62,7 @@ _MARK = object()
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A global that the pickle names; it stays a name, whatever it is: nothing imports it."""
+    """A global that the pickle names: it stays a name, for nothing imports it."""
 
     name: str
 
@@ -78,7 +80,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A torch tensor that is not yet an array: where in which storage its elements are."""
+    """A torch tensor that is not yet an array: its place in a storage."""
 
     storage: Storage
     offset: int
@@ -86,7 +88,8 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-# NumPy makes an empty object first and gives it its state later, when others refer to it already.
+# NumPy's pickles make an object first and give it its state later, when the
+# memo has the object already. So these two change.
 
 
 @dataclasses.dataclass
@@ -104,15 +107,14 @@ class _Array:
 
 
 class Unpickler:
-    """Interprets one pickle from a stream; anything beyond arrays and plain containers fails.
+    """Interprets one pickle; anything beyond arrays and plain containers fails.
 
-    No opcode imports or calls: GLOBAL makes a `Global`, and REDUCE and BUILD know what each of the
-    few names that may be called means. Opcodes make no more than they read. REDUCE and BUILD may
-    be given one memoised object again and again: together they make no more than the stream is
-    long. So time and memory are at most a fixed multiple of its length.
+    No opcode imports or calls: GLOBAL makes a `Global`, and REDUCE and BUILD know what
+    each of the few names that may be called means. Time and memory are at most a fixed
+    multiple of the stream's length.
 
     Args:
-        stream: the pickle starts where the stream stands, and `load` leaves it after the pickle.
+        stream: starts with the pickle, and `load` leaves it after that.
         fail: raises `TensorFileError` with its text.
     """
 
@@ -123,11 +125,13 @@ class Unpickler:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._dicts: list[dict] = []
-        # Characters and entries that REDUCE and BUILD may make.
+        # Other opcodes make no more than they read. REDUCE and BUILD can be
+        # given one object of the memo again and again: together they may make
+        # this many characters and entries.
         self._budget = stream.getbuffer().nbytes
 
     def load(self) -> Any:
-        """The object of the pickle, whose tensors and arrays `place_arrays` puts into its dicts."""
+        """The object of the pickle. `place_arrays` then puts the arrays into its dicts."""
         try:
             for opcode, argument, _ in pickletools.genops(self._stream):
                 if opcode.name == "STOP":
@@ -135,7 +139,8 @@ class Unpickler:
                 self._step(opcode.name, argument)
         except TensorFileError:
             raise
-        # Whatever the bytes provoke, in pickletools or here.
+        # Whatever the bytes provoke, in pickletools or here. Anything else is
+        # our mistake.
         except (
             ValueError,
             IndexError,
@@ -275,7 +280,9 @@ class Unpickler:
         for key, value in zip(items[::2], items[1::2]):
             if not isinstance(key, str | int | float | bytes | Global | None):
                 self._fail(f"the pickle uses a {type(key).__name__} as a key")
-            # Larger integers can be chosen to have one hash, which makes a dict slow.
+            # Larger integers can be chosen to have one hash: a dict of n of
+            # them takes n^2 steps. Strings cannot, for Python's hash of them
+            # has a secret.
             if isinstance(key, int) and abs(key) >= 2**32:
                 self._fail("the pickle uses an integer of more than 32 bits as a key")
             if key in target:
@@ -313,20 +320,21 @@ class Unpickler:
             target.byte_order = self._byte_order(state)
         elif not isinstance(state, dict):
             self._fail(f"the pickle sets a {type(state).__name__} as the state of an object")
-        # A state_dict carries its module versions as an attribute; a Namespace is all attributes.
+        # A state_dict carries its module versions as an attribute, which nobody
+        # needs; a Namespace is all attributes.
         elif state.keys() != {"_metadata"}:
             self._spend(len(state))
             self._fill(target, [item for entry in state.items() for item in entry])
 
     def _byte_order(self, state):
-        """Of a NumPy type's state: (version, byte order, subarray, names, fields, ...)."""
+        """Of a type's state: (version, byte order, subarray, names, fields, ...)."""
         plain = isinstance(state, tuple) and len(state) >= 5 and state[1] in ("<", ">", "|", "=")
         if not plain or any(part is not None for part in state[2:5]):
             self._fail("an array of records, which no tensor file needs")
         return state[1]
 
     def _array(self, state):
-        """Of an array's state: (version, shape, type, whether in Fortran's order, bytes)."""
+        """Of an array's state: (version, shape, type, is in Fortran's order, bytes)."""
         if not isinstance(state, tuple) or len(state) != 5:
             self._fail("an array without shape, type and bytes")
         _, shape, dtype, fortran, data = state
@@ -367,7 +375,8 @@ class Unpickler:
 
         if len(identity) == 5 or identity[5] is None:
             return Storage(key, dtype, 0, numel, numel)
-        # Files before torch 0.4: (name of the view, first element, number of elements).
+        # Files before torch 0.4: (name of the view, first element, number of
+        # elements), where tensors share a storage.
         view = identity[5]
         if not isinstance(view, tuple) or len(view) != 3 or not all(map(is_size, view[1:])):
             self._fail(f"storage {key[:80]!r}: not a view")
@@ -380,7 +389,8 @@ class Unpickler:
         made = maker(self, arguments)
         return self._refuse(function) if made is None else made
 
-    # Each maker returns what a call of its name makes; None: it is not called so.
+    # Each maker returns what a call of its name makes; None: not with such
+    # arguments.
 
     def _ordered_dict(self, arguments):
         pairs = arguments[0] if arguments else []
@@ -391,6 +401,8 @@ class Unpickler:
         return self._fill(self._new_dict(), items)
 
     def _default_dict(self, arguments):
+        # The argument would make missing values. It stays a name, and nothing
+        # misses one.
         return self._new_dict() if len(arguments) <= 1 else None
 
     def _namespace(self, arguments):
@@ -442,7 +454,8 @@ class Unpickler:
         return _DType(code)
 
     def _encoded(self, arguments):
-        # Protocol 2 has no bytes: Python 3 writes text, and asks for its Latin-1.
+        # Protocol 2 has no bytes: Python 3 writes text there, and asks for its
+        # Latin-1.
         is_text = len(arguments) == 2 and isinstance(arguments[0], str)
         if not is_text or arguments[1] not in ("latin1", "latin-1"):
             return None
@@ -472,10 +485,11 @@ class Unpickler:
 
 
 def read_pickle(path: epath.PathLike) -> Any:
-    """The object of a pickle of NumPy arrays in plain containers; nothing in the file runs.
+    """The object of a pickle of NumPy arrays in plain containers; nothing in it runs.
 
-    Returns: an array for every value of a dict that is one, read-only.
-    Raises: TensorFileError if the file is damaged or asks for anything else. FileNotFoundError.
+    Returns: with read-only arrays as values of its dicts.
+    Raises: TensorFileError if the file is damaged or asks for anything else.
+      FileNotFoundError.
     """
     fail = failure(path)
     buffer = map_file(path)

@@ -1,8 +1,8 @@
-"""Checkpoints of the PyTorch world, and our own, into our parameter trees, every key accounted for.
+"""Checkpoints of the PyTorch world, and our own, into our parameter trees.
 
-A checkpoint of the PyTorch world is read as views of mapped files (`torch_checkpoint`). Its family
-renames the keys to one spelling (`dit`, `autoencoder`), and `matching` leads from there to the
-tree; `write` goes the other way.
+A checkpoint of the PyTorch world is read as views of mapped files (`torch_checkpoint`).
+Its family renames the keys to one spelling (`dit`, `autoencoder`), and `matching` leads
+from there to the tree, every key accounted for. `write` goes the other way.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
     PortingError,
+    any_state_dict,
     component,
-    largest_state_dict,
     open_torch_checkpoint,
 )
 
-# The families of diffusion models: the key tables of each, by its architecture.
+# The families of diffusion models: for the architecture of each the module with
+# its key tables. A further family is one more line.
 FAMILIES: dict[type, ModuleType] = {DiTConfig: dit}
 
 
@@ -65,23 +66,27 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint of a diffusion model of any layout.
 
-    Reads official DiT files (.pt, .safetensors), training checkpoints (DiT, fast-DiT, REPA),
-    diffusers folders, our own exports, and Orbax checkpoints or workdirs. The leaves of a torch
-    file are still in the file. Every value is read once, for the checksum.
+    Reads official DiT files (.pt, .safetensors), training checkpoints (DiT, fast-DiT,
+    REPA), diffusers folders, our own exports, and Orbax checkpoints or workdirs.
 
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
         overrides: what the caller knows better than the checkpoint; None: nothing.
+    Returns: with leaves that are still in their file, if that is one of torch.
     Raises:
-        PortingError: a key is missing, unexpected, of the wrong shape or dtype, not finite, or
-            unexplained; or an override cannot be: then the text starts with its name.
-        TensorFileError: the file is damaged or hostile. FileNotFoundError: it is not there.
+        PortingError: a key is missing, unexpected, of the wrong shape or dtype, not
+            finite, or unexplained; or an override cannot be: then the text starts with
+            its name.
+        TensorFileError: the file is damaged or hostile.
+        FileNotFoundError: it is not there.
     """
     overrides = overrides or Overrides()
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):
+        # Of older workdirs the metadata may say nothing of the model: shapes
+        # tell the most.
         params, metadata, report = _read_orbax(path, weights)
         family = _family_of(params)
         config = family.read_tree(params, metadata.get("model") or {}, report)
@@ -98,14 +103,13 @@ def read_checkpoint(
 def read_autoencoder(
     path: epath.PathLike, *, weights: str = "ema", scaling_factor: float = 0.0
 ) -> AutoencoderCheckpoint:
-    """Opens an AutoencoderKL: a diffusers folder, a file in any of the three spellings, or Orbax.
+    """Opens an AutoencoderKL: a diffusers folder, a file in any spelling, or our Orbax folder.
 
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
-        scaling_factor: overrides what the source says. It is needed where the source says nothing
-            (no config.json): 0.18215 for Stable Diffusion, 0.13025 for SDXL, whose tensors have
-            the same names and shapes. 0: as the source says.
+        scaling_factor: overrides what the source says, and is needed where that says
+            nothing (no config.json). 0: as the source says.
     Raises: as `read_checkpoint`.
     """
     if scaling_factor < 0:
@@ -123,6 +127,8 @@ def read_autoencoder(
         params, architecture = autoencoder.read_torch(source, report)
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor
+    # The files of Stable Diffusion and SDXL have the same names and shapes, and
+    # a wrong scale gives pictures without contrast.
     if architecture["scaling_factor"] is None:
         raise PortingError(
             f"scaling_factor must be named: nothing in {path} tells the scale of the latents "
@@ -133,7 +139,7 @@ def read_autoencoder(
 
 
 def is_autoencoder(path: epath.PathLike) -> bool:
-    """Whether a checkpoint is an AutoencoderKL, by its keys.
+    """Whether a checkpoint is an AutoencoderKL. Its keys tell; no value is read.
 
     Raises: as `read_checkpoint`, for what cannot be opened.
     """
@@ -141,10 +147,11 @@ def is_autoencoder(path: epath.PathLike) -> bool:
     if is_checkpoint(path):
         params = path / "params"
         return params.is_dir() and autoencoder.recognises(shapes_of(params))
-    # The pipelines of Stable Diffusion have no transformer.
+    # A pipeline with a transformer is a DiT's, though it has an autoencoder
+    # too. Those of Stable Diffusion have none.
     if path.is_dir() and component(path, "transformer", "vae") == path / "vae":
         return True
-    return autoencoder.recognises(largest_state_dict(path))
+    return autoencoder.recognises(any_state_dict(path))
 
 
 def load_params(params: Any, shardings: Any = None, *, consume: bool = False) -> Any:
@@ -152,10 +159,10 @@ def load_params(params: Any, shardings: Any = None, *, consume: bool = False) ->
 
     Args:
         params: nested dict of `Leaf` or arrays.
-        shardings: the same tree of shardings; each device then reads only its part. None: the
-            default device.
-        consume: takes each leaf out of `params` once it is loaded, so that those in memory are
-            not there twice.
+        shardings: the same tree of shardings; each device then reads only its part.
+            None: the default device.
+        consume: takes each leaf out of `params` once it is loaded, so that those in
+            memory are not there twice.
     """
     loaded = {}
     for name in list(params):
@@ -186,13 +193,15 @@ def _existing(path, weights):
 
 def _read_orbax(path, weights):
     """The parameters by path, the metadata, and a report that says what was read."""
+    # Into host memory: the caller chooses devices and shardings.
     tree, metadata = restore_params(path, ema=weights == "ema")
     note = f"read {metadata['weights']} of {metadata['path']}"
     return flatten_dict(tree, sep="/"), metadata, Report(str(path), "orbax", notes=[note])
 
 
 def _family_of(keys):
-    # What none recognises is read as a DiT: the error then lists what it lacks of one.
+    # What none recognises is read as a DiT, whose error then lists what is
+    # missing.
     known = (family for family in FAMILIES.values() if family.recognises(keys))
     return next(known, dit)
 
@@ -200,6 +209,8 @@ def _family_of(keys):
 def _account(flat, architecture, report):
     """The tree of the leaves; the report gets what is told of it as a whole."""
     params = unflatten_dict(flat, sep="/")
+    # Every value is read once here, so a checkpoint with a NaN is refused
+    # before it is used.
     try:
         report.checksum = checksum(params)
     except PortingError as error:

@@ -1,6 +1,7 @@
-"""Checkpoints of the PyTorch world opened: a file or a diffusers folder becomes one flat dict.
+"""A file or a diffusers folder of the PyTorch world, opened as one flat dict.
 
-Nothing here knows a model; everything here distrusts what it reads, as `torch_file` does below it.
+Nothing here knows a model; everything here distrusts what it reads, as
+`torch_file` does below it.
 """
 
 import dataclasses
@@ -22,7 +23,10 @@ _ARGUMENTS = ("model", "image_size", "resolution", "num_classes", "vae")
 
 
 class PortingError(ValueError):
-    """A checkpoint that cannot be taken as it is; `report` says what was found, key by key."""
+    """A checkpoint that cannot be taken as it is.
+
+    `report` says what was found, key by key, where that is known.
+    """
 
     def __init__(self, message: str, report: Any = None):
         super().__init__(one_line(message))
@@ -37,7 +41,7 @@ class TorchCheckpoint:
         path: the file or the folder.
         tensors: views of mapped files.
         stored: the architecture that the file itself names, not yet checked.
-        config: a diffusers config.json, not yet checked; None where there is none.
+        config: a diffusers config.json, not yet checked; None: there is none.
         notes: for the report.
         files: those that the tensors are views of.
     """
@@ -55,32 +59,40 @@ class TorchCheckpoint:
             file.release()
 
     def verify(self) -> None:
-        """Compares the checksums that the files carry of the tensors; says so in the notes.
+        """Compares the checksums that files have of the tensors, and notes it.
 
         Raises: TensorFileError for a record that is not what was written.
         """
-        checked = [file.verify(self.tensors.values()) for file in self.files if file.records]
-        if sum(checked):
-            self.notes.append(f"the CRC-32 of {sum(checked)} records is that of the archive")
+        arrays = self.tensors.values()
+        # Of the formats a zip archive alone has checksums.
+        count = sum(file.verify(arrays) for file in self.files if file.records)
+        if count:
+            note = f"the CRC-32 of {count} records is that of the archive"
+            self.notes.append(note)
 
 
-def open_torch_checkpoint(path: epath.PathLike, weights: str) -> TorchCheckpoint:
-    """The tensors of a file, of a diffusers model folder, or of the pipeline folder above it.
+def open_torch_checkpoint(
+    path: epath.PathLike,
+    weights: str,
+) -> TorchCheckpoint:
+    """The tensors of a file, a diffusers folder, or the pipeline folder above it.
 
     Args: weights: "ema" or "model", where a training checkpoint has both.
-    Raises: PortingError for what is no checkpoint, or whose parts contradict each other;
-      TensorFileError for a damaged or hostile file; FileNotFoundError.
+    Raises: PortingError for what is no checkpoint, or whose parts contradict
+      each other; TensorFileError for a damaged or hostile file;
+      FileNotFoundError.
     """
     path = epath.Path(path)
     if path.is_dir():
         return _open_folder(path)
     file = _open_file(path)
     tensors, notes = _state_dict(file, weights)
-    return TorchCheckpoint(path, tensors, _stored_architecture(file), None, notes, [file])
+    stored = _stored_architecture(file)
+    return TorchCheckpoint(path, tensors, stored, None, notes, [file])
 
 
-def largest_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint whichever weights it has, for a look at its keys.
+def any_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, whichever weights it has: for their keys.
 
     Raises: as `open_torch_checkpoint`.
     """
@@ -93,12 +105,12 @@ def largest_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def component(path: epath.PathLike, *names: str) -> epath.Path:
-    """The first of the models `names` in a diffusers pipeline folder; any other path as it is."""
+    """The first of some models in a pipeline's folder; another path as it is."""
     path = epath.Path(path)
-    if (path / "config.json").is_file():
-        return path
-    inside = (path / name for name in names if (path / name / "config.json").is_file())
-    return next(inside, path)
+    for inside in (path, *(path / name for name in names)):
+        if (inside / "config.json").is_file():
+            return inside
+    return path
 
 
 # ---- One file ------------------------------------------------------------------------------------
@@ -120,16 +132,17 @@ def _state_dict(file, weights):
         tree, notes = _chosen_weights(file, weights)
     for key, value in tree.items():
         if not isinstance(key, str) or not isinstance(value, np.ndarray):
-            raise PortingError(
-                f"{file.path}: {str(key)[:80]!r} is a {type(value).__name__}, not a tensor"
-            )
+            kind = type(value).__name__
+            text = f"{str(key)[:80]!r} is a {kind}, not a tensor"
+            raise PortingError(f"{file.path}: {text}")
     if not tree:
         raise PortingError(f"{file.path}: no tensors")
 
-    # Both wrappers of torch rename all parameters, and either may be around the other.
+    # DataParallel and compile rename all parameters, each around the other.
     for prefix in ("module.", "_orig_mod.", "module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in tree):
-            tree = {key.removeprefix(prefix): value for key, value in tree.items()}
+            size = len(prefix)
+            tree = {key[size:]: value for key, value in tree.items()}
             notes.append(f"removed the prefix {prefix!r} of every key")
     return tree, notes
 
@@ -137,41 +150,44 @@ def _state_dict(file, weights):
 def _chosen_weights(file, weights):
     """The state dict in a training checkpoint, and notes of what was left."""
     tree = file.tensors
-    inner = [name for name in (weights, "state_dict") if isinstance(tree.get(name), dict)]
-    if not inner:
-        offered = [name for name in WEIGHTS if isinstance(tree.get(name), dict)]
+    dicts = [name for name, value in tree.items() if isinstance(value, dict)]
+    # Lightning has one state dict, under this name.
+    wanted = [name for name in (weights, "state_dict") if name in dicts]
+    if not wanted:
+        offered = [name for name in WEIGHTS if name in dicts]
         advice = f"; choose weights={offered[0]}" if offered else ""
         raise PortingError(
             f"weights = {weights}, but {file.path} has no such weights, only "
             f"{abridged(map(repr, tree))}{advice}"
         )
-    left = [repr(name) for name in tree if name != inner[0]]
-    notes = [f"took {inner[0]!r} from a training checkpoint and left {abridged(left, 8)}"]
+    chosen = wanted[0]
+    # The optimizer's state among them: two thirds of the file.
+    left = abridged((repr(name) for name in tree if name != chosen), 8)
+    notes = [f"took {chosen!r} from a training checkpoint and left {left}"]
 
     arguments = tree.get("args")
     if isinstance(arguments, dict):
-        known = [
-            f"{name}={arguments[name]}"
-            for name in _ARGUMENTS
-            if isinstance(arguments.get(name), str | int)
-        ]
-        if known:
-            notes.append(f"its training arguments: {', '.join(known)}")
-    return tree[inner[0]], notes
+        told = []
+        for name in _ARGUMENTS:
+            value = arguments.get(name)
+            if isinstance(value, str | int):
+                told.append(f"{name}={value}")
+        if told:
+            notes.append(f"its training arguments: {', '.join(told)}")
+    return tree[chosen], notes
 
 
 def _stored_architecture(file):
-    """What our own exports say of their model: a .safetensors in its header, a .pt in PATH.json."""
+    """What our exports say of their model: a .pt says it in PATH.json."""
     path = file.path
     if "architecture" in file.metadata:
-        try:
-            return json.loads(file.metadata["architecture"], object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise PortingError(f"{path}: its architecture is not valid JSON: {error}") from error
+        text = file.metadata["architecture"]
+        return _parse_json(text, f"{path}: its architecture is")
     sidecar = path.with_name(path.name + ".json")
-    if path.suffix != ".safetensors" and sidecar.is_file():
-        return _read_json(_inside(path.parent, sidecar.name, path)).get("architecture", {})
-    return {}
+    if path.suffix == ".safetensors" or not sidecar.is_file():
+        return {}
+    sidecar = _inside(path.parent, sidecar.name, path)
+    return _read_json(sidecar).get("architecture", {})
 
 
 # ---- A folder ------------------------------------------------------------------------------------
@@ -197,18 +213,21 @@ def _open_folder(path):
             tensors, _ = _state_dict(file, "model")
             return TorchCheckpoint(path, tensors, {}, config, [], [file])
 
+    # The Hub's files in half precision have a longer name, and are not taken
+    # unless they are renamed.
     patterns = (f"{_STEM}.*.safetensors", f"{_STEM}.*.bin")
-    variants = sorted(found.name for pattern in patterns for found in path.glob(pattern))
-    advice = f"; {abridged(variants)} is a variant or a shard, rename it to take it"
-    raise FileNotFoundError(
-        f"{path}: no {_STEM}.safetensors or .bin, single or with an index"
-        + (advice if variants else "")
-    )
+    found = [file.name for pattern in patterns for file in path.glob(pattern)]
+    text = f"{path}: no {_STEM}.safetensors or .bin, single or with an index"
+    if found:
+        names = abridged(sorted(found))
+        text += f"; {names} is a variant or a shard, rename it to take it"
+    raise FileNotFoundError(text)
 
 
 def _open_shards(folder, index):
     """The tensors of all files that an index names, and the files."""
-    weight_map = _read_json(_inside(folder, index.name, folder)).get("weight_map")
+    content = _read_json(_inside(folder, index.name, folder))
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PortingError(f"{index}: no weight_map")
     # All names first: a bad one is told before gigabytes are opened.
@@ -220,6 +239,8 @@ def _open_shards(folder, index):
     for name in sorted(set(weight_map.values())):
         files.append(_open_file(_inside(folder, name, index)))
         shard, _ = _state_dict(files[-1], "model")
+        # A key in two shards, or in another than the index says, would be a
+        # weight of unknown origin.
         listed = {key for key, value in weight_map.items() if value == name}
         if listed != set(shard):
             keys = abridged(sorted(listed ^ set(shard)))
@@ -229,76 +250,92 @@ def _open_shards(folder, index):
 
 
 def _inside(folder, name, index):
-    """The file `name` of a folder, which neither its name nor a link may lead out of."""
+    """The file `name` of a folder; neither name nor link may lead out of it."""
+    # Another file of the user's would be read, and perhaps published as
+    # weights.
     is_plain = isinstance(name, str) and name not in ("", ".", "..")
     if not is_plain or any(character in name for character in "/\\\0"):
-        raise PortingError(f"{index}: names the file {name!r:.80}, which is not a plain file name")
+        what = f"{name!r:.80}, which is not a plain file name"
+        raise PortingError(f"{index}: names the file {what}")
     path = folder / name
-    # epath takes a pipe for a file, and does not follow links: here this is pathlib's work.
+    # pathlib, for epath takes a pipe for a file, and does not follow links.
     local = pathlib.Path(folder)
     is_file = path.is_file() if is_remote(path) else (local / name).is_file()
     if not is_file:
-        raise FileNotFoundError(f"{index}: names {name}, which is not in the folder")
+        what = f"{name}, which is not in the folder"
+        raise FileNotFoundError(f"{index}: names {what}")
     if is_remote(path):
         return path  # an object store has no links
 
     target = (local / name).resolve()
     roots = [local.resolve()]
     # The Hub's cache links from snapshots/REVISION to blobs.
-    for parent in local.absolute().parents:
-        if parent.name == "snapshots":
-            roots.append(parent.parent.resolve() / "blobs")
+    above = local.absolute().parents
+    snapshots = [each for each in above if each.name == "snapshots"]
+    roots += [each.parent.resolve() / "blobs" for each in snapshots]
     if not any(target.is_relative_to(root) for root in roots):
         raise PortingError(f"{path}: a link to {target}, outside the folder")
     return path
 
 
 def _read_json(path):
+    limit = torch_file.MAX_HEADER_BYTES
+    if path.stat().length > limit:
+        raise PortingError(f"{path}: not valid JSON: larger than {limit} bytes")
     try:
-        if path.stat().length > torch_file.MAX_HEADER_BYTES:
-            raise ValueError(f"larger than {torch_file.MAX_HEADER_BYTES} bytes")
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}, not an object")
-        return value
-    except (ValueError, RecursionError) as error:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
         raise PortingError(f"{path}: not valid JSON: {error}") from error
+    value = _parse_json(text, f"{path}:")
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise PortingError(f"{path}: not valid JSON: a {kind}, not an object")
+    return value
 
 
-# ---- config.json ---------------------------------------------------------------------------------
+def _parse_json(text, what):
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise PortingError(f"{what} not valid JSON: {error}") from error
 
 
-def check_diffusers_class(config: dict[str, Any], classes: Sequence[str], path: Any) -> None:
-    """Raises PortingError where config.json names another class of diffusers than `classes`."""
+def check_diffusers_class(
+    config: dict[str, Any], classes: Sequence[str], path: epath.PathLike
+) -> None:
+    """Raises PortingError where config.json names a class that is not expected."""
     name = config.get("_class_name")
     if name is not None and name not in classes:
-        raise PortingError(
-            f"{path}: config.json describes a {str(name)[:60]}, expected {' or '.join(classes)}"
-        )
+        expected = " or ".join(classes)
+        raise PortingError(f"{path}: config.json describes a {str(name)[:60]}, expected {expected}")
 
 
-def check_diffusers_config(config: dict[str, Any], expected: dict[str, Any], path: Any) -> None:
+def check_diffusers_config(
+    config: dict[str, Any], expected: dict[str, Any], path: epath.PathLike
+) -> None:
     """Raises PortingError where config.json says another value than `expected`.
 
-    A name that it leaves out has diffusers' default, which is the expected one.
+    A name that it leaves out is not compared: older writers know fewer.
     """
     for name, value in expected.items():
-        if name in config and config[name] != value:
-            raise PortingError(
-                f"{path}: config.json says {name} = {str(config[name])[:60]}, expected {value}"
-            )
-
-
-# ---- Values and texts ----------------------------------------------------------------------------
+        says = config.get(name, value)
+        if says != value:
+            text = f"{name} = {str(says)[:60]}, expected {value}"
+            raise PortingError(f"{path}: config.json says {text}")
 
 
 def is_count(value: Any, low: int = 1, high: int = 10**6) -> bool:
     """Whether a value of a file is a whole number in a range."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return is_number and low <= value <= high
 
 
 def abridged(names: Iterable[str], limit: int = 6, width: int = 80) -> str:
-    """The first names of a list, each cut to a width, and how many more there are."""
-    short = [name if len(name) <= width else f"{name[: width - 3]}..." for name in names]
+    """The first names of a list, cut to a width, and how many more there are."""
+
+    def shorten(name):
+        return name if len(name) <= width else f"{name[: width - 3]}..."
+
+    short = list(map(shorten, names))
     more = f" and {len(short) - limit} more" if len(short) > limit else ""
     return ", ".join(short[:limit]) + more

@@ -1,8 +1,9 @@
-"""Tensor files of the PyTorch world (.pt, .bin, .safetensors), read and written without PyTorch.
+"""Tensor files (.pt, .bin, .safetensors) read and written without PyTorch.
 
-Files are mapped, never loaded: every tensor is a NumPy view of the map, so opening a 2.7 GB file
-costs nothing and reading one tensor costs that tensor. Every size that a file claims is compared
-with the file first. Pickles are interpreted (`pickles`), never run.
+Files are mapped, never loaded: every tensor is a NumPy view of the map, so opening a
+2.7 GB file costs nothing and reading one tensor costs that tensor. Every size that a
+file claims is compared with the file first. Pickles are interpreted (`pickles`), never
+run.
 """
 
 import bisect
@@ -38,10 +39,13 @@ from lit_jax.porting.untrusted import (
     unique_keys,
 )
 
-MAX_HEADER_BYTES = 100 << 20  # of a safetensors header, the library's own limit
-# Of a torch file's pickle: it holds names and shapes, a training checkpoint needs 1 MB.
+# Of a safetensors header: the limit of the format's own library.
+MAX_HEADER_BYTES = 100 << 20
+# Of a torch file's pickle. It holds names and shapes: a training checkpoint
+# needs 1 MB.
 MAX_PICKLE_BYTES = 16 << 20
-MAX_RECORDS = 1 << 20  # of a zip archive
+# Of a zip archive.
+MAX_RECORDS = 1 << 20
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -55,6 +59,7 @@ _SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# What the first two pickles of a file before torch 1.6 hold.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -65,19 +70,17 @@ Fail = Callable[[str], NoReturn]
 
 
 class Record(NamedTuple):
-    """A stored file of a zip archive.
-
-    A CRC-32 of 0 is none: torch.serialization.set_crc32_options(False) writes it.
-    """
+    """A stored file of a zip archive."""
 
     begin: int
     num_bytes: int
-    crc: int
+    crc: int  # 0: none, as torch.serialization.set_crc32_options(False) writes
     name: str
 
     def check(self, buffer: mmap.mmap, fail: Fail) -> None:
         """Compares the CRC-32 of the stored bytes with that of the archive."""
-        # torch.load does not, so a byte that flipped on the way goes unnoticed there.
+        # torch.load does not: a byte that flipped on a disk or on the way, and
+        # made another weight, goes unnoticed there.
         actual = zlib.crc32(memoryview(buffer)[self.begin : self.begin + self.num_bytes])
         if self.crc and actual != self.crc:
             fail(
@@ -92,8 +95,8 @@ class TensorFile:
 
     Attributes:
         path: of the file.
-        tensors: the flat dict of a safetensors file, or whatever tree of dicts, lists and values
-            a torch file holds (an argparse.Namespace comes as a dict).
+        tensors: the flat dict of a safetensors file, or whatever tree of dicts, lists
+            and values a torch file holds (an argparse.Namespace comes as a dict).
         metadata: the string dict of a safetensors file.
         map: the file.
         records: those of a zip archive, in the order of the file.
@@ -111,6 +114,8 @@ class TensorFile:
         Returns: how many records have one.
         Raises: TensorFileError naming the first record that is not what was written.
         """
+        # An array does not know its record, but its address tells its place in
+        # the map.
         base = np.frombuffer(self.map, np.uint8).ctypes.data
         places = [array.ctypes.data - base for array in arrays if array.size]
         starts = [record.begin for record in self.records]
@@ -120,11 +125,11 @@ class TensorFile:
         checked = [self.records[index] for index in sorted(found) if self.records[index].crc]
         for record in checked:
             record.check(self.map, failure(self.path))
-            self.release()
+            self.release()  # or a file of 3 GB would stay in memory
         return len(checked)
 
     def release(self) -> None:
-        """Gives the pages read so far back to the system, which reads them again when needed."""
+        """Gives the pages read so far back; they are read again when they are needed."""
         self.map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -132,13 +137,10 @@ class TensorFile:
 
 
 def read_safetensors(path: epath.PathLike) -> TensorFile:
-    """Opens a .safetensors file: 8 bytes of header length, a JSON header, then the tensors.
+    """Opens a .safetensors file: the header's length, the header in JSON, the tensors.
 
-    Stricter than the format: tensors may neither overlap nor leave gaps, so that nothing hides in
-    the file.
-
-    Raises: TensorFileError naming the tensor for anything the header says that the file does not
-      hold. FileNotFoundError.
+    Raises: TensorFileError naming the tensor for anything the header says that the file
+      does not hold. FileNotFoundError.
     """
     path = epath.Path(path)
     buffer = map_file(path)
@@ -158,6 +160,7 @@ def read_safetensors(path: epath.PathLike) -> TensorFile:
         flat = np.frombuffer(buffer, dtype, math.prod(shape), start + begin)
         tensors[key] = flat.reshape(shape)
 
+    # Stricter than the format, so that nothing hides in a file.
     position = 0
     for begin, end, key in sorted(spans):
         if begin != position:
@@ -186,6 +189,7 @@ def _safetensors_header(buffer, fail):
             f"the limit is {MAX_HEADER_BYTES}"
         )
     start = 8 + num_bytes
+    # A header of nested brackets exhausts the parser's recursion.
     try:
         header = json.loads(buffer[8:start].decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -231,10 +235,10 @@ def _safetensors_entry(entry, data_bytes, fail):
 
 
 def read_torch(path: epath.PathLike) -> TensorFile:
-    """Opens a file of torch.save (zip or legacy format) without running anything in it.
+    """Opens a file of torch.save, zip or legacy format; nothing in it runs.
 
-    Raises: TensorFileError if the file is damaged or asks for anything but tensors in plain
-      containers. FileNotFoundError.
+    Raises: TensorFileError if the file is damaged or asks for anything but tensors in
+      plain containers. FileNotFoundError.
     """
     path = epath.Path(path)
     buffer = map_file(path)
@@ -253,17 +257,21 @@ def read_torch(path: epath.PathLike) -> TensorFile:
 
 
 def _read_zip(buffer, fail):
-    """The object of torch's zip format (torch 1.6 and later), and the records of `TensorFile`."""
+    """The object of torch's zip format (since torch 1.6), and the file's records."""
     records, root = _zip_records(buffer, fail)
+    # Records that share bytes would make more of the file than its size.
     spans = sorted(records.values())
     for one, other in zip(spans, spans[1:]):
         if one.begin + one.num_bytes > other.begin:
             fail(f"the records {one.name[:80]!r} and {other.name[:80]!r} overlap")
 
+    # Only newer versions of torch say it.
     order = records.get(f"{root}byteorder")
     if order and buffer[order.begin : order.begin + min(order.num_bytes, 16)] != b"little":
         fail("the tensors are not little-endian")
 
+    # The pickle names each tensor's storage, and a storage is the record of its
+    # key.
     pickle = records[f"{root}data.pkl"]
     if pickle.num_bytes > MAX_PICKLE_BYTES:
         fail(f"data.pkl has {pickle.num_bytes} bytes, the limit is {MAX_PICKLE_BYTES}")
@@ -283,7 +291,8 @@ def _read_zip(buffer, fail):
 
 
 def _zip_records(buffer, fail):
-    """The records of an archive by name, each inside the file, and the folder that all are in."""
+    """The records of an archive by name, all inside the file, and their folder."""
+    # zipfile reads the directory at the end of the file. It opens no record.
     try:
         with zipfile.ZipFile(buffer) as archive:
             entries = archive.infolist()
@@ -298,6 +307,7 @@ def _zip_records(buffer, fail):
     if len(entries) > MAX_RECORDS:
         fail(f"{len(entries)} records, the limit is {MAX_RECORDS}")
 
+    # Of two records with one name readers take different ones.
     names = collections.Counter(entry.filename for entry in entries)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
@@ -322,7 +332,8 @@ def _zip_records(buffer, fail):
                 "which torch.save never does"
             )
 
-        # The archive's own directory says where a record's header is, and that where its bytes.
+        # The directory says where a record's header is, and the header where
+        # its bytes.
         start = max(entry.header_offset, 0)
         header = buffer[start : start + 30]
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -340,7 +351,7 @@ def _zip_records(buffer, fail):
 
 
 def _read_legacy(buffer, fail):
-    """The object of the format before torch 1.6: five pickles, then each storage with its length.
+    """The object of the format before torch 1.6: five pickles, then the storages.
 
     The package of EfficientNet's weights, which evaluation reads, has this format.
     """
@@ -353,6 +364,8 @@ def _read_legacy(buffer, fail):
     system = Unpickler(stream, fail).load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         fail("the tensors are not little-endian")
+    # The object; then the keys of its storages, in the order in which they
+    # follow.
     unpickler = Unpickler(stream, fail)
     value = unpickler.load()
     keys = Unpickler(stream, fail).load()
@@ -366,6 +379,7 @@ def _read_legacy(buffer, fail):
             fail(f"storage {key[:80]!r} belongs to no tensor")
         if position + 8 > len(buffer):
             fail(f"truncated before storage {key[:80]!r}")
+        # The length in front counts elements, whose type the pickle has told.
         numel = int.from_bytes(buffer[position : position + 8], "little")
         num_bytes = numel * unpickler.storages[key].itemsize
         position += 8
@@ -416,7 +430,7 @@ def _viewer(buffer, storages, fail):
             fail(f"{name}: shape {shape} of {storage.dtype} needs 2^63 bytes or more")
         size = math.prod(shape)
         steps = sum((n - 1) * stride for n, stride in zip(shape, strides))
-        # More elements than the storage has would be a bomb: strides of 0 repeat them.
+        # With a stride of 0 a small storage would give a tensor of any size.
         if size > storage.numel or (size and tensor.offset + steps >= storage.numel):
             fail(
                 f"{name}: shape {shape}, strides {strides}, offset {tensor.offset} "
@@ -428,7 +442,8 @@ def _viewer(buffer, storages, fail):
         return np.lib.stride_tricks.as_strided(
             flat[tensor.offset :],
             shape,
-            # A stride that nothing steps over may be anything, also what overflows in bytes.
+            # A stride that nothing steps over may be anything, and overflow in
+            # bytes.
             [stride * itemsize if n > 1 else 0 for n, stride in zip(shape, strides)],
             writeable=False,
         )
@@ -440,7 +455,7 @@ def _viewer(buffer, storages, fail):
 
 
 class NewTensor(NamedTuple):
-    """A tensor to write, float32; `read()` gives its array when its turn comes."""
+    """A tensor to write, float32; `read()` gives its array when it is its turn."""
 
     key: str
     shape: tuple[int, ...]
@@ -450,9 +465,10 @@ class NewTensor(NamedTuple):
 def write_safetensors(
     path: epath.PathLike, tensors: Sequence[NewTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes tensors in order, one in memory at a time; `metadata` goes into the header.
+    """Writes tensors in order, one in memory at a time.
 
-    Raises: ValueError for an array of another shape than announced; nothing is left behind then.
+    Args: metadata: goes into the header.
+    Raises: ValueError for an array of another shape than announced: then nothing is left.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -461,7 +477,8 @@ def write_safetensors(
         header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # tensors start on 8 bytes, as the library writes them
+    # Tensors start on 8 bytes, as the library writes them.
+    text += b" " * (-len(text) % 8)
 
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
@@ -474,33 +491,36 @@ def write_safetensors(
 def write_torch(path: epath.PathLike, tensors: Sequence[NewTensor]) -> None:
     """Writes tensors as torch.save writes a flat state dict, one in memory at a time.
 
-    Raises: ValueError for an array of another shape than announced; nothing is left behind then.
+    Raises: ValueError for an array of another shape than announced: then nothing is left.
     """
-
-    def add(file, archive, name, data):
-        info = zipfile.ZipInfo(f"archive/{name}")
-        # torch aligns each record to 64 bytes by an extra field, so that it can map the file.
-        info.extra = b"FB\0\0"
-        zip64 = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
-        header = file.tell() + 30 + len(info.filename) + len(info.extra) + zip64
-        padding = -header % 64
-        info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        archive.writestr(info, data)
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            add(file, archive, "data.pkl", _pickled_state_dict(tensors))
-            add(file, archive, "byteorder", b"little")
+            _add_record(file, archive, "data.pkl", _pickled_state_dict(tensors))
+            _add_record(file, archive, "byteorder", b"little")
             for index, tensor in enumerate(tensors):
-                add(file, archive, f"data/{index}", _bytes_of(tensor))
-            add(file, archive, "version", b"3\n")
+                _add_record(file, archive, f"data/{index}", _bytes_of(tensor))
+            _add_record(file, archive, "version", b"3\n")
 
     write_atomically(path, write)
+
+
+def _add_record(file, archive, name, data):
+    info = zipfile.ZipInfo(f"archive/{name}")
+    # torch aligns each record to 64 bytes by an extra field, to map the file.
+    info.extra = b"FB\0\0"
+    # Where the record may be large, zipfile puts another field before it.
+    zip64 = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
+    header = file.tell() + 30 + len(info.filename) + len(info.extra) + zip64
+    padding = -header % 64
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    archive.writestr(info, data)
 
 
 def _pickled_state_dict(tensors):
     """The data.pkl of a flat float32 state dict whose storages are numbered in order."""
 
+    # In protocol 2, which every torch reads.
     def text(value):
         data = value.encode("utf-8")
         return b"X" + struct.pack("<I", len(data)) + data
@@ -513,6 +533,8 @@ def _pickled_state_dict(tensors):
         return b"(" + b"".join(map(number, values)) + b"t"
 
     empty = b"ccollections\nOrderedDict\n)R"
+    # An OrderedDict, then between a mark and the last opcode each key with its
+    # tensor.
     out = [b"\x80\x02", empty, b"("]
     for index, (key, shape, _) in enumerate(tensors):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -533,13 +555,14 @@ def _bytes_of(tensor):
 
 
 def write_atomically(path: epath.PathLike, write: Callable[[IO[bytes]], None]) -> None:
-    """Calls write(file) on a temporary file and renames it: a failure leaves nothing behind."""
+    """Calls write(file) on a temporary file and renames it: a failure leaves nothing."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         if is_remote(path):
-            # An archive is written back and forth, which an object store cannot.
+            # An archive is written back and forth, which an object store
+            # cannot.
             with tempfile.TemporaryFile() as file:
                 write(file)
                 file.seek(0)

@@ -1,7 +1,7 @@
-"""What all readers of a stranger's file share: its errors, its limits, and the file as a map.
+"""What all readers of a stranger's file share: its errors, its limits, the map.
 
-A file may claim anything. So its errors name the file and fit on one line, and each size that it
-claims is compared with the file before it is used.
+A file may claim anything. So its errors name the file and fit on one line, and
+each size that it claims is compared with the file before it is used.
 """
 
 import contextlib
@@ -15,19 +15,24 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from etils import epath
 
-MAX_DIMENSIONS = 16  # more than any weight has; keeps products of hostile shapes short
-COPY_BYTES = 16 << 20  # that a copy from or to an object store keeps in memory
+# More than any weight has; it keeps products of hostile shapes short.
+MAX_DIMENSIONS = 16
+# That a copy from or to an object store keeps in memory.
+COPY_BYTES = 16 << 20
 
 
 class TensorFileError(ValueError):
-    """A file that is not what it claims to be; the message names the file and what is wrong."""
+    """A file that is not what it claims to be.
+
+    The message names the file and what is wrong.
+    """
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
 
 
 def failure(path: epath.PathLike) -> Callable[[str], NoReturn]:
-    """A function that raises `TensorFileError` with its text, after the name of the file."""
+    """A function that raises `TensorFileError`: the file's name, then its text."""
 
     def fail(what: str) -> NoReturn:
         raise TensorFileError(f"{path}: {what}")
@@ -36,9 +41,13 @@ def failure(path: epath.PathLike) -> Callable[[str], NoReturn]:
 
 
 def one_line(text: str) -> str:
-    """`text` with line breaks, and whatever else moves a terminal's cursor, escaped."""
-    # The names in a file are the stranger's: a name could erase the line that warns of it.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """`text` with whatever moves a terminal's cursor escaped."""
+    # The names in a file are the stranger's: one could erase the line that
+    # warns of it, or add a line that praises the file.
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def describe(value: Any) -> str:
@@ -51,17 +60,20 @@ def describe(value: Any) -> str:
 
 def is_size(value: Any) -> bool:
     """Whether a value is a whole number from 0 to 2^63 - 1."""
+    # To Python a bool is an int.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def fits_numpy(shape: Iterable[int], itemsize: int) -> bool:
     """Whether NumPy can make an array of this shape."""
-    # It multiplies the sizes that are not zero, even those of an empty array.
+    # NumPy multiplies the sizes that are not zero, even those of an empty
+    # array.
     return math.prod(n for n in shape if n) * itemsize < 2**63
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object hook that refuses a key given twice, where the second would win."""
+    """The JSON object hook that refuses a key given twice."""
+    # Python's own takes the second, another reader of the same file the first.
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -71,22 +83,23 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path names a place on an object store, such as gs://bucket/file."""
+    """Whether a path is a place on an object store, such as gs://bucket/file."""
     return "://" in os.fspath(path)
 
 
 def map_file(path: epath.PathLike) -> mmap.mmap:
-    """Maps a file read-only, so that opening it costs nothing and reading a tensor that tensor.
+    """Maps a file read-only: opening it costs nothing, reading a tensor that tensor.
 
-    A file on an object store is first copied to a temporary one, which goes with the map.
+    A file on an object store is first copied to a temporary one, which goes with
+    the map.
 
-    Raises: TensorFileError for an empty file, and for what a download often leaves in place of
-      the weights. FileNotFoundError.
+    Raises: TensorFileError for an empty file, and for what a download often
+      leaves in place of the weights. FileNotFoundError.
     """
     path = epath.Path(path)
     fail = failure(path)
-    # A pipe would block whoever opens it, and epath takes it for a file.
-    is_file = path.exists() and not path.is_dir() if is_remote(path) else os.path.isfile(path)
+    # epath takes a pipe for a file, and opening one would wait for ever.
+    is_file = path.is_file() if is_remote(path) else os.path.isfile(path)
     if not is_file:
         raise FileNotFoundError(f"{path}: no such file")
 

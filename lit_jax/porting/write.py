@@ -1,8 +1,8 @@
 """Our parameter trees written for the PyTorch world, and as Orbax checkpoints.
 
-Nothing is written that the code of a layout would compute another function with: the model's
-conventions are compared with those of the layout first. Tensors are read, converted and written one
-at a time.
+Nothing is written that the code of a layout would compute another function with: the
+model's conventions are compared with those of the layout first. Tensors are read,
+converted and written one at a time.
 """
 
 import json
@@ -20,15 +20,16 @@ from lit_jax.porting.torch_file import write_safetensors, write_torch
 def export_official(params: Any, path: epath.PathLike, config: DiTConfig) -> list[epath.Path]:
     """Writes the official layout as .safetensors or .pt (a flat state dict).
 
-    A .safetensors names the architecture in its metadata, a .pt in PATH.json. A LiT is
-    accompanied by `lit_torch.py`, the PyTorch module that computes the same function.
+    A .safetensors names the architecture in its metadata, a .pt in PATH.json. With a LiT
+    goes `lit_torch.py`, the PyTorch module that computes the same function.
 
     Args:
         params: the tree of the model, arrays or leaves.
         config: with num_heads and grid.
     Returns: the files written.
-    Raises: PortingError if official DiT code would compute another function (timestep_freq_shift,
-      mlp_norm_epsilon), or what goes with the file would replace another.
+    Raises: PortingError if official code would compute another function, then with a text
+      that starts with the field's name, or if what goes with the file would replace
+      another file.
     """
     path = epath.Path(path)
     family = FAMILIES[type(config)]
@@ -38,6 +39,7 @@ def export_official(params: Any, path: epath.PathLike, config: DiTConfig) -> lis
             f"{path}: the official layout is written as .safetensors or .pt, not {path.suffix!r}"
         )
 
+    # All checks come before the first file: an export that fails leaves none.
     architecture = config.to_json()
     companions = {}
     if path.suffix == ".pt":
@@ -69,8 +71,8 @@ def export_diffusers(params: Any, path: epath.PathLike, config: DiTConfig) -> No
     """Writes a folder that diffusers.DiTTransformer2DModel.from_pretrained loads.
 
     Args: as `export_official`.
-    Raises: PortingError if the model is no DiT, its grid is not square, or diffusers would
-      compute another function: it shifts the timestep frequencies by 1.
+    Raises: PortingError if the model is no DiT, its grid is not square, or diffusers
+      would compute another function: it shifts the timestep frequencies by 1.
     """
     path = epath.Path(path)
     family = FAMILIES[type(config)]
@@ -78,6 +80,7 @@ def export_diffusers(params: Any, path: epath.PathLike, config: DiTConfig) -> No
     tensors = family.diffusers_tensors(params, config)
     fields = family.diffusers_config(config)
 
+    # The folder appears as a whole, or not at all.
     partial = path.with_name(f".{path.name}.partial")
     partial.rmtree(missing_ok=True)  # of an export that was killed
     try:
@@ -103,9 +106,11 @@ def export_orbax(
 
     Args:
         shardings: spreads the arrays over devices on the way.
-        consume: empties `checkpoint.params` as they are loaded, so that those in memory are not
-            there twice: for the last use of a checkpoint.
+        consume: empties `checkpoint.params` as they are loaded, so that those in memory
+            are not there twice: for the last use of a checkpoint.
     """
+    # `read_checkpoint` finds the architecture here, and a user from where it
+    # came.
     metadata: dict[str, Any] = {
         "source": checkpoint.report.source,
         "checksum": checkpoint.report.checksum,

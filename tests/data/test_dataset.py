@@ -135,18 +135,19 @@ def test_a_data_set_may_move(directory, copy):
     assert here.fingerprint() == there.fingerprint()
 
 
-def test_a_data_set_may_be_in_a_bucket(directory):
-    object_store.start()
-    object_store.upload(directory, "gs://bucket/data")
+def test_a_data_set_may_be_in_a_bucket(directory, monkeypatch):
     local = open_dataset("mnist_digits", directory, "test")
-    remote = open_dataset("mnist_digits", "gs://bucket/data", "test")
-    assert len(remote) == 500
-    assert remote.content() == local.content() and remote.fingerprint() == local.fingerprint()
-    with pytest.raises(
-        FileNotFoundError,
-        match="^name = 'cifar10' is no .* directory 'gs://bucket/data', which holds: mnist_digits",
-    ):
-        open_dataset("cifar10", "gs://bucket/data", "train")
+    with object_store.serve(monkeypatch):
+        object_store.upload(directory, "bucket/data")
+        remote = open_dataset("mnist_digits", "gs://bucket/data", "test")
+        assert len(remote) == 500
+        assert remote.content() == local.content()
+        assert remote.fingerprint() == local.fingerprint()
+        with pytest.raises(
+            FileNotFoundError,
+            match="^name = 'cifar10' is no .* 'gs://bucket/data', which holds: mnist_digits",
+        ):
+            open_dataset("cifar10", "gs://bucket/data", "train")
 
 
 def test_other_object_stores_are_refused():

@@ -102,7 +102,7 @@ def test_an_image_of_the_size_is_left_alone():
 # Folders.
 
 
-def test_a_folder_in_a_bucket_has_the_same_images(tmp_path):
+def test_a_folder_in_a_bucket_has_the_same_images(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name in ("b/1.png", "a/0.png", "a/2.jpg", "a/notes.txt"):
         path = tmp_path / "images" / name
@@ -112,17 +112,17 @@ def test_a_folder_in_a_bucket_has_the_same_images(tmp_path):
             path.write_text("not an image")
         else:
             Image.fromarray(pixels).save(path)
-    object_store.start()
-    object_store.upload(tmp_path / "images", "gs://bucket/images")
     local = open_images(f"{tmp_path}/images/", "", "train", SIZE)
-    remote = open_images("gs://bucket/images/", "", "train", SIZE)
-    assert len(local) == len(remote) == 3
-    assert remote.class_names == local.class_names == ("a", "b")
-    assert remote.name == local.name == "images"
-    assert remote.listing == local.listing  # so either goes on where the other stopped
-    for i, name in enumerate(("a/0.png", "a/2.jpg", "b/1.png")):
-        assert remote[i]["id"] == local[i]["id"] == name
-        assert remote[i]["label"] == local[i]["label"] == (name[0] == "b")
-        np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
-    with pytest.raises(FileNotFoundError, match="^name = 'gs://bucket/nothing' is no folder"):
-        open_images("gs://bucket/nothing/", "", "train", SIZE)
+    with object_store.serve(monkeypatch):
+        object_store.upload(tmp_path / "images", "bucket/images")
+        remote = open_images("gs://bucket/images/", "", "train", SIZE)
+        assert len(local) == len(remote) == 3
+        assert remote.class_names == local.class_names == ("a", "b")
+        assert remote.name == local.name == "images"
+        assert remote.listing == local.listing  # so either goes on where the other stopped
+        for i, name in enumerate(("a/0.png", "a/2.jpg", "b/1.png")):
+            assert remote[i]["id"] == local[i]["id"] == name
+            assert remote[i]["label"] == local[i]["label"] == (name[0] == "b")
+            np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
+        with pytest.raises(FileNotFoundError, match="^name = 'gs://bucket/none' is no folder"):
+            open_images("gs://bucket/none/", "", "train", SIZE)

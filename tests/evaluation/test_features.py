@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-import torch
 from PIL import Image
 from tiny_extractor import make_extractor
 
@@ -54,8 +53,11 @@ def test_resize_has_the_known_pixels_of_tensorflow_1():
     )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("shape", [(32, 32), (256, 256), (512, 384)])
 def test_half_pixel_resize_is_torchs(shape):
+    import torch
+
     images = np.random.default_rng(0).uniform(0, 1, (2, *shape, 3)).astype(np.float32)
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(images).movedim(-1, 1),
@@ -87,6 +89,8 @@ def expected_input(name, images):
         resized = [resize_tf1_oracle(image.astype(np.float64), 299) for image in images]
         return (np.stack(resized) - 128) / 128
     if name == "inception_pytorch_fid":
+        import torch
+
         x = torch.from_numpy(images).movedim(-1, 1).float() / 255
         x = torch.nn.functional.interpolate(
             x, size=(299, 299), mode="bilinear", align_corners=False
@@ -103,6 +107,7 @@ def expected_input(name, images):
     return (resized.transpose(0, 2, 3, 1) - 128) / 128
 
 
+@pytest.mark.torch
 def test_extractors_preprocess_as_their_protocol_says():
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), dtype=np.uint8)
     seen = {}

@@ -1,24 +1,20 @@
 """The evaluation job, and evaluation during training: files of images in, reports out."""
 
 import json
-import os
 import pathlib
-import re
 
-import fsspec
-import jax
 import ml_collections
 import numpy as np
+import object_store
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tiny_extractor import make_extractor, random_images
 
 from configs import debug
 from lit_jax import pictures
-from lit_jax.evaluation import features, in_training, protocol, run_report
-from lit_jax.evaluation.evaluator import EvaluationSettings, make_evaluator
+from lit_jax.data import dataset
+from lit_jax.evaluation import features, in_training, protocol, references, run_report
+from lit_jax.evaluation.evaluator import EvaluationSettings, Evaluator
 from lit_jax.jobs import evaluate, sample, train
 
 
@@ -91,53 +87,66 @@ def test_the_settings_of_the_job_reach_the_scores(tmp_path, tiny_features):
     }
 
 
-def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
-    """End to end: the noisier the images, the farther they are, and the report says so."""
-    images = random_images(8, size=32)
+def save_samples(path, images, cfg_scale):
+    """What the sampling job leaves."""
+    np.savez(
+        path,
+        arr_0=images,
+        protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale}),
+        speed=json.dumps({"images_per_second": 12.34, "device": "abacus", "devices": 2}),
+    )
+
+
+def test_the_job_scores_the_samples_of_its_workdir(tmp_path):
+    """With the default features: their names, the protocol, a report and a grid."""
     np.savez(tmp_path / "reference.npz", arr_0=random_images(8, seed=1, size=32))
+    images = random_images(8, size=32)
+    save_samples(tmp_path / "samples.npz", images, 1.5)
+    evaluate.run(make_config(reference=str(tmp_path / "reference.npz")), tmp_path)
+
+    result = json.loads((tmp_path / "evaluation_samples.json").read_text())
+    assert list(result["scores"]) == [
+        "fd_efficientnet_lite0_8",
+        "precision_efficientnet_lite0_8",
+        "recall_efficientnet_lite0_8",
+    ]
+    assert result["scores"]["fd_efficientnet_lite0_8"] > 1
+    assert result["protocol"]["samples"]["cfg_scale"] == 1.5
+    assert result["protocol"]["weights"]
+    report = (tmp_path / "evaluation_samples.md").read_text()
+    assert "fd_efficientnet_lite0_8" in report
+    assert "Drawn at 12.3 images/s on 2 x abacus" in report
+    grid = np.asarray(Image.open(tmp_path / "evaluation_samples.png"))
+    np.testing.assert_array_equal(grid, pictures.square_grid(images))
+
+
+def test_guidance_scales_are_compared(tmp_path, tiny_features):
+    """The noisier the images, the farther they are, and the table is sorted by the scale."""
+    images = random_images(8, size=32)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
     rng = np.random.default_rng(0)
     files = []
-    distances = []
-    for cfg_scale, noise in [(4.0, 60), (1.0, 0), (1.5, 20)]:
+    distances = {}
+    for cfg_scale, noise in [(4.0, 60), (1.0, 2), (1.5, 20)]:
         workdir = tmp_path / f"cfg_{cfg_scale}"
         workdir.mkdir()
         samples = workdir / f"samples_{cfg_scale}.npz"
-        np.savez(
-            samples,
-            arr_0=np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8),
-            protocol=json.dumps({"sampler": "ddpm", "steps": 250, "cfg_scale": cfg_scale}),
-            speed=json.dumps({"images_per_second": 12.34, "device": "abacus", "devices": 2}),
-        )
+        noisy = np.clip(images + rng.normal(0, noise, images.shape), 0, 255)
+        save_samples(samples, noisy.astype(np.uint8), cfg_scale)
         config = make_config(reference=str(tmp_path / "reference.npz"), samples=str(samples))
         evaluate.run(config, workdir)
-
         # The fraction of the scale is part of the name.
-        path = workdir / f"evaluation_samples_{cfg_scale}"
-        files.append(f"{path}.json")
-        result = json.loads(pathlib.Path(files[-1]).read_text())
-        assert list(result["scores"]) == [
-            "fd_efficientnet_lite0_8",
-            "precision_efficientnet_lite0_8",
-            "recall_efficientnet_lite0_8",
-        ]
-        assert result["protocol"]["samples"]["cfg_scale"] == cfg_scale
-        assert result["protocol"]["weights"]
-        report = pathlib.Path(f"{path}.md").read_text()
-        assert "fd_efficientnet_lite0_8" in report
-        assert "Drawn at 12.3 images/s on 2 x abacus" in report
-        grid = np.asarray(Image.open(f"{path}.png"))
-        with np.load(samples) as archive:
-            np.testing.assert_array_equal(grid, pictures.square_grid(archive["arr_0"]))
-        distances.append(result["scores"]["fd_efficientnet_lite0_8"])
-    assert distances[1] < distances[2] < distances[0]
+        files.append(f"{workdir}/evaluation_samples_{cfg_scale}.json")
+        scores = json.loads(pathlib.Path(files[-1]).read_text())["scores"]
+        distances[cfg_scale] = scores["fd_tiny_8"]
+    assert distances[1.0] < distances[1.5] < distances[4.0]
 
     evaluate.run(make_config(compare=tuple(files)), tmp_path / "all")
     table = (tmp_path / "all" / "comparison.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
-    assert rows[0] == ["run", "samples.cfg_scale", *result["scores"], "images/s drawn"]
-    expected = zip(("1.0", "1.5", "4.0"), sorted(distances))
+    assert rows[0] == ["run", "samples.cfg_scale", *scores, "images/s drawn"]
     assert [row[1:3] for row in rows[2:]] == [
-        [scale, f"{distance:.4f}"] for scale, distance in expected
+        [str(scale), f"{distances[scale]:.4f}"] for scale in (1.0, 1.5, 4.0)
     ]
     assert {row[-1] for row in rows[2:]} == {"12.3"}
     assert Image.open(tmp_path / "all" / "comparison.png").width > 500
@@ -146,23 +155,8 @@ def test_the_job_scores_a_workdir_and_compares_guidance_scales(tmp_path):
         evaluate.run(make_config(compare=tuple(files), compare_across=()), tmp_path / "all")
 
 
-@pytest.fixture
-def compilation_cache(tmp_path):
-    """Training, its previews and its report, and sampling compile the same programs."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def test_training_shows_and_scores_what_sampling_and_evaluation_do_after_it(
-    tmp_path, tiny_features, compilation_cache
+    tmp_path, tiny_features
 ):
     """The EMA of the last step, images of the same numbers: the same pictures and scores."""
     np.savez(tmp_path / "reference.npz", arr_0=random_images(12, size=28)[..., :1])
@@ -315,24 +309,10 @@ def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, me
     assert not (tmp_path / "workdir").exists()
 
 
-class Bucket(MemoryFileSystem):
-    """An object store in memory."""
-
-    protocol = ("gs", "gcs")
-    store = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(re.sub("^gc?s://", "", os.fspath(path)))
-
-
 @pytest.fixture
-def bucket(tmp_path):
-    """A folder of its own in an object store."""
-    for name in Bucket.protocol:
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    return epath.Path("gs://bucket") / tmp_path.name
+def bucket(monkeypatch):
+    with object_store.serve(monkeypatch) as bucket:
+        yield bucket
 
 
 def save(path, **arrays):
@@ -365,7 +345,7 @@ def test_the_job_reads_and_writes_an_object_store(bucket, tiny_features, tmp_pat
     assert not list(tmp_path.iterdir())  # no folder called "gs:"
 
 
-def test_what_training_shows_may_be_in_an_object_store(bucket, tiny_features, tmp_path):
+def test_what_training_shows_may_be_in_an_object_store(bucket):
     def draw(params, index, condition, on_batch):
         return random_images(len(index), seed=int(params["seed"])) / np.float32(127.5) - 1
 
@@ -373,8 +353,22 @@ def test_what_training_shows_may_be_in_an_object_store(bucket, tiny_features, tm
     params = {"student": {"seed": np.ones((), int)}}
     previews = in_training.Previews({"student": draw}, condition, bucket / "previews")
     previews.draw(params, 1)
-    settings = EvaluationSettings("mnist_digits:test", num_neighbour_images=20, batch_size=100)
-    evaluator = make_evaluator(settings, 6, tmp_path / "data", bucket)
+
+    settings = EvaluationSettings("digits:test", batch_size=8)
+    records = [{"image": image, "label": 0} for image in random_images(20, seed=2)]
+    digits = dataset.ImageDataset("digits", "test", records, (8, 8, 3), 10)
+
+    def read_reference():
+        return references.dataset_reference(
+            digits,
+            make_extractor(),
+            batch_size=8,
+            num_neighbour_images=9,
+            cache=bucket / "reference.npz",
+        )
+
+    evaluator = Evaluator(settings, make_extractor(), read_reference())
+    np.testing.assert_array_equal(read_reference().features, evaluator.reference.features)
     evaluation = in_training.PeriodicEvaluation(evaluator, draw, condition, {}, bucket)
     evaluation.score(params["student"], 1)
     (bucket / "metrics.jsonl").write_text("")
@@ -382,11 +376,10 @@ def test_what_training_shows_may_be_in_an_object_store(bucket, tiny_features, tm
     assert previews.path(1).exists() and evaluation.path(1).exists()
     assert files_in(bucket) == {
         "previews",
-        "reference_mnist_digits_test_tiny_w1.npz",
+        "reference.npz",
         "evaluation_0000001.json",
         "evaluation_0000001.md",
         "metrics.jsonl",
         "report.json",
         "samples.png",
     }
-    assert make_evaluator(settings, 6, tmp_path / "data", bucket).reference.count == 500

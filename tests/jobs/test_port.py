@@ -3,6 +3,7 @@
 import json
 import os
 
+import object_store
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,7 +30,8 @@ def test_the_job_goes_there_and_back_again(tmp_path):
     assert saved["counts"] == {"keys": 42} | none
     assert saved["checksum"] == report.checksum and set(saved["keys"]) == set(model.state_dict())
     assert saved["source"] == str(source) and saved["architecture"]["grid"] == [4, 4]
-    assert "42 keys matched" in report.summary() and report.checksum in report.summary()
+    summary = report.summary()
+    assert "keys: 42 matched, 0 left out" in summary and report.checksum in summary
     assert is_checkpoint(tmp_path / "orbax")
     run("orbax", "b.pt")
     assert_same_state(torch.load(tmp_path / "b.pt", weights_only=True), model)
@@ -78,7 +80,7 @@ def test_the_job_ports_an_autoencoder(tmp_path):
         (dict(num_heads=-3), "port.num_heads must be at least 0; got -3"),
         (dict(num_heads=5), "port.num_heads = 5 does not divide the width 48"),
         (dict(num_classes=-1), "port.num_classes must be at least 0; got -1"),
-        (dict(input_size=-8), "port.input_size must be at least 0; got -8"),
+        (dict(input_size=-8), "port.input_size must be at least 0; got .-8, -8."),
         (dict(timestep_freq_shift=2), "port.timestep_freq_shift must be 0 or 1; got 2"),
         (dict(mlp_norm_epsilon=0.0), "port.mlp_norm_epsilon must be between 0 and 1; got 0.0"),
         (
@@ -165,3 +167,33 @@ def test_the_job_never_overwrites_and_can_skip_the_check(tmp_path):
     wide = dict(model=dict(patch_size=4), target=tmp_path / "d", input_size=16)
     report = port.run(port_config(**wide, **unchecked), tmp_path / "work")
     assert report.architecture["grid"] == [8, 8]
+
+
+def test_the_job_ports_from_bucket_to_bucket(tmp_path, monkeypatch):
+    model = make_torch()
+    (tmp_path / "in").mkdir()
+    save(model, tmp_path / "in" / "a.pt")
+    with object_store.serve(monkeypatch) as bucket:
+        object_store.upload(tmp_path / "in", "bucket/in")
+
+        def run(source, target, **fields):
+            config = port_config(source=bucket / source, target=bucket / target, **fields)
+            return port.run(config, bucket / "work")
+
+        report = run("in/a.pt", "orbax", num_heads=3)
+        saved = json.loads((bucket / "work" / "port_report.json").read_text())
+        assert saved["checksum"] == report.checksum and saved["source"] == "gs://bucket/in/a.pt"
+        run("orbax", "out/b.safetensors")
+        run("out/b.safetensors", "out/c.pt")
+        diffusers = dict(layout="diffusers", timestep_freq_shift=1)
+        run("out/c.pt", "d", **diffusers)
+        with pytest.raises(ValueError, match="gs://bucket/d exists; a port never overwrites"):
+            run("out/c.pt", "d", **diffusers)
+        back = run("d", "e.pt", timestep_freq_shift=0, mlp_norm_epsilon=1e-6)
+        assert back.checksum == report.checksum
+        with pytest.raises(FileNotFoundError, match="port.source = gs://bucket/x: no such file"):
+            run("x", "f.pt")
+        (tmp_path / "e.pt").write_bytes((bucket / "e.pt").read_bytes())
+        left = {name for name in object_store.OBJECTS if ".partial" in name}
+    assert_same_state(torch.load(tmp_path / "e.pt", weights_only=True), model)
+    assert not left and sorted(os.listdir(tmp_path)) == ["e.pt", "in"]

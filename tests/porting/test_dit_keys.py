@@ -465,7 +465,7 @@ METADATA = {
     ),
     "negative_heads": (
         '{"num_heads": -3}',
-        "its metadata: num_heads must be a whole number .*; got '-3'",
+        "its metadata: num_heads must be a whole number .*; got -3",
     ),
     "heads_as_text": ('{"num_heads": "3"}', "num_heads must be a whole number .*; got '3'"),
     "another_depth": ('{"depth": 4}', "depth = 4, the tensors say 3"),
@@ -473,8 +473,8 @@ METADATA = {
     "grid_of_three": ('{"grid": [4, 4, 1]}', "grid must be two whole numbers"),
     "another_grid": ('{"grid": [4, 5]}', "16 positions, the grid is 4 x 5"),
     "huge_grid": ('{"grid": [1000000000, 1000000000]}', "grid must be two whole"),
-    "epsilon": ('{"mlp_norm_epsilon": 0.0}', "mlp_norm_epsilon must be .*; got '0.0'"),
-    "shift": ('{"timestep_freq_shift": 2}', "timestep_freq_shift must be 0 or 1; got '2'"),
+    "epsilon": ('{"mlp_norm_epsilon": 0.0}', "mlp_norm_epsilon must be .*; got 0.0"),
+    "shift": ('{"timestep_freq_shift": 2}', "timestep_freq_shift must be 0 or 1; got 2"),
     "kernel": ('{"kernel_function": "os.system"}', "kernel_function must be one of relu"),
     "kernel_a_list": ('{"kernel_function": ["relu"]}', "kernel_function must be one of relu"),
     "learn_sigma_as_text": ('{"learn_sigma": "yes"}', "learn_sigma must be True or False"),
@@ -548,9 +548,9 @@ def test_a_grid_that_is_not_square_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(num_heads=-3), "num_heads must not be negative; got -3"),
-        (dict(num_classes=-1), "num_classes must not be negative; got -1"),
-        (dict(input_size=(8, -8)), "input_size must not be negative; got -8"),
+        (dict(num_heads=-3), "num_heads must be at least 0; got -3"),
+        (dict(num_classes=-1), "num_classes must be at least 0; got -1"),
+        (dict(input_size=(8, -8)), r"input_size must be at least 0; got \(8, -8\)"),
         (dict(timestep_freq_shift=2), "timestep_freq_shift must be 0 or 1; got 2"),
         (dict(mlp_norm_epsilon=0.0), "mlp_norm_epsilon must be between 0 and 1; got 0.0"),
     ],

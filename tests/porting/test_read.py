@@ -133,7 +133,7 @@ def test_a_run_inherits_no_convention_unseen(tmp_path):
     settings = training_config(**{"teacher.checkpoint": str(tmp_path)})
     message = "model.timestep_freq_shift = 0, but .* inherits from, computes with 1; set model"
     with pytest.raises(ValueError, match=message):
-        Experiment(settings).init_checkpoint  # noqa: B018
+        Experiment(settings).check_inheritance()
     settings.model.update(timestep_freq_shift=1, mlp_norm_epsilon=1e-5)
     run = Experiment(settings)
     assert run.init_checkpoint is run.teacher_checkpoint

@@ -179,23 +179,35 @@ def test_orbax_refuses_other_stores():
             call()
 
 
-def test_a_run_leaves_its_files_there_and_goes_on_from_them(bucket, monkeypatch, tmp_path):
+@pytest.fixture
+def quick_compiler():
+    """For a test that is about what surrounds the compiled programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_run_leaves_its_files_there_and_goes_on_from_them(
+    bucket, monkeypatch, tmp_path, quick_compiler
+):
     arguments = [
         "--config=configs/debug.py",
         "--workdir=gs://bucket/run",
         f"--config.data.dir={tmp_path}",
         "--config.student.init=random",
+        "--config.model.attention=softmax",
         "--config.model.depth=1",
         "--config.sample.steps=2",
-        "--config.train.preview_every=2",
-        "--config.train.preview_images=8",
+        "--config.sample.cfg_scale=1.0",
         "--config.report.read_labels=False",
         "--config.optimizer.schedule=constant",
     ]
-    for steps in (2, 3):
-        assert command.run(monkeypatch, *arguments, f"--config.train.steps={steps}") is None
+    no_pictures = ["--config.train.preview_every=0", "--config.report.num_images=0"]
+    assert command.run(monkeypatch, *arguments, "--config.train.steps=3") is None
+    resumed = [*arguments, *no_pictures, "--config.train.steps=4"]
+    assert command.run(monkeypatch, *resumed) is None
     lines = [line["step"] for line in metric_writer.read_training(bucket / "run")]
-    assert lines == [1, 2, 3]
+    assert lines == [1, 2, 3, 4]
     there = {name.split("/")[0] for name in names("run/")}
     assert there == {
         "checkpoints",
@@ -208,5 +220,5 @@ def test_a_run_leaves_its_files_there_and_goes_on_from_them(bucket, monkeypatch,
         "samples.png",
         "tensorboard",
     }
-    assert [path.name for path in (bucket / "run" / "checkpoints").iterdir()] == ["3"]
-    assert json.loads((bucket / "run" / "config.json").read_text())["train"]["steps"] == 3
+    assert [path.name for path in (bucket / "run" / "checkpoints").iterdir()] == ["4"]
+    assert json.loads((bucket / "run" / "config.json").read_text())["train"]["steps"] == 4
