@@ -397,6 +397,7 @@ def _time_model(config, mesh, subject: _Subject):
         name: np.zeros(leaf.shape, leaf.dtype)
         for name, leaf in model.config.condition_shapes(B).items()
     }
+    # Latents are timed as pixels too: no draw from their posteriors is in it.
     images = np.zeros((B, *size, model.config.in_channels), np.uint8)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put({"image": images} | condition, rows)

@@ -49,15 +49,18 @@ class Estimate:
     capacity: float  # bytes that the compiler lets a program use
     arguments: float = 0.0  # bytes of state, teacher, batch
     temporaries: float = 0.0
-    outputs: float = 0.0  # bytes of results that do not lie in the donated state's memory
+    outputs: float = 0.0  # bytes of results that are not written over the state
     compile_seconds: float = 0.0
     flops: float = 0.0  # of the model's definition
     executed_flops: float = 0.0  # and what rematerialisation repeats
     traffic: float = 0.0  # bytes through memory
+    # By kind: how often they run, on how many bytes, and what a chip sends.
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # see `roofline`
+    # By what takes them: see `roofline`.
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     images_per_second: float = 0.0  # of all chips
     mfu: float = 0.0
+    # Arrays that steps of the program make: bytes, shape, instruction.
     largest: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
 
     @property
@@ -274,7 +277,14 @@ class Planner:
                 ) from error
             needs, capacity = found
             seconds = time.monotonic() - started
-            return Estimate(program, batch_size, False, needs, capacity, compile_seconds=seconds)
+            return Estimate(
+                program,
+                batch_size,
+                fits=False,
+                needs=needs,
+                capacity=capacity,
+                compile_seconds=seconds,
+            )
         seconds = time.monotonic() - started
 
         memory: Any = compiled.memory_analysis()
@@ -416,8 +426,11 @@ def roofline(
     }
 
 
-def link_bytes(collectives: Iterable[hlo.Collective], slices: int) -> tuple[float, float]:
-    """Bytes that a chip sends inside a slice, and its share of what leaves the slice."""
+def link_bytes(
+    collectives: Iterable[hlo.Collective],
+    slices: int,
+) -> tuple[float, float]:
+    """Bytes that a chip sends inside a slice, and its share of what leaves it."""
     ici = 0.0
     dcn = 0.0
     for collective in collectives:
@@ -429,7 +442,7 @@ def link_bytes(collectives: Iterable[hlo.Collective], slices: int) -> tuple[floa
 
 
 def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """How often each kind of collective runs, on how many bytes, and what a chip sends."""
+    """Runs, bytes of arrays, and bytes that a chip sends, by kind of collective."""
     kinds: dict[str, dict[str, float]] = {}
     for collective in collectives:
         empty = {"runs": 0, "bytes": 0.0, "wire_bytes": 0.0}
@@ -467,7 +480,7 @@ def on_tpu(model: DiT, input_size: tuple[int, int]) -> DiT:
 
 
 def memory_shortage(message: str) -> tuple[float, float] | None:
-    """Bytes that a program needs and may use, where the TPU compiler refuses it for that.
+    """Bytes that a program needs and may use, if the TPU compiler refuses it for that.
 
     It has two ways to say so. The second speaks of temporaries alone: at least
     these are needed.
@@ -491,15 +504,16 @@ def memory_shortage(message: str) -> tuple[float, float] | None:
 def describe(e: Estimate) -> str:
     """A program's estimate in a few lines."""
     head = (
-        f"{e.program}: batch {e.batch_size}, needs {e.needs / GiB:.2f} GiB of "
-        f"{e.capacity / GiB:.2f} GiB a chip"
+        f"{e.program}: batch {e.batch_size}, "
+        f"needs {e.needs / GiB:.2f} GiB of {e.capacity / GiB:.2f} GiB a chip"
     )
     if not e.fits:
         return f"{head}: {(e.needs - e.capacity) / GiB:.2f} GiB too much"
 
     lines = [
-        f"{head} (arguments {e.arguments / GiB:.2f}, temporaries "
-        f"{e.temporaries / GiB:.2f}); compiled in {e.compile_seconds:.0f} s",
+        f"{head} (arguments {e.arguments / GiB:.2f}, "
+        f"temporaries {e.temporaries / GiB:.2f}); "
+        f"compiled in {e.compile_seconds:.0f} s",
         f"  a chip   {e.flops / 1e12:.3f} TFLOP "
         f"({e.executed_flops / 1e12:.3f} with rematerialisation), "
         f"{e.traffic / GB:.2f} GB through memory",
@@ -525,6 +539,6 @@ def describe(e: Estimate) -> str:
 
 
 def _show(text: str) -> None:
-    """The plan is what the user asked for: it goes to stdout, without the log's prefix."""
+    """The plan is what the user asked for: stdout, without the log's prefix."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
