@@ -30,6 +30,17 @@ from lit_jax.runtime.exit_status import TryAgainError
 ARRAY_ITEMS = ("params", "ema_params", "opt_state", "train")
 JSON_ITEMS = ("data", "metadata")
 
+# TensorStore raises ValueError for everything and quotes what the system, a
+# store or XLA said.
+QUOTED_FAILURES = (
+    "os_error_code",
+    "http_response_code",
+    "curl_code",
+    "RESOURCE_EXHAUSTED",
+)
+# Below gs://, files are opened by these; a missing file is Python's own error.
+STORE_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+
 Items = dict[str, Any]  # {item: tree of arrays}
 
 
@@ -512,13 +523,12 @@ def machine_failure(error: BaseException | None) -> BaseException | None:
     Returns: None if there is none; then the checkpoint is at fault.
     """
     missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-    # TensorStore raises ValueError for everything and quotes what the
-    # system or XLA said.
-    quoted = ("os_error_code", "RESOURCE_EXHAUSTED")
     while error:
-        if any(text in str(error) for text in quoted):
+        if any(text in str(error) for text in QUOTED_FAILURES):
             return error
+        library = type(error).__module__.partition(".")[0]
         of_system = isinstance(error, MemoryError | OSError)
+        of_system = of_system or library in STORE_LIBRARIES
         if of_system and not isinstance(error, missing):
             return error
         error = error.__cause__ or error.__context__

@@ -21,6 +21,7 @@ from fsspec.spec import AbstractFileSystem
 
 OBJECTS: dict[str, bytes] = {}  # "bucket/path/of/object": content
 GENERATION: dict[str, int] = {}  # how often each was written, which TensorStore asks for
+FORBIDDEN = ""  # objects with this in their name are refused by HTTP; "": none
 
 
 def put(name, content):
@@ -171,6 +172,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             prefix = f"{bucket}/{query.get('prefix', '')}"
             names = sorted(other for other in OBJECTS if other.startswith(prefix))
             self._reply(200, {"items": [self._describe(name) for name in names]})
+        elif FORBIDDEN and FORBIDDEN in name:
+            self._reply(403)
         elif name not in OBJECTS:
             self._reply(404)
         elif self._matches(name, query):

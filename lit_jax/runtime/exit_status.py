@@ -88,7 +88,9 @@ class Crashes:
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
-        with contextlib.suppress(OSError):  # the disk may be what has failed
+        # The disk may be what has failed, or the way to an object store, which
+        # has errors of its own.
+        with contextlib.suppress(Exception):
             self._write(self._before + 1)
         return self._before + 1
 

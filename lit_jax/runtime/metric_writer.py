@@ -165,7 +165,7 @@ class MetricWriter:
             sys.stderr.write("\n")
         if self._active:
             for file in (self._lines, self._events):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     file.close()
 
 
@@ -213,11 +213,12 @@ def progress_line(step: int, total_steps: int, metrics: dict[str, float]) -> str
 
 @contextlib.contextmanager
 def naming_file(path: epath.PathLike) -> Iterator[None]:
-    """Names the file in an OSError of the block."""
+    """Turns an error of the block into an OSError that names the file."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    # A disk raises OSError, an object store errors of its own.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
         raise OSError(f"{path} cannot be written: {reason}") from error
 
 
