@@ -22,7 +22,7 @@ WIDE = (
     "--config.optimizer.schedule=constant",
     "--config.train.log_every=1",
     "--config.mesh.join_timeout=120",
-    "--config.mesh.heartbeat=10",
+    "--config.mesh.heartbeat=20",  # a busy machine can keep a process silent for long
     "--config.checkpoint.every=3",
 )
 
