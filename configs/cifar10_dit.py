@@ -1,9 +1,12 @@
-"""A DiT-S/2 on the pixels of CIFAR-10 (32 x 32: 256 tokens, as many as ImageNet-256 has), sized for one GPU.
+"""DiT-S/2 on the pixels of CIFAR-10, a size for one GPU: the teacher of configs/cifar10_lit.py.
 
     python -m lit_jax.main --config=configs/cifar10_dit.py --config.data.dir=DIRECTORY_OF_TFDS
 
-The teacher of configs/cifar10_lit.py. 0.036 TFLOP a training image: 100,000 steps are 9e17 FLOPs, under an hour on a
-card that sustains 300 TFLOP/s. Not run to its end yet: no expected number.
+Images of 32 x 32 pixels are 256 tokens, as many as at ImageNet 256.
+
+Hardware and time: a training image costs 0.036 TFLOP, so 100,000 steps are 9e17 FLOPs. That is
+less than an hour on a GPU that sustains 300 TFLOP/s. Nobody ran it to its end yet, so there is no
+expected number.
 """
 
 from configs import default

@@ -1,9 +1,10 @@
-"""A LiT-S/2 on CIFAR-10 from the DiT-S/2 of configs/cifar10_dit.py: the conversion of the paper on one GPU.
+"""LiT-S/2 on CIFAR-10 from the DiT-S/2 of configs/cifar10_dit.py: the paper's path on one GPU.
 
     python -m lit_jax.main --config=configs/cifar10_lit.py --config.data.dir=DIRECTORY_OF_TFDS
 
-Everything but attention is inherited, the noise and the variance are distilled; 20,000 steps are a fifth of the
-teacher's, the paper's share (20 % at ImageNet-256, section 5). Not run to its end yet: no expected number.
+The student inherits everything but attention. The teacher's noise and variance are distilled into
+it. 20,000 steps are a fifth of the teacher's, which is the paper's share (20 % at ImageNet 256,
+section 5). Nobody ran it to its end yet, so there is no expected number.
 """
 
 from configs import cifar10_dit
@@ -12,9 +13,8 @@ from configs import cifar10_dit
 def get_config():
     config = cifar10_dit.get_config()
     config.model.attention = "linear"  # two heads: LiT-S
-    config.teacher.checkpoint = (
-        "workdir/cifar10_dit"  # a workdir: its newest checkpoint's EMA weights
-    )
+    # A workdir: the EMA weights of its newest checkpoint.
+    config.teacher.checkpoint = "workdir/cifar10_dit"
     config.student.init = "teacher"
     config.train.update(steps=20_000, preview_every=2_000)
     config.optimizer.update(learning_rate=2e-4)

@@ -1,4 +1,7 @@
-"""The whole main job in seconds, on a CPU: what the test suite runs. The teacher is random: look at nothing."""
+"""The whole main job in seconds on a CPU: what the test suite runs.
+
+The teacher's weights are random, so its samples show nothing.
+"""
 
 from configs import quickstart
 

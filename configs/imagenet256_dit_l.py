@@ -1,14 +1,17 @@
-"""DiT-L/2 at ImageNet 256 by plain diffusion training: a baseline, and the initialiser of LiT-L/2.
+"""DiT-L/2 at ImageNet 256 by plain diffusion training: a baseline, and the start of LiT-L/2.
 
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py --mode=sample
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py --mode=evaluate
 
-The same command with --config.train.steps=800000 goes on to what LiT-L/2 inherits from.
+The first command with --config.train.steps=800000 goes on to the checkpoint that LiT-L/2
+inherits from.
 
-Expected: FID 23.33 at 400,000 steps without guidance (DiT's figure in LiT's same-budget table), images decoded by
-sd-vae-ft-mse, as DiT's rows at 400,000 steps were. 0.48 TFLOP an image are 5.0e19 FLOPs: 34 hours on a GPU that sustains
-400 TFLOP/s. Not run here.
+Hardware and time: a training image costs 0.48 TFLOP, so 400,000 steps are 5.0e19 FLOPs. That is
+34 hours on a GPU that sustains 400 TFLOP/s. Not run here.
+
+Expected: FID 23.33 at 400,000 steps without guidance. LiT's same-budget table gives it as DiT's
+figure. sd-vae-ft-mse decodes the images, as it did for DiT's rows at 400,000 steps.
 """
 
 from configs import imagenet256_dit_xl

@@ -1,15 +1,18 @@
-"""DiT-S/2 at ImageNet 256 by plain diffusion training: a baseline, and the initialiser of LiT-S/2.
+"""DiT-S/2 at ImageNet 256 by plain diffusion training: a baseline, and the start of LiT-S/2.
 
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py --mode=sample
     python -m lit_jax.main --config=configs/imagenet256_dit_s.py --mode=evaluate
 
-The same command with --config.train.steps=800000 goes on to what LiT-S/2 inherits from. Its
-checkpoints at 200,000 to 800,000 steps are what configs/ablation/inherit_*.py start from.
+The first command with --config.train.steps=800000 goes on to the checkpoint that LiT-S/2
+inherits from. configs/ablation/inherit_*.py start from its checkpoints at 200,000 to 800,000
+steps.
 
-Expected: FID 68.40 at 400,000 steps without guidance (DiT's figure in LiT's same-budget table), images decoded by
-sd-vae-ft-mse, as DiT's rows at 400,000 steps were. 0.036 TFLOP an image are 3.7e18 FLOPs: under three hours on a GPU that
-sustains 400 TFLOP/s. Not run here.
+Hardware and time: a training image costs 0.036 TFLOP, so 400,000 steps are 3.7e18 FLOPs. That is
+less than three hours on a GPU that sustains 400 TFLOP/s. Not run here.
+
+Expected: FID 68.40 at 400,000 steps without guidance. LiT's same-budget table gives it as DiT's
+figure. sd-vae-ft-mse decodes the images, as it did for DiT's rows at 400,000 steps.
 """
 
 from configs import imagenet256_dit_xl

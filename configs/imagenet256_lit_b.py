@@ -1,13 +1,16 @@
-"""LiT-B/2 at ImageNet 256: initialised from a DiT-B/2 of our own training, taught by the published DiT-XL/2.
+"""LiT-B/2 at ImageNet 256: it starts from our own DiT-B/2, the published DiT-XL/2 teaches it.
 
     python -m lit_jax.main --config=configs/imagenet256_dit_b.py --config.train.steps=800000
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py --mode=sample
     python -m lit_jax.main --config=configs/imagenet256_lit_b.py --mode=evaluate
 
-Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 43.47, which is DiT-B/2's after 400,000;
-the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.38 TFLOP an image, teacher
-included, are 3.8e19 FLOPs: 27 hours on a GPU that sustains 400 TFLOP/s. Not run here.
+Hardware and time: a training image costs 0.38 TFLOP, teacher included, so 400,000 steps are
+3.8e19 FLOPs. That is 27 hours on a GPU that sustains 400 TFLOP/s. Not run here.
+
+Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 43.47, which is
+that of DiT-B/2 after 400,000 steps. The table's own values, at 100,000 and at 400,000
+steps, were not at hand.
 """
 
 from configs import imagenet256_lit_xl

@@ -1,13 +1,16 @@
-"""LiT-L/2 at ImageNet 256: initialised from a DiT-L/2 of our own training, taught by the published DiT-XL/2.
+"""LiT-L/2 at ImageNet 256: it starts from our own DiT-L/2, the published DiT-XL/2 teaches it.
 
     python -m lit_jax.main --config=configs/imagenet256_dit_l.py --config.train.steps=800000
     python -m lit_jax.main --config=configs/imagenet256_lit_l.py
     python -m lit_jax.main --config=configs/imagenet256_lit_l.py --mode=sample
     python -m lit_jax.main --config=configs/imagenet256_lit_l.py --mode=evaluate
 
-Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 23.33, which is DiT-L/2's after 400,000;
-the table's own values, at 100,000 and at 400,000, were not at hand. 400,000 steps of 0.72 TFLOP an image, teacher
-included, are 7.4e19 FLOPs: two days on a GPU that sustains 400 TFLOP/s. Not run here.
+Hardware and time: a training image costs 0.72 TFLOP, teacher included, so 400,000 steps are
+7.4e19 FLOPs. That is two days on a GPU that sustains 400 TFLOP/s. Not run here.
+
+Expected (LiT, same-budget table, no guidance): after 100,000 steps a FID below 23.33, which is
+that of DiT-L/2 after 400,000 steps. The table's own values, at 100,000 and at 400,000
+steps, were not at hand.
 """
 
 from configs import imagenet256_lit_xl

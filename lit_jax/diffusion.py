@@ -39,6 +39,7 @@ class GaussianDiffusion:
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "dpm++")
 
     def __post_init__(self):
+        # The dataclass is frozen, so that a jitted step may close over it.
         betas = np.asarray(self.betas, np.float64)
         object.__setattr__(self, "betas", betas)
         if betas.ndim != 1 or betas.size < 2 or betas.min() <= 0 or betas.max() > 1:
@@ -111,6 +112,7 @@ class GaussianDiffusion:
         """
         C = x_start.shape[-1]
         parts = self.parts(output, C)
+        # Unweighted over t: the simple loss of DDPM, equation 14.
         terms = {"mse": mean_square(parts["noise"] - noise)}
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
@@ -132,6 +134,7 @@ class GaussianDiffusion:
 
         v = -1 is the posterior's log-variance, v = 1 is beta's.
         """
+        # Not clipped to [0, 1]: DiT lets v leave [-1, 1], and its weights rely on it.
         fraction = (variance + 1.0) / 2.0
         return fraction * at(np.log(self.betas), t) + (1.0 - fraction) * at(
             self.posterior_log_variance, t
@@ -168,6 +171,18 @@ class GaussianDiffusion:
         """a and b, (S',) float64, of x_start = a x_t + b output at the timesteps of a sampler."""
         alphas_cumprod = self.alphas_cumprod[timesteps]
         return np.sqrt(1.0 / alphas_cumprod), -np.sqrt(1.0 / alphas_cumprod - 1.0)
+
+    def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str:
+        """Which variance the noise of a sampling step has; "" asks for the model's if it has one.
+
+        Raises: ValueError where the model's is asked for and it predicts none.
+        """
+        has_one = out_channels == 2 * in_channels
+        if asked == "learned_range" and not has_one:
+            raise ValueError(
+                "variance = learned_range, but the model predicts no variance (learn_sigma = False)"
+            )
+        return asked or ("learned_range" if has_one else "fixed_large")
 
     def learned_noise_scale(
         self, output: jax.Array, log_variance_bounds: jax.Array, in_channels: int
@@ -244,6 +259,7 @@ def discretized_gaussian_log_likelihood(
     def log(p):
         return jnp.log(jnp.maximum(p, 1e-12))
 
+    # A level is 2/255 wide, and x lies in its middle.
     inverse_scale = jnp.exp(-log_scale)
     above = cdf(inverse_scale * (x - mean + 1.0 / 255.0))
     below = cdf(inverse_scale * (x - mean - 1.0 / 255.0))

@@ -21,11 +21,11 @@ from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
-from lit_jax.kernels.linear_attention import IMPLEMENTATIONS
 from lit_jax.models import FAMILIES
-from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
+from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import SIZES, DiT, DiTConfig
+from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
     Checkpoint,
     checksum,
@@ -49,8 +49,6 @@ from lit_jax.train_step import (
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 # Fields of config.model that are not of the architecture.
 NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
-# Conventions of a checkpoint's own code that no shape tells.
-CONVENTIONS = ("timestep_freq_shift", "mlp_norm_epsilon")
 
 
 @contextlib.contextmanager
@@ -69,8 +67,11 @@ def naming(group: str, **names: str) -> Iterator[None]:
         if argument is None:
             raise
         field = names.get(argument[1], f"{group}.{argument[1]}")
+        rest = text[argument.end() :]
+        for name, whole in names.items():  # where the error compares two of them
+            rest = re.sub(rf"\b{name}(?= = )", whole, rest)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(field + text[argument.end() :]) from error
+        raise kind(field + rest) from error
 
 
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
@@ -87,6 +88,7 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict):
+        # Settings first, and all of them: a mistake in sample.* is told before hours of training.
         fields.check(config)
         self.config = config
         self.process = GaussianDiffusion()
@@ -100,6 +102,7 @@ class Experiment:
                 steps=config.train.steps, **config.optimizer
             )
         self.unscaled_step_settings = self._make_step_settings()
+        self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
 
@@ -117,14 +120,15 @@ class Experiment:
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
+        # The model takes any grid; this one is what checkpoints say it was trained on.
         side = model.input_size // found.patch_size
         return dataclasses.replace(found, grid=(side, side))
 
     def _check_implementations(self) -> None:
-        linear = self.model_config.attention == "linear"
+        # The names only. Whether the devices can run one is asked once they are known.
         known = {
-            "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
-            "teacher": SOFTMAX_IMPLEMENTATIONS,
+            "model": ATTENTIONS[self.model_config.attention].implementations,
+            "teacher": ATTENTIONS["softmax"].implementations,
         }
         for group, names in known.items():
             with naming(group):
@@ -132,6 +136,7 @@ class Experiment:
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
+        # These live in other groups of the config than the rest.
         names = {
             "dropout": "train.label_dropout",
             "accumulation": "train.accumulation",
@@ -148,6 +153,15 @@ class Experiment:
                 variance_target=config.distill.variance_target,
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
+
+    def _port_overrides(self) -> Overrides:
+        port = self.config.port
+        names = {field.name for field in dataclasses.fields(Overrides)}
+        known = {name: port[name] for name in names & set(port)}
+        # A side of 0 keeps the table that the checkpoint has.
+        sides = (port.input_size, port.input_size) if port.input_size else None
+        with naming("port"):
+            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -215,9 +229,11 @@ class Experiment:
             raise ValueError(
                 f"teacher.num_heads = {num_heads} does not divide the width {found.width} of {path}"
             )
+        # A guard for the user: a teacher of another size distils without any error.
         if teacher.size:
-            wanted = SIZES.get(teacher.size)
-            if wanted is None or wanted[:2] != (found.depth, found.width):
+            with naming("teacher"):
+                wanted = type(found).of_size(teacher.size)
+            if (wanted.depth, wanted.width) != (found.depth, found.width):
                 raise ValueError(
                     f"teacher.size = {teacher.size}, but {path} has {found.depth} blocks of width "
                     f"{found.width}"
@@ -233,10 +249,9 @@ class Experiment:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
+        # What no size names is taken from the student, whose teacher it is.
         like_the_student = {
-            name: getattr(self.model_config, name)
-            for name in ("patch_size", "qkv_bias", *CONVENTIONS)
-            + self.model_config.shared_with_teacher
+            name: getattr(self.model_config, name) for name in self.model_config.teacher_defaults
         }
         with naming("teacher"):
             architecture = FAMILIES[model.family].config.of_size(
@@ -261,6 +276,7 @@ class Experiment:
         if self.teacher_checkpoint is None:
             return None
         params = self.teacher_checkpoint.params
+        # Each device reads its part of the file. The cast comes after: a file holds float32.
         loaded = load_params(params, sharding.fsdp_sharding(params, self.mesh))
         return jax.tree.map(lambda x: x.astype(self.config.teacher.dtype), loaded)
 
@@ -288,7 +304,7 @@ class Experiment:
         checkpoint = self.init_checkpoint
         if checkpoint is None:
             return
-        for name in CONVENTIONS:
+        for name in self.model_config.conventions:
             ours = getattr(self.model_config, name)
             theirs = getattr(checkpoint.config, name)
             if ours != theirs:
@@ -333,6 +349,7 @@ class Experiment:
             for name, tree in checkpoint.params.items()
             if name in ("encoder", "quant_conv")
         }
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
         everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
         with naming("autoencoder"):
             built = make_autoencoder(
@@ -365,6 +382,7 @@ class Experiment:
     def batches(self) -> Any:
         """The endless batches of this process's rows; see `pipeline.make_batches`."""
         config = self.config
+        # A process reads the rows that its own devices hold, so no batch crosses the network.
         rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
         with naming("train"):
             return pipeline.make_batches(
@@ -440,6 +458,7 @@ class Experiment:
 
     def check_platform(self) -> None:
         """Raises ValueError for an attention by name that the devices of the mesh cannot run."""
+        # All devices of a mesh are of one kind.
         platform = self.mesh.devices.flat[0].platform
         for group in ("model", "teacher"):
             name = self.config[group].implementation
@@ -487,6 +506,7 @@ class Experiment:
                 f"data.name = {data.name} holds latents of {encoder}, but autoencoder.checkpoint "
                 f"is empty: name it, or set {' and '.join(asked_for)} to 0"
             )
+        # Another encoder or scale would shift the latents without any error.
         for name in ("encoder_sha256", "scaling_factor", "shift_factor"):
             stored = data.autoencoder[name]
             asked = identity[name] if identity else config.autoencoder.get(name) or stored
@@ -521,7 +541,8 @@ class Experiment:
         only a start reads.
         """
         config = self.config
-        teacher = self.teacher_checkpoint
+        distilled_from = self.teacher_checkpoint
+        # The keys are stored in checkpoints: renaming one would let a changed field pass.
         decisive = {
             "seed": config.seed,
             "data.records": self.dataset.fingerprint(),
@@ -530,7 +551,8 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
-            "teacher.checkpoint": teacher and f"of checksum {teacher.report.checksum}",
+            "teacher.checkpoint": distilled_from
+            and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,
             "teacher.dtype": config.teacher.dtype,
         }
@@ -538,6 +560,7 @@ class Experiment:
             for name, value in config[group].items():
                 if name != "implementation":
                     decisive[f"{group}.{name}"] = value
+        # A cosine's length decides every step; a constant rate's does not.
         if config.optimizer.schedule != "constant":
             decisive["train.steps"] = config.train.steps
         return decisive
@@ -563,4 +586,5 @@ def _read(field: str, path: str, weights: str) -> Checkpoint:
             f"{field} = {path}: no such file or folder; it is what another training or download "
             f"leaves"
         )
-    return read_checkpoint(path, weights=weights)
+    with naming(field.split(".")[0]):
+        return read_checkpoint(path, weights=weights)

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lit_jax import conditions
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of
 
@@ -20,23 +19,23 @@ STEPS = Range(
     "(), or the first and the last step to trace",
     lambda x: len(x) == 0 or (len(x) == 2 and 1 <= x[0] <= x[1]),
 )
+# One name in brackets is a str to Python: ('q') where ('q',) was meant.
 NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
 DTYPE = one_of("bfloat16", "float32")
-WEIGHTS = one_of("ema", "model")
 
 RANGES = {
+    # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
     "seed": SEED,
     "model.input_size": AT_LEAST_1,
     "model.dtype": DTYPE,
     "teacher.num_heads": AT_LEAST_0,
     "teacher.dtype": DTYPE,
-    "teacher.weights": WEIGHTS,
-    "student.weights": WEIGHTS,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
+    # 0 reads in the main thread: for a debugger, and for data that are in memory.
     "data.num_threads": AT_LEAST_0,
     "data.prefetch": AT_LEAST_0,
     "autoencoder.scaling_factor": NOT_NEGATIVE,
@@ -46,6 +45,7 @@ RANGES = {
     "prepare.image_size": AT_LEAST_1,
     "prepare.batch_size": AT_LEAST_1,
     "prepare.shard_records": AT_LEAST_1,
+    # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
     "train.batch_size": AT_LEAST_1,
     "train.remat": one_of(*REMAT_POLICIES),
     "train.log_every": AT_LEAST_1,
@@ -64,11 +64,7 @@ RANGES = {
     "checkpoint.keep_every": AT_LEAST_0,
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
-    "sample.labels": one_of(*conditions.LABEL_MODES),
-    "port.weights": WEIGHTS,
-    "port.num_heads": AT_LEAST_0,
-    "port.num_classes": AT_LEAST_0,
-    "port.input_size": AT_LEAST_0,
+    # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": AT_LEAST_1,
@@ -93,6 +89,7 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for the first value that can never work, and says what it may be."""
     for name, (words, holds) in RANGES.items():
         value = _read(config, name)
+        # ml_collections takes None for any field; only placeholders may hold it, and none is here.
         if value is None or not holds(value):
             raise ValueError(f"{name} must be {words}; got {value!r}")
 

@@ -35,8 +35,10 @@ def distillation_terms(
             f"the student's output {student_output.shape} and the teacher's "
             f"{teacher_output.shape} differ"
         )
+    # Part by part, as the two have weights of their own: lambda_1 and lambda_2 of the paper.
     student = process.parts(student_output, in_channels)
     teacher = process.parts(jax.lax.stop_gradient(teacher_output), in_channels)
+    # Both heads' values stand for a log-variance between the same two bounds at this t.
     if variance_target == "log_variance" and "variance" in student:
         for parts in (student, teacher):
             parts["variance"] = process.log_variance(parts["variance"], t)

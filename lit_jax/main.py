@@ -1,7 +1,7 @@
 """Command line: flags, start-up, pick the job.
 
 python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
-    [--config.field=value ...]
+[--config.field=value ...]
 """
 
 import contextlib
@@ -10,13 +10,16 @@ import importlib.util
 import json
 import pathlib
 import sys
-from logging import LogRecord
+from logging import INFO, LogRecord
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, a Python file with get_config().", lock_config=True
+    "config",
+    None,
+    "Configuration, a Python file with get_config().",
+    lock_config=True,
 )
 MODE = flags.DEFINE_enum(
     "mode",
@@ -25,21 +28,32 @@ MODE = flags.DEFINE_enum(
     "The job.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run keeps its files; workdir/CONFIG_NAME if not given."
+    "workdir",
+    None,
+    "Where the run keeps its files; workdir/CONFIG_NAME if not given.",
 )
 
 # Jobs that several processes run together; the others need no device.
-RUN_BY_SEVERAL = ("train", "sample", "evaluate", "port", "prepare", "benchmark")
+RUN_BY_SEVERAL = (
+    "train",
+    "sample",
+    "evaluate",
+    "port",
+    "prepare",
+    "benchmark",
+)
 
 
 def main(argv: list[str]) -> None:
-    """Checks what all jobs have in common, joins the other processes, and runs the job."""
+    """Checks what all jobs need, joins the other processes, runs the job."""
     if len(argv) > 1:
         raise ValueError(
             f"unexpected argument {argv[1]!r}; a field is set with --config.field=value"
         )
     if CONFIG.value is None:
         raise ValueError("--config=configs/NAME.py is missing")
+
+    # Libraries comment on every step of a start; a person wants our lines.
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_ours)
     config = CONFIG.value
@@ -52,10 +66,42 @@ def main(argv: list[str]) -> None:
 
     Experiment(config)  # checks all settings, whatever the job needs of them
 
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = storage.user_path(WORKDIR.value or f"workdir/{name}", "--workdir")
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    default = f"workdir/{pathlib.Path(config_file).stem}"
+    workdir = storage.user_path(WORKDIR.value or default, "--workdir")
+    # A job would find it out as well, but after minutes of loading.
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file, not a folder")
+
+    configure_jax(config)
+    with exit_status.shared_fate(config.mesh.heartbeat):
+        if MODE.value in RUN_BY_SEVERAL:
+            in_common = json.loads(config.to_json_best_effort())
+            in_common["--mode"] = MODE.value
+            in_common["--workdir"] = WORKDIR.value
+            # Two versions may compile one step to different collectives.
+            in_common["jax"] = jax.__version__
+            cluster.initialize(
+                in_common,
+                timeout=config.mesh.join_timeout,
+                heartbeat=config.mesh.heartbeat,
+            )
+
+        # No job is imported for another: each brings libraries of its own.
+        job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
+        stopping: contextlib.AbstractContextManager = preemption.sigterm_stops()
+        if MODE.value == "train":
+            # Training saves before it stops, and listens to the signal itself.
+            stopping = contextlib.nullcontext()
+        with stopping:
+            job.run(config, workdir)
+
+
+def configure_jax(config: ConfigDict) -> None:
+    """Passes on what JAX must know before it looks for devices."""
+    import jax
+
+    from lit_jax.runtime import cluster
 
     configured = jax.config.values["jax_platforms"]
     if configured is None and only_libtpu() and not cluster.tpu_attached():
@@ -65,64 +111,54 @@ def main(argv: list[str]) -> None:
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
-    with exit_status.shared_fate(config.mesh.heartbeat):
-        if MODE.value in RUN_BY_SEVERAL:
-            flags_in_common = {"--mode": MODE.value, "--workdir": WORKDIR.value}
-            cluster.initialize(
-                flags_in_common
-                | {"jax": jax.__version__}
-                | json.loads(config.to_json_best_effort()),
-                timeout=config.mesh.join_timeout,
-                heartbeat=config.mesh.heartbeat,
-            )
-        job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
-        # Training saves before it stops, and listens to the signal itself.
-        listens = MODE.value == "train"
-        with contextlib.nullcontext() if listens else preemption.sigterm_stops():
-            job.run(config, workdir)
-
 
 def only_libtpu() -> bool:
-    """Whether JAX could find no device but a TPU or the CPU: no plugin for others is installed.
+    """Whether no plugin is installed but that for TPUs.
 
-    JAX sets jax_platforms itself where it sees a TPU. Where it does not see one, it would start
-    libtpu all the same, which planning wants installed on any machine, and libtpu would complain
-    of the TPU that is not there.
+    JAX sets jax_platforms itself where it sees a TPU. Where it does not see
+    one, it would start libtpu all the same, which planning wants installed on
+    any machine, and libtpu would complain of the TPU that is not there.
     """
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not (importlib.util.find_spec("jax_plugins") or plugins)
 
 
 def is_ours(record: LogRecord) -> bool:
-    """A log filter: keeps all warnings, but of the informative lines only our own."""
-    return record.levelno > 20 or "lit_jax" in pathlib.Path(record.pathname).parts
+    """A log filter: keeps all warnings, and of other lines only our own."""
+    ours = "lit_jax" in pathlib.Path(record.pathname).parts
+    return ours or record.levelno > INFO
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Absl's parser, but every way in which a config or an override can be wrong is one line."""
+    """Absl's parser, but a wrong config or override ends in one line."""
+    # These errors are about the command line, and say it all themselves.
+    plain = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {_one_line(error)}{_config_of(argv)}")
-    except Exception as error:  # the config is a program, which can raise anything
-        sys.exit(f"error: {type(error).__name__}: {_one_line(error)}{_config_of(argv)}")
+    # The config is a program, which can raise anything.
+    except Exception as error:
+        kind = "" if isinstance(error, plain) else f"{type(error).__name__}: "
+        sys.exit(f"error: {kind}{_one_line(error)}{_config_of(argv)}")
 
 
 def _one_line(error: BaseException) -> str:
+    # Absl wraps the error that says what is wrong.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     # The text of a KeyError is the repr of what it was raised with.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    quoted = isinstance(error, KeyError) and error.args
+    text = error.args[0] if quoted else error
     return " ".join(str(text).split())
 
 
 def _config_of(argv: list[str]) -> str:
-    """The config file on the command line, in brackets; nothing if there is none."""
-    return "".join(f" ({argument})" for argument in argv if argument.startswith("--config="))
+    """The config file on the command line, in brackets."""
+    named = [text for text in argv if text.startswith("--config=")]
+    return "".join(f" ({text})" for text in named)
 
 
 def run() -> None:
-    """The program: bad input ends in one line on stderr and status 1, never in a traceback."""
+    """The program: bad input ends in one line on stderr and status 1."""
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,27 @@ GAP = 2  # pixels between two images of a grid
 
 
 def plot_curves(workdir: epath.PathLike) -> None:
-    """Draws workdir/curves.png: each loss term of metrics.jsonl over the steps.
+    """Draws workdir/curves.png: each loss term over the steps.
 
-    Does nothing if the file has no steps.
+    Does nothing if metrics.jsonl has no steps.
     """
-    # Not at the top, for it takes a second; not pyplot, which would look for a display.
+    # Not at the top, for it takes a second; not pyplot, which would look for
+    # a display.
     from matplotlib.figure import Figure
 
     lines = metric_writer.read_training(workdir)
     if not lines:
         return
     terms = [name for name in LOSS_TERMS if f"train/{name}" in lines[-1]]
-    figure = Figure(figsize=(3 * len(terms), 2.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):
-        with_term = [line for line in lines if f"train/{name}" in line]
-        values = [line[f"train/{name}"] for line in with_term]
-        axes.plot([line["step"] for line in with_term], values, color="tab:blue")
+    size = (3 * len(terms), 2.6)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(1, len(terms), squeeze=False)[0]
+    for axes, name in zip(all_axes, terms):
+        # A term may come later, with another config.
+        there = [line for line in lines if f"train/{name}" in line]
+        steps = [line["step"] for line in there]
+        values = [line[f"train/{name}"] for line in there]
+        axes.plot(steps, values, color="tab:blue")
         # The variational term can be negative.
         yscale = "log" if min(values) > 0 else "linear"
         axes.set(title=name, xlabel="step", yscale=yscale)
@@ -43,16 +49,22 @@ def save_picture(path: epath.PathLike, picture: Image.Image) -> None:
     save_png(path, picture.save)
 
 
-def save_png(path: epath.PathLike, save: Any, **options: Any) -> None:
-    """Writes the file that Pillow's or Matplotlib's `save` function makes."""
+def save_png(
+    path: epath.PathLike,
+    save: Callable[..., Any],
+    **options: Any,
+) -> None:
+    """Writes the file that Pillow's or Matplotlib's `save` makes."""
+    # Through memory, for they can open nothing but local files.
     file = io.BytesIO()
     save(file, format="png", **options)
     epath.Path(path).write_bytes(file.getvalue())
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """[-1, 1] to uint8 as DiT's sampling does: 127.5 x + 128, clamped, truncated."""
-    return np.clip(127.5 * np.asarray(x, np.float32) + 128.0, 0, 255).astype(np.uint8)
+    """[-1, 1] to uint8 as DiT does: 127.5 x + 128, clamped, truncated."""
+    levels = 127.5 * np.asarray(x, np.float32) + 128.0
+    return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def image_grid(
@@ -62,7 +74,8 @@ def image_grid(
 
     Args:
       rows: uint8, each (n, h, w, 1 or 3); n may differ.
-      scale: pixels an image pixel becomes; 0 enlarges small images to about 56 pixels.
+      scale: pixels an image pixel becomes; 0 enlarges small images to about
+        56 pixels.
     """
     h, w = rows[0].shape[1:3]
     scale = scale or max(1, round(56 / h))
@@ -73,24 +86,31 @@ def image_grid(
     margin = 0
     if titles:
         margin = max(int(font.getlength(title)) + 12 for title in titles)
-    width = margin + max(len(row) for row in rows) * column_width + GAP
-    picture = Image.new("RGB", (width, len(rows) * row_height + GAP), "white")
+    columns = max(len(row) for row in rows)
+    width = margin + columns * column_width + GAP
+    height = len(rows) * row_height + GAP
+    picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
 
     for r, row in enumerate(rows):
         top = GAP + r * row_height
         if titles:
-            draw.text((6, top + h * scale // 2 - 8), titles[r], fill="black", font=font)
+            place = (6, top + h * scale // 2 - 8)
+            draw.text(place, titles[r], fill="black", font=font)
         for c, image in enumerate(row):
             # Pillow takes a grey image without its channel axis.
-            tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            grey = image.shape[-1] == 1
+            tile = Image.fromarray(image[..., 0] if grey else image)
             # Nearest: pixels stay pixels, as a person wants to judge them.
-            tile = tile.resize((w * scale, h * scale), Image.Resampling.NEAREST)
-            picture.paste(tile.convert("RGB"), (margin + GAP + c * column_width, top))
+            size = (w * scale, h * scale)
+            tile = tile.resize(size, Image.Resampling.NEAREST)
+            left = margin + GAP + c * column_width
+            picture.paste(tile.convert("RGB"), (left, top))
     return picture
 
 
 def square_grid(images: np.ndarray) -> Image.Image:
     """One picture of all images (n, h, w, C), as square as possible."""
     columns = math.ceil(math.sqrt(len(images)))
-    return image_grid([images[i : i + columns] for i in range(0, len(images), columns)])
+    starts = range(0, len(images), columns)
+    return image_grid([images[i : i + columns] for i in starts])

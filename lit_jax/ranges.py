@@ -19,6 +19,7 @@ NOT_NEGATIVE = Range("a finite number, at least 0", lambda x: 0 <= x < math.inf)
 POSITIVE = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 
 
+# Choices are compared, not hashed: a config may hold a list where a word belongs.
 def one_of(*choices: Any) -> Range:
     """Any of the choices; an empty word among them stands for a default and is not told."""
     words = ", ".join(str(choice) for choice in choices if choice != "")

@@ -87,9 +87,7 @@ class OptimizerSettings:
             warmup=ranges.AT_LEAST_0,
         )
         if self.warmup >= self.steps:
-            raise ValueError(
-                f"warmup = {self.warmup} is not shorter than the run of {self.steps} steps"
-            )
+            raise ValueError(f"warmup = {self.warmup} is not shorter than steps = {self.steps}")
 
     def rates(self) -> optax.Schedule:
         """The learning rate of an update, by the number of good steps before it."""
@@ -184,8 +182,8 @@ class StepSettings:
         )
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each term of the loss; 1 where a term is not named."""
+    def distillation_weights(self) -> dict[str, float]:
+        """The weight of each distillation term. A process with another part needs another."""
         return {"kd_noise": self.noise_weight, "kd_variance": self.variance_weight}
 
 
@@ -236,11 +234,12 @@ def make_train_step(
         x_t = process.perturb(x_start, t, noise)
         output: Any = model.apply({"params": params}, x_t, t, condition, drop)
         terms = process.loss(output, x_start, x_t, t, noise)
+        weights = dict.fromkeys(terms, 1.0)
         if teacher is not None:
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
             teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
-            terms |= losses.distillation_terms(
+            distillation: dict[str, jax.Array] = losses.distillation_terms(
                 process,
                 output,
                 teacher_output,
@@ -248,8 +247,10 @@ def make_train_step(
                 in_channels=x_t.shape[-1],
                 variance_target=settings.variance_target,
             )
+            terms |= distillation
+            weights |= {name: settings.distillation_weights[name] for name in distillation}
         means = {name: value.mean() for name, value in terms.items()}
-        loss = sum(settings.weights.get(name, 1.0) * value for name, value in means.items())
+        loss = sum(weights[name] * value for name, value in means.items())
         return loss, {"loss": loss} | means
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -293,7 +294,7 @@ def make_train_step(
 
         bad = (~finite).astype(jnp.int32)
         good_steps = state.step - state.skipped  # a skipped step does not advance the schedule
-        # The norm of the parameters is that before the update. That of the new ones would change how
+        # The norm of the parameters is that before the update. That of the new ones changes how
         # XLA fuses the update on a CPU, and with it the last bits of the EMA.
         metrics = terms | {
             "grad_norm": grad_norm,

@@ -1,4 +1,4 @@
-"""The real command line, run in this process, and a teacher for it with random weights everywhere."""
+"""The real command line, run in this process, and a teacher for it whose weights are all random."""
 
 import pathlib
 import sys
@@ -14,7 +14,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(monkeypatch, *arguments):
-    """Runs `python -m lit_jax.main ARGUMENTS`; returns None if it ends well, or the text that goes to stderr with status 1."""
+    """Runs `python -m lit_jax.main ARGUMENTS`.
+
+    Returns: None if it ends well, or the text that goes to stderr with status 1.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", ["lit_jax.main", *map(str, arguments)])

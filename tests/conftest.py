@@ -40,8 +40,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
 
+# The files that carry the mark: a change that breaks the main job should break one of them.
 FAST = {
     "test_architecture.py",
+    "test_checkpoint.py",
+    "test_configs.py",
+    "test_diffusion.py",
+    "test_inherit.py",
+    "test_launch.py",
+    "test_losses.py",
+    "test_main.py",
+    "test_packaging.py",
+    "test_sampling.py",
+    "test_sharding.py",
+    "test_train_step.py",
+    "costs/test_chips.py",
+    "costs/test_flops.py",
+    "data/test_pipeline.py",
+    "evaluation/test_metrics.py",
+    "kernels/test_linear_attention.py",
+    "models/test_attention.py",
+    "models/test_dit.py",
+    "runtime/test_metric_writer.py",
+    "runtime/test_workdir_lock.py",
 }
 
 

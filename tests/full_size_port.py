@@ -1,8 +1,8 @@
 """Ports a DiT-XL/2 of full size and random weights there and back, and prints what it took.
 
-Not part of the suite:
+    python tests/full_size_port.py FOLDER
 
-python tests/full_size_port.py FOLDER        # takes 8 GB there and leaves nothing; 6 GB of memory
+It is not part of the suite. It takes 8 GB in FOLDER, which it frees at the end, and 6 GB of memory.
 """
 
 import functools
@@ -19,9 +19,9 @@ import numpy as np
 REPOSITORY = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from lit_jax.models.dit import DiTConfig, position_embedding  # noqa: E402
-from lit_jax.porting.dit import entries  # noqa: E402
-from lit_jax.porting.torch_file import NewTensor, write_torch  # noqa: E402
+from lit_jax.models.dit import DiTConfig, position_embedding
+from lit_jax.porting.dit import entries
+from lit_jax.porting.torch_file import NewTensor, write_torch
 
 CONFIG = DiTConfig.of_size("XL", grid=(16, 16))
 

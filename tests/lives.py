@@ -1,6 +1,7 @@
 """Short lives of a tiny training run, each in a process of its own that a test may kill.
 
-Loading JAX and the data libraries takes far longer than the run, so a server loads them once and forks each life.
+Loading JAX and the data libraries takes far longer than the run. So a server loads them once and
+forks each life.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from lit_jax import main
 from lit_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-# Softmax attention and a compiler that does not try hard: these tests are about what surrounds the step.
+# Softmax attention, and a compiler that optimises little: these tests are about what surrounds the
+# step.
 TINY = (
     "--config=configs/debug.py",
     "--config.student.init=random",
@@ -32,7 +34,11 @@ XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pas
 
 
 class Server:
-    """Forks lives; `start` gives the process id, `wait` its exit status (negative: the signal that killed it)."""
+    """Forks lives.
+
+    `start` gives the process id and `wait` its exit status, where a negative one is the signal that
+    killed it.
+    """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -66,7 +72,10 @@ class Server:
         batches: int = -1,
         environ: dict[str, str] | None = None,
     ) -> "Life":
-        """Starts a life; it stands still once it has taken `batches`, so that a kill finds it there or earlier."""
+        """Starts a life, which stops and waits once it has taken `batches`.
+
+        So a kill hits it there or earlier.
+        """
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"life_{self._count}.log"
@@ -103,7 +112,10 @@ class Server:
         each: tuple[str, ...] = (),
         present: int = 0,
     ) -> list["Life"]:
-        """Starts the `count` processes of one run, or only the first `present`; `each`: an override for each process."""
+        """Starts the `count` processes of one run, or only the first `present`.
+
+        `each` has an override for each process.
+        """
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -171,7 +183,7 @@ def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
 
 
 def record_ids(path: str, batches: int) -> None:
-    """Makes the data iterator write down the ids of each batch it hands out, and hand out `batches` at most."""
+    """Makes the data iterator write the ids of each batch to a file, and give `batches` at most."""
 
     hand_out = pipeline.DeviceIterator.__next__
     left = [batches]

@@ -16,10 +16,12 @@ import urllib.parse
 
 import fsspec
 from etils import epath
+from etils.epath import backend
 from fsspec.spec import AbstractFileSystem
 
 OBJECTS: dict[str, bytes] = {}  # "bucket/path/of/object": content
 GENERATION: dict[str, int] = {}  # how often each was written, which TensorStore asks for
+FORBIDDEN = ""  # objects with this in their name are refused by HTTP; "": none
 
 
 def put(name, content):
@@ -170,6 +172,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             prefix = f"{bucket}/{query.get('prefix', '')}"
             names = sorted(other for other in OBJECTS if other.startswith(prefix))
             self._reply(200, {"items": [self._describe(name) for name in names]})
+        elif FORBIDDEN and FORBIDDEN in name:
+            self._reply(403)
         elif name not in OBJECTS:
             self._reply(404)
         elif self._matches(name, query):
@@ -215,6 +219,9 @@ def serve(monkeypatch):
     """Lets gs:// mean this store in the block; yields epath.Path("gs://bucket")."""
     OBJECTS.clear()
     fsspec.register_implementation("gcs", Bucket, clobber=True)
+    # epath keeps the file system that it found first, of another test for one.
+    forget = backend.fsspec_backend._get_filesystem.cache_clear
+    forget()
     # Orbax asks Google's client for the kind of bucket; this is one of the usual kind.
     client = types.SimpleNamespace(get_bucket=lambda name: types.SimpleNamespace())
     storage = types.SimpleNamespace(Client=lambda: client)
@@ -235,3 +242,4 @@ def serve(monkeypatch):
         finally:
             server.shutdown()
             thread.join()
+            forget()

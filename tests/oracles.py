@@ -6,9 +6,10 @@ _UNIT = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64
 
 
 def assert_close(actual, expected, *, reduction=1, dtype="float32", factor=8.0, what=""):
-    """Asserts |actual - expected| <= factor * unit(dtype) * sqrt(reduction) * max|expected|, naming the worst element.
+    """Asserts |actual - expected| <= factor * unit(dtype) * sqrt(reduction) * max|expected|.
 
-    `reduction` is the length of the longest sum behind one element: rounding errors of a sum grow with its root.
+    The error names the worst element. `reduction` is the length of the longest sum behind one
+    element: the rounding error of a sum grows with the root of its length.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (
@@ -23,8 +24,9 @@ def assert_close(actual, expected, *, reduction=1, dtype="float32", factor=8.0, 
     if error.size and error.max() > bound:
         worst = np.unravel_index(error.argmax(), error.shape)
         raise AssertionError(
-            f"{what}: at {tuple(map(int, worst))} got {actual[worst]:.9g}, expected {expected[worst]:.9g}; "
-            f"error {error.max():.3g} > {bound:.3g} ({dtype}, reduction {reduction}, factor {factor})"
+            f"{what}: at {tuple(map(int, worst))} got {actual[worst]:.9g}, "
+            f"expected {expected[worst]:.9g}; error {error.max():.3g} > {bound:.3g} "
+            f"({dtype}, reduction {reduction}, factor {factor})"
         )
 
 
@@ -39,7 +41,10 @@ def linear_schedule(num_steps=1000):
 
 
 def posterior(x_start, x_t, t, betas, alphas_cumprod):
-    """Mean and variance of q(x_{t-1} | x_t, x_start) of one sample, by Bayes' rule on two Gaussians; t = 0 is a point."""
+    """Mean and variance of q(x_{t-1} | x_t, x_start) of one sample.
+
+    By Bayes' rule on two Gaussians. At t = 0 the distribution is a point.
+    """
     if t == 0:
         return np.array(x_start, np.float64), 0.0
     likelihood, prior = (
@@ -53,7 +58,10 @@ def posterior(x_start, x_t, t, betas, alphas_cumprod):
 
 
 def log_variance_range(t, betas, alphas_cumprod):
-    """The two ends that the variance head interpolates: the posterior's log-variance (step 0 borrows step 1's) and beta's."""
+    """The two ends that the variance head interpolates: log-variances of the posterior and of beta.
+
+    Step 0 takes the posterior's log-variance of step 1.
+    """
     zero = np.zeros(())
     return np.log(posterior(zero, zero, max(t, 1), betas, alphas_cumprod)[1]), np.log(betas[t])
 
@@ -65,7 +73,10 @@ def learned_log_variance(v, t, betas, alphas_cumprod):
 
 
 def discretized_log_likelihood(x, mean, log_scale):
-    """log-probability of the level x (scalar, one of 256 in [-1, 1]); the CDF is DiT's tanh approximation."""
+    """log-probability of the level x (scalar, one of 256 in [-1, 1]).
+
+    The CDF is DiT's tanh approximation.
+    """
 
     def cdf(z):
         return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
@@ -76,7 +87,10 @@ def discretized_log_likelihood(x, mean, log_scale):
 
 
 def variational_bound(output, x_start, x_t, t, betas, alphas_cumprod):
-    """One sample's term of the bound in bits per dimension; output (h, w, 2C), x_start, x_t (h, w, C), t int."""
+    """One sample's term of the bound, in bits per dimension.
+
+    Shapes: output (h, w, 2C); x_start, x_t (h, w, C); t is an int.
+    """
     output, x_start, x_t = (np.asarray(x, np.float64) for x in (output, x_start, x_t))
     C = x_t.shape[-1]
     eps, v = output[..., :C], output[..., C:]

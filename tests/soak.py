@@ -1,6 +1,9 @@
-"""Kills a training run again and again at random moments and compares its end, bit by bit, with a run that nobody disturbed.
+"""Kills a training run many times at random moments.
 
-python tests/soak.py [KILLS] [SEED]         (100 and 0 if not given; a few seconds a kill on one core)
+    python tests/soak.py [KILLS] [SEED]
+
+Its end must equal that of a run that nobody disturbed, bit by bit. Without arguments there are 100
+kills, with the seed 0. A kill takes a few seconds on one core.
 """
 
 import pathlib
@@ -50,9 +53,9 @@ def soak(kills: int, seed: int) -> None:
     )
     server.close()
     sys.stdout.write(
-        f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on from step "
-        f"{life.first_step()} of {steps}: same ids, losses, parameters, EMA and optimizer state, every bit; "
-        f"{time.monotonic() - started:.0f} s\n"
+        f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on "
+        f"from step {life.first_step()} of {steps}: same ids, losses, parameters, EMA and "
+        f"optimizer state, every bit; {time.monotonic() - started:.0f} s\n"
     )
     shutil.rmtree(folder)
 

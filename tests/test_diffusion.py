@@ -1,4 +1,7 @@
-"""The diffusion tables and formulas against float64 oracles that derive them another way, and the properties they must have."""
+"""The diffusion tables and formulas: float64 oracles, and the properties they must have.
+
+The oracles derive them in another way.
+"""
 
 import fractions
 import math
@@ -22,7 +25,10 @@ def normal(*shape, seed=0):
 
 
 def make_batch(seed=0, shape=(4, 4, 3)):
-    """x_start in [-1, 1], noise, x_t by the float64 formula, and a model output; one sample for each of STEPS."""
+    """x_start in [-1, 1], noise, x_t by the float64 formula, and a model output.
+
+    There is one sample for each of STEPS.
+    """
     x_start = np.clip(normal(len(STEPS), *shape, seed=seed), -1, 1)
     noise = normal(len(STEPS), *shape, seed=seed + 1)
     a = ALPHAS_CUMPROD[STEPS][:, None, None, None]
@@ -55,7 +61,7 @@ def test_tables_are_float64_and_match_the_oracle():
     for name, table in expected.items():
         actual = getattr(PROCESS, name)
         assert actual.dtype == np.float64
-        # 1 - alphas_cumprod loses a factor beta_0 = 1e-4 of the last digits, whichever way it is formed.
+        # 1 - alphas_cumprod loses a factor beta_0 = 1e-4 of the last digits, however it is formed.
         np.testing.assert_allclose(actual, table, rtol=1e-11, atol=1e-300, err_msg=name)
 
 
@@ -112,7 +118,7 @@ def test_the_true_noise_recovers_x_start():
     x_t = PROCESS.perturb(x_start, STEPS, noise)
     recovered = PROCESS.predict_x_start(x_t, STEPS, noise)
     for i, t in enumerate(STEPS):
-        # Dividing by sqrt(alphas_cumprod) magnifies the rounding of x_t: 160 times at the last step.
+        # Dividing by sqrt(alphas_cumprod) enlarges the rounding of x_t: 160 times at the last step.
         assert_close(
             recovered[i], x_start[i], factor=8.0 / np.sqrt(ALPHAS_CUMPROD[t]), what=f"t = {t}"
         )
@@ -152,7 +158,8 @@ def test_discretised_likelihood_is_a_distribution_over_256_levels(mean, log_scal
     log_p = diffusion.discretized_gaussian_log_likelihood(
         levels, jnp.float32(mean), jnp.float32(log_scale)
     )
-    # Each level is a difference of CDFs near one, so its error is an ulp of one; there are 256 of them.
+    # Each level is a difference of CDFs near one, so its error is an ulp of one. There are 256 of
+    # them.
     assert float(jnp.exp(log_p).sum()) == pytest.approx(1.0, abs=256 * 2.0**-23)
 
 
@@ -164,7 +171,8 @@ def test_discretised_likelihood_matches_the_oracle_and_the_normal_distribution()
         oracles.discretized_log_likelihood(*args)
         for args in zip(x.astype(float), mean.astype(float), [-2.0] * len(x))
     ]
-    # A level's probability (about 0.02 here) is a difference of two CDFs: an absolute error of an ulp of one.
+    # A level's probability (about 0.02 here) is a difference of two CDFs. Its absolute error is an
+    # ulp of one.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=8 * 2.0**-23 / 0.002)
 
     def level_probability(x, mean):

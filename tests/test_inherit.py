@@ -199,10 +199,10 @@ def test_every_misfit_is_listed_at_once():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(load=("qkv",)), "qkv; it may name q, k, v, o, conv"),
+        (dict(load=("qkv",)), "load = qkv: it may name q, k, v, o, conv"),
         (
             dict(keep_init=("final_layr",)),
-            "'final_layr', which is no parameter of the student; .*final_layer",
+            "keep_init = 'final_layr' is no parameter of the student; .*final_layer",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""The launcher scripts, run with stand-ins for what they start: what is started again, and with which arguments."""
+"""The launcher scripts: what they start again, and with which arguments.
+
+Stand-ins take the place of the programs that the scripts start.
+"""
 
 import os
 import pathlib
@@ -22,7 +25,10 @@ ARGUMENTS = (
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Puts a program of the given name and bash body on the PATH; `calls` reads the arguments of each of its runs."""
+    """Puts a program of the given name and bash body on the PATH.
+
+    `calls` reads the arguments of each of its runs.
+    """
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name in ("TPU_NAME", "ZONE"):
         monkeypatch.delenv(name, raising=False)
@@ -64,7 +70,10 @@ def test_a_tpu_vm_goes_on_until_it_is_done_or_cannot(stand_in, values):
 
 
 def test_a_tpu_vm_forgets_short_tries_after_a_long_one(stand_in):
-    """The clock runs a thousand times faster here, by a copy of the script: the third try lasts longer than the limit."""
+    """A copy of the script has a clock that runs a thousand times faster.
+
+    The third try lasts longer than the limit.
+    """
     script = stand_in.folder / "fast.sh"
     text = (LAUNCH / "tpu_vm.sh").read_text()
     assert text.count("SECONDS < 600") == 1

@@ -1,4 +1,7 @@
-"""The denoising and the distillation loss against float64 oracles, and where their gradients may not go."""
+"""The denoising and the distillation loss against float64 oracles.
+
+Also: where their gradients may not go.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,8 @@ def batch():
     """x_start, x_t, noise (B, 4, 6, C), student's and teacher's output (B, 4, 6, 2C)."""
     x_start, noise = np.clip(normal(0), -1, 1), normal(1)
     x_t = np.asarray(PROCESS.perturb(x_start, T, noise))
-    # Near the noise, as a trained model is: at t = 0, levels that are many deviations off are all rounding in float32.
+    # Near the noise, as a trained model's output is. At t = 0 the probability of a level that is
+    # many deviations away is nothing but rounding in float32.
     student = np.concatenate([noise + 0.3 * normal(2), normal(3)], axis=-1)
     return x_start, x_t, noise, student, normal(4, 2 * C)
 
@@ -42,7 +46,8 @@ def test_denoising_loss_matches_the_oracle_sample_by_sample(batch):
         expected = oracles.variational_bound(
             output[i], x_start[i], x_t[i], int(t), BETAS, ALPHAS_CUMPROD
         )
-        # As in test_diffusion.py: log-variances of -9 in float32 leave 1e-5 of a ratio of exponentials.
+        # As in test_diffusion.py: log-variances of -9 in float32 give a ratio of exponentials that
+        # is exact to 1e-5.
         assert float(terms["vb"][i]) == pytest.approx(expected, rel=2e-5)
 
 
@@ -98,8 +103,9 @@ def test_log_variance_target_matches_the_oracle(batch):
             for x in (student, teacher)
         )
         expected = np.mean((ours - theirs) ** 2)
-        # The range narrows with t (6e-6 wide at the last step) while both ends are about -4 to -14, so its square is lost
-        # in float32 below the rounding of the log-variances themselves.
+        # The range becomes narrow as t grows: 6e-6 at the last step. Both of its ends lie between
+        # -4 and -14. So in float32 the square of a difference in it is smaller than the rounding
+        # of the log-variances.
         rounding = (16 * 2.0**-23) ** 2 * 4
         assert float(terms["kd_variance"][i]) == pytest.approx(
             expected, rel=1e-3, abs=max(rounding, 1e-9)

@@ -1,4 +1,7 @@
-"""Every way to get the command line wrong ends in one line that names the thing and both values, status 1, and no files."""
+"""Every wrong command line ends with status 1, one line and no files.
+
+The line names the flag or the field, and both values.
+"""
 
 import subprocess
 import sys
@@ -19,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def expect_error(monkeypatch, folder, arguments, *parts):
-    """Runs the command; it must fail with one line that holds all the parts, and leave no workdir behind."""
+    """Runs the command, which must fail with one line that has all the parts, and write no file."""
     before = sorted(folder.rglob("*"))
     code = command.run(monkeypatch, *arguments)
     assert isinstance(code, str), (
@@ -31,7 +34,7 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     assert sorted(folder.rglob("*")) == before
 
 
-# What the flags catch before JAX is loaded. ---------------------------------------------------------------------------
+# What the flags catch before JAX is loaded. -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,9 +74,10 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     [
         ("def get_config(:", ["SyntaxError", "line 1"]),
         ("import no_such_module", ["no_such_module"]),
-        ("def get_config():\n    return {}", ["model.patch_size", "configs/default.py"]),
+        ("def get_config():\n    return {}", ["no field seed", "configs/default.py"]),
         (
-            "from configs import default\n\ndef get_config():\n    config = default.get_config()\n    config.train.stepss = 9\n"
+            "from configs import default\n\ndef get_config():\n"
+            "    config = default.get_config()\n    config.train.stepss = 9\n"
             "    return config",
             ["stepss"],
         ),
@@ -86,7 +90,7 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
     expect_error(monkeypatch, folder, [f"--workdir={folder / 'run'}", f"--config={path}"], *parts)
 
 
-# What the training job refuses. ---------------------------------------------------------------------------------------
+# What the training job refuses. -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,10 @@ def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts)
 
 
 def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
-    """The damage is found when a record is read: the error names the data set, the split and the record."""
+    """The damage is found when a record is read.
+
+    The error names the data set, the split and the record.
+    """
     dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
     (path,) = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
@@ -233,7 +240,7 @@ def test_a_workdir_that_is_a_file(monkeypatch, folder):
     )
 
 
-# What the sampling job refuses. ---------------------------------------------------------------------------------------
+# What the sampling job refuses. -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +284,7 @@ def test_wrong_sampling_configs(monkeypatch, folder, overrides, parts):
     expect_error(monkeypatch, folder, arguments, *parts)
 
 
-# The process itself. --------------------------------------------------------------------------------------------------
+# The process itself. ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -303,3 +310,11 @@ def test_the_process_prints_one_line_and_exits_with_1(tmp_path, arguments, part)
     assert len(lines) == 1 and part in lines[0]
     assert "Traceback" not in result.stderr + result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["gcs://bucket/run", "file:///run", "s3://bucket/run"])
+def test_a_workdir_where_nothing_can_be_written(monkeypatch, folder, tmp_path, place):
+    """No local folder is made of it. For s3:// a package is missing here."""
+    arguments = command.debug_arguments(folder, folder / "teacher.safetensors")
+    expect_error(monkeypatch, folder, [*arguments, f"--workdir={place}"], f"--workdir={place}")
+    assert not (command.ROOT / place.split("/")[0]).exists()

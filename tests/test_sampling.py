@@ -1,4 +1,7 @@
-"""Sampling by image number: image i is the same in every batch, on every mesh, whatever else is drawn."""
+"""Sampling by image number: image i is the same in every batch, on every mesh.
+
+It does not depend on which other images are drawn.
+"""
 
 import dataclasses
 
@@ -73,7 +76,10 @@ def test_images_are_float32_and_differ(images):
 
 @pytest.mark.parametrize("index", [[3], [15, 2, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 15]])
 def test_an_image_does_not_depend_on_which_others_are_drawn(sampler, images, index):
-    """Any subset, in any order, of any length: the program is the same, so the images are, bit for bit."""
+    """A subset of any length, in any order: the program is the same.
+
+    So the images are the same, bit for bit.
+    """
     index = np.array(index)
     np.testing.assert_array_equal(sampler(PARAMS, index, random_labels(index)), images[index])
 
@@ -81,7 +87,8 @@ def test_an_image_does_not_depend_on_which_others_are_drawn(sampler, images, ind
 @pytest.mark.parametrize("devices, batch_size", [(1, 3), (8, 16)])
 def test_an_image_does_not_depend_on_the_batch_or_the_mesh(images, devices, batch_size):
     other, index = make_sampler(devices, batch_size=batch_size), np.arange(7)
-    # Another shape is another program: products may be summed in another order, in each of the four steps.
+    # Another shape is another program. It may sum products in another order, in each of the four
+    # steps.
     assert_close(other(PARAMS, index, random_labels(index)), images[:7], reduction=400)
 
 

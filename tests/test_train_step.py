@@ -1,7 +1,8 @@
-"""The one train step: distillation, plain training, dropout, EMA, accumulation, the mesh, steps that are not finite.
+"""The one train step: distillation, plain training, dropout, EMA, accumulation, the mesh.
 
-The step is compiled for a model of one parameter where a claim is about the step alone, and for small real models where
-it is about the models in it.
+Also: steps that are not finite. Where a test is about the step alone, the step is compiled for a
+model of one parameter. Where it is about the models in the step, it is compiled for small real
+models.
 """
 
 import functools
@@ -44,7 +45,7 @@ STEP = dict(ema_decay=0.9)
 RNG = jax.random.key(7)
 
 
-# The optimizer. -------------------------------------------------------------------------------------------------------
+# The optimizer. -----------------------------------------------------------------------------------
 
 
 def adamw_oracle(
@@ -109,7 +110,7 @@ def test_the_optimizer_follows_its_equations(change):
     "change, message",
     [
         (dict(schedule="linear"), "schedule must be one of constant, cosine; got 'linear'"),
-        (dict(warmup=100), "^warmup = 100 is not shorter than the run of 100 steps"),
+        (dict(warmup=100), "^warmup = 100 is not shorter than steps = 100"),
     ],
 )
 def test_impossible_optimizers_are_named(change, message):
@@ -117,7 +118,7 @@ def test_impossible_optimizers_are_named(change, message):
         OptimizerSettings(**OPTIMIZER | change)
 
 
-# A model of one parameter. --------------------------------------------------------------------------------------------
+# A model of one parameter. ------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
@@ -149,7 +150,10 @@ def scalar_step(function, w=1.0, teacher=None, **change):
 
 
 def fresh_state(params, optimizer):
-    """As the training job makes it, in one program: each leaf has memory of its own, which a donated state needs."""
+    """A state as the training job makes it, in one program.
+
+    So no two leaves share memory, which a donated state needs.
+    """
     return jax.jit(lambda p: new_state(p, optimizer))(params)
 
 
@@ -165,7 +169,10 @@ def make_images(count, size=2, channels=1, label=None):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_labels_are_dropped_at_the_rate_asked_for(rate):
-    """With w = 1000 the squared error is 1e6 times the share of null labels, plus the noise's one."""
+    """With w = 1000 the squared error is 1e6 times the share of null labels.
+
+    The noise adds 1 to it.
+    """
     train_step, state = scalar_step("null", w=1000.0, dropout=rate)
     B = 4096
     shares = []
@@ -243,7 +250,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 
 @pytest.mark.parametrize("sees_dropped", [False, True])
 def test_the_teacher_sees_the_labels_it_should(sees_dropped):
-    """Student and teacher are the same function of the label: they differ where the teacher does not see it dropped."""
+    """Student and teacher are the same function of the label.
+
+    They differ where the teacher still sees a label that the student does not see.
+    """
     train_step, state = scalar_step(
         "null", teacher=Scalar("null"), dropout=0.5, teacher_sees_dropped=sees_dropped
     )
@@ -295,7 +305,7 @@ def test_uint8_becomes_minus_one_to_one():
     np.testing.assert_allclose(pixels, [-1.0, -0.6, 1.0], atol=1e-7)
 
 
-# Small real models. ---------------------------------------------------------------------------------------------------
+# Small real models. -------------------------------------------------------------------------------
 
 SIZE = 8
 PIXELS = dict(in_channels=1, num_classes=10)
@@ -304,7 +314,7 @@ TEACHER = DiT(DiTConfig(1, 48, 3, patch_size=4, **PIXELS), dtype=jnp.float32)
 
 
 def random_params(model, seed):
-    """Parameters that are random everywhere (a fresh model's output is zero), of the sizes of an init."""
+    """Random parameters everywhere, as large as at init; a fresh model's output would be zero."""
     shapes = param_shapes(model.config)
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -320,7 +330,7 @@ def start():
 
 @functools.cache
 def compiled(data, fsdp, **change):
-    """(train_step, place) on a mesh; `place` puts a host state on it, sharded as finely as it goes."""
+    """(train_step, place) on a mesh; `place` puts a host state on it and splits all it can."""
     mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
     fields = OptimizerSettings(**OPTIMIZER | dict(clip_norm=1.0))
     teacher = change.pop("teacher", TEACHER)
@@ -412,7 +422,10 @@ def test_the_state_is_donated(start):
 
 
 def assert_same_run(one, other, *, reduction=100):
-    """Two runs agree to the rounding of sums in another order: metrics, and every parameter against its largest."""
+    """Asserts that two runs agree up to the rounding of sums in another order.
+
+    It compares the metrics, and every parameter in units of the largest value of its array.
+    """
     (state_a, history_a), (state_b, history_b) = one, other
     for a, b in zip(history_a, history_b, strict=True):
         for name in a:
@@ -430,8 +443,9 @@ def reference(start):
 
 
 def test_one_device_equals_eight(start, reference):
-    # Adam divides by the root of its second moment: where a gradient is all rounding, so is the sign of the update.
-    # Parameters move by 1e-2 a step, so an update that differs in a hundredth is 1e-4 of their size (about one).
+    # Adam divides by the root of its second moment. Where a gradient is nothing but rounding, the
+    # sign of the update is too. Parameters are about one and move by 1e-2 a step, so an update that
+    # differs by a hundredth is 1e-4 of their size.
     assert_same_run(run(2, *start, data=1, fsdp=1), reference, reduction=1e5)
 
 
@@ -481,7 +495,7 @@ def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
 
 
 def test_a_student_inherits_and_then_trains_from_its_teacher():
-    """Inheritance into the sharded student gives a step whose loss is finite and whose new attention moves."""
+    """A sharded student inherits: its step has a finite loss, and its new attention moves."""
     softmax = DiT(DiTConfig(2, 32, 2, **PIXELS), dtype=jnp.float32)
     teacher = random_params(softmax, 20)
     fresh = jax.tree.map(jnp.asarray, random_params(STUDENT, 30))

@@ -1,11 +1,15 @@
-"""Ablation, step 1 of 9: DiT-S/2 with plain ReLU linear attention in the place of softmax, from scratch.
+r"""Ablation, step 1 of 9: DiT-S/2 from scratch, with linear attention in the place of softmax.
 
-    python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch
-    python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch --mode=sample
-    python -m lit_jax.main --config=configs/ablation/scratch.py --workdir=workdir/ablation/scratch --mode=evaluate
+    python -m lit_jax.main --config=configs/ablation/scratch.py \
+        --workdir=workdir/ablation/scratch
+    python -m lit_jax.main --config=configs/ablation/scratch.py --mode=sample \
+        --workdir=workdir/ablation/scratch
+    python -m lit_jax.main --config=configs/ablation/scratch.py --mode=evaluate \
+        --workdir=workdir/ablation/scratch
 
-The path of the paper at ImageNet 256, S/2, 400,000 steps of batch 256, no guidance, FID-50K; each file is the one before
-it and one change:
+The nine steps are the path of the paper at ImageNet 256: S/2, 400,000 steps of batch 256, no
+guidance. Each file changes one thing in the file before it. FID-50K is what --mode=evaluate
+reports, with the same --config and --workdir:
 
     softmax (configs/imagenet256_dit_s.py)     68.40
     scratch        linear attention, six heads 88.46
@@ -18,9 +22,11 @@ it and one change:
     noise_kd       + noise distillation        51.13
     variance_kd    + variance distillation     50.79
 
-(LiT, ablation tables; the order of these numbers matters more than their last digit.) FID-50K is --mode=evaluate with
-the same --config and --workdir. A run is 0.036 TFLOP an image, three hours on a GPU that sustains 400 TFLOP/s, and 19 hours
-with the teacher of the last two. Images are decoded with sd-vae-ft-mse, as DiT's rows without guidance were. Not run here.
+The numbers are those of LiT's ablation tables. Their order matters more than their last digit.
+sd-vae-ft-mse decodes the images, as it did for DiT's rows without guidance.
+
+Hardware and time: a training image costs 0.036 TFLOP. A run takes three hours on a GPU that
+sustains 400 TFLOP/s, and 19 hours with the teacher of the last two steps. Not run here.
 """
 
 from configs import imagenet256_dit_s

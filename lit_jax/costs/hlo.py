@@ -1,7 +1,7 @@
 """Reads a compiled program: what it moves through memory and between chips.
 
-XLA's own cost analysis counts the body of a loop once. Our blocks, microbatches and
-sampling steps are loops, so here a body counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once. Our blocks, microbatches
+and sampling steps are loops, so here a body counts as often as it runs.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# What moves no bytes: names for other values, and loops, whose bodies are counted.
+# What moves no bytes: names for other values, and loops (their bodies count).
 FREE = (
     "parameter",
     "constant",
@@ -87,8 +87,8 @@ class Collective:
         if self.kind == "collective-permute":
             share = 1.0
         else:
-            # Around a ring of n chips each passes on n - 1 of n parts. A reduction
-            # goes around twice: to sum, and to hand out the sums.
+            # Around a ring of n chips each passes on n - 1 of n parts. A
+            # reduction goes around twice: to sum, and to hand out the sums.
             rounds = 2.0 if self.kind == "all-reduce" else 1.0
             share = rounds * (self.group - 1) / self.group
         return share * self.size * self.times
@@ -113,7 +113,7 @@ class Program:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
 
-    # ---- What runs, and how often ----------------------------------------------
+    # ---- What runs, and how often --------------------------------------------
 
     def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """Every step of the program, its computation, and how often it runs.
@@ -150,7 +150,7 @@ class Program:
                     return int(bounds[0])
         raise ValueError(f"the loop condition {condition} compares with no constant")
 
-    # ---- Bytes through memory --------------------------------------------------
+    # ---- Bytes through memory ------------------------------------------------
 
     def traffic(self) -> float:
         """Bytes that a run moves through main memory.
@@ -197,9 +197,10 @@ class Program:
     def _fusion_bytes(self, body, result):
         """Bytes of one fusion.
 
-        One that takes a slice of an operand reads the slice; one that updates a slice
-        writes the slice in place. A collective that runs next to a fusion's other work
-        stands in the fusion, with its arrays: it is counted by itself.
+        One that takes a slice of an operand reads the slice; one that updates a
+        slice writes the slice in place. A collective that runs next to a
+        fusion's other work stands in the fusion, with its arrays: it is counted
+        by itself.
         """
         roots = [i for i in body.values() if i.is_root]
         if roots[0].opcode == "tuple":
@@ -246,7 +247,7 @@ class Program:
                 else:
                     yield instruction
 
-    # ---- Bytes between chips ---------------------------------------------------
+    # ---- Bytes between chips -------------------------------------------------
 
     def collectives(self, slices: int = 1) -> list[Collective]:
         """Every collective, wherever it stands.
@@ -272,9 +273,9 @@ class Program:
                 chips = (groups.max() + 1) // slices
                 slice_of = groups // chips
                 crosses = slices > 1 and bool((slice_of != slice_of[:, :1]).any())
-                # One that runs next to several others stands in all of them, as links
-                # of a chain. Channels tell nothing: all that are fused with a slice
-                # share one.
+                # One that runs next to several others stands in all
+                # of them, as links of a chain. Channels tell
+                # nothing: all that are fused with a slice share one.
                 chain = re.search(r'chain_id="(\d+)"', i.attributes)
                 key = chain.group() if chain else i.name
                 collective = Collective(kind, int(size), groups.shape[1], crosses, times, i.name)
@@ -283,13 +284,13 @@ class Program:
 
     def _kind(self, instruction, step):
         kind = instruction.opcode.removesuffix("-start")
-        # The TPU compiler's form of a reduce-scatter: a fusion of all-reduce and slice.
+        # The TPU compiler's reduce-scatter is a fusion of all-reduce and slice.
         fused = instruction is not step
         if kind == "all-reduce" and fused and "scatter" in step.name + step.attributes:
             return "reduce-scatter"
         return kind
 
-    # ---- Arrays ----------------------------------------------------------------
+    # ---- Arrays --------------------------------------------------------------
 
     def largest_buffers(self, count: int = 5) -> list[tuple[int, str, str]]:
         """The largest arrays that steps of the program make: bytes, shape, instruction."""
@@ -346,7 +347,8 @@ def _arrays(shape: str) -> list[str]:
 def shape_bytes(shape: str, *, all_spaces: bool = False) -> float:
     """Bytes of an array or tuple.
 
-    Args: all_spaces: also of what lies in on-chip memory, marked S(1) in a layout.
+    Args: all_spaces: also of what lies in on-chip memory, marked S(1) in a
+      layout.
     """
     total = 0.0
     for array in _arrays(shape):
@@ -368,7 +370,7 @@ def _called(instruction: Instruction) -> dict[str, list[str]]:
     """The computations that an instruction calls, by the attribute that names them."""
     found = {}
     for key, many, one in _CALLED.findall(instruction.attributes):
-        # What a reduction applies is no step of the program; what a call applies is.
+        # A reduction's computation is no step of the program; a call's is.
         if key != "to_apply" or instruction.opcode == "call":
             found[key] = [name.strip().lstrip("%") for name in many.split(",")] if many else [one]
     return found
@@ -383,7 +385,10 @@ _LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}"
 
 
 def replica_groups(attributes: str) -> np.ndarray:
-    """The chips that a collective's attributes name, (groups, chips); of a permutation, its pairs."""
+    """The chips that a collective's attributes name, (groups, chips in a group).
+
+    Of a permutation they are its pairs; of what is no collective, one chip.
+    """
     if found := _MESH.search(attributes):
         return _mesh_groups(*found.groups())
     if found := _IOTA.search(attributes):
@@ -409,8 +414,8 @@ def _mesh_groups(mesh: str, taking_part: str) -> np.ndarray:
         name: (int(before or 1), int(size or axes[name]))
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", taking_part)
     }
-    # Each axis is three: what lies before the part that takes part, the part, and what
-    # lies behind it.
+    # Each axis is three: what lies before the part that
+    # takes part, the part, and what lies behind it.
     shape: list[int] = []
     inside = []
     for name, size in axes.items():

@@ -24,11 +24,12 @@ import glob
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,103 +167,123 @@ class StaticCost:
         return max(self.compute, self.memory, self.floor) / self.floor
 
 
-def estimate(
-    fn: Callable,
-    args: tuple[Any, ...],
-    grid_steps: int,
-    topology: str,
-    loop_turns: int = 1,
-) -> StaticCost:
-    """Compiles fn(*args) for one chip of the topology, and reads the schedule.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled, and how often its kernels run."""
 
-    Args:
-      fn: picklable: a module's function, or a functools.partial of one.
-      args: trees of ShapeDtypeStructs.
-      grid_steps: grid steps of each Pallas kernel inside. They are halved where a chip
-        has two cores: the kernels' first grid axis is parallel, and of two where two
-        divides the batch.
-      topology: "v5e:2x2", "v4:2x2x1", ...
-      loop_turns: turns of the loops inside the kernels. What stands outside the loops
-        is then counted too often.
-    Raises: RuntimeError with the compiler's words if the program does not compile; and
-      as `topology_devices`.
+    fn: Callable  # picklable: a module's function, or a functools.partial of one
+    args: tuple[Any, ...]  # trees of ShapeDtypeStructs
+    # Grid steps of each Pallas kernel inside. They are halved where a chip has two cores:
+    # the kernels' first grid axis is parallel, and of two where two divides the batch.
+    grid_steps: int
+    # Turns of the loops inside the kernels. What stands outside the loops is then counted
+    # too often.
+    loop_turns: int = 1
+
+
+def estimate(programs: dict[str, Program], topology: str) -> dict[str, StaticCost]:
+    """Compiles programs for one chip of the topology, and reads their schedules.
+
+    Args: topology: "v5e:2x2", "v4:2x2x1", ...
+    Returns: the estimates by the programs' names.
+    Raises: RuntimeError with the compiler's words if a program does not compile; and as
+      `topology_devices`.
     """
-    with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as folder:
-        measured = _compile_in_child((fn, args, topology), folder)
-        kernels = tuple(_read_kernels(folder))
+    jobs = [(program.fn, program.args) for program in programs.values()]
+    measured = _compile_in_child(jobs, topology)
+    pairs = zip(programs.items(), measured)
+    return {name: _cost(program, found) for (name, program), found in pairs}
 
+
+def _cost(program: Program, measured: "_Measured") -> StaticCost:
     chip = chips.TPUS[measured.device_kind]
-    shared = grid_steps % measured.cores == 0
-    steps = grid_steps // measured.cores if shared else grid_steps
+    kernels = tuple(KernelCost(*kernel) for kernel in measured.kernels)
+    steps = program.grid_steps
+    if steps % measured.cores == 0:
+        steps //= measured.cores
     bundles = sum(kernel.bundles for kernel in kernels)
     return StaticCost(
         device_kind=measured.device_kind,
         floor=measured.arguments_and_outputs / chip.bandwidth,
         memory=measured.moved / chip.bandwidth,
         kernels=kernels,
-        compute=bundles * steps * loop_turns / chip.clock,
+        compute=bundles * steps * program.loop_turns / chip.clock,
         temporaries=measured.temporaries,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """What the child tells of the compiled program; sizes are bytes."""
+class _Measured(NamedTuple):
+    """What the child tells of a compiled program; sizes are bytes."""
 
     device_kind: str
     cores: int
     arguments_and_outputs: int
     moved: int  # through HBM, as each kernel's pl.CostEstimate says
     temporaries: int
+    kernels: list[tuple[str, int, dict[str, float]]]  # the fields of KernelCost
 
 
-def _compile_in_child(job, folder) -> _Measured:
+def _compile_in_child(jobs, topology) -> list[_Measured]:
     """Compiles in a process of its own: libtpu reads its flags once."""
-    result = os.path.join(folder, "result.pickle")
-    environment = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-    )
-    child = subprocess.run(
-        [sys.executable, "-m", "lit_jax.costs.tpu_schedule", "--compile-to", result],
-        input=pickle.dumps(job),
-        env=environment,
-        capture_output=True,
-    )
-    if child.returncode:
-        lines = child.stderr.decode(errors="replace").strip().splitlines()
-        for kind in (ValueError, FileNotFoundError):
-            prefix = f"{kind.__name__}: "
-            for line in reversed(lines):  # JAX has words of its own after the error
-                if line.startswith(prefix):
-                    raise kind(line.removeprefix(prefix))
-        raise RuntimeError("\n".join(lines[-10:]))
-    with open(result, "rb") as file:
-        return _Measured(*pickle.load(file))
+    with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as folder:
+        dumps = os.path.join(folder, "dumps")
+        result = os.path.join(folder, "result.pickle")
+        flags = (
+            f"--xla_jf_dump_to={dumps}",
+            "--xla_jf_dump_llo_text=true",
+            # Of some hundred passes: all of them are 100 MB, and half of the time.
+            "--xla_jf_dump_llo_pass_label_regex=.*(final_bundles|final_hlo).*",
+        )
+        child = subprocess.run(
+            [sys.executable, "-m", "lit_jax.costs.tpu_schedule", "--compile-to", result],
+            input=pickle.dumps((jobs, topology, dumps)),
+            env=dict(os.environ, JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=" ".join(flags)),
+            capture_output=True,
+        )
+        if child.returncode:
+            _raise(child.stderr.decode(errors="replace").strip().splitlines())
+        with open(result, "rb") as file:
+            return [_Measured(*values) for values in pickle.load(file)]
+
+
+def _raise(lines):
+    """Raises what a process that wrote these lines raised, as far as we name it."""
+    for kind in (ValueError, FileNotFoundError):
+        prefix = f"{kind.__name__}: "
+        for line in reversed(lines):  # JAX has words of its own after the error
+            if line.startswith(prefix):
+                raise kind(line.removeprefix(prefix))
+    raise RuntimeError("\n".join(lines[-10:]))
 
 
 def _compile_to(path: str) -> None:
     """Runs in the child: compiles what stdin holds, and writes what the parent wants of it."""
-    fn, args, topology = pickle.load(sys.stdin.buffer)
-    compiled = compile_for(fn, args, topology)
-    memory: Any = compiled.memory_analysis()
-    shardings: Any = compiled.input_shardings
-    chip = jax.tree.leaves(shardings)[0].mesh.devices.flat[0]
+    jobs, topology, dumps = pickle.load(sys.stdin.buffer)
+    measured = []
+    for fn, args in jobs:
+        os.makedirs(dumps)
+        compiled = compile_for(fn, args, topology)
+        kernels = [dataclasses.astuple(kernel) for kernel in _read_kernels(dumps)]
+        shutil.rmtree(dumps)  # the next program's kernels may have the same names
 
-    text = compiled.as_text() or ""
-    lines = [line for line in text.splitlines() if KERNEL in line]
-    moved = re.findall(r'"bytes_accessed":"(\d+)"', "\n".join(lines))
-    measured = _Measured(
-        device_kind=chip.device_kind,
-        cores=chip.num_cores,
-        arguments_and_outputs=memory.argument_size_in_bytes + memory.output_size_in_bytes,
-        moved=sum(map(int, moved)),
-        temporaries=memory.temp_size_in_bytes,
-    )
-    # A tuple: the class that pickle would name is of __main__ here.
+        memory: Any = compiled.memory_analysis()
+        shardings: Any = compiled.input_shardings
+        chip = jax.tree.leaves(shardings)[0].mesh.devices.flat[0]
+        text = compiled.as_text() or ""
+        lines = [line for line in text.splitlines() if KERNEL in line]
+        moved = re.findall(r'"bytes_accessed":"(\d+)"', "\n".join(lines))
+        found = _Measured(
+            device_kind=chip.device_kind,
+            cores=chip.num_cores,
+            arguments_and_outputs=memory.argument_size_in_bytes + memory.output_size_in_bytes,
+            moved=sum(map(int, moved)),
+            temporaries=memory.temp_size_in_bytes,
+            kernels=kernels,
+        )
+        # A plain tuple: the class would be pickled as one of __main__.
+        measured.append(tuple(found))
     with open(path, "wb") as file:
-        pickle.dump(dataclasses.astuple(measured), file)
+        pickle.dump(measured, file)
 
 
 def _read_kernels(folder: str) -> Iterator[KernelCost]:
@@ -326,13 +347,12 @@ def attention_costs(case: Case, batch: int, topology: str) -> dict[str, StaticCo
     Returns: {"forward": ..., "backward": ...}, each of the pass by itself.
     Raises: as `estimate`.
     """
-    costs = {}
-    for name in PASSES:
-        with on_chip(topology):
+    programs = {}
+    with on_chip(topology):  # whose VMEM decides how the kernels loop
+        for name in PASSES:
             turns = linear_attention_tpu_plan.loop_turns(case, backward=name == "backward")
-        program = attention_program(case, batch, name)
-        costs[name] = estimate(*program, batch, topology, turns)
-    return costs
+            programs[name] = Program(*attention_program(case, batch, name), batch, turns)
+    return estimate(programs, topology)
 
 
 # ---- The command -------------------------------------------------------------

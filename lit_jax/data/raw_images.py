@@ -75,6 +75,10 @@ class RawImages:
     def __len__(self) -> int:
         return self.count
 
+    def about_labels(self) -> dict[str, Any]:
+        """What prepared.json keeps of the labels, by its keys."""
+        return {"num_classes": self.num_classes, "class_names": hash_of(self.class_names)}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises: ValueError naming the image, when it or its label is no good."""
         try:

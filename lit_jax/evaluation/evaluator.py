@@ -32,7 +32,7 @@ class EvaluationSettings:
     features: str = "efficientnet_lite0"  # one of features.EXTRACTORS
     weights: str = ""  # a file; "": those of the EfficientNet package
     batch_size: int = 64  # images through the network at once
-    # Of the reference's images, precision and recall look at so many, at most.
+    # Precision and recall use at most this many images of the reference.
     num_neighbour_images: int = 10_000
     neighbours: int = 3  # k of precision and recall
     split_size: int = 5_000  # images a split of the Inception score

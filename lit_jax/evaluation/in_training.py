@@ -67,6 +67,7 @@ class Previews:
 
     def path(self, step: int) -> epath.Path:
         """The grid of a step."""
+        # Zeros in front, so that the files are sorted by step.
         return self._folder / f"step_{step:07d}.png"
 
     def draw(

@@ -80,7 +80,7 @@ def check_comparable(
 
 
 def self_check(scores: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Compares scores of ADM's own samples with the published ones; one row for each score.
+    """Compares scores of ADM's samples with the published ones.
 
     Returns: rows of score, here, published, tolerance, and passed.
     Raises: ValueError where one of the published scores is not among `scores`.

@@ -33,7 +33,7 @@ class Statistics:
     count: int  # of images behind the moments; 0 where a file does not say
     # {output of the network: (mean (D,), covariance (D, D))}, float64
     moments: dict[str, tuple[np.ndarray, np.ndarray]]
-    # (n, D) float32 of the images that precision and recall look at
+    # (n, D) float32 of the images that precision and recall use
     features: np.ndarray | None
     logits: np.ndarray | None  # (count, classes) float32
     identity: dict[str, Any]  # what the set is, for the protocol
@@ -122,7 +122,7 @@ def make_reference(
       reference: an npz file, or "DATASET:SPLIT" of the data sets in
         `data_dir`.
       workdir: where the statistics of a data set are kept.
-      num_neighbour_images: how many images precision and recall look at, at
+      num_neighbour_images: how many images precision and recall use at
         most.
     Raises: ValueError or FileNotFoundError that names the reference.
     """
@@ -212,7 +212,7 @@ def dataset_reference(
 
 def _identify(images: dataset.ImageDataset, keep: np.ndarray) -> dict[str, Any]:
     """What tells this data set from others, those of the same name included."""
-    # The hash is over the images that precision and recall look at: all of
+    # The hash is over the images that precision and recall use: all of
     # them would take a second pass over the data.
     digest = hashlib.sha256()
     for index in keep:
@@ -302,13 +302,13 @@ def load_reference(
 
     It is ADM's (mu, sigma, mu_s, sigma_s, arr_0), pytorch-fid's (mu, sigma),
     ours, or holds images alone. Statistics are used only if they are of this
-    extractor: a file of ours says whose they are, ADM's are of
+    extractor: a file that was written here says whose they are, ADM's are of
     `inception_adm`, and pytorch-fid's of `inception_pytorch_fid`. Images in
     the file (ADM's has 10,000) go through the network, for precision and
     recall, and for all scores where the statistics are of other features.
 
     Args:
-      num_neighbour_images: how many images precision and recall look at, at
+      num_neighbour_images: how many images precision and recall use at
         most.
     Raises: ValueError where the file holds neither images nor statistics of
       this extractor; FileNotFoundError.

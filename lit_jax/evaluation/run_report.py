@@ -74,6 +74,7 @@ def report(
             result["inheritance"][name] = sum(leaves.values())
 
     if real_images is not None:
+        # Of small images it says more to a person than a distance does.
         classifier = LabelClassifier(*real_images)
         labels = condition["label"]
         result["labels_read"] = {}

@@ -1,7 +1,8 @@
 """Times the attention, the models and the input pipeline on the device at hand.
 
-Next to each time of the attention stands its floor. On a machine with only a CPU it
-prints the estimate of the kernels for a named TPU topology, ahead of time.
+Next to each time of the attention stands its floor. On a machine with only a
+CPU it prints the estimate of the kernels for a named TPU topology, ahead of
+time.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     Raises: ValueError for fields that cannot be.
     """
-    # ---- What is asked -------------------------------------------------------------
+    # ---- What is asked -------------------------------------------------------
     wanted = config.benchmark
     token = token_pixels(config)
     unknown = set(wanted.what) - set(WHAT)
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"{token} pixels"
         )
 
-    # ---- The jobs, each a generator of rows ----------------------------------------
+    # ---- The jobs, each a generator of rows ----------------------------------
     device = jax.devices()[0]
     jobs = []
     if on_models and device.platform == "cpu":
@@ -75,7 +76,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if "data" in wanted.what:
         jobs.append(time_data(config))
 
-    # ---- Rows ----------------------------------------------------------------------
+    # ---- Rows ----------------------------------------------------------------
     machine = {
         "device": device.device_kind,
         "devices": jax.device_count(),
@@ -87,8 +88,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     for row in itertools.chain.from_iterable(jobs):
         logging.info("%s", row)
         rows.append(row)
-        # After each row: a program that does not fit must not take the times of the
-        # others with it.
+        # After each row: a program that does not fit
+        # must not take the times of the others with it.
         if jax.process_index() == 0:
             report = {"machine": machine, "rows": rows}
             (workdir / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -107,7 +108,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join([head, "|" + "---|" * len(names), *body])
 
 
-# ---- Models and sizes ------------------------------------------------------------
+# ---- Models and sizes --------------------------------------------------------
 
 
 def token_pixels(config: ConfigDict) -> int:
@@ -116,15 +117,16 @@ def token_pixels(config: ConfigDict) -> int:
 
 
 def _cell_pixels(config):
-    # As many channels as a picture has are pixels. Latents have cells of 8 pixels.
+    # As many channels as a picture has are pixels; a latent's cell has 8.
     return 1 if config.model.in_channels in (1, 3) else 8
 
 
 def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
     """The config's model with softmax and with linear attention: DiT and LiT.
 
-    One of them is the config's own. The other has the heads and the implementation of
-    config.teacher if it is softmax, and the heads of its size if it is linear.
+    One of them is the config's own. The other has the heads and the
+    implementation of config.teacher if it is softmax, and the heads of its size
+    if it is linear.
     """
 
     def build(attention, num_heads, implementation):
@@ -150,7 +152,7 @@ def _linear(lit: DiT) -> LinearAttention:
     return attention
 
 
-# ---- Without a device ------------------------------------------------------------
+# ---- Without a device --------------------------------------------------------
 
 
 def static_estimates(config: ConfigDict) -> Iterator[Row]:
@@ -192,7 +194,7 @@ def static_estimates(config: ConfigDict) -> Iterator[Row]:
             }
 
 
-# ---- Timing ----------------------------------------------------------------------
+# ---- Timing ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,14 +230,14 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * x.nbytes / timing.median
 
 
-# ---- The attention ---------------------------------------------------------------
+# ---- The attention -----------------------------------------------------------
 
 
 def time_attention(config: ConfigDict) -> Iterator[Row]:
     """Linear attention by each implementation that offers it, and softmax attention.
 
-    Forward, and forward with backward. Floors: 4 B T D elements forward, 7 B T D more
-    backward, at the measured bandwidth of a copy.
+    Forward, and forward with backward. The floors are 4 B T D elements forward
+    and 7 B T D more backward, at the measured bandwidth of a copy.
     """
     wanted = config.benchmark
     device = jax.devices()[0]
@@ -322,7 +324,7 @@ def _attentions(dit: DiT, lit: DiT, side: int) -> dict[str, Callable]:
     return attentions
 
 
-# ---- The models ------------------------------------------------------------------
+# ---- The models --------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,8 +356,8 @@ class _Subject:
 def time_models(config: ConfigDict) -> Iterator[Row]:
     """Forward, training step and distillation step of DiT and LiT, over all devices.
 
-    They are the config's model with both attentions. The teacher is that DiT too, in
-    teacher.dtype.
+    They are the config's model with both attentions. The teacher is that DiT
+    too, in teacher.dtype.
     """
     mesh = Experiment(config).mesh
     dit, lit = make_models(config)
@@ -395,12 +397,13 @@ def _time_model(config, mesh, subject: _Subject):
         name: np.zeros(leaf.shape, leaf.dtype)
         for name, leaf in model.config.condition_shapes(B).items()
     }
+    # Latents are timed as pixels too: no draw from their posteriors is in it.
     images = np.zeros((B, *size, model.config.in_channels), np.uint8)
     rows = sharding.batch_sharding(mesh)
     batch = jax.device_put({"image": images} | condition, rows)
     flops = model.config.forward_flops(size)
 
-    # ---- Forward, of the model alone -----------------------------------------------
+    # ---- Forward, of the model alone -----------------------------------------
     teacher_params = None
     if teacher is None:
         # As a model is sampled from: not the float32 masters of training.
@@ -424,7 +427,7 @@ def _time_model(config, mesh, subject: _Subject):
 
         teacher_params = jax.jit(init_teacher)(rng)
 
-    # ---- The step ------------------------------------------------------------------
+    # ---- The step ------------------------------------------------------------
     train_step = make_train_step(
         model,
         teacher,
@@ -446,14 +449,15 @@ def _time_model(config, mesh, subject: _Subject):
     yield subject.row(what, timing, train_step_flops(flops, guide))
 
 
-# ---- The input pipeline ----------------------------------------------------------
+# ---- The input pipeline ------------------------------------------------------
 
 
 def time_data(config: ConfigDict) -> Iterator[Row]:
     """The input pipeline alone: what this process reads, decodes and batches.
 
-    In records a second, and records a core second. The latter counts the seconds that
-    this process computes on any core, so other work on the machine spoils it less.
+    In records a second, and records a core second. The latter counts the
+    seconds that this process computes on any core, so other work on the machine
+    spoils it less.
     """
     experiment = Experiment(config)
     repeats = config.benchmark.repeats

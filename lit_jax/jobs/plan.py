@@ -1,9 +1,9 @@
 """What a config would need and cost on a TPU slice that is not there.
 
-libtpu compiles the config's real programs for a named topology, on any Linux machine.
-Memory is the compiler's own account, a chip. FLOPs are counted by formula; bytes and
-collectives are read off the compiled program. The time is a roofline of these, not a
-measurement.
+libtpu compiles the config's real programs for a named topology, on any Linux
+machine. Memory is the compiler's own account, a chip. FLOPs are counted by
+formula; bytes and collectives are read off the compiled program. The time is a
+roofline of these, not a measurement.
 """
 
 import concurrent.futures
@@ -49,15 +49,18 @@ class Estimate:
     capacity: float  # bytes that the compiler lets a program use
     arguments: float = 0.0  # bytes of state, teacher, batch
     temporaries: float = 0.0
-    outputs: float = 0.0  # bytes of results that do not lie in the donated state's memory
+    outputs: float = 0.0  # bytes of results that are not written over the state
     compile_seconds: float = 0.0
     flops: float = 0.0  # of the model's definition
     executed_flops: float = 0.0  # and what rematerialisation repeats
     traffic: float = 0.0  # bytes through memory
+    # By kind: how often they run, on how many bytes, and what a chip sends.
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # see `roofline`
+    # By what takes them: see `roofline`.
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     images_per_second: float = 0.0  # of all chips
     mfu: float = 0.0
+    # Arrays that steps of the program make: bytes, shape, instruction.
     largest: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
 
     @property
@@ -69,11 +72,11 @@ class Estimate:
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Plans the programs in config.plan.programs, on stdout and in workdir/plan.json.
 
-    Raises: ValueError (exit status 1) when one of them does not fit, after the shortfall
-      and the largest batch that does are printed; and for a config that cannot be run on
-      the slice.
+    Raises: ValueError (exit status 1) when one of them does not fit, after the
+      shortfall and the largest batch that does are printed; and for a config
+      that cannot be run on the slice.
     """
-    # ---- What is asked -------------------------------------------------------------
+    # ---- What is asked -------------------------------------------------------
     # No device is used: this machine's, if any, are left to others.
     jax.config.update("jax_platforms", "cpu")
     plan = config.plan
@@ -87,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         devices = topology_devices(plan.topology, plan.slices)
     planner = Planner(config, devices)
 
-    # ---- Compile -------------------------------------------------------------------
+    # ---- Compile -------------------------------------------------------------
     started = time.monotonic()
     # Two at a time: the compiler lets go of the interpreter.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -96,7 +99,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     for estimate in estimates:
         _show(describe(estimate))
 
-    # ---- The largest batch ---------------------------------------------------------
+    # ---- The largest batch ---------------------------------------------------
     too_large = [e for e in estimates if not e.fits]
     wanted = estimates if plan.largest_batch else too_large
     largest = {e.program: planner.largest_batch(e) for e in wanted}
@@ -109,7 +112,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         _show(f"{program}: {found}")
     _show(f"planned in {time.monotonic() - started:.0f} s")
 
-    # ---- Report --------------------------------------------------------------------
+    # ---- Report --------------------------------------------------------------
     report = {
         "topology": plan.topology,
         "slices": plan.slices,
@@ -124,13 +127,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _shortfall(e: Estimate, topology: str) -> str:
+    short = (e.needs - e.capacity) / GiB
     return (
-        f"{e.program} at batch {e.batch_size} needs {e.needs / GiB:.2f} GiB a chip of "
-        f"{topology}, {(e.needs - e.capacity) / GiB:.2f} GiB more than it has"
+        f"{e.program} at batch {e.batch_size} needs {e.needs / GiB:.2f} GiB "
+        f"a chip of {topology}, {short:.2f} GiB more than it has"
     )
 
 
-# ---- The programs ----------------------------------------------------------------
+# ---- The programs ------------------------------------------------------------
 
 
 class Planner:
@@ -151,8 +155,8 @@ class Planner:
         experiment.check_platform()
         self._experiment = experiment
 
-        # A plan comes before the weights. Without the file the teacher is the DiT that
-        # the config says it is.
+        # A plan comes before the weights. Without the file
+        # the teacher is the DiT that the config says it is.
         path = config.teacher.checkpoint
         self._teacher_is_there = bool(path) and epath.Path(path).exists()
         there = experiment.teacher if self._teacher_is_there else None
@@ -187,24 +191,24 @@ class Planner:
         if config.teacher.checkpoint and not self._teacher_is_there:
             planned = self.teacher.config
             text += (
-                f"\nteacher.checkpoint = {config.teacher.checkpoint} is not there (yet): "
-                f"the teacher planned is a DiT of {planned.depth} layers of width "
-                f"{planned.width}"
+                f"\nteacher.checkpoint = {config.teacher.checkpoint} "
+                f"is not there (yet): the teacher planned is a DiT of "
+                f"{planned.depth} layers of width {planned.width}"
             )
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
             text += (
-                f"\nsample ends with latents; to decode them a chip holds, beside what it "
-                f"needs, the whole of autoencoder.checkpoint = "
-                f"{config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) and the "
-                f"activations of autoencoder.slice_size = {config.autoencoder.slice_size} "
-                f"images"
+                f"\nsample ends with latents; to decode them a chip holds, "
+                f"beside what it needs, the whole of autoencoder.checkpoint = "
+                f"{config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) "
+                f"and the activations of autoencoder.slice_size = "
+                f"{config.autoencoder.slice_size} images"
             )
         return text
 
     def lower(self, program: str, batch_size: int) -> jax.stages.Lowered:
         """The program at a global batch size, lowered for the slice."""
         if program == "sample":
-            # The decoder is no part of the plan: its parameters are read from a file.
+            # Without the decoder, whose parameters are read from a file.
             sampler = self._experiment.sampler(self.model, batch_size, decodes=False)
             index = self._rows((batch_size,), jnp.int32)
             condition = self._condition(batch_size)
@@ -232,8 +236,8 @@ class Planner:
         """What the data hand to the step."""
         channels = self.model.config.in_channels
         shape = (batch_size, *self._experiment.input_size, channels)
-        # Which of the two the data hold cannot be asked here: as many channels as a
-        # picture has are pixels.
+        # Which of the two the data hold cannot be asked
+        # here: as many channels as a picture has are pixels.
         if channels in (1, 3):
             batch = {"image": self._rows(shape, jnp.uint8)}
         else:
@@ -250,12 +254,12 @@ class Planner:
         rows = sharding.batch_sharding(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    # ---- What they take ------------------------------------------------------------
+    # ---- What they take ------------------------------------------------------
 
     def estimate(self, program: str, batch_size: int = 0) -> Estimate:
         """Compiles a program and reads off what it needs; batch_size 0: the config's.
 
-        Raises: ValueError where the compiler fails for another reason than memory.
+        Raises: ValueError where the compiler fails, but for want of memory.
         """
         group = self._config.sample if program == "sample" else self._config.train
         batch_size = batch_size or group.batch_size
@@ -268,12 +272,19 @@ class Planner:
             if not found:
                 raise ValueError(
                     f"the TPU compiler fails on {program} at batch {batch_size}: "
-                    f"{str(error).splitlines()[0]}. Another mesh.fsdp, train.remat or "
-                    f"libtpu may do"
+                    f"{str(error).splitlines()[0]}. "
+                    f"Another mesh.fsdp, train.remat or libtpu may do"
                 ) from error
             needs, capacity = found
             seconds = time.monotonic() - started
-            return Estimate(program, batch_size, False, needs, capacity, compile_seconds=seconds)
+            return Estimate(
+                program,
+                batch_size,
+                fits=False,
+                needs=needs,
+                capacity=capacity,
+                compile_seconds=seconds,
+            )
         seconds = time.monotonic() - started
 
         memory: Any = compiled.memory_analysis()
@@ -319,8 +330,8 @@ class Planner:
     def flops(self, program: str, batch_size: int) -> tuple[float, float]:
         """FLOPs of one run on all chips.
 
-        Returns: those of the model's definition, and these with what rematerialisation
-          computes again.
+        Returns: those of the model's definition, and these with what
+          rematerialisation computes again.
         """
         size = self._experiment.input_size
         forward = self.model.config.forward_flops(size)
@@ -337,19 +348,19 @@ class Planner:
         again = {
             "none": 0.0,
             "full": forward,
-            # Projections are saved, so the attention between them is all that is missing.
+            # The projections are saved; the attention between is not.
             "dots": attention_flops(self.model.config, size),
         }
         executed = total + again[self._config.train.remat]
         return batch_size * total, batch_size * executed
 
-    # ---- The largest batch ---------------------------------------------------------
+    # ---- The largest batch ---------------------------------------------------
 
     def largest_batch(self, estimate: Estimate) -> int:
         """The largest global batch whose program fits; 0: not even one image a device.
 
-        It is guessed from two that were compiled, for memory is about linear in the
-        batch, and then tried.
+        It is guessed from two that were compiled, for memory is about linear in
+        the batch, and then tried.
         """
         unit = self.mesh.size  # a batch is a multiple of it
         if estimate.program != "sample":
@@ -389,14 +400,14 @@ def _next_batch(
         guess = int(fitting + (capacity - low.needs) / slope)
     guess = guess // unit * unit
     if too_large:
-        # Memory is not linear to the last byte. A guess at the bound would move it by
-        # one unit a try.
+        # Memory is not linear to the last byte. A guess
+        # at the bound would move it by one unit a try.
         margin = max(unit, (too_large - fitting) // 10 // unit * unit)
         guess = min(guess, too_large - margin)
     return guess
 
 
-# ---- Numbers ---------------------------------------------------------------------
+# ---- Numbers -----------------------------------------------------------------
 
 
 def roofline(
@@ -404,8 +415,8 @@ def roofline(
 ) -> dict[str, float]:
     """Seconds that each of a chip's resources is busy, as if it were alone.
 
-    Args: flops: executed. traffic: bytes through memory. ici, dcn: bytes sent inside a
-      slice and between slices.
+    Args: flops: executed. traffic: bytes through memory. ici, dcn: bytes sent
+      inside a slice and between slices.
     """
     return {
         "compute": flops / chip.peak_flops,
@@ -415,8 +426,11 @@ def roofline(
     }
 
 
-def link_bytes(collectives: Iterable[hlo.Collective], slices: int) -> tuple[float, float]:
-    """Bytes that a chip sends inside a slice, and its share of what leaves the slice."""
+def link_bytes(
+    collectives: Iterable[hlo.Collective],
+    slices: int,
+) -> tuple[float, float]:
+    """Bytes that a chip sends inside a slice, and its share of what leaves it."""
     ici = 0.0
     dcn = 0.0
     for collective in collectives:
@@ -428,7 +442,7 @@ def link_bytes(collectives: Iterable[hlo.Collective], slices: int) -> tuple[floa
 
 
 def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """How often each kind of collective runs, on how many bytes, and what a chip sends."""
+    """Runs, bytes of arrays, and bytes that a chip sends, by kind of collective."""
     kinds: dict[str, dict[str, float]] = {}
     for collective in collectives:
         empty = {"runs": 0, "bytes": 0.0, "wire_bytes": 0.0}
@@ -466,10 +480,10 @@ def on_tpu(model: DiT, input_size: tuple[int, int]) -> DiT:
 
 
 def memory_shortage(message: str) -> tuple[float, float] | None:
-    """Bytes that a program needs and may use, where the TPU compiler refuses it for that.
+    """Bytes that a program needs and may use, if the TPU compiler refuses it for that.
 
-    It has two ways to say so. The second speaks of temporaries alone: at least these
-    are needed.
+    It has two ways to say so. The second speaks of temporaries alone: at least
+    these are needed.
     """
     size = r"([\d.]+)([KMGT]?)"
     refusals = (
@@ -484,44 +498,47 @@ def memory_shortage(message: str) -> tuple[float, float] | None:
     return None
 
 
-# ---- Text ------------------------------------------------------------------------
+# ---- Text --------------------------------------------------------------------
 
 
 def describe(e: Estimate) -> str:
     """A program's estimate in a few lines."""
     head = (
-        f"{e.program}: batch {e.batch_size}, needs {e.needs / GiB:.2f} GiB of "
-        f"{e.capacity / GiB:.2f} GiB a chip"
+        f"{e.program}: batch {e.batch_size}, "
+        f"needs {e.needs / GiB:.2f} GiB of {e.capacity / GiB:.2f} GiB a chip"
     )
     if not e.fits:
         return f"{head}: {(e.needs - e.capacity) / GiB:.2f} GiB too much"
 
     lines = [
-        f"{head} (arguments {e.arguments / GiB:.2f}, temporaries "
-        f"{e.temporaries / GiB:.2f}); compiled in {e.compile_seconds:.0f} s",
-        f"  a chip   {e.flops / 1e12:.3f} TFLOP ({e.executed_flops / 1e12:.3f} with "
-        f"rematerialisation), {e.traffic / GB:.2f} GB through memory",
+        f"{head} (arguments {e.arguments / GiB:.2f}, "
+        f"temporaries {e.temporaries / GiB:.2f}); "
+        f"compiled in {e.compile_seconds:.0f} s",
+        f"  a chip   {e.flops / 1e12:.3f} TFLOP "
+        f"({e.executed_flops / 1e12:.3f} with rematerialisation), "
+        f"{e.traffic / GB:.2f} GB through memory",
     ]
     for kind, entry in sorted(e.collectives.items()):
         lines.append(
-            f"  {kind:<19}{entry['runs']:>6.0f} x, {entry['bytes'] / GB:.3f} GB in all, "
+            f"  {kind:<19}{entry['runs']:>6.0f} x, "
+            f"{entry['bytes'] / GB:.3f} GB in all, "
             f"a chip sends {entry['wire_bytes'] / GB:.3f} GB"
         )
 
     ms = {name: seconds * 1e3 for name, seconds in e.seconds.items()}
     parts = ", ".join(f"{name} {x:.1f} ms" for name, x in ms.items() if x)
     what = "batch of samples" if e.program == "sample" else "step"
-    largest = ", ".join(f"{shape} {size / GB:.2f} GB" for size, shape, _ in e.largest[:3])
+    largest = [f"{shape} {size / GB:.2f} GB" for size, shape, _ in e.largest[:3]]
     lines += [
         f"  {what}   at least {ms[e.bound]:.1f} ms, bound by {e.bound} ({parts}; "
         f"{sum(ms.values()):.1f} ms if nothing overlaps)",
         f"  so at most {e.images_per_second:,.0f} images/s, MFU {e.mfu:.1%}",
-        f"  largest  {largest}",
+        f"  largest  {', '.join(largest)}",
     ]
     return "\n".join(lines)
 
 
 def _show(text: str) -> None:
-    """The plan is what the user asked for: it goes to stdout, without the log's prefix."""
+    """The plan is what the user asked for: stdout, without the log's prefix."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from lit_jax import sharding
 from lit_jax.experiment import Experiment, naming
-from lit_jax.porting.dit import Overrides
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
     AutoencoderCheckpoint,
@@ -92,7 +91,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
             checkpoint = read_checkpoint(
                 source,
                 weights=port.weights,
-                overrides=_overrides(config),
+                overrides=experiment.port_overrides,
             )
     if isinstance(checkpoint, Checkpoint) and port.check_model:
         _check_model(experiment, checkpoint)
@@ -150,28 +149,9 @@ def _check_place(workdir):
         raise ValueError(f"workdir = {workdir}: {above} is not a folder that can be written to")
 
 
-def _overrides(config):
-    port = config.port
-    return Overrides(
-        num_heads=port.num_heads,
-        num_classes=port.num_classes,
-        input_size=(port.input_size,) * 2 if port.input_size else None,
-        timestep_freq_shift=port.timestep_freq_shift,
-        mlp_norm_epsilon=port.mlp_norm_epsilon,
-        seed=config.seed,
-    )
-
-
 def _check_model(experiment, checkpoint):
     """Raises ValueError naming a field in which the checkpoint is another model."""
-    port = experiment.config.port
-    expected = experiment.model_config
-    if port.num_classes:
-        expected = dataclasses.replace(expected, num_classes=port.num_classes)
-    if port.input_size:
-        side = port.input_size // expected.patch_size
-        expected = dataclasses.replace(expected, grid=(side, side))
-
+    expected = experiment.port_overrides.of_model(experiment.model_config)
     found = checkpoint.config
     skipped: tuple[str, ...] = NOT_COMPARED
     if found.attention != expected.attention:

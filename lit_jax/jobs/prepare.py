@@ -24,7 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lit_jax import sharding
 from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import Encode, encode_batches, make_encoder, make_features
-from lit_jax.data.raw_images import RawImages, hash_of, open_images
+from lit_jax.data.raw_images import RawImages, open_images
 from lit_jax.data.shards import VERSION, Shards, read_about, write_about
 from lit_jax.experiment import Experiment, naming
 from lit_jax.runtime import storage
@@ -82,8 +82,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "source": images.name,
         "crop": "adm",
         "image_size": prepare.image_size,
-        "num_classes": images.num_classes,
-        "class_names": hash_of(images.class_names),
+        **images.about_labels(),
         "autoencoder": experiment.autoencoder_identity,
     }
     enter_folder(shards, images, about)

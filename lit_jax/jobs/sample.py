@@ -32,7 +32,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws images 0 to sample.num_images - 1, going on where an interrupted run stopped.
 
     Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     Raises: ValueError when the checkpoint is of another model than the config says, or the folder
       holds images that were drawn by another protocol.
     """
+    workdir = epath.Path(workdir)
     experiment = Experiment(config)
     settings = config.sample
 
@@ -66,7 +67,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     params = load_params(
         checkpoint.params, sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
     )
-    drawn = 0  # after the clock was started
+    untimed = 0  # images of the first batch, whose time is that of compilation
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
     with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
@@ -77,11 +78,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             if pending:  # written while the device draws the next one
                 save_batch(folder, *pending)
                 advance(len(pending[0]))
-                drawn += len(batch)
-            else:
-                # The first batch compiles: the clock starts when it is there.
+            elif len(batch) < len(todo):
+                # The clock starts when the first batch is there, unless it is the only one.
                 jax.block_until_ready(images)
                 clock = time.monotonic()
+                untimed = len(batch)
             pending = (batch, images)
         if pending:
             save_batch(folder, *pending)
@@ -95,7 +96,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     speed = folder / "speed.json"
     if len(todo):
         measured = {
-            "images_per_second": drawn / (time.monotonic() - clock),
+            "images_per_second": (len(todo) - untimed) / (time.monotonic() - clock),
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
         }
@@ -104,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         about["speed"] = json.loads(speed.read_text())
         logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", about["speed"])
     paths = [image_path(folder, i) for i in index]
-    write_npz(workdir / "samples.npz", paths, condition["label"], about)
+    write_npz(workdir / "samples.npz", paths, condition, about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
     pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown))
     logging.info(
@@ -218,19 +219,19 @@ def read_image(path: epath.Path) -> np.ndarray:
 def write_npz(
     path: epath.Path,
     images: list[epath.Path],
-    labels: np.ndarray,
+    condition: dict[str, np.ndarray],
     about: dict[str, dict[str, Any]],
 ) -> None:
     """Writes what the ADM evaluator reads, image by image.
 
-    arr_0 is (N, h, w, C) uint8; beside it go label (N,) and the dicts of `about` as JSON.
+    arr_0 is (N, h, w, C) uint8. With it go the arrays of the condition, such as label (N,), and the
+    dicts of `about` as JSON.
     Raises: ValueError naming an image that cannot be read or is not of the first one's shape. The
       npz is then as it was.
     """
     first = read_image(images[0]).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
-    arrays = {"label": labels}
-    arrays |= {name: np.array(json.dumps(value)) for name, value in about.items()}
+    arrays = condition | {name: np.array(json.dumps(value)) for name, value in about.items()}
     part = path.with_suffix(".part")
     with (
         part.open("wb") as raw,

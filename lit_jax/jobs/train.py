@@ -9,6 +9,7 @@ the same step trains by the denoising loss alone. The same command goes on where
 import collections
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from lit_jax.train_step import TrainState, make_optimizer, new_state
 STEPS_AHEAD = 2
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains config.model until train.steps, from the workdir's newest checkpoint on.
 
     Leaves config.json, checkpoints/, metrics.jsonl, tensorboard/, previews/, samples.png and
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     with contextlib.ExitStack() as stack:
         watchdog = preemption.Watchdog(config.train.watchdog)
         stack.enter_context(contextlib.closing(watchdog))
-        train(config, workdir, watchdog, stack)
+        train(config, epath.Path(workdir), watchdog, stack)
 
 
 def train(
@@ -104,8 +105,10 @@ def train(
     if restored:
         first_step, items, data_state, metadata = restored
         state = TrainState.from_items(items)
-        for metrics in metadata["window"]:
-            window.append({name: np.float32(value) for name, value in metrics.items()})
+        window += [
+            {name: np.float32(value) for name, value in metrics.items()}
+            for metrics in metadata["window"]
+        ]
         logging.info("resumed from step %d of %s", first_step, workdir)
     else:
         first_step = 0
@@ -152,6 +155,8 @@ def train(
         exit_status.Crashes(workdir / f"crashes_{jax.process_index()}.json", first_step)
     )
     stop = stack.enter_context(contextlib.closing(preemption.Preemption()))
+    trace = Trace(config.train.profile, workdir / "profile")
+    stack.enter_context(contextlib.closing(trace))
     in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
     bad_in_a_row = int(state.skipped_in_a_row)
     save_is_due = False
@@ -162,7 +167,7 @@ def train(
             due.draw(state, step, log, stop, only_missing=True)
         for step in range(first_step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
-            trace(config.train.profile, step, in_flight, workdir)
+            trace.before_step(step, in_flight)
             state, metrics = train_step(state, teacher_params, next(batches), rng)
             window.append(metrics)
             if step == first_step + 1:
@@ -292,22 +297,35 @@ def read_metrics(window: list[dict[str, jax.Array]], state: TrainState) -> dict[
     return {f"train/{name}": float(value) for name, value in (means | counters).items()}
 
 
-def trace(
-    profile: tuple[int, ...],
-    step: int,
-    in_flight: collections.deque[dict[str, jax.Array]],
-    workdir: epath.Path,
-) -> None:
-    """Starts the profiler before the first step of `profile`, and ends it after the last."""
-    if not profile or step not in (profile[0], profile[1] + 1):
-        return
-    # What was dispatched before must not be in the trace, and what is traced must have ended.
-    jax.block_until_ready(list(in_flight))
-    if step == profile[0]:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    else:
-        jax.profiler.stop_trace()
-        logging.info("the trace of steps %d to %d is in %s/profile", *profile, workdir)
+class Trace:
+    """A profiler trace of some steps; see train.profile.
+
+    A run that goes on from a later step traces what is left of them, or nothing.
+    """
+
+    def __init__(self, steps: tuple[int, ...], folder: epath.Path):
+        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+        self._folder = folder
+        self._is_running = False
+
+    def before_step(self, step: int, in_flight: Iterable[dict[str, jax.Array]]) -> None:
+        """Starts or ends the trace; `in_flight`: metrics of the steps that may not have ended."""
+        if (step in self._steps) == self._is_running:
+            return
+        # What was dispatched before must not be in the trace, and what is in it must have ended.
+        jax.block_until_ready(list(in_flight))
+        if self._is_running:
+            self.close()
+        else:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_running = True
+
+    def close(self) -> None:
+        """Ends a trace that is running, at the end of the run at the latest."""
+        if self._is_running:
+            jax.profiler.stop_trace()
+            self._is_running = False
+            logging.info("a profiler trace is in %s", self._folder)
 
 
 def is_due(every: int, step: int, is_last: bool) -> bool:

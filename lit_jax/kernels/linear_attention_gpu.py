@@ -367,7 +367,7 @@ def _load(ref, batch, rows: _Slice, columns: _Slice):
     if columns.mask is not None:
         mask &= columns.mask[None, :]
     tile = ref.at[(*batch, rows.index[:, None], columns.index[None, :])]
-    # Zeros add nothing to a product, so nobody need mask again.
+    # Zeros add nothing to a product, so a product masks no more.
     return plgpu.load(tile, mask=mask, other=0)
 
 
@@ -714,7 +714,8 @@ def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, *out_refs, block, H):
     scale = 1 / denominator
     ddenominator = -dot * scale * scale
 
-    # q is loaded again: to keep it would take the registers of the products.
+    # q is loaded again: to keep it would take the registers that the
+    # products are in.
     for c, product in zip(columns, products):
         q = _load(q_ref, (b,), tokens, c.moved(n * H))
         key_mean = _load_vector(key_mean_ref, (b, n), c)

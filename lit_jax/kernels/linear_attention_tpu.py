@@ -290,8 +290,7 @@ def _image_row(plan, conv, chunk, r, j):
     """Row r of a chunk, (w, lanes of tile j) float32.
 
     Rows r < 0 and r >= chunk_rows belong to the chunk's neighbours, or to the
-    halo blocks.
-    None: the row is outside the image, whatever the chunk.
+    halo blocks. None: the row is outside the image, whatever the chunk.
     """
     lanes = plan.tile_lanes(j, conv.offset)
 

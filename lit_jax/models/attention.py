@@ -1,10 +1,11 @@
 """The two attentions of the one model: DiT's softmax, and LiT's linear attention.
 
-Each is a Flax module on (B, T, D). Its `refusal` tells whether an implementation
-offers its case, so that nobody else needs to know what the case consists of.
+Each is a Flax module on (B, T, D). Its `refusal` tells whether an
+implementation offers its case, so that nobody else needs to know what the case
+consists of.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,12 +19,13 @@ from lit_jax.partitioning import split_rows
 xavier_uniform = nn.initializers.xavier_uniform()
 SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 
-# What remat saves of the projections: their sum with the bias, which is what the
-# attention reads. Saved before the bias, they were written twice in the forward
-# pass, and the bias was added again in the backward.
+# What remat saves of the projections: their sum with the bias, which is
+# what the attention reads. Saved before the bias, they were written twice
+# in the forward pass, and the bias was added again in the backward.
 PROJECTED = "projected"
 
-# What the TPU flash kernel's default blocks divide: tokens, and columns of wide heads.
+# What the TPU flash kernel's default blocks
+# divide: tokens, and columns of wide heads.
 FLASH_BLOCK = 128
 
 
@@ -41,11 +43,11 @@ def softmax_attention(
     Args:
       q, k, v: (B, T, N, H).
       implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash
-        kernel, T a multiple of 128). A named one runs or raises. None takes cudnn
-        or pallas_tpu where they can run, else xla, and logs which.
+        kernel, T a multiple of 128). A named one runs or raises. None takes
+        cudnn or pallas_tpu where they can run, else xla, and logs which.
     Returns: (B, T, N, H) in the dtype of q.
-    Raises: ValueError for an unknown name, or a named implementation that does not
-      offer the case.
+    Raises: ValueError for an unknown name, or a named implementation that does
+      not offer the case.
     """
     B, T, N, H = q.shape
     if implementation is None:
@@ -154,9 +156,9 @@ class SoftmaxAttention(nn.Module):
 class DepthwiseConv(nn.Module):
     """The filters and the bias that LiT's attention convolves v with.
 
-    One filter a head channel, shared by the heads. They start as PyTorch's Conv2d
-    does, uniform in +-1 / sqrt(K * K), the bias too: the plain random start of the
-    paper's section 3.2.
+    One filter a head channel, shared by the heads. They start as PyTorch's
+    Conv2d does, uniform in +-1 / sqrt(K * K), the bias too: the plain random
+    start of the paper's section 3.2.
     """
 
     size: int  # K
@@ -170,7 +172,8 @@ class DepthwiseConv(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -limit, limit)
 
-        # Stored as a Flax convolution's kernel, with an axis for the one input channel.
+        # Stored as a Flax convolution's kernel,
+        # with an axis for the one input channel.
         shape = (self.size, self.size, 1, self.channels)
         kernel = self.param("kernel", uniform, shape)
         bias = self.param("bias", uniform, (self.channels,))
@@ -180,8 +183,8 @@ class DepthwiseConv(nn.Module):
 class LinearAttention(nn.Module):
     """LiT's attention on (B, T, D): normalised linear attention plus a convolution of v.
 
-    The convolution is added to the attention's output before `proj`. The formula
-    is in kernels/linear_attention.py.
+    The convolution is added to the attention's output before `proj`. The
+    formula is in kernels/linear_attention.py.
     """
 
     num_heads: int
@@ -229,6 +232,23 @@ class LinearAttention(nn.Module):
             implementation=self.implementation,
         )
         return _dense(D, True, self.dtype, "proj")(x)
+
+
+class Design(NamedTuple):
+    """An attention that a model may have."""
+
+    module: type[nn.Module]
+    implementations: tuple[str, ...]
+    fields: tuple[str, ...] = ()  # of the model's config, that only this attention reads
+
+
+# `attention` of a config names one. Each has its multiply-adds in costs/flops.py.
+ATTENTIONS = {
+    "softmax": Design(SoftmaxAttention, SOFTMAX_IMPLEMENTATIONS),
+    "linear": Design(
+        LinearAttention, linear_attention.IMPLEMENTATIONS, ("kernel_function", "conv_size")
+    ),
+}
 
 
 def _dense(features, use_bias, dtype, name):

@@ -18,7 +18,7 @@ import numpy as np
 from lit_jax import ranges
 from lit_jax.costs.flops import attention_macs
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
-from lit_jax.models.attention import PROJECTED, LinearAttention, SoftmaxAttention, xavier_uniform
+from lit_jax.models.attention import ATTENTIONS, PROJECTED, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
 
 # size: depth, width, softmax heads, linear heads. S to XL are DiT's table 1; the few linear heads
@@ -30,7 +30,6 @@ SIZES = {
     "L": (24, 1024, 16, 4),
     "XL": (28, 1152, 16, 4),
 }
-ATTENTIONS = ("softmax", "linear")
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
 REMAT_POLICIES = {
@@ -132,6 +131,16 @@ class DiTConfig:
     def shared_with_teacher(self) -> tuple[str, ...]:
         """Fields in which a teacher must be as its student, whatever its size."""
         return ("in_channels", "num_classes", "learn_sigma")
+
+    @property
+    def conventions(self) -> tuple[str, ...]:
+        """Fields that say how a checkpoint's own code computes, which no shape tells."""
+        return ("timestep_freq_shift", "mlp_norm_epsilon")
+
+    @property
+    def teacher_defaults(self) -> tuple[str, ...]:
+        """Fields that a teacher has as its student, as long as no checkpoint says otherwise."""
+        return ("patch_size", "qkv_bias", *self.conventions, *self.shared_with_teacher)
 
     @property
     def out_channels(self) -> int:
@@ -464,25 +473,20 @@ class DiT(nn.Module):
         x = FinalLayer(p * p * C_out, self.dtype, name="final_layer")(x, c)
         return unpatchify(x, (h, w), p)
 
-    def attention_module(self) -> SoftmaxAttention | LinearAttention:
+    def attention_module(self) -> Any:
         """The attention of a block, to be asked what it computes; it has no parameters."""
-        attention, fields = self._attention()
-        return attention(**fields, dtype=self.dtype, parent=None)
+        module, fields = self._attention()
+        return module(**fields, dtype=self.dtype, parent=None)
 
-    def _attention(
-        self,
-    ) -> tuple[type[SoftmaxAttention] | type[LinearAttention], dict[str, Any]]:
-        config = self.config
+    def _attention(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The module of a block's attention, and its fields."""
+        design = ATTENTIONS[self.config.attention]
         fields: dict[str, Any] = dict(
-            num_heads=config.num_heads,
-            qkv_bias=config.qkv_bias,
+            num_heads=self.config.num_heads,
+            qkv_bias=self.config.qkv_bias,
             implementation=self.implementation,
         )
-        if config.attention == "softmax":
-            return SoftmaxAttention, fields
-        fields["kernel_function"] = config.kernel_function
-        fields["conv_size"] = config.conv_size
-        return LinearAttention, fields
+        return design.module, fields | {n: getattr(self.config, n) for n in design.fields}
 
 
 def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
@@ -505,7 +509,8 @@ def init_params(model: DiT, rng: jax.Array) -> Any:
     condition = {
         name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in config.condition_shapes(1).items()
     }
-    return model.init(rng, x, jnp.zeros((1,), jnp.int32), condition)["params"]
+    t = jnp.zeros((1,), jnp.int32)
+    return model.init(rng, x, t, condition, jnp.zeros((1,), bool))["params"]
 
 
 def param_shapes(config: DiTConfig) -> Any:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lit_jax import ranges
 from lit_jax.models.dit import (
     SIZES,
     DiTConfig,
@@ -138,17 +139,27 @@ class Overrides:
     seed: int = 0
 
     def __post_init__(self):
-        counts = {"num_heads": self.num_heads, "num_classes": self.num_classes}
-        counts["input_size"] = min(self.input_size or (0,))
-        for field, value in counts.items():
-            if value < 0:
-                raise ValueError(f"{field} must not be negative; got {value}")
-        shift = self.timestep_freq_shift
-        if shift not in (None, 0, 1):
-            raise ValueError(f"timestep_freq_shift must be 0 or 1; got {shift}")
-        epsilon = self.mlp_norm_epsilon
-        if epsilon is not None and not 0 < epsilon < 1:
-            raise ValueError(f"mlp_norm_epsilon must be between 0 and 1; got {epsilon}")
+        ranges.check(
+            self,
+            num_heads=ranges.AT_LEAST_0,
+            num_classes=ranges.AT_LEAST_0,
+            input_size=_SIDES,
+            timestep_freq_shift=ranges.Range("0 or 1", lambda x: x in (None, 0, 1)),
+            mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
+        )
+
+    def of_model(self, config: DiTConfig) -> DiTConfig:
+        """What a checkpoint of a model should be after these changes of it."""
+        changes: dict[str, Any] = {}
+        if self.num_classes:
+            changes["num_classes"] = self.num_classes
+        if self.input_size:
+            height, width = self.input_size
+            changes["grid"] = (height // config.patch_size, width // config.patch_size)
+        return dataclasses.replace(config, **changes)
+
+
+_SIDES = ranges.Range("at least 0", lambda x: x is None or min(x) >= 0)
 
 
 def recognises(keys: Collection[str]) -> bool:
@@ -521,7 +532,7 @@ def _checked_depth(depth, path):
 
 def _make_config(fields, path):
     try:
-        return DiTConfig(**fields)
+        return DiTConfig.from_json(fields)
     except ValueError as error:
         raise PortingError(f"{path}: {error}") from error
 

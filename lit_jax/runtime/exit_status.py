@@ -1,12 +1,13 @@
 """How a run ends. The exit status is all that a launcher has to know:
 
 0    done
-1    it cannot run like this (bad input, processes that do not agree, a loss that is not finite):
-     do not try again
-70   training had begun and something broke, a disk or a chip: run the same command again to go on
-     (the third such end in a row without a new checkpoint is 1)
-75   stopped from outside, by SIGTERM or because another process is gone: run the same command
-     again to go on
+1    it cannot run like this (bad input, processes that do not agree, a loss
+     that is not finite): do not try again
+70   training had begun and something broke, a disk or a chip: run the same
+     command again to go on (the third such end in a row without a new
+     checkpoint is 1)
+75   stopped from outside, by SIGTERM or because another process is gone: run
+     the same command again to go on
 """
 
 import contextlib
@@ -45,7 +46,8 @@ class GiveUpError(ValueError):
 class CrashError(Exception):
     """Something broke after training had begun; `__cause__` says what.
 
-    Args: count: counts this crash; returns how many in a row began from the same step.
+    Args: count: counts this crash; returns how many in a row began from the
+      same step.
     """
 
     def __init__(self, count: Callable[[], int]):
@@ -86,7 +88,9 @@ class Crashes:
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
-        with contextlib.suppress(OSError):  # the disk may be what has failed
+        # The disk may be what has failed, or the way to an object store, which
+        # has errors of its own.
+        with contextlib.suppress(Exception):
             self._write(self._before + 1)
         return self._before + 1
 
@@ -95,7 +99,8 @@ class Crashes:
         if storage.is_object_store(self._path):
             self._path.write_text(text)
         else:
-            # In place and of the same length: a full disk has no room for more.
+            # In place and of the same length: a full disk has no room for
+            # more.
             with open(self._path, "r+" if self._path.exists() else "w") as file:
                 file.write(text)
 
@@ -104,7 +109,8 @@ class Crashes:
 def shared_fate(heartbeat: float) -> Iterator[None]:
     """Turns the error that ends a job into one of the exit statuses, and into one line.
 
-    Args: heartbeat: seconds of silence after which another process counts as gone.
+    Args: heartbeat: seconds of silence after which another process counts as
+      gone.
     """
     try:
         yield
@@ -115,7 +121,8 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
             status, message = _judge_crash(error, error.__cause__, heartbeat)
             _leave(status, message)
         if isinstance(error, TimeoutError):
-            # At once, for the thread that waits for the other processes does not end.
+            # At once, for the thread that waits for the other processes does
+            # not end.
             _leave(EXIT_TRY_AGAIN, str(error))
         if several:
             _leave(*_judge_together(error, heartbeat))
@@ -164,8 +171,8 @@ def _describe(error: BaseException, heartbeat: float) -> tuple[str, bool]:
 def _leave(status: int, message: str) -> NoReturn:
     """Ends the process at once.
 
-    A normal end would first wait for the other processes, a lost one among them, and for threads
-    that may never end.
+    A normal end would first wait for the other processes, a lost one among
+    them, and for threads that may never end.
     """
     sys.stderr.write(message + "\n")
     sys.stdout.flush()

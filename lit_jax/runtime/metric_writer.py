@@ -1,4 +1,7 @@
-"""What a run writes for people: metrics as JSON lines and TensorBoard events, a progress line."""
+"""What a run writes for people.
+
+Metrics as JSON lines and as TensorBoard events, and a progress line.
+"""
 
 import contextlib
 import json
@@ -22,19 +25,23 @@ from tensorboardX.record_writer import RecordWriter
 from lit_jax.runtime import progress, storage
 
 CLEAR_LINE = "\r\x1b[2K"  # of a terminal
-EVENT_FILE_BYTES = 4 << 20  # of one object of TensorBoard events, where files cannot grow
+EVENT_FILE_BYTES = 4 << 20  # of one object, in a store where files cannot grow
 
 
 class MetricWriter:
-    """Writes metrics.jsonl and TensorBoard events and shows progress; only process 0 does.
+    """Writes metrics.jsonl and TensorBoard events and shows progress.
+
+    Only process 0 does; the others call it all the same.
 
     Args:
       workdir: where the files go.
       total_steps: at which the run ends, for the time left.
       images_per_step: of all devices together.
       flops_per_step: of all devices together.
-      peak_flops: FLOP/s of all devices together, for MFU; None where it is not known.
-      first_step: of the checkpoint from which the run goes on. Later lines are dropped.
+      peak_flops: FLOP/s of all devices together, for MFU; None where it is
+        not known.
+      first_step: of the checkpoint from which the run goes on. Later lines
+        are dropped.
     """
 
     def __init__(
@@ -56,22 +63,33 @@ class MetricWriter:
         self._terminal = self._active and sys.stderr.isatty()
         if self._active:
             self._lines_path = epath.Path(workdir) / "metrics.jsonl"
+            # They were written after the checkpoint, and will be again.
             forget_after(self._lines_path, first_step)
             self._lines = storage.open_to_append(self._lines_path)
             self._events_folder = epath.Path(workdir) / "tensorboard"
             self._events = _EventFile(self._events_folder)
-            # TensorBoard drops what an earlier run wrote for later steps than this.
+            # TensorBoard drops what an earlier run wrote for later steps than
+            # this.
             restart = SessionLog(status=SessionLog.START)
             self._write_events([Event(step=first_step + 1, session_log=restart)])
         if self._terminal:
+            # Warnings would otherwise continue the progress line.
             logging.get_absl_handler().addFilter(_clear_line)
 
     def start(self, step: int) -> None:
-        """Starts the clock at `step`: after compilation, and after what is no training time."""
+        """Starts the clock at `step`.
+
+        For the time after compilation, and after what is no training.
+        """
         self._clock = (step, time.monotonic())
 
-    def write(self, step: int, metrics: dict[str, float], seconds_waiting: float = 0.0) -> None:
-        """Records training metrics of `step` together with the speed since the last call.
+    def write(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        seconds_waiting: float = 0.0,
+    ) -> None:
+        """Records training metrics of `step` and the speed since the last call.
 
         Args: seconds_waiting: how long of that time the loop waited for data.
         """
@@ -82,24 +100,27 @@ class MetricWriter:
             self._show(progress_line(step, self._total_steps, metrics))
 
     def _rates(self, step: int, seconds_waiting: float) -> dict[str, float]:
+        # No earlier call, or two for one step: there is no time to divide by.
         if not self._clock or step <= self._clock[0]:
             return {}
         elapsed = time.monotonic() - self._clock[1]
         seconds = elapsed / (step - self._clock[0])
+        # The time of one step stands for all that are left.
         rates = {
             "train/images_per_second": self._images_per_step / seconds,
             "train/data_wait": seconds_waiting / elapsed,
             "train/seconds_left": (self._total_steps - step) * seconds,
         }
         if self._peak_flops:
-            rates["train/mfu"] = self._flops_per_step / seconds / self._peak_flops
+            flops = self._flops_per_step / seconds
+            rates["train/mfu"] = flops / self._peak_flops
         return rates
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None:
         """Records an evaluation during training, as eval/NAME."""
-        self._record(step, {f"eval/{name}": value for name, value in scores.items()})
-        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        logging.info("step %d: %s", step, text)
+        self._record(step, {f"eval/{name}": scores[name] for name in scores})
+        texts = [f"{name} {value:.4g}" for name, value in scores.items()]
+        logging.info("step %d: %s", step, ", ".join(texts))
 
     def add_picture(self, name: str, step: int, picture: Image.Image) -> None:
         """Adds a picture to TensorBoard."""
@@ -111,14 +132,18 @@ class MetricWriter:
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if not self._active:
             return
+        line = json.dumps({"step": step} | metrics) + "\n"
         with naming_file(self._lines_path):
-            self._lines.write((json.dumps({"step": step} | metrics) + "\n").encode())
+            self._lines.write(line.encode())
             self._lines.flush()
-        # TensorBoard cannot show a value that is not finite.
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._write_events(
-            [Event(step=step, summary=summary.scalar(*item)) for item in finite.items()]
-        )
+
+        events = []
+        for name, value in metrics.items():
+            # TensorBoard cannot show the others.
+            if math.isfinite(value):
+                content = summary.scalar(name, value)
+                events.append(Event(step=step, summary=content))
+        self._write_events(events)
 
     def _write_events(self, events: list[Any]) -> None:
         with naming_file(self._events_folder):
@@ -127,28 +152,29 @@ class MetricWriter:
     def _show(self, line: str) -> None:
         if self._terminal:
             # A line that wraps could not be cleared again.
-            sys.stderr.write(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(CLEAR_LINE + line[:width])
             sys.stderr.flush()
         else:
             logging.info("%s", line)
 
     def close(self) -> None:
-        """Closes the files; an error here has been raised when the same lines were written."""
+        """Closes the files, without an error: all that is in them is flushed."""
         if self._terminal:
             logging.get_absl_handler().removeFilter(_clear_line)
             sys.stderr.write("\n")
         if self._active:
             for file in (self._lines, self._events):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     file.close()
 
 
 class _EventFile(RecordWriter):
     """A new file of TensorBoard events.
 
-    Not tensorboardX's SummaryWriter: its thread dies on a full disk, and a program that goes on
-    writing then waits for ever. Nor its EventsWriter, which opens the file with packages of its
-    own on an object store.
+    Not tensorboardX's SummaryWriter: its thread dies on a full disk, and a
+    program that goes on writing then waits for ever. Nor its EventsWriter,
+    which opens the file with packages of its own on an object store.
     """
 
     def __init__(self, folder: epath.Path):
@@ -156,27 +182,30 @@ class _EventFile(RecordWriter):
         # TensorBoard reads the files in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._writer = storage.open_to_append(folder / name, EVENT_FILE_BYTES)
-        super().write(
-            Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
-        )
+        # The first event of a file tells how to read it.
+        self.write([Event(file_version="brain.Event:2")])
 
     def write(self, events: list[Any]) -> None:
-        """Writes Event messages and gives them the present time; they are in the file after it."""
+        """Writes Event messages, with the present time, and flushes them."""
         for event in events:
+            # For people: TensorBoard shows when a value was written.
             event.wall_time = time.time()
             super().write(event.SerializeToString())
         self.flush()
 
 
 def progress_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
-    """The line that a person follows a run by."""
-    parts = [f"step {step:,}/{total_steps:,}", f"loss {metrics['train/loss']:.4f}"]
+    """The line by which a person follows a run."""
+    parts = [f"step {step:,}/{total_steps:,}"]
+    parts.append(f"loss {metrics['train/loss']:.4f}")
+    # The first line after a start has nothing to compare the time with.
     if "train/images_per_second" in metrics:
         parts.append(f"{metrics['train/images_per_second']:.0f} images/s")
         if "train/mfu" in metrics:
             parts.append(f"MFU {metrics['train/mfu']:.1%}")
         parts.append(f"{metrics['train/data_wait']:.1%} waiting for data")
-        parts.append(f"{progress.format_duration(metrics['train/seconds_left'])} left")
+        left = progress.format_duration(metrics["train/seconds_left"])
+        parts.append(f"{left} left")
     if metrics.get("train/skipped"):
         parts.append(f"{int(metrics['train/skipped'])} steps skipped")
     return "  ".join(parts)
@@ -184,41 +213,47 @@ def progress_line(step: int, total_steps: int, metrics: dict[str, float]) -> str
 
 @contextlib.contextmanager
 def naming_file(path: epath.PathLike) -> Iterator[None]:
-    """Names the file in an OSError of the block."""
+    """Turns an error of the block into an OSError that names the file."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    # A disk raises OSError, an object store errors of its own.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def _clear_line(record: object) -> bool:
-    """A log filter that keeps every record; the progress line makes room for it."""
+    """A log filter that keeps every record, on a line of its own."""
     sys.stderr.write(CLEAR_LINE)
     return True
 
 
 def forget_after(path: epath.PathLike, step: int) -> None:
-    """Drops the lines of a metrics file after `step`, which a resumed run will write again.
+    """Drops the lines after `step`, which a resumed run will write again.
 
     A last line that a kill cut short goes too.
     """
     path = epath.Path(path)
     if not path.exists():
         return
+    # What a kill cut short has no end of line, or none of an object.
     text = path.read_text().splitlines(keepends=True)
     whole = [line for line in text if line.endswith("}\n")]
-    kept = [line for line, read in zip(whole, _parse(path, whole)) if read["step"] <= step]
+    steps = [read["step"] for read in _parse(path, whole)]
+    kept = [line for line, of in zip(whole, steps) if of <= step]
     storage.replace_text(path, "".join(kept))
 
 
 def read_training(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """The training lines of metrics.jsonl; those of evaluations are left out."""
+    """The training lines of metrics.jsonl, without those of evaluations."""
     path = epath.Path(workdir) / "metrics.jsonl"
-    return [line for line in _parse(path, path.read_text().splitlines()) if "train/loss" in line]
+    lines = _parse(path, path.read_text().splitlines())
+    # Every training line has a loss, and no line of an evaluation has.
+    return [line for line in lines if "train/loss" in line]
 
 
 def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, float]]:
-    """The lines of a metrics file. Raises: ValueError naming the file and a line that is none."""
+    """Raises: ValueError naming the file and the line that is no JSON."""
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:

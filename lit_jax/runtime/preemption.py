@@ -40,11 +40,12 @@ class StopRequest(Exception):
 class Preemption:
     """Tells training to save and stop: on SIGTERM, and on every process at the same place.
 
-    A process that is alone listens to the signal itself. Several processes use JAX's preemption
-    service: it receives the SIGTERM, or the platform's maintenance notice, of any of them, and
-    agrees on a step number that none has reached yet. Here it is given the number of calls of
-    `check` instead: that is the same on all processes too, and it goes on while pictures are
-    drawn.
+    A process that is alone listens to the signal itself. Several processes
+    use JAX's preemption
+    service: it receives the SIGTERM, or the platform's maintenance notice, of
+      any of them, and agrees on a step number that none has reached yet. Here
+      it is given the number of calls of `check` instead: that is the same on
+      all processes too, and it goes on while pictures are drawn.
     """
 
     def __init__(self) -> None:
@@ -63,10 +64,12 @@ class Preemption:
     def close(self) -> None:
         self._restore()
 
+    # It takes arguments so that it can be called with the images of a batch.
     def check(self, *_: Any) -> None:
         """Raises StopRequest when it is time.
 
-        Every process calls it equally often: after each step and each batch of images.
+        Every process calls it equally often: after each step and each batch
+        of images.
         """
         self._checks += 1
         told = self._told
@@ -87,8 +90,10 @@ class Watchdog:
         self._closed = threading.Event()
         self._last = time.monotonic()
         self._step = 0
-        # Not asked for in the thread: that would wait for the devices, which may be what hangs.
+        # Not asked for in the thread: that would wait for the devices, which
+        # may be what hangs.
         self._process = jax.process_index() if jax.distributed.is_initialized() else 0
+        # A daemon, for it must not keep a run alive whose main thread failed.
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -114,7 +119,8 @@ class Watchdog:
                 reported - self._last,
                 self._step,
             )
-            # Not sys.stderr, which may be something without a file descriptor.
+            # Not sys.stderr, which may be something without a file
+            # descriptor.
             faulthandler.dump_traceback(sys.__stderr__ or 2)
 
     def close(self) -> None:

@@ -39,7 +39,10 @@ def _process_age() -> float:
         fields = pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
     except FileNotFoundError:
         return 0.0
+    # The 22nd field of proc(5), in clock ticks after the machine's start. The
+    # two before the bracket are gone, which ends the program's name.
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # Python's other clocks stop while the machine sleeps, or can be set.
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
@@ -48,7 +51,8 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     """Shows how far a job over images is; process 0 does it alone.
 
     A bar on a terminal, elsewhere a log line every PROGRESS_SECONDS.
-    Args: done: images that were finished before this start; they do not count in the speed.
+    Args: done: images that were finished before this start; they do not count
+      in the speed.
     Yields: a function that is told how many more images are done.
     """
     shows = jax.process_index() == 0
@@ -60,9 +64,11 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
         TextColumn("images"),
         TimeRemainingColumn(),
     )
+    # Results of a job may go to stdout, into a file.
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (terminal and shows)) as bar:
         task = bar.add_task("", total=total, completed=done)
+        # A speed that counted these images would promise too much.
         before = done
         start = time.monotonic()
         logged = start

@@ -24,9 +24,11 @@ WAIT_SECONDS = 10
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Keeps other runs out of `workdir`; process 0 locks it for all processes of this run.
 
-    The kernel holds the lock, not the file: it ends with the process, however that ends, so no
-    lock is left behind. An object store has no locks; there the log says so.
-    Raises: ValueError, on every process, when another run has the lock after WAIT_SECONDS.
+    The kernel holds the lock, not the file: it ends with the process, however
+    that ends, so no lock is left behind. An object store has no locks; there
+    the log says so.
+    Raises: ValueError, on every process, when another run has the lock after
+      WAIT_SECONDS.
     """
     with contextlib.ExitStack() as stack:
         other = ""
@@ -35,9 +37,11 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
         elif jax.process_index() == 0:
             file = stack.enter_context(open(epath.Path(workdir) / "lock", "a+"))
             other = _lock(file)
+            # The file stays, for removing it would race with its next owner.
             if not other:
                 stack.callback(file.truncate, 0)
 
+        # All processes stop, and so none waits for the others in a barrier.
         if multihost_utils.broadcast_one_to_all(np.bool_(other)):
             raise ValueError(
                 f"--workdir={workdir} is in use by "

@@ -24,7 +24,8 @@ from lit_jax.porting.read import read_checkpoint
 from lit_jax.runtime import exit_status
 from lit_jax.train_step import state_shapes, with_sharding
 
-# A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a line that another one began.
+# A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a log line whose
+# first steps another process ran.
 STEPS = 60
 RHYTHM = (
     f"--config.train.steps={STEPS}",
@@ -58,7 +59,8 @@ def check_same_end(workdir, undisturbed):
 def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
     draw, workdir, everything = random.Random(0), server.folder / "killed", []
     for kill in range(10):
-        # Every third life dies anywhere, its first steps and its start included, the others in a save or after one.
+        # Every third process is killed at any moment, which may be in its start or its first steps.
+        # The others are killed in a save or after one.
         life = server.start(workdir, *RHYTHM, batches=5)
         complete = saves(workdir)[1]
         if kill % 3 == 0:
@@ -80,7 +82,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
 
 
 def saves(workdir):
-    """Names of the saves that are under way (or were, when a kill came), and of those that are complete."""
+    """Names of the incomplete saves (under way, or cut off by a kill) and of the complete ones."""
     names = {path.name for path in (workdir / "checkpoints").glob("*")}
     complete = {name for name in names if name.isdigit()}
     return names - complete, complete
@@ -96,7 +98,8 @@ def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_
     assert second.wait() == 1
     message = second.text().splitlines()[-1]
     assert message.startswith(
-        f"error: --workdir={workdir} is in use by process {first.pid} on {socket.gethostname()} since 20"
+        f"error: --workdir={workdir} is in use by process {first.pid} "
+        f"on {socket.gethostname()} since 20"
     )
     assert not second.ids()
     first.kill(signal.SIGKILL)  # its name stays in the file, its lock does not
@@ -335,7 +338,10 @@ def decisive_fields(config, data, teacher_checkpoint):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """Two teachers of one architecture, and the checkpoint of a run with the first: its folder, shapes and fields."""
+    """Two teachers of one architecture, and the checkpoint of a run with the first.
+
+    Of the checkpoint: its folder, shapes and fields.
+    """
     folder = tmp_path_factory.mktemp("fields")
     for seed in (0, 1):
         command.write_teacher(folder / f"{seed}.safetensors", seed)
@@ -446,3 +452,25 @@ def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
         for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs))
     )
     assert held < 1.02 * sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) / 4
+
+
+def test_a_trace_of_chosen_steps_ends_with_them_or_with_the_run(server):
+    """A run that goes on after the first of them traces the rest; one after the last, nothing.
+
+    In processes of their own: JAX's profiler crashes in one that has loaded torch, too.
+    """
+    workdir = server.folder / "traced"
+    short = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup=0")
+    profile = workdir / "profile"
+
+    def traces():
+        return len(list(profile.rglob("*.xplane.pb")))
+
+    server.run(workdir, *short, "--config.train.steps=1", "--config.train.profile=(2, 9)")
+    assert not profile.exists()
+    server.run(workdir, *short, "--config.train.steps=3", "--config.train.profile=(1, 2)")
+    assert traces() == 1
+    server.run(workdir, *short, "--config.train.steps=4", "--config.train.profile=(4, 9)")
+    assert traces() == 2
+    server.run(workdir, *short, "--config.train.steps=5", "--config.train.profile=(1, 4)")
+    assert traces() == 2

@@ -1,4 +1,7 @@
-"""The sampling job: images by number, whatever the batch, the devices and the interruptions; the npz and its protocol."""
+"""The sampling job: the npz, its protocol, and images that their number decides.
+
+Neither the batch, nor the devices, nor an interruption changes an image.
+"""
 
 import json
 import shutil
@@ -65,7 +68,7 @@ def test_fifty_images_in_batches_of_another_size_are_the_same_bytes(config, draw
 
 
 def test_any_image_can_be_missing(config, drawn, tmp_path):
-    """Whatever is there already stays; the rest is drawn in batches of another make-up, and is the same bytes."""
+    """Images that exist stay. The others are drawn in other batches, and have the same bytes."""
     images, workdir = drawn
     shutil.copytree(workdir / "samples", tmp_path / "samples")
     for i in (0, 7, 8, 21, 49):
@@ -140,9 +143,9 @@ def test_the_npz_holds_images_labels_and_protocol(config, drawn):
 def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path):
     """Else the folder would refuse the request that is put right."""
     for change, message in (
-        ({"cfg_channels": "2"}, "cfg_channels is '3' or 'all'"),
-        ({"cfg_interval": (5.0, 1.0)}, "cfg_interval is two timesteps"),
-        ({"variance": "none"}, "unknown variance 'none'"),
+        ({"cfg_channels": "2"}, "sample.cfg_channels must be one of 3, all; got '2'"),
+        ({"cfg_interval": (5.0, 1.0)}, "sample.cfg_interval must be two numbers"),
+        ({"variance": "none"}, "sample.variance must be one of .*; got 'none'"),
         ({"labels": "sorted"}, "sample.labels must be"),
     ):
         with pytest.raises(ValueError, match=message):

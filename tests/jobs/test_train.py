@@ -15,6 +15,7 @@ from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
+from lit_jax.models.dit import init_params
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -141,7 +142,10 @@ def test_the_same_command_again_changes_no_parameter(first_run, folder):
 
 
 def test_resuming_equals_the_run_that_was_not_interrupted(folder):
-    """Two steps, then the same command with five: parameters, EMA and every metric are those of five steps at once."""
+    """Two steps, then the same command with five steps.
+
+    Parameters, EMA and every metric are those of five steps at once.
+    """
     assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
     assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
@@ -191,10 +195,11 @@ def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_
 
 
 def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
-    """At a learning rate of 1e30 the second step's loss is not finite, and so is every one after it.
+    """At a learning rate of 1e30 no loss is finite, from the second step on.
 
-    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log line is due: the third
-    bad step in a row, step 4, is noticed two steps later, since the loop is two steps ahead of the device.
+    A checkpoint is due at each step and only one is kept, yet it is still that of step 1. No log
+    line is due. The third bad step in a row is step 4. The loop notices it two steps later, since
+    it is two steps ahead of the device.
     """
     error = run_debug(
         folder,
@@ -247,7 +252,10 @@ def test_a_skipped_step_does_not_spoil_the_means_of_its_log_line(folder):
 
 
 def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
-    """By the rule of sharding.py: the largest axis of what has 65,536 elements or more, the layers' axis never."""
+    """The rule of lit_jax/sharding.py splits arrays of 65,536 elements or more.
+
+    It splits the largest axis, but never the layers' axis.
+    """
     written = command.write_teacher(tmp_path / "teacher.safetensors", width=128)
     config = debug.get_config()
     config.teacher.update(checkpoint=str(tmp_path / "teacher.safetensors"), dtype="bfloat16")
@@ -352,3 +360,28 @@ def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
 
 def test_the_digits_were_written_once(first_run, folder):
     assert len(dataset.open_dataset("mnist_digits", str(folder / "data"), "train")) == 4500
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
+    """Its stream is the second half of the seed's key, from which no step draws."""
+    config = debug.get_config()
+    config.seed = seed
+    config.student.init = "random"
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    state = train.new_student(experiment, tmp_path)
+    root = jax.random.key(seed)
+    own = jax.random.split(root, 2)[1]
+
+    def kernel(rng):
+        params = init_params(experiment.model, rng)
+        return np.asarray(params["blocks"]["mlp"]["fc1"]["kernel"])
+
+    np.testing.assert_array_equal(state.params["blocks"]["mlp"]["fc1"]["kernel"], kernel(own))
+    # split(key, 2)[1] is fold_in(key, 1) in JAX, but a step draws only from the parts of its key.
+    steps = [jax.random.fold_in(root, step) for step in range(3)]
+    drawn_from = [root, *(part for step in steps for part in jax.random.split(step, 4))]
+    keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
+    assert tuple(jax.random.key_data(own).tolist()) not in keys
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)

@@ -1,4 +1,4 @@
-"""The op's XLA form against a float64 oracle that forms the T x T matrix; its choices and its refusals."""
+"""The op's XLA form against a float64 oracle of the T x T matrix; its choices and refusals."""
 
 import functools
 import math
@@ -94,8 +94,8 @@ def make_inputs(
 ):
     """Random q, kv, conv_kernel, conv_bias and cotangent; K = 0 leaves the convolution out.
 
-    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does not
-    depend on its size, so there dq is a difference of equal numbers.
+    About 30 % of phi(q) and phi(k) are zero. Few rows have a single positive entry: the output does
+    not depend on its size, so there dq is a difference of equal numbers.
     """
     rng = np.random.default_rng(seed)
     T, D = grid[0] * grid[1], num_heads * head_width
@@ -118,14 +118,21 @@ def case_of(inputs, *, num_heads, grid):
     return Case(q.shape[2], num_heads, grid, K, dtype=q.dtype)
 
 
-def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
-    # XLA's CPU backend would take minutes to optimise the unrolled code of interpret mode.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# XLA's CPU backend would take minutes to optimise the unrolled code of interpret mode.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache  # so that cases which differ in values alone are compiled once
+def _program(**kwargs):
     def run(do, *arrays):
         out, vjp = jax.vjp(lambda *arrays: linear_attention(*arrays, **kwargs), *arrays)
         return out, vjp(do)
 
-    return run(do, q, kv, conv_kernel, conv_bias)
+    return jit(run)
+
+
+def value_and_grads(q, kv, conv_kernel, conv_bias, do, **kwargs):
+    return _program(**kwargs)(do, q, kv, conv_kernel, conv_bias)
 
 
 def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwargs):
@@ -138,7 +145,8 @@ def check(inputs, *, num_heads, grid, kernel_function="relu", factor=8.0, **kwar
     expected, expected_grads = oracle(*inputs, **shape)
     dtype = str(q.dtype)
     assert out.dtype == q.dtype
-    # In bfloat16 the operands of the products are rounded once more (phi, the state), not only the result.
+    # In bfloat16 the operands of the products are rounded once more (phi, the state), not only the
+    # result.
     close = dict(dtype=dtype, factor=factor)
     assert_close(out, expected, reduction=1 if dtype == "bfloat16" else H, what="out", **close)
     names = ("dq", "dk", "dv", "dconv_kernel", "dconv_bias")
@@ -194,7 +202,7 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(magnitude, zero):
 
 
 def test_the_gradient_of_v_is_summed_in_float32():
-    """49 positive terms: a sum in bfloat16 would round at each of them, here the result alone is rounded."""
+    """49 positive terms: a sum in bfloat16 would round at each, here only the result is rounded."""
     q, kv, _, _, do = make_inputs(K=0, grid=(7, 7), dtype="bfloat16")
     D, (h, w) = q.shape[-1], (7, 7)
     do, filters = (
@@ -212,8 +220,12 @@ def test_the_gradient_of_v_is_summed_in_float32():
         )
         return one.astype(jnp.float32) - other.astype(jnp.float32)
 
-    out, vjp = jax.vjp(convolution, kv)
-    dv = np.asarray(vjp(do.astype(out.dtype))[0][..., D:].astype(jnp.float32))
+    @jit
+    def gradient(kv, do):
+        _, vjp = jax.vjp(convolution, kv)
+        return vjp(do.astype(jnp.float32))[0][..., D:].astype(jnp.float32)
+
+    dv = np.asarray(gradient(kv, do))
     padded = np.pad(
         np.asarray(do.astype(jnp.float32), np.float64).reshape(-1, h, w, D),
         ((0, 0), (3, 3), (3, 3), (0, 0)),

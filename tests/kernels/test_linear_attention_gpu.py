@@ -1,4 +1,4 @@
-"""The GPU kernels in interpret mode against a float64 T x T oracle, and their lowering to Triton for CUDA."""
+"""The GPU kernels in interpret mode against a float64 oracle, and their lowering to Triton."""
 
 import functools
 
@@ -9,12 +9,10 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from oracles import assert_close
-from test_linear_attention import case_of, check, make_inputs, oracle
+from test_linear_attention import case_of, check, jit, make_inputs, oracle
 
 from lit_jax.kernels import linear_attention_gpu
 
-# XLA's CPU backend takes minutes to optimise the unrolled loads of interpret mode, for runs of milliseconds.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = linear_attention_gpu.BlockSizes(
     tokens=16, dq_tokens=16, state_tokens=16, state_rows=16, programs=1
 )
@@ -34,15 +32,20 @@ def _inputs(B, grid, N, H, K, dtype, scale=1.0):
     )
 
 
-def _kernels(inputs, N, grid, block_sizes):
-    case = case_of(inputs, num_heads=N, grid=grid)
+@functools.cache
+def _program(case, block_sizes):
     kwargs = dict(case=case, interpret=True, block_sizes=block_sizes)
 
     def both(inputs, do):
         out, saved = linear_attention_gpu.forward(inputs, **kwargs)
         return out, *linear_attention_gpu.backward(inputs, saved, do, **kwargs)
 
-    return jit(both)(inputs[:4], inputs[4])
+    return jit(both)
+
+
+def _kernels(inputs, N, grid, block_sizes):
+    case = case_of(inputs, num_heads=N, grid=grid)
+    return _program(case, block_sizes)(inputs[:4], inputs[4])
 
 
 def _check(inputs, N, grid, block_sizes=SMALL, factor=8.0):
@@ -128,7 +131,7 @@ def test_the_public_op_hands_the_forwards_state_to_the_backward():
     ],
 )
 def test_kernels_lower_to_triton_for_cuda(name, B, side, N, H, K, dtype):
-    """Interpret mode accepts shapes that Triton refuses; the lowering does not, and needs no GPU."""
+    """Interpret mode accepts shapes that Triton refuses; the lowering does not, without a GPU."""
     *inputs, do = jax.eval_shape(lambda: _inputs(B, (side, side), N, H, K, dtype))
     inputs = tuple(inputs)
     case = case_of(inputs, num_heads=N, grid=(side, side))

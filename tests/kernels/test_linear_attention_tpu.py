@@ -1,4 +1,4 @@
-"""The TPU kernels: numbers in interpret mode against the float64 oracle, and the TPU compiler's word.
+"""The TPU kernels in interpret mode against a float64 oracle, and the TPU compiler's word.
 
 The compiler, libtpu, takes real shapes on any machine.
 """
@@ -24,8 +24,14 @@ pallas = functools.partial(check, implementation="pallas_tpu", interpret=True)
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 32 tokens, so that small grids take several."""
+    """Chunks of 32 tokens, so that small grids take several.
+
+    What was traced before knows nothing of it, nor does what comes after.
+    """
+    jax.clear_caches()
     monkeypatch.setattr(linear_attention_tpu_plan, "CHUNK_TOKENS", 32)
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -39,11 +45,12 @@ def plan_of(inputs, num_heads, grid):
     return linear_attention_tpu_plan.make_plan(case, backward=True)
 
 
-# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged (192).
+# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged
+# (192).
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype",
     [
-        (2, 144, (3, 16), 5, "float32"),
+        (2, 144, (2, 16), 5, "float32"),
         (2, 144, (4, 16), 5, "bfloat16"),
         (1, 192, (2, 8), 7, "float32"),
         (3, 128, (2, 16), 3, "bfloat16"),
@@ -61,7 +68,7 @@ def test_direct_form_and_its_gradients_match_the_oracle(num_heads, head_width, g
     [
         (1, 8, (5, 3), 5, "float32"),  # a ragged grid, fewer tokens than any tile
         (16, 8, (4, 4), 3, "bfloat16"),  # sixteen heads in one tile
-        (4, 72, (4, 8), 7, "bfloat16"),  # three heads meet one tile
+        (4, 40, (4, 8), 7, "bfloat16"),  # four heads meet one tile
         (3, 72, (2, 13), 5, "bfloat16"),
         (2, 288, (1, 7), 0, "float32"),  # wide heads on a ragged grid are not direct
         (2, 64, (4, 16), 0, "bfloat16"),  # no convolution, whose windows would be of four rows
@@ -134,7 +141,10 @@ def test_extreme_magnitudes_and_dead_rows_stay_right(
 
 @pytest.mark.parametrize("K,error", [(3, 1e-6), (5, 1e-6), (7, 2e-5)])
 def test_a_bright_row_spoils_dark_ones_in_its_window_by_no_more_than_the_docstring_says(K, error):
-    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm; the keys look away from the bright row."""
+    """Rows 1e4 and 1e-4 in one window of Cook and Toom's algorithm.
+
+    The keys look away from the bright row.
+    """
     q, kv, filters, bias, _ = make_inputs(
         B=1, num_heads=1, head_width=16, grid=(8, 16), K=K, dtype="bfloat16"
     )
@@ -326,7 +336,7 @@ def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
         ("v4:2x2x1", "XL", 2048, "backward"),
         ("v5e:2x2", "S", 2048, "forward"),
         ("v5e:2x2", "S", 1024, "backward"),
-        ("v5e:2x2", "XL", 2048, "backward"),
+        ("v5e:2x2", "XL", 1024, "backward"),  # bands even there
         ("v5p:2x2x1", "XL", 1024, "forward"),
         ("v5p:2x2x1", "B", 256, "backward"),
         ("v6e:2x2", "L", 512, "forward"),
@@ -344,10 +354,10 @@ def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
     "topology,width,num_heads,grid,K,dtype,name",
     [
         ("v5e:2x2", 1152, 4, (32, 32), 0, "bfloat16", "forward"),
-        ("v5e:2x2", 1152, 16, (17, 9), 7, "bfloat16", "forward"),  # heads of 72
+        ("v5e:2x2", 576, 8, (17, 9), 7, "bfloat16", "forward"),  # heads of 72
         ("v6e:2x2", 512, 8, (12, 20), 3, "bfloat16", "backward"),  # heads of 64
-        ("v5p:2x2x1", 1152, 1, (8, 24), 5, "float32", "backward"),
-        # Near the 16 MiB of v4, where what is spilled of the heads' normalisers, or of float32, counts.
+        ("v5p:2x2x1", 576, 1, (8, 24), 5, "float32", "backward"),  # a head of several tiles
+        # Near the 16 MiB of v4, where what is spilled of the normalisers, or of float32, counts.
         ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
@@ -360,14 +370,16 @@ def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(
     tpu_schedule.compile_for(*tpu_schedule.attention_program(case, 2, name), topology)
 
 
-@pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])
-def test_static_schedule_at_xl_256_is_near_the_memory_floor(name, bar):
-    """LiT-XL/2, 256 px, v5e, with some air above what the schedules reach.
+@pytest.fixture(scope="module")
+def xl_at_256():
+    """The schedules of LiT-XL/2, 256 px, on a v5e."""
+    return tpu_schedule.attention_costs(Case(1152, 4, (16, 16)), 8, "v5e:2x2")
 
-    HBM carries arguments and outputs alone.
-    """
-    program = tpu_schedule.attention_program(Case(1152, 4, (16, 16)), 8, name)
-    cost = tpu_schedule.estimate(*program, grid_steps=8, topology="v5e:2x2")
+
+@pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])
+def test_static_schedule_at_xl_256_is_near_the_memory_floor(xl_at_256, name, bar):
+    """With some air above what the schedules reach; HBM carries arguments and outputs alone."""
+    cost = xl_at_256[name]
     assert len(cost.kernels) == 1 and cost.ratio <= bar, cost
     # Taps repeated for each head, and each core's sums of their gradients; no array (B, T, D).
     assert cost.temporaries < 8 * 256 * 1152 * 2, cost

@@ -548,9 +548,9 @@ def test_a_grid_that_is_not_square_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(num_heads=-3), "num_heads must not be negative; got -3"),
-        (dict(num_classes=-1), "num_classes must not be negative; got -1"),
-        (dict(input_size=(8, -8)), "input_size must not be negative; got -8"),
+        (dict(num_heads=-3), "num_heads must be at least 0; got -3"),
+        (dict(num_classes=-1), "num_classes must be at least 0; got -1"),
+        (dict(input_size=(8, -8)), r"input_size must be at least 0; got \(8, -8\)"),
         (dict(timestep_freq_shift=2), "timestep_freq_shift must be 0 or 1; got 2"),
         (dict(mlp_norm_epsilon=0.0), "mlp_norm_epsilon must be between 0 and 1; got 0.0"),
     ],

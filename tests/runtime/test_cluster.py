@@ -1,4 +1,4 @@
-"""Several processes as one run, for real: processes on this machine whose collectives go over TCP."""
+"""Several processes as one run, on this machine; their collectives go over TCP."""
 
 import concurrent.futures
 import contextlib
@@ -15,7 +15,7 @@ import lives
 import pytest
 from jax.experimental import multihost_utils
 
-from lit_jax.runtime import cluster, exit_status, preemption, workdir_lock
+from lit_jax.runtime import cluster, exit_status, preemption, roll_call, workdir_lock
 
 WIDE = (
     "--config.model.width=128",
@@ -42,7 +42,10 @@ def one_process(server):
 
 @pytest.fixture(scope="module")
 def two_processes(server):
-    """The workdir of a run of two processes, each with a half of the parameters, and what they saw."""
+    """The workdir of a run of two processes, and what they saw.
+
+    Each has a half of the parameters.
+    """
     workdir = server.folder / "two"
     processes = server.run_together(
         workdir, 2, *WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2"
@@ -205,8 +208,9 @@ def test_a_process_that_does_not_come_is_named_by_all_others(server):
     for life in processes:
         assert life.wait() == exit_status.EXIT_TRY_AGAIN, life.text()
         message = life.text().splitlines()[-1]
-        assert message.startswith("process 2 of 3 did not come within 5 s (mesh.join_timeout)")
-        assert message.endswith("2 of 3 processes came")
+        assert message == (
+            "2 of 3 processes came: process 2 of 3 did not come within 5 s (mesh.join_timeout)"
+        )
     assert time.monotonic() - started < 60
     assert not list((server.folder / "missing").iterdir())
 
@@ -284,17 +288,17 @@ def test_the_environment_says_who_belongs_to_the_run():
         "JAX_NUM_PROCESSES": "4",
         "JAX_PROCESS_ID": "2",
     }
-    assert cluster.find_roll(explicit) == cluster.Roll("::1", 1234, count=4, index=2)
+    assert roll_call.find_roll(explicit) == roll_call.Roll("::1", 1234, count=4, index=2)
     slurm = {
         "SLURM_JOB_ID": "4100",
         "SLURM_STEP_NODELIST": "node[03-04],other7",
         "SLURM_NTASKS": "16",
         "SLURM_PROCID": "9",
     }
-    expected = cluster.Roll("node03", 61444, count=16, index=9)
-    assert cluster.find_roll(slurm) == expected
+    expected = roll_call.Roll("node03", 61444, count=16, index=9)
+    assert roll_call.find_roll(slurm) == expected
     for nodes in ("node03", "node03,other7", "node[03,05-07]"):
-        assert cluster.find_roll(slurm | {"SLURM_STEP_NODELIST": nodes}) == expected
+        assert roll_call.find_roll(slurm | {"SLURM_STEP_NODELIST": nodes}) == expected
     # As on a GKE node with TPUs, four hosts in each of two slices.
     gke = {
         "TPU_WORKER_HOSTNAMES": "a,b,c,d",
@@ -303,10 +307,10 @@ def test_the_environment_says_who_belongs_to_the_run():
         "MEGASCALE_SLICE_ID": "1",
         "MEGASCALE_COORDINATOR_ADDRESS": "first:1234",
     }
-    assert cluster.find_roll(gke) == cluster.Roll("first", 8482, count=8, index=6)
+    assert roll_call.find_roll(gke) == roll_call.Roll("first", 8482, count=8, index=6)
     one_slice = {name: gke[name] for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")}
-    assert cluster.find_roll(one_slice) == cluster.Roll("a", 8482, count=4, index=2)
-    assert cluster.find_roll({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert roll_call.find_roll(one_slice) == roll_call.Roll("a", 8482, count=4, index=2)
+    assert roll_call.find_roll({"TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
 def test_the_metadata_of_a_tpu_vm_say_who_belongs_to_the_run():
@@ -330,9 +334,9 @@ def test_the_metadata_of_a_tpu_vm_say_who_belongs_to_the_run():
     with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
-        assert cluster.find_roll(environ) == cluster.Roll("10.0.0.7", 8482, count=4, index=3)
+        assert roll_call.find_roll(environ) == roll_call.Roll("10.0.0.7", 8482, count=4, index=3)
         del attributes["agent-worker-number"]
-        assert cluster.find_roll(environ) is None
+        assert roll_call.find_roll(environ) is None
         server.shutdown()
 
 
@@ -359,13 +363,13 @@ def test_the_roll_call_takes_no_notice_of_other_programs_and_missing_names():
     answers = []
     other = threading.Thread(target=disturb_and_come)
     other.start()
-    zero = cluster.Roll("localhost", port, count=4, index=0)
-    assert cluster.call_roll(zero, joining, time.monotonic() + 60) == {0, 1, 3}
+    zero = roll_call.Roll("localhost", port, count=4, index=0)
+    assert roll_call.call_roll(zero, joining, time.monotonic() + 60) == {0, 1, 3}
     other.join()
     assert answers == [[0, 3], [0, 1, 3]]
-    nowhere = cluster.Roll("lit-jax-slice-0-0.invalid", port, count=4, index=2)
+    nowhere = roll_call.Roll("lit-jax-slice-0-0.invalid", port, count=4, index=2)
     unjoined = concurrent.futures.Future()
-    assert cluster.call_roll(nowhere, unjoined, time.monotonic() + 0.5) == {2}
+    assert roll_call.call_roll(nowhere, unjoined, time.monotonic() + 0.5) == {2}
 
 
 def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch):

@@ -119,7 +119,8 @@ def test_the_progress_line_says_what_matters(tmp_path, monkeypatch, caplog):
     log.close()
     assert read_lines(tmp_path)[0]["train/data_wait"] == 0.25
     assert caplog.messages == [
-        "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  0m08s left  3 steps skipped"
+        "step 1,000/2,000  loss 0.2500  4000 images/s  25.0% waiting for data  "
+        "0m08s left  3 steps skipped"
     ]
 
 

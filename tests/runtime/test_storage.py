@@ -158,6 +158,49 @@ def test_checkpoints_are_saved_restored_and_set_aside(bucket):
     assert {path.name for path in folder.iterdir()} == {"2", "3.damaged"}
 
 
+HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+
+
+@pytest.mark.parametrize("reader", ["TensorStore", "epath"])
+def test_a_store_that_refuses_says_nothing_about_the_checkpoint(bucket, monkeypatch, reader):
+    """Credentials that have run out, for one: the run stops and leaves the checkpoint alone."""
+    items = {name: {"w": jax.numpy.arange(4.0)} for name in checkpoint.ARRAY_ITEMS}
+    run = checkpoint.Checkpointer(bucket / "checkpoints", keep=2, keep_every=0)
+    run.save(1, items, data={}, metadata={})
+    run.wait()
+
+    if reader == "TensorStore":
+        monkeypatch.setattr(object_store, "FORBIDDEN", "/opt_state/d/")
+    else:
+
+        def refuse(self, path, mode="rb", **_):
+            raise HttpError("Anonymous caller, 401")
+
+        monkeypatch.setattr(object_store.Bucket, "_open", refuse)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items
+    )
+    with pytest.raises(
+        OSError, match="checkpoints/1 cannot be read and is left as it is: .*40[13]"
+    ):
+        run.restore(shapes)
+    run.close()
+    assert [path.name for path in (bucket / "checkpoints").iterdir()] == ["1"]
+
+
+def test_lines_that_the_store_does_not_take_are_named(bucket, monkeypatch):
+    fixed = dict(total_steps=9, images_per_step=8, flops_per_step=1.0, peak_flops=None)
+    log = metric_writer.MetricWriter(bucket / "run", **fixed)
+
+    def refuse(self, path, mode="rb", **_):
+        raise HttpError("Too many requests, 429")
+
+    monkeypatch.setattr(object_store.Bucket, "_open", refuse)
+    with pytest.raises(OSError, match="gs://bucket/run/metrics.jsonl cannot be written: Too many"):
+        log.write(1, {"train/loss": 1.0})
+    log.close()
+
+
 def test_a_checkpoint_whose_save_was_killed_does_not_count(bucket):
     """It has its name, for an object store renames nothing, but no mark that it is complete."""
     for name in ("first", "second"):
@@ -179,23 +222,35 @@ def test_orbax_refuses_other_stores():
             call()
 
 
-def test_a_run_leaves_its_files_there_and_goes_on_from_them(bucket, monkeypatch, tmp_path):
+@pytest.fixture
+def quick_compiler():
+    """For a test that is about what surrounds the compiled programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_run_leaves_its_files_there_and_goes_on_from_them(
+    bucket, monkeypatch, tmp_path, quick_compiler
+):
     arguments = [
         "--config=configs/debug.py",
         "--workdir=gs://bucket/run",
         f"--config.data.dir={tmp_path}",
         "--config.student.init=random",
+        "--config.model.attention=softmax",
         "--config.model.depth=1",
         "--config.sample.steps=2",
-        "--config.train.preview_every=2",
-        "--config.train.preview_images=8",
+        "--config.sample.cfg_scale=1.0",
         "--config.report.read_labels=False",
         "--config.optimizer.schedule=constant",
     ]
-    for steps in (2, 3):
-        assert command.run(monkeypatch, *arguments, f"--config.train.steps={steps}") is None
+    no_pictures = ["--config.train.preview_every=0", "--config.report.num_images=0"]
+    assert command.run(monkeypatch, *arguments, "--config.train.steps=3") is None
+    resumed = [*arguments, *no_pictures, "--config.train.steps=4"]
+    assert command.run(monkeypatch, *resumed) is None
     lines = [line["step"] for line in metric_writer.read_training(bucket / "run")]
-    assert lines == [1, 2, 3]
+    assert lines == [1, 2, 3, 4]
     there = {name.split("/")[0] for name in names("run/")}
     assert there == {
         "checkpoints",
@@ -208,5 +263,5 @@ def test_a_run_leaves_its_files_there_and_goes_on_from_them(bucket, monkeypatch,
         "samples.png",
         "tensorboard",
     }
-    assert [path.name for path in (bucket / "run" / "checkpoints").iterdir()] == ["3"]
-    assert json.loads((bucket / "run" / "config.json").read_text())["train"]["steps"] == 3
+    assert [path.name for path in (bucket / "run" / "checkpoints").iterdir()] == ["4"]
+    assert json.loads((bucket / "run" / "config.json").read_text())["train"]["steps"] == 4

@@ -15,7 +15,8 @@ def test_a_second_run_is_refused_and_told_the_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.3)
     with workdir_lock.lock_workdir(tmp_path):
         before = (tmp_path / "lock").read_text()
-        refusal = f"--workdir={tmp_path} is in use by process {os.getpid()} on {socket.gethostname()} since 20.* UTC; "
+        owner = f"process {os.getpid()} on {socket.gethostname()} since 20.* UTC"
+        refusal = f"--workdir={tmp_path} is in use by {owner}; "
         for _ in range(2):  # being refused frees nothing
             with (
                 pytest.raises(ValueError, match=refusal) as error,

@@ -1,0 +1,91 @@
+"""Softmax attention: its kernels, and which of them a platform gets."""
+
+import contextlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from oracles import assert_close
+
+from lit_jax.models import attention
+
+
+def tokens(*shape, seed=5, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("head_width", [16, 72])
+def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
+    """Values and gradients, in interpret mode, which multiplies in float32: wrong axes show."""
+    q, k, v, do = (jnp.asarray(tokens(1, 256, 2, head_width, seed=seed)) for seed in range(4))
+    expected, vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
+    with pltpu.force_tpu_interpret_mode():
+        out, flash_vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "pallas_tpu"), q, k, v)
+        gradients = flash_vjp(do)
+    for ours, theirs in zip((out, *gradients), (expected, *vjp(do))):
+        assert_close(ours, theirs, reduction=256)
+
+
+@pytest.mark.parametrize(
+    "platform, capability, dtype, T, H, expected",
+    [
+        ("cpu", None, "float32", 256, 72, "xla"),
+        ("tpu", None, "bfloat16", 256, 72, "pallas_tpu"),
+        ("tpu", None, "bfloat16", 256, 256, "pallas_tpu"),
+        ("tpu", None, "bfloat16", 256, 288, "xla"),  # wide heads in multiples of 128 only,
+        ("tpu", None, "bfloat16", 128, 288, "pallas_tpu"),  # unless one block takes all tokens
+        ("tpu", None, "float32", 64, 72, "xla"),  # 128 does not divide the tokens
+        ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
+        ("gpu", "9.0", "float16", 64, 256, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 64, 264, "xla"),  # heads too wide
+        ("gpu", "9.0", "bfloat16", 64, 36, "xla"),  # no multiple of 8
+        ("gpu", "9.0", "float32", 64, 72, "xla"),  # 16 bit only
+        ("gpu", "8.0", "bfloat16", 64, 128, "cudnn"),
+        ("gpu", "8.0", "bfloat16", 64, 136, "xla"),  # too wide before Hopper
+        ("gpu", "10.3", "bfloat16", 64, 136, "cudnn"),
+        ("gpu", "gfx942", "bfloat16", 64, 72, "xla"),  # AMD's
+    ],
+)
+def test_softmax_attention_takes_the_platforms_kernel_where_it_offers_the_case(
+    monkeypatch, caplog, platform, capability, dtype, T, H, expected
+):
+    on_device(monkeypatch, platform, capability)
+    caplog.set_level("INFO")
+    q = jax.ShapeDtypeStruct((1, T, 2, H), dtype)
+    for _ in range(2):
+        # What is chosen cannot be traced for another device than is there; the log has its name.
+        with contextlib.suppress(Exception):
+            jax.eval_shape(lambda *x: attention.softmax_attention(*x), q, q, q)
+    (line,) = [record.message for record in caplog.records if "softmax_attention" in record.message]
+    assert line.startswith(f"softmax_attention: {expected} on a device")
+
+
+def on_device(monkeypatch, platform, capability=None):
+    """Makes the attentions believe in a device."""
+    device = types.SimpleNamespace(platform=platform, device_kind="a device")
+    if capability:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    attention.take_or_xla.cache_clear()
+
+
+def test_none_is_what_was_chosen_and_a_named_softmax_attention_runs_or_raises(monkeypatch):
+    q, k, v = (jnp.asarray(tokens(1, 128, 2, 16, seed=seed)) for seed in range(3))
+    np.testing.assert_array_equal(
+        attention.softmax_attention(q, k, v), attention.softmax_attention(q, k, v, "xla")
+    )
+    with monkeypatch.context() as patch:
+        on_device(patch, "tpu")
+        # JAX's words for a TPU kernel on a CPU.
+        with pytest.raises(ValueError, match="interpret mode"):
+            attention.softmax_attention(q, k, v)
+    for name, message in (
+        ("cudnn", "cudnn runs on NVIDIA's GPUs"),
+        ("fast", "must be one of xla, cudnn, pallas_tpu; got 'fast'"),
+        ("pallas_tpu", "in multiples of 128, got 64 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention.softmax_attention(q[:, :64], k[:, :64], v[:, :64], name)

@@ -1,0 +1,76 @@
+"""The notebook of examples/ runs from its first cell to its last and makes its pictures."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text())["cells"]
+CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+
+
+# The notebook's command, but small: four steps of eight images, and four a sampled image.
+SMALL = {
+    "optimizer.warmup": 1,
+    "train.batch_size": 8,
+    "sample.steps": 4,
+    "sample.batch_size": 10,
+}
+
+
+def shell(command: str) -> None:
+    """A line that starts with "!". The command makes its own two devices, not the suite's eight."""
+    command += "".join(f" --config.{field}={value}" for field, value in SMALL.items())
+    subprocess.run(command, shell=True, check=True, env=os.environ | {"XLA_FLAGS": ""})
+
+
+def run_cell(source: str, names: dict) -> object:
+    """Runs a cell as Jupyter does; returns the value of its last line if that is an expression."""
+    source = re.sub(r"\\\n\s*", "", source)
+    source = re.sub(r"^!(.*)$", r'shell(f"""\1""")', source, flags=re.MULTILINE)
+    body = ast.parse(source).body
+    last = body.pop() if isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), NOTEBOOK.name, "exec"), names)
+    return last and eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names)
+
+
+def test_the_notebook_runs_and_makes_its_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(NOTEBOOK.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = {"shell": shell}
+    settings, *cells = ["".join(cell["source"]) for cell in CODE]
+    run_cell(settings, names)
+    assert {"STEPS", "IMAGES", "WORKDIR", "DATA"} <= names.keys()
+    path = type(names["WORKDIR"])
+    names |= {"STEPS": 4, "IMAGES": 10, "WORKDIR": path(tmp_path / "run")}
+    names["DATA"] = path(tmp_path / "data")
+
+    values = [run_cell(cell, names) for cell in cells]
+
+    pictures = [value for value in values if isinstance(value, Image.Image)]
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert np.std(np.asarray(picture, np.float32)) > 1
+    assert names["images"].shape == (40, 28, 28, 1)
+    assert len(np.unique(names["images"], axis=0)) == 40
+    printed = capsys.readouterr().out
+    assert "attention: linear" in printed
+    assert re.search(r"inherited +1,928,832 parameters", printed)
+    assert re.search(r"student +\d+\.\d% of its digits", printed)
+
+
+def test_the_notebook_is_committed_with_its_pictures():
+    """In order, in one go and without an error, small enough for a repository."""
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert NOTEBOOK.stat().st_size < 300_000
