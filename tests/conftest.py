@@ -1,4 +1,4 @@
-"""What all tests share: eight pretend devices, a cache of compiled programs, marks, tiny models.
+"""What all tests share: eight pretend devices, a cache of compiled programs, marks.
 
 The suite runs on a CPU that pretends to be eight devices, with implicit rank promotion forbidden.
 """
