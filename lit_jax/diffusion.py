@@ -172,6 +172,18 @@ class GaussianDiffusion:
         alphas_cumprod = self.alphas_cumprod[timesteps]
         return np.sqrt(1.0 / alphas_cumprod), -np.sqrt(1.0 / alphas_cumprod - 1.0)
 
+    def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str:
+        """Which variance the noise of a sampling step has; "" asks for the model's if it has one.
+
+        Raises: ValueError where the model's is asked for and it predicts none.
+        """
+        has_one = out_channels == 2 * in_channels
+        if asked == "learned_range" and not has_one:
+            raise ValueError(
+                "variance = learned_range, but the model predicts no variance (learn_sigma = False)"
+            )
+        return asked or ("learned_range" if has_one else "fixed_large")
+
     def learned_noise_scale(
         self, output: jax.Array, log_variance_bounds: jax.Array, in_channels: int
     ) -> jax.Array:

@@ -21,11 +21,10 @@ from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
-from lit_jax.kernels.linear_attention import IMPLEMENTATIONS
 from lit_jax.models import FAMILIES
-from lit_jax.models.attention import SOFTMAX_IMPLEMENTATIONS
+from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import SIZES, DiT, DiTConfig
+from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
     Checkpoint,
@@ -50,8 +49,6 @@ from lit_jax.train_step import (
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 # Fields of config.model that are not of the architecture.
 NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
-# Conventions of a checkpoint's own code that no shape tells.
-CONVENTIONS = ("timestep_freq_shift", "mlp_norm_epsilon")
 
 
 @contextlib.contextmanager
@@ -129,10 +126,9 @@ class Experiment:
 
     def _check_implementations(self) -> None:
         # The names only. Whether the devices can run one is asked once they are known.
-        linear = self.model_config.attention == "linear"
         known = {
-            "model": IMPLEMENTATIONS if linear else SOFTMAX_IMPLEMENTATIONS,
-            "teacher": SOFTMAX_IMPLEMENTATIONS,
+            "model": ATTENTIONS[self.model_config.attention].implementations,
+            "teacher": ATTENTIONS["softmax"].implementations,
         }
         for group, names in known.items():
             with naming(group):
@@ -235,8 +231,9 @@ class Experiment:
             )
         # A guard for the user: a teacher of another size distils without any error.
         if teacher.size:
-            wanted = SIZES.get(teacher.size)
-            if wanted is None or wanted[:2] != (found.depth, found.width):
+            with naming("teacher"):
+                wanted = type(found).of_size(teacher.size)
+            if (wanted.depth, wanted.width) != (found.depth, found.width):
                 raise ValueError(
                     f"teacher.size = {teacher.size}, but {path} has {found.depth} blocks of width "
                     f"{found.width}"
@@ -254,9 +251,7 @@ class Experiment:
         model = self.config.model
         # What no size names is taken from the student, whose teacher it is.
         like_the_student = {
-            name: getattr(self.model_config, name)
-            for name in ("patch_size", "qkv_bias", *CONVENTIONS)
-            + self.model_config.shared_with_teacher
+            name: getattr(self.model_config, name) for name in self.model_config.teacher_defaults
         }
         with naming("teacher"):
             architecture = FAMILIES[model.family].config.of_size(
@@ -309,7 +304,7 @@ class Experiment:
         checkpoint = self.init_checkpoint
         if checkpoint is None:
             return
-        for name in CONVENTIONS:
+        for name in self.model_config.conventions:
             ours = getattr(self.model_config, name)
             theirs = getattr(checkpoint.config, name)
             if ours != theirs:
@@ -591,4 +586,5 @@ def _read(field: str, path: str, weights: str) -> Checkpoint:
             f"{field} = {path}: no such file or folder; it is what another training or download "
             f"leaves"
         )
-    return read_checkpoint(path, weights=weights)
+    with naming(field.split(".")[0]):
+        return read_checkpoint(path, weights=weights)

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lit_jax import conditions
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of
 
@@ -26,7 +25,6 @@ NAMES = Range(
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
 DTYPE = one_of("bfloat16", "float32")
-WEIGHTS = one_of("ema", "model")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
@@ -35,8 +33,6 @@ RANGES = {
     "model.dtype": DTYPE,
     "teacher.num_heads": AT_LEAST_0,
     "teacher.dtype": DTYPE,
-    "teacher.weights": WEIGHTS,
-    "student.weights": WEIGHTS,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
     # 0 reads in the main thread: for a debugger, and for data that are in memory.
@@ -68,9 +64,7 @@ RANGES = {
     "checkpoint.keep_every": AT_LEAST_0,
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
-    "sample.labels": one_of(*conditions.LABEL_MODES),
-    # 0 leaves each of these as the source says.
-    "port.weights": WEIGHTS,
+    # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": AT_LEAST_1,

@@ -83,7 +83,7 @@ class Grid:
     x_start_coefs: np.ndarray  # (S, order) weights of this step's x_start and of those before it
     noise_scale: np.ndarray  # (S,) of the fresh noise, where the variance is not learned
     log_variance_bounds: np.ndarray | None  # (S, 2) that a learned variance moves between, or None
-    learned_noise_scale: Callable[..., jax.Array]  # the process's: (output, bounds, C) to a scale
+    learned_noise_scale: Callable[..., jax.Array] | None  # (output, bounds, C) to a scale, if any
 
 
 class Coefficients(NamedTuple):
@@ -93,6 +93,7 @@ class Coefficients(NamedTuple):
     x_start_coefs: np.ndarray
     noise_scale: np.ndarray
     log_variance_bounds: np.ndarray | None = None
+    learned_noise_scale: Callable[..., jax.Array] | None = None
 
 
 def space_timesteps(
@@ -128,8 +129,15 @@ def space_timesteps(
     return timesteps[points - steps :][::-1].astype(np.int32)
 
 
-def _ddpm(settings, alphas_cumprod, next_alphas_cumprod):
+def _signal_powers(process, timesteps):
+    """alphas_cumprod at the timesteps and at those they lead to: all end on the clean image."""
+    alphas_cumprod = process.alphas_cumprod[timesteps]
+    return alphas_cumprod, np.append(alphas_cumprod[1:], 1.0)
+
+
+def _ddpm(process, settings, timesteps):
     """Posterior of the respaced chain: arXiv 2006.11239 (7), learned variance 2102.09672 (15)."""
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
     betas = 1.0 - alphas_cumprod / next_alphas_cumprod
     spaced = GaussianDiffusion(betas[::-1])  # a process counts from the clean image
     upper = np.log(spaced.betas)
@@ -146,11 +154,13 @@ def _ddpm(settings, alphas_cumprod, next_alphas_cumprod):
         x_start_coefs=spaced.posterior_mean_coef1[::-1, None],
         noise_scale=np.exp(0.5 * log_variance)[::-1].copy(),
         log_variance_bounds=bounds,
+        learned_noise_scale=process.learned_noise_scale,
     )
 
 
-def _ddim(settings, alphas_cumprod, next_alphas_cumprod):
+def _ddim(process, settings, timesteps):
     """arXiv 2010.02502 (12) and (16), with eps written as a combination of x and x_start."""
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
     noise_scale = (
         settings.eta
         * np.sqrt((1.0 - next_alphas_cumprod) / (1.0 - alphas_cumprod))
@@ -161,13 +171,14 @@ def _ddim(settings, alphas_cumprod, next_alphas_cumprod):
     return Coefficients(x_coef, x_start_coef[:, None], noise_scale)
 
 
-def _dpm_solver(settings, alphas_cumprod, next_alphas_cumprod):
+def _dpm_solver(process, settings, timesteps):
     """DPM-Solver++ multistep, data prediction; arXiv 2211.01095, algorithm 2 and its third order.
 
     The first steps build up to `order`. The last step ends on the clean image, where log SNR is
     infinite and only the first order is defined. With fewer than 15 steps the third order drops to
     two one step earlier, as in the reference.
     """
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
     order = settings.order
     steps = len(alphas_cumprod)
     with np.errstate(divide="ignore"):  # log SNR of the clean image
@@ -239,16 +250,13 @@ def make_grid(
             f"timesteps must be {steps} decreasing ones in [0, {num_train - 1}], "
             f"got {timesteps.tolist()}"
         )
-    alphas_cumprod = process.alphas_cumprod[timesteps]
-    next_alphas_cumprod = np.append(alphas_cumprod[1:], 1.0)  # all end on the clean image
-    table = COEFFICIENTS[settings.sampler](settings, alphas_cumprod, next_alphas_cumprod)
+    table = COEFFICIENTS[settings.sampler](process, settings, timesteps)
     table.noise_scale[-1] = 0.0
     x_start_from_x, x_start_from_output = process.x_start_columns(timesteps)
     return Grid(
         timesteps=timesteps,
         x_start_from_x=x_start_from_x,
         x_start_from_output=x_start_from_output,
-        learned_noise_scale=process.learned_noise_scale,
         **table._asdict(),
     )
 
@@ -355,7 +363,7 @@ def sample(
         x_starts = jnp.concatenate([x_start[None], past_x_starts])  # (order, B, h, w, C)
         mixed = jnp.einsum("j,jbhwc->bhwc", row["x_start_coefs"], x_starts, precision="highest")
         x = row["x_coef"] * x + mixed
-        if grid.log_variance_bounds is not None:
+        if grid.learned_noise_scale and grid.log_variance_bounds is not None:
             noise_scale = grid.learned_noise_scale(out, row["log_variance_bounds"], C)
             noise_scale = noise_scale * row["is_not_last"]
         else:

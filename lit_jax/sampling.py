@@ -80,7 +80,9 @@ class Sampler:
         mesh = mesh or sharding.make_mesh()
         sharding.check_batch(batch_size, mesh)
         shape = (*(size or _trained_size(model)), model.config.in_channels)
-        settings = _with_variance(settings, model.config.learn_sigma)
+        channels = (model.config.in_channels, model.config.out_channels)
+        variance = process.choose_variance(settings.variance, *channels)
+        settings = dataclasses.replace(settings, variance=variance)
         grid = samplers.make_grid(process, settings)
         # One root for all images: a key of the batch would tie an image to its neighbours.
         root = jax.random.key(seed)
@@ -154,13 +156,3 @@ def _trained_size(model: DiT) -> tuple[int, int]:
         raise ValueError("size = None, but the model does not say which grid it was trained on")
     p = model.config.patch_size
     return grid[0] * p, grid[1] * p
-
-
-def _with_variance(settings: SamplerSettings, learn_sigma: bool) -> SamplerSettings:
-    """The settings with DDPM's noise named: the model's own where it predicts one."""
-    if settings.variance == "learned_range" and not learn_sigma:
-        raise ValueError(
-            "variance = learned_range, but the model predicts no variance (learn_sigma = False)"
-        )
-    own = "learned_range" if learn_sigma else "fixed_large"
-    return dataclasses.replace(settings, variance=settings.variance or own)

@@ -182,8 +182,8 @@ class StepSettings:
         )
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each term of the loss; 1 where a term is not named."""
+    def distillation_weights(self) -> dict[str, float]:
+        """The weight of each distillation term. A process with another part needs another."""
         return {"kd_noise": self.noise_weight, "kd_variance": self.variance_weight}
 
 
@@ -234,11 +234,12 @@ def make_train_step(
         x_t = process.perturb(x_start, t, noise)
         output: Any = model.apply({"params": params}, x_t, t, condition, drop)
         terms = process.loss(output, x_start, x_t, t, noise)
+        weights = dict.fromkeys(terms, 1.0)
         if teacher is not None:
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
             teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
-            terms |= losses.distillation_terms(
+            distillation: dict[str, jax.Array] = losses.distillation_terms(
                 process,
                 output,
                 teacher_output,
@@ -246,8 +247,10 @@ def make_train_step(
                 in_channels=x_t.shape[-1],
                 variance_target=settings.variance_target,
             )
+            terms |= distillation
+            weights |= {name: settings.distillation_weights[name] for name in distillation}
         means = {name: value.mean() for name, value in terms.items()}
-        loss = sum(settings.weights.get(name, 1.0) * value for name, value in means.items())
+        loss = sum(weights[name] * value for name, value in means.items())
         return loss, {"loss": loss} | means
 
     grad_fn = jax.grad(loss_fn, has_aux=True)

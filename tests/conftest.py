@@ -1,4 +1,4 @@
-"""What all tests share: eight pretend devices, a cache of compiled programs, marks, tiny models.
+"""What all tests share: eight pretend devices, a cache of compiled programs, marks.
 
 The suite runs on a CPU that pretends to be eight devices, with implicit rank promotion forbidden.
 """
@@ -60,7 +60,6 @@ FAST = {
     "evaluation/test_metrics.py",
     "kernels/test_linear_attention.py",
     "models/test_attention.py",
-    "models/test_dit.py",
     "runtime/test_metric_writer.py",
     "runtime/test_workdir_lock.py",
 }

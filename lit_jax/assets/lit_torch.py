@@ -200,6 +200,8 @@ class LinearAttention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with tanh-GELU on (B, T, D), four times as wide inside."""
+
     def __init__(self, width: int):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -243,6 +245,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated norm and the projection to patches: x (B, T, D), c (B, D) to (B, T, features)."""
+
     def __init__(self, width: int, features: int):
         super().__init__()
         D = width

@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         about["speed"] = json.loads(speed.read_text())
         logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", about["speed"])
     paths = [image_path(folder, i) for i in index]
-    write_npz(workdir / "samples.npz", paths, condition["label"], about)
+    write_npz(workdir / "samples.npz", paths, condition, about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
     pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown))
     logging.info(
@@ -219,19 +219,19 @@ def read_image(path: epath.Path) -> np.ndarray:
 def write_npz(
     path: epath.Path,
     images: list[epath.Path],
-    labels: np.ndarray,
+    condition: dict[str, np.ndarray],
     about: dict[str, dict[str, Any]],
 ) -> None:
     """Writes what the ADM evaluator reads, image by image.
 
-    arr_0 is (N, h, w, C) uint8; beside it go label (N,) and the dicts of `about` as JSON.
+    arr_0 is (N, h, w, C) uint8. With it go the arrays of the condition, such as label (N,), and the
+    dicts of `about` as JSON.
     Raises: ValueError naming an image that cannot be read or is not of the first one's shape. The
       npz is then as it was.
     """
     first = read_image(images[0]).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
-    arrays = {"label": labels}
-    arrays |= {name: np.array(json.dumps(value)) for name, value in about.items()}
+    arrays = condition | {name: np.array(json.dumps(value)) for name, value in about.items()}
     part = path.with_suffix(".part")
     with (
         part.open("wb") as raw,

@@ -235,16 +235,19 @@ class LinearAttention(nn.Module):
 
 
 class Design(NamedTuple):
-    """An attention that a model may have, and the fields of its config that only it reads."""
+    """An attention that a model may have."""
 
     module: type[nn.Module]
-    fields: tuple[str, ...] = ()
+    implementations: tuple[str, ...]
+    fields: tuple[str, ...] = ()  # of the model's config, that only this attention reads
 
 
 # `attention` of a config names one. Each has its multiply-adds in costs/flops.py.
 ATTENTIONS = {
-    "softmax": Design(SoftmaxAttention),
-    "linear": Design(LinearAttention, ("kernel_function", "conv_size")),
+    "softmax": Design(SoftmaxAttention, SOFTMAX_IMPLEMENTATIONS),
+    "linear": Design(
+        LinearAttention, linear_attention.IMPLEMENTATIONS, ("kernel_function", "conv_size")
+    ),
 }
 
 

@@ -133,6 +133,16 @@ class DiTConfig:
         return ("in_channels", "num_classes", "learn_sigma")
 
     @property
+    def conventions(self) -> tuple[str, ...]:
+        """Fields that say how a checkpoint's own code computes, which no shape tells."""
+        return ("timestep_freq_shift", "mlp_norm_epsilon")
+
+    @property
+    def teacher_defaults(self) -> tuple[str, ...]:
+        """Fields that a teacher has as its student, as long as no checkpoint says otherwise."""
+        return ("patch_size", "qkv_bias", *self.conventions, *self.shared_with_teacher)
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with `learn_sigma`."""
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -499,7 +509,8 @@ def init_params(model: DiT, rng: jax.Array) -> Any:
     condition = {
         name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in config.condition_shapes(1).items()
     }
-    return model.init(rng, x, jnp.zeros((1,), jnp.int32), condition)["params"]
+    t = jnp.zeros((1,), jnp.int32)
+    return model.init(rng, x, t, condition, jnp.zeros((1,), bool))["params"]
 
 
 def param_shapes(config: DiTConfig) -> Any:

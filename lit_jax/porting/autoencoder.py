@@ -175,6 +175,7 @@ def _common_names(source, report):
             # Latent diffusion has linear maps as 1 x 1 convolutions.
             if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
                 tensor = tensor[:, :, 0, 0]
+        # A file with two spellings of one tensor has two values of it.
         if name in named:
             other = named[name].keys[0]
             raise PortingError(f"{source.path}: {key} and {other} both mean {name}")

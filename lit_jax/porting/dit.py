@@ -532,7 +532,7 @@ def _checked_depth(depth, path):
 
 def _make_config(fields, path):
     try:
-        return DiTConfig(**fields)
+        return DiTConfig.from_json(fields)
     except ValueError as error:
         raise PortingError(f"{path}: {error}") from error
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.models import model_of
 from lit_jax.porting.read import load_params, read_checkpoint
 
 
-def load(path: Any, *, weights: str = "ema") -> tuple[DiT, Any, DiTConfig]:
+def load(path: Any, *, weights: str = "ema") -> tuple[Any, Any, Any]:
     """Loads a checkpoint of any layout: torch file, diffusers or Orbax folder, workdir.
 
     Args:
@@ -24,4 +24,5 @@ def load(path: Any, *, weights: str = "ema") -> tuple[DiT, Any, DiTConfig]:
             f"{path} does not say how many heads its width of {config.width} has; port it with "
             f"port.num_heads first"
         )
-    return DiT(config, dtype=jnp.float32), load_params(checkpoint.params), config
+    model = model_of(config)(config, dtype=jnp.float32)
+    return model, load_params(checkpoint.params), config

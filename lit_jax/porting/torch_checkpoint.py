@@ -18,7 +18,7 @@ from lit_jax.porting.untrusted import is_remote, one_line, unique_keys
 
 WEIGHTS = ("ema", "model")  # of a training checkpoint
 _STEM = "diffusion_pytorch_model"  # of the weights in a diffusers folder
-# In a training checkpoint, what its arguments may say of it for the report.
+# In a training checkpoint the report repeats what these arguments were.
 _ARGUMENTS = ("model", "image_size", "resolution", "num_classes", "vae")
 
 
@@ -113,9 +113,6 @@ def component(path: epath.PathLike, *names: str) -> epath.Path:
     return path
 
 
-# ---- One file ------------------------------------------------------------------------------------
-
-
 def _open_file(path):
     if path.suffix == ".safetensors":
         return torch_file.read_safetensors(path)
@@ -201,6 +198,7 @@ def _open_folder(path):
             f"{path}: neither an Orbax checkpoint nor a diffusers folder (no config.json)"
         )
     config = _read_json(_inside(path, "config.json", path))
+    # safetensors first, as diffusers chooses where both are there.
 
     for suffix in (".safetensors", ".bin"):
         index = path / f"{_STEM}{suffix}.index.json"

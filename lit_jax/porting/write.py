@@ -119,5 +119,6 @@ def export_orbax(
         metadata["autoencoder"] = checkpoint.architecture
     else:
         metadata["model"] = checkpoint.config.to_json()
+    # Leaf by leaf, each read once and straight onto its shards.
     arrays = load_params(checkpoint.params, shardings, consume=consume)
     save_params(path, arrays, metadata)

@@ -71,7 +71,7 @@ def test_the_job_ports_an_autoencoder(tmp_path):
         (dict(source=""), "port.source is empty"),
         (dict(source="/nowhere"), "port.source = /nowhere: no such file"),
         (dict(layout="onnx"), "port.layout must be one of orbax, dit, diffusers; got 'onnx'"),
-        (dict(weights="best"), "port.weights must be one of ema, model; got 'best'"),
+        (dict(weights="best"), "port.weights must be ema or model; got 'best'"),
         (
             dict(target="new.pth"),
             "port.target = new.pth: files are written as .pt or .safetensors, not .pth",
