@@ -20,12 +20,8 @@ from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
 from lit_jax.models import param_shapes
-from lit_jax.models.dit import (
-    SIZES,
-    DiTConfig,
-    check_fields,
-    position_embedding,
-)
+from lit_jax.models.architecture import SIZES
+from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
     INDEX,
@@ -532,7 +528,7 @@ def _agreeing(told, says, path, who):
 def _checked(stored, path):
     """The fields that a checkpoint names itself, without those it does not know."""
     try:
-        fields = check_fields(stored)
+        fields = DiTConfig.check_fields(stored)
     except ValueError as error:
         raise PortingError(f"{path}: its metadata: {error}") from error
     return {field: value for field, value in fields.items() if value is not None}

@@ -583,7 +583,7 @@ class GatedAttention(attention.LinearAttention):
 def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkeypatch):
     design = attention.ATTENTIONS["linear"]._replace(module=GatedAttention)
     monkeypatch.setitem(attention.ATTENTIONS, "gated", design)
-    monkeypatch.setitem(dit.RANGES, "attention", ranges.one_of(*attention.ATTENTIONS))
+    monkeypatch.setitem(dit.DiTConfig.ranges, "attention", ranges.one_of(*attention.ATTENTIONS))
     config = dit.DiTConfig(
         depth=2, width=32, num_heads=2, attention="gated", num_classes=3, grid=(2, 2)
     )
