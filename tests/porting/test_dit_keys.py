@@ -525,7 +525,7 @@ def test_label_table_is_resized_only_when_asked(tmp_path):
 
 
 def averaged(table):
-    """The table in the EMA of DiT's train.py after 5,000 steps: frozen, and averaged all the same."""
+    """A frozen table in the EMA of DiT's train.py, which averages it too, after 5,000 steps."""
     average = table.clone()
     for _ in range(5000):
         average.mul_(0.9999).add_(table, alpha=1 - 0.9999)
