@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lit_jax.models.architecture import Architecture
 from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.models.pixart import PixArt, PixArtConfig
 
 
 class Model(Protocol):
@@ -47,7 +48,10 @@ class Family(NamedTuple):
     model: Any
 
 
-FAMILIES = {"dit": Family(DiTConfig, DiT)}
+FAMILIES = {
+    "dit": Family(DiTConfig, DiT),
+    "pixart": Family(PixArtConfig, PixArt),
+}
 
 
 def model_of(config: Architecture) -> Any:

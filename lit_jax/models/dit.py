@@ -85,22 +85,31 @@ def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
-    """DiT's fixed 2-d table for a grid of h x w tokens.
+def position_embedding(
+    grid: tuple[int, int], width: int, base: int | None = None, scale: float = 1.0
+) -> np.ndarray:
+    """The fixed 2-d table for a grid of h x w tokens: DiT's, or PixArt-Sigma's.
 
     The first half of the width encodes the column, the second half the row.
 
+    Args:
+      base: both axes span [0, base / scale), whatever their number of tokens, as in PixArt-Sigma;
+        None: positions are whole numbers, as in DiT.
     Returns: (h * w, width) float64, tokens in raster order; each half is sin | cos.
     """
     if width % 4:
         raise ValueError(f"the position table needs a width that 4 divides, got {width}")
     frequencies = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
-    rows, columns = np.meshgrid(
-        np.arange(grid[0], dtype=np.float64), np.arange(grid[1], dtype=np.float64), indexing="ij"
-    )
+
+    def positions(count):
+        # float32, in this order: the original code rounds so before the float64 sine.
+        whole = np.arange(count, dtype=np.float32)
+        return whole if base is None else whole / np.float32(count / base) / np.float32(scale)
+
+    rows, columns = np.meshgrid(positions(grid[0]), positions(grid[1]), indexing="ij")
 
     def encode(position):
-        angles = position.reshape(-1, 1) * frequencies
+        angles = position.reshape(-1, 1).astype(np.float64) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=1)
