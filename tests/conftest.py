@@ -78,9 +78,9 @@ def top_level_imports(path: pathlib.Path) -> set[str]:
 
 @functools.cache
 def needs_torch(path: pathlib.Path) -> bool:
-    """Whether a file of tests imports torch or diffusers, itself or by a helper in this folder."""
+    """Whether a file of tests imports what needs torch, itself or by a helper in this folder."""
     names = top_level_imports(path)
-    if names & {"torch", "diffusers"}:
+    if names & {"torch", "diffusers", "transformers", "came_pytorch"}:
         return True
     helpers = [TESTS / f"{name}.py" for name in names]
     return any(needs_torch(helper) for helper in helpers if helper.exists())
