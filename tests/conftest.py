@@ -60,6 +60,7 @@ FAST = {
     "evaluation/test_metrics.py",
     "kernels/test_linear_attention.py",
     "models/test_attention.py",
+    "models/test_dit.py",
     "runtime/test_metric_writer.py",
     "runtime/test_workdir_lock.py",
 }
