@@ -20,14 +20,17 @@ TESTS = pathlib.Path(__file__).parent
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most of the suite's time is compilation, and nearly all programs are small and run once.
+# Processes that a test starts inherit this.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # libtpu only compiles here: it must not look for a TPU's metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Test processes that run at the same time each load the compiler.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-# Most of the suite's time is compilation, and many tests compile the same program. The cache lasts
-# for one session. Workers of xdist and processes that a test starts inherit its place. Whoever sets
-# JAX_COMPILATION_CACHE_DIR keeps the programs for the next session too.
+# Many tests compile the same program. The cache lasts for one session. Workers of xdist and
+# processes that a test starts inherit its place. Whoever sets JAX_COMPILATION_CACHE_DIR keeps the
+# programs for the next session too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lit_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -36,6 +39,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The CPU's fusion emitters take two thirds of what is left of a training step's compilation. JAX
+# 0.10 can go without. Its backend reads the flags once; libtpu reads them too, later, and would
+# refuse this one.
+if jax.__version_info__ < (0, 11):
+    flags = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    jax.devices()
+    os.environ["XLA_FLAGS"] = flags
 
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
