@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 
+import compiler
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
@@ -20,8 +21,7 @@ TESTS = pathlib.Path(__file__).parent
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Most of the suite's time is compilation, and nearly all programs are small and run once.
-# Processes that a test starts inherit this.
+# Most of the suite's time is compilation, and most programs are small and run once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # libtpu only compiles here: it must not look for a TPU's metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -40,14 +40,12 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The CPU's fusion emitters take two thirds of what is left of a training step's compilation. JAX
-# 0.10 can go without. Its backend reads the flags once; libtpu reads them too, later, and would
-# refuse this one.
-if jax.__version_info__ < (0, 11):
-    flags = os.environ["XLA_FLAGS"]
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
-    jax.devices()
-    os.environ["XLA_FLAGS"] = flags
+# The CPU's compiler reads its flags here, once. libtpu reads them when a test first asks it for a
+# program, and refuses some of them: they are not there any more.
+flags = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{flags} {compiler.XLA_FLAGS}"
+jax.devices()
+os.environ["XLA_FLAGS"] = flags
 
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
