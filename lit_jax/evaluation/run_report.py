@@ -42,12 +42,15 @@ def report(
     """
     workdir = epath.Path(workdir)
     images = {
-        name: draw_images(sampler, params[name], condition, on_batch)
+        name: draw_images(name, sampler, params[name], condition, on_batch)
         for name, sampler in samplers.items()
     }
     # The last one is what the run has made; the teacher is there to compare.
-    student = list(images.values())[-1]
+    student = list(images.values())[-1].images
     result: dict[str, Any] = {"num_images": len(student)}
+    not_finite = {name: drawn.not_finite for name, drawn in images.items() if drawn.not_finite}
+    if not_finite:
+        result["images_not_finite"] = not_finite
 
     # The metrics of a finished run may have been removed; its report is drawn
     # all the same.
@@ -79,7 +82,7 @@ def report(
         labels = condition["label"]
         result["labels_read"] = {}
         for name, drawn in images.items():
-            share = classifier.accuracy(drawn, labels)
+            share = classifier.accuracy(drawn.images, labels)
             result["labels_read"][name] = share
 
     # All processes draw together, one writes.
@@ -130,6 +133,10 @@ def summary(
             "labels read    by a classifier of the real images, on "
             f"{result['num_images']} images each: {', '.join(shares)}"
         )
+
+    if "images_not_finite" in result:
+        counts = [f"{name} {count}" for name, count in result["images_not_finite"].items()]
+        lines.append(f"not finite     images of {result['num_images']} each: {', '.join(counts)}")
 
     names = (
         f"previews/step_{last:07d}.png",

@@ -28,6 +28,7 @@ from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress
 
 GRID_IMAGES = 100
+NAMED_IMAGES = 4  # of those that cannot be written, in an error
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
@@ -37,8 +38,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
     are made of the PNGs.
-    Raises: ValueError when the checkpoint is of another model than the config says, or the folder
-      holds images that were drawn by another protocol.
+    Raises: ValueError when the checkpoint is of another model than the config says, the folder
+      holds images that were drawn by another protocol, or an image is not finite.
     """
     workdir = epath.Path(workdir)
     experiment = Experiment(config)
@@ -76,7 +77,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             rows = {name: value[batch] for name, value in condition.items()}
             images = sampler.draw(params, batch, rows)
             if pending:  # written while the device draws the next one
-                save_batch(folder, *pending)
+                save_batch(folder, sampler, *pending)
                 advance(len(pending[0]))
             elif len(batch) < len(todo):
                 # The clock starts when the first batch is there, unless it is the only one.
@@ -85,7 +86,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 untimed = len(batch)
             pending = (batch, images)
         if pending:
-            save_batch(folder, *pending)
+            save_batch(folder, sampler, *pending)
             advance(len(pending[0]))
     multihost_utils.sync_global_devices("samples written")
 
@@ -168,14 +169,27 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
             yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
 
 
-def save_batch(folder: epath.Path, index: np.ndarray, images: jax.Array) -> None:
+def save_batch(
+    folder: epath.Path, sampler: sampling.Sampler, index: np.ndarray, images: jax.Array
+) -> None:
     """Writes the images of a batch that this process holds.
 
     Row r is image index[r]; the rows beyond the index fill the batch.
+    Raises: ValueError, on every process, naming the images that are not finite. The others are
+      written.
     """
+    finite = sampler.are_finite(images)[: len(index)]
     for row, image in local_rows(images):
-        if row < len(index):
+        if row < len(index) and finite[row]:
             save_image(image_path(folder, index[row]), pictures.to_uint8(image))
+    bad = index[~finite]
+    if len(bad):
+        names = ", ".join(image_path(folder, i).name for i in bad[:NAMED_IMAGES])
+        more = f" and {len(bad) - NAMED_IMAGES} more" if len(bad) > NAMED_IMAGES else ""
+        raise ValueError(
+            f"{names}{more} would hold NaN or infinite values, so nothing is written for them: "
+            f"what the weights compute overflows; try model.dtype=float32, or other weights"
+        )
 
 
 def save_image(path: epath.Path, image: np.ndarray) -> None:

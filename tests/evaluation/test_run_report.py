@@ -119,6 +119,14 @@ def test_a_finished_run_whose_metrics_are_gone_is_reported_all_the_same(report, 
     assert result["loss"] == {} and "up to 300" in logged
 
 
+def test_images_that_are_not_finite_are_counted(report, tmp_path, monkeypatch):
+    write_metrics(tmp_path)
+    monkeypatch.setitem(PARAMS, "student", {"scale": np.float32(np.nan)})
+    result, logged = report()
+    assert result["images_not_finite"] == {"student": 9}
+    assert "not finite     images of 9 each: student 9" in logged
+
+
 def test_drawing_can_be_stopped(report, tmp_path):
     def stop(count):
         raise KeyboardInterrupt

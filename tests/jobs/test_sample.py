@@ -187,6 +187,20 @@ def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(
         assert (tmp_path / "samples.npz").read_text() == "the old one"
 
 
+def test_images_that_are_not_finite_are_named_and_not_written(
+    config, weights, tmp_path, monkeypatch
+):
+    """All weights are finite, but the last layer's product is not."""
+    huge = jax.tree.map(np.copy, weights)
+    huge["final_layer"]["linear"]["kernel"] *= np.float32(1e37)
+    path = tmp_path / "params"
+    checkpoint.save_params(path, huge, {"model": Experiment(config).model_config.to_json()})
+    message = "000000.png, 000001.png, 000002.png would hold NaN or infinite values"
+    with pytest.raises(ValueError, match=message):
+        draw(config, tmp_path / "drawn", checkpoint=str(path), num_images=3)
+    assert not list((tmp_path / "drawn").rglob("*.png"))
+
+
 def test_images_of_another_size_are_not_mixed_in(config, drawn):
     other = config.copy_and_resolve_references()
     other.model.input_size = 16
