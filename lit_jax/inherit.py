@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-PARTS = ("q", "k", "v", "o", "conv")  # what `load` may name
+PROJECTIONS = ("q", "k", "v", "o")
+PARTS = (*PROJECTIONS, "conv")  # what `load` may name
 # Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
 # function in both models, and inherited with the rest.
 ATTENTION = "blocks/attn/"

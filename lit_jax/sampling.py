@@ -154,7 +154,6 @@ class Sampler:
         out = self.draw_batch(params, put(index), placed)
         return self._decode(self._autoencoder.params, out) if self._autoencoder else out
 
-
     def are_finite(self, images: jax.Array) -> np.ndarray:
         """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.
 

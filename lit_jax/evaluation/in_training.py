@@ -55,7 +55,7 @@ def draw_images(
     # The same numbers each time: what changes from step to step is the model.
     num_images = len(next(iter(condition.values())))
     images = sampler(params, np.arange(num_images), condition, on_batch)
-    finite = np.isfinite(images).all(axis=(1, 2, 3))
+    finite = np.array([np.isfinite(image).all() for image in images])
     count = int((~finite).sum())
     if count:
         logging.warning("%d of %d images of the %s are not finite", count, num_images, name)

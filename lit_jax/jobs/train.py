@@ -250,6 +250,8 @@ def new_student(experiment: Experiment, workdir: epath.Path) -> TrainState:
         )
         if jax.process_index() == 0:
             merged.save(workdir / "inheritance.json")
+            for note in experiment.init_checkpoint.report.notes:
+                logging.info("%s: %s", experiment.init_checkpoint.report.source, note)
             logging.info("%s", merged.summary())
     optimizer = make_optimizer(experiment.optimizer_settings)
     build = jax.jit(
