@@ -4,10 +4,10 @@ python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
 [--config.field=value ...]
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from logging import INFO, LogRecord
@@ -74,7 +74,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--workdir={workdir} is a file, not a folder")
 
     configure_jax(config)
-    with exit_status.shared_fate(config.mesh.heartbeat):
+    with (
+        exit_status.shared_fate(config.mesh.heartbeat),
+        preemption.signals_stop() as listener,
+    ):
         if MODE.value in RUN_BY_SEVERAL:
             in_common = json.loads(config.to_json_best_effort())
             in_common["--mode"] = MODE.value
@@ -86,15 +89,12 @@ def main(argv: list[str]) -> None:
                 timeout=config.mesh.join_timeout,
                 heartbeat=config.mesh.heartbeat,
             )
+        if jax.distributed.is_initialized():
+            listener.take_over()
 
         # No job is imported for another: each brings libraries of its own.
         job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
-        stopping: contextlib.AbstractContextManager = preemption.sigterm_stops()
-        if MODE.value == "train":
-            # Training saves before it stops, and listens to the signal itself.
-            stopping = contextlib.nullcontext()
-        with stopping:
-            job.run(config, workdir)
+        job.run(config, workdir)
 
 
 def configure_jax(config: ConfigDict) -> None:
@@ -161,6 +161,10 @@ def run() -> None:
     """The program: bad input ends in one line on stderr and status 1."""
     try:
         app.run(main, flags_parser=parse_flags)
+    # Before the handlers of signals are set, while the libraries are loaded.
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by SIGINT before anything was done\n")
+        sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {_one_line(error)}")
 
