@@ -289,7 +289,7 @@ class Experiment:
         checkpoint = self.teacher_checkpoint
         if student.init != "teacher":
             # Fine-tuning on other classes resizes the label table, as port.num_classes does.
-            classes = Overrides(num_classes=self.model_config.num_classes, seed=self.config.seed)
+            classes = Overrides.of_student(self.model_config, self.config.seed)
             checkpoint = _read("student.init", student.init, student.weights, classes)
         if checkpoint is None:
             raise ValueError(

@@ -43,6 +43,18 @@ RUN_BY_SEVERAL = (
     "benchmark",
 )
 
+# What takes less memory, where a job has run out of it.
+MEMORY_ADVICE = {
+    "train": "a smaller train.batch_size, train.accumulation, mesh.fsdp over more devices and "
+    "train.remat=full need less; --mode=plan says what a TPU slice would need",
+    "sample": "a smaller sample.batch_size, mesh.fsdp over more devices and, with an autoencoder, "
+    "autoencoder.slice_size and autoencoder.tile_size need less",
+    "evaluate": "a smaller evaluate.batch_size and evaluate.num_neighbour_images need less",
+    "prepare": "a smaller prepare.batch_size, autoencoder.slice_size and autoencoder.tile_size "
+    "need less",
+    "benchmark": "a smaller benchmark.model_tokens and benchmark.attention_tokens need less",
+}
+
 
 def main(argv: list[str]) -> None:
     """Checks what all jobs need, joins the other processes, runs the job."""
@@ -75,7 +87,7 @@ def main(argv: list[str]) -> None:
 
     configure_jax(config)
     with (
-        exit_status.shared_fate(config.mesh.heartbeat),
+        exit_status.shared_fate(config.mesh.heartbeat, MEMORY_ADVICE.get(MODE.value, "")),
         preemption.signals_stop() as listener,
     ):
         if MODE.value in RUN_BY_SEVERAL:
@@ -89,8 +101,9 @@ def main(argv: list[str]) -> None:
                 timeout=config.mesh.join_timeout,
                 heartbeat=config.mesh.heartbeat,
             )
-        if jax.distributed.is_initialized():
-            listener.take_over()
+            if jax.distributed.is_initialized():
+                listener.take_over()
+            cluster.check_backend()
 
         # No job is imported for another: each brings libraries of its own.
         job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")

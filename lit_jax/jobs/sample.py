@@ -25,7 +25,7 @@ from PIL import Image
 from lit_jax import conditions, pictures, sampling, sharding
 from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.read import load_params, read_checkpoint
-from lit_jax.runtime import progress
+from lit_jax.runtime import progress, storage
 
 GRID_IMAGES = 100
 NAMED_IMAGES = 4  # of those that cannot be written, in an error
@@ -102,9 +102,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             "devices": jax.device_count(),
         }
         speed.write_text(json.dumps(measured) + "\n")
-    if speed.exists():  # of the last run that drew any
-        about["speed"] = json.loads(speed.read_text())
-        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", about["speed"])
+        about["speed"] = measured
+        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", measured)
+    elif speed.exists() and (before := storage.read_object(speed)):  # of the run that drew them
+        about["speed"] = before
     paths = [image_path(folder, i) for i in index]
     write_npz(workdir / "samples.npz", paths, condition, about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
@@ -140,8 +141,13 @@ def claim_folder(folder: epath.Path, wanted: dict[str, Any]) -> None:
     """
     path = folder / "protocol.json"
     wanted = json.loads(json.dumps(wanted))
-    there = json.loads(path.read_text()) if path.exists() else {}
+    there = storage.read_object(path) if path.exists() else {}
     multihost_utils.sync_global_devices("protocol read")  # before process 0 may write it
+    if there is None:
+        raise ValueError(
+            f"{path} is damaged, so nothing says how the images in {folder} were drawn; use "
+            f"another --workdir or remove the folder"
+        )
     if there:
         for name in sorted(wanted.keys() | there.keys()):
             if wanted.get(name) != there.get(name):

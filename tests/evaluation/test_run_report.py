@@ -113,6 +113,14 @@ def test_what_was_inherited_is_part_of_the_report(report, tmp_path):
     assert "inheritance    1,500 inherited, 20 new, 0 of the source left behind" in logged
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"inherited": 3}'])
+def test_a_damaged_file_of_inheritance_is_left_out(report, tmp_path, text):
+    write_metrics(tmp_path)
+    (tmp_path / "inheritance.json").write_text(text)
+    result, logged = report()
+    assert "inheritance" not in result and "inheritance.json is damaged" in logged
+
+
 def test_a_finished_run_whose_metrics_are_gone_is_reported_all_the_same(report, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     result, logged = report()

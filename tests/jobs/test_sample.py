@@ -216,6 +216,17 @@ def test_images_of_another_protocol_are_not_mixed_in(config, drawn, field, value
         draw(config, drawn[1], **{field: value})
 
 
+def test_a_damaged_protocol_is_named_and_a_damaged_speed_left_out(config, drawn, tmp_path):
+    shutil.copytree(drawn[1] / "samples", tmp_path / "samples")
+    (tmp_path / "samples" / "speed.json").write_text('{"images_per_')
+    draw(config, tmp_path)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert "speed" not in archive and "protocol" in archive
+    (tmp_path / "samples" / "protocol.json").write_bytes(b"\xff\0")
+    with pytest.raises(ValueError, match="samples/protocol.json is damaged.* remove the folder"):
+        draw(config, tmp_path)
+
+
 def test_rows_of_a_batch_are_handed_out_once():
     batch = jax.device_put(
         np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2))

@@ -372,7 +372,7 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     config.student.init = "random"
     experiment = Experiment(config)
     experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    state = train.new_student(experiment, tmp_path)
+    state, _ = train.new_student(experiment)
     root = jax.random.key(seed)
     own = jax.random.split(root, 2)[1]
 
@@ -397,7 +397,7 @@ def fine_tuned(source, tmp_path, **model):
     experiment = Experiment(config)
     experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     experiment.check_inheritance()
-    return flatten_dict(train.new_student(experiment, tmp_path).params, sep="/")
+    return flatten_dict(train.new_student(experiment)[0].params, sep="/")
 
 
 def test_fine_tuning_inherits_attention_and_the_classes_that_both_have(tmp_path):
@@ -430,3 +430,17 @@ def test_a_student_goes_on_from_the_whole_of_a_linear_model(tmp_path):
         message = f"model.{field} = {value}, but .* has {theirs}; set model.{field}={theirs}"
         with pytest.raises(ValueError, match=message):
             fine_tuned(path, tmp_path, **{field: value})
+
+
+def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
+    def too_much(params, optimizer):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+        )
+
+    monkeypatch.setattr(train, "new_state", too_much)
+    error = run_debug(folder, *QUIET, workdir="too_large")
+    assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
+    for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
+        assert part in error
+    assert not (folder / "too_large").exists()

@@ -388,7 +388,8 @@ def test_the_watchdog_prints_stacks_when_no_step_ends_and_only_then(monkeypatch)
 @pytest.mark.parametrize(
     "error, before, after",
     [
-        (OSError(28, "No space left on device"), "raised", exit_status.EXIT_CRASHED),
+        (OSError(13, "Permission denied"), "raised", exit_status.EXIT_CRASHED),
+        (OSError(28, "No space left"), exit_status.EXIT_CRASHED, exit_status.EXIT_CRASHED),
         (ValueError("record 7 cannot be read"), "raised", exit_status.EXIT_CRASHED),
         (jax.errors.JaxRuntimeError("INTERNAL: the chip"), "raised", exit_status.EXIT_CRASHED),
         (exit_status.GiveUpError("not finite"), "raised", "raised"),  # main turns it into status 1
