@@ -74,7 +74,9 @@ def get_config() -> ConfigDict:
     # Where the student's first parameters come from.
     config.student = ConfigDict(
         dict(
-            init="teacher",  # teacher, random, or the path of a checkpoint to inherit from
+            # teacher, random, or the path of a checkpoint to inherit from. One with another number
+            # of classes keeps the null class and the first classes; further rows are drawn.
+            init="teacher",
             weights="ema",  # ema or model, where the training checkpoint of that path has both
         )
     )
@@ -82,7 +84,9 @@ def get_config() -> ConfigDict:
     # What the student inherits besides everything outside attention.
     config.inherit = ConfigDict(
         dict(
-            load=(),  # parts of attention that are loaded too: any of q, k, v, o, conv
+            # Parts of attention that are loaded too: any of q, k, v, o, conv, rest; () for none.
+            # auto: all of them where source and student have the same attention, else none.
+            load=("auto",),
             # Parameter paths that stay at their init although the checkpoint has them,
             # e.g. final_layer.
             keep_init=(),

@@ -146,6 +146,11 @@ class Overrides:
             mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
         )
 
+    @classmethod
+    def of_student(cls, config: DiTConfig, seed: int) -> "Overrides":
+        """Those of a checkpoint that a model inherits from: its label table gets the classes."""
+        return cls(num_classes=config.num_classes, seed=seed)
+
     def of_model(self, config: DiTConfig) -> DiTConfig:
         """What a checkpoint of a model should be after these changes of it."""
         changes: dict[str, Any] = {}

@@ -118,6 +118,13 @@ class Overrides:
                 f"from 1 to {2 * MAX_SIDE}; images of any aspect come from it"
             )
 
+    @classmethod
+    def of_student(cls, config: PixArtConfig, seed: int) -> "Overrides":
+        """What a student of another size inherits from: the same weights, its own positions."""
+        del seed  # nothing is drawn
+        p = config.patch_size
+        return cls(input_size=(config.position_base * p, config.position_base * p))
+
     def of_model(self, config: PixArtConfig) -> PixArtConfig:
         """What a checkpoint of a model should be after these changes of it."""
         if self.input_size is None:

@@ -5,7 +5,9 @@ three ways: a file appears when it is complete and replaces the old one at
 once, nothing can be appended to it, and it cannot be locked.
 """
 
-from typing import BinaryIO
+import itertools
+import json
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -57,6 +59,22 @@ def replace_text(path: epath.Path, text: str) -> None:
         part = path.with_name(path.name + ".part")
         part.write_text(text)
         part.replace(path)
+
+
+def read_object(path: epath.Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None: the file is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    # Bytes that are no text, or no JSON, or JSON of any depth.
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def unused(path: epath.Path) -> epath.Path:
+    """The path, or with a number behind it, that names no file yet."""
+    candidates = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return path if not path.exists() else next(c for c in candidates if not c.exists())
 
 
 def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | ObjectFile":
