@@ -5,6 +5,9 @@ three ways: a file appears when it is complete and replaces the old one at
 once, nothing can be appended to it, and it cannot be locked.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from etils import epath
@@ -50,13 +53,46 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old text or the new one."""
-    if is_object_store(path):
-        path.write_text(text)
-    else:
+    """Writes a file so that a kill leaves the old text or the new one.
+
+    Raises: OSError naming the file.
+    """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that a kill or a power failure leaves the old content or the new one.
+
+    Raises: OSError naming the file; it is then as it was.
+    """
+    with naming_file(path):
+        if is_object_store(path):
+            path.write_bytes(content)
+            return
         part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        part.replace(path)
+        try:
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                # Else a machine that dies after the renaming leaves an empty file.
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError:
+            # Half a file is of no use, and the disk may be full.
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+
+
+@contextlib.contextmanager
+def naming_file(path: epath.PathLike) -> Iterator[None]:
+    """Turns an error of the block into an OSError that names the file."""
+    try:
+        yield
+    # A disk raises OSError, an object store errors of its own.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | ObjectFile":
