@@ -155,7 +155,7 @@ def to_pixels(
         image = _upper_bits(image)
     if settings.background and image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             treated.append(f"transparent, put on {settings.background}")
             ground = Image.new("RGBA", image.size, settings.background)
             image = Image.alpha_composite(ground, image)

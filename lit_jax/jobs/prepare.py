@@ -280,7 +280,7 @@ def write_shards(
     Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
-    tally = Tally(skip_broken, len(shards.skipped()))
+    tally = Tally(skip_broken, set(shards.skipped()))
     missing = [shard for shard in shards.mine if shard not in finished]
     if len(missing) < len(shards.mine):
         there = len(shards.mine) - len(missing)
@@ -317,7 +317,7 @@ class Tally:
     """What becomes of images besides the crop."""
 
     most: int  # broken images that may be left out
-    count: int  # of those that were
+    names: set[str]  # of those that were
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # of this shard
     treated: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -329,12 +329,12 @@ class Tally:
         if "broken" not in record:
             self.treated.update(record.pop("treated"))
             return True
-        if self.count == self.most:
+        self.names.add(record["name"])
+        if len(self.names) > self.most:
             raise ValueError(
                 f"{record['broken']}; prepare.skip_broken = {self.most}: a larger number "
                 f"leaves out so many broken images"
             )
-        self.count += 1
         self.skipped[record["name"]] = record["broken"]
         return False
 
