@@ -21,12 +21,11 @@ from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
-from lit_jax.models import FAMILIES
+from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import DiT, DiTConfig
-from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
+    KEY_TABLES,
     Checkpoint,
     checksum,
     load_params,
@@ -106,15 +105,25 @@ class Experiment:
 
     # ---- Settings --------------------------------------------------------------------------------
 
-    def _model_config(self) -> DiTConfig:
+    def _model_config(self) -> Any:
         model = self.config.model
         if model.family not in FAMILIES:
             raise ValueError(
                 f"model.family must be one of {', '.join(FAMILIES)}; got {model.family!r}"
             )
-        architecture = {n: value for n, value in model.items() if n not in NOT_ARCHITECTURE}
+        family = FAMILIES[model.family].config
+        # None: not asked for. So one config holds the fields of all families.
+        asked = {n: value for n, value in model.items() if value is not None}
+        architecture = {n: value for n, value in asked.items() if n not in NOT_ARCHITECTURE}
+        known = {"size"} | {field.name for field in dataclasses.fields(family)}
+        if unknown := sorted(architecture.keys() - known):
+            name = unknown[0]
+            raise ValueError(
+                f"model.{name} = {model[name]}, but model.family = {model.family} has no "
+                f"{name}; set model.{name}=None"
+            )
         with naming("model"):
-            found = FAMILIES[model.family].config.of_size(**architecture)
+            found = family.of_size(**architecture)
         h, w = ranges.sides(model.input_size)
         if h % found.patch_size or w % found.patch_size:
             raise ValueError(
@@ -155,14 +164,16 @@ class Experiment:
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
 
-    def _port_overrides(self) -> Overrides:
+    def _port_overrides(self) -> Any:
+        """What the config knows better than the checkpoint of a port, for its family."""
         port = self.config.port
-        names = {field.name for field in dataclasses.fields(Overrides)}
+        overrides = KEY_TABLES[type(self.model_config)].Overrides
+        names = {field.name for field in dataclasses.fields(overrides)}
         known = {name: port[name] for name in names & set(port)}
         # A side of 0 keeps the table that the checkpoint has.
         sides = ranges.sides(port.input_size) if port.input_size else None
         with naming("port"):
-            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
+            return overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -191,7 +202,7 @@ class Experiment:
             return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
 
     @functools.cached_property
-    def model(self) -> DiT:
+    def model(self) -> Model:
         """The model that is trained, or sampled from."""
         config = self.config
         return FAMILIES[config.model.family].model(
@@ -210,7 +221,7 @@ class Experiment:
         return _read("teacher.checkpoint", teacher.checkpoint, teacher.weights)
 
     @functools.cached_property
-    def teacher(self) -> DiT | None:
+    def teacher(self) -> Model | None:
         """The frozen model, as its checkpoint and the config say; None: plain training.
 
         Raises: ValueError where checkpoint, config and student contradict each other.
@@ -246,7 +257,7 @@ class Experiment:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
         return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
 
-    def default_teacher(self) -> DiT:
+    def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
@@ -266,7 +277,7 @@ class Experiment:
             )
         return self._as_teacher(architecture)
 
-    def _as_teacher(self, architecture: DiTConfig) -> DiT:
+    def _as_teacher(self, architecture: Architecture) -> Model:
         teacher = self.config.teacher
         return FAMILIES[self.config.model.family].model(
             architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
@@ -330,7 +341,10 @@ class Experiment:
         data = self.config.data
         with naming("data"):
             return dataset.open_dataset(
-                data.name, data.dir, data.split, num_classes=self.model_config.num_classes
+                data.name,
+                data.dir,
+                data.split,
+                classes=conditions.count_classes(self.model_config),
             )
 
     @functools.cached_property
@@ -425,7 +439,7 @@ class Experiment:
         )
 
     def sampler(
-        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+        self, model: Model | None = None, batch_size: int = 0, *, decodes: bool = True
     ) -> Sampler:
         """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
 

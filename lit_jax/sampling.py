@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 
 from lit_jax import ranges, samplers, sharding
 from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
-from lit_jax.models.dit import DiT
 from lit_jax.samplers import SamplerSettings
 
 
@@ -68,7 +68,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: DiT,
+        model: Model,
         settings: SamplerSettings,
         *,
         batch_size: int,
@@ -152,7 +152,7 @@ class Sampler:
         return self._decode(self._autoencoder.params, out) if self._autoencoder else out
 
 
-def _trained_size(model: DiT) -> tuple[int, int]:
+def _trained_size(model: Model) -> tuple[int, int]:
     grid = model.config.grid
     if grid is None:
         raise ValueError("size = None, but the model does not say which grid it was trained on")

@@ -246,10 +246,11 @@ def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuild
     )
 
 
-def count_classes(name: str, features: tfds.features.FeaturesDict, num_classes: int = 0) -> int:
+def count_classes(name: str, features: tfds.features.FeaturesDict, classes: int = 0) -> int:
     """The number of classes of a data set; 1 where its records have no label.
 
-    Args: num_classes: for labels that are plain numbers; 0: such are refused.
+    Args: classes: how many there are, for labels that are plain numbers; 0: such are
+      refused.
     Raises: ValueError for another kind of label, or plain numbers of unknown range.
     """
     if "label" not in features:
@@ -260,12 +261,12 @@ def count_classes(name: str, features: tfds.features.FeaturesDict, num_classes: 
         return label.num_classes
     if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
         raise ValueError(f"name = {name!r} has the label {label}; it needs one number an image")
-    if not num_classes:
+    if not classes:
         raise ValueError(
             f"name = {name!r} has the label {label}, which does not say how many classes there are"
         )
-    logging.info("the labels of %s are plain numbers: %d classes are taken", name, num_classes)
-    return num_classes
+    logging.info("the labels of %s are plain numbers: %d classes are taken", name, classes)
+    return classes
 
 
 def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:
@@ -294,7 +295,7 @@ def open_dataset(
     directory: epath.PathLike,
     split: str,
     *,
-    num_classes: int = 0,
+    classes: int = 0,
 ) -> ImageDataset | LatentDataset:
     """Opens a split of the TFDS data set `name` in a directory, local or gs://.
 
@@ -303,7 +304,7 @@ def open_dataset(
 
     Args:
       split: also a part or a sum of them, "train[:1000]" or "train+test".
-      num_classes: for a data set whose labels are plain numbers.
+      classes: how many there are, for a data set whose labels are plain numbers.
     Raises: FileNotFoundError when the data set is not prepared there; ValueError when
       it has no such split, was not prepared to its end, has no random access, or no
       image of one shape.
@@ -340,7 +341,7 @@ def open_dataset(
         split=split,
         records=records if "label" in features else Unlabelled(records),
         image_shape=tuple(features["image"].shape),
-        num_classes=count_classes(name, features, num_classes),
+        num_classes=count_classes(name, features, classes),
     )
 
 

@@ -250,7 +250,7 @@ def open_images(
     split: str,
     settings: ImageSettings,
     *,
-    num_classes: int = 0,
+    classes: int = 0,
 ) -> RawImages:
     """The images of a folder, or of a TFDS data set.
 
@@ -262,14 +262,14 @@ def open_images(
       name: the data set, with its config (NAME/CONFIG), or the path of the folder.
       directory: where the data set is; for a folder it does not matter.
       split: of the data set, slices too; of a folder all is taken.
-      num_classes: for a data set whose labels are plain numbers.
+      classes: how many there are, for a data set whose labels are plain numbers.
     Raises: FileNotFoundError when there is no such data set or folder; ValueError for
       one without images.
     """
     folder = find_folder(name, directory)
     if folder is not None:
         return _open_folder(folder, split, settings)
-    return _open_tfds(find_builder(name, directory), name, split, settings, num_classes)
+    return _open_tfds(find_builder(name, directory), name, split, settings, classes)
 
 
 def find_folder(name: str, directory: epath.PathLike) -> epath.Path | None:
@@ -307,7 +307,7 @@ def _open_tfds(
     name: str,
     split: str,
     settings: ImageSettings,
-    num_classes: int,
+    classes: int,
 ) -> RawImages:
     features = builder.info.features
     _check_features(name, features)
@@ -350,7 +350,7 @@ def _open_tfds(
         origin=f"{name}, split {split},",
         listing=builder.info.full_name,
         count=len(records),
-        num_classes=count_classes(name, features, num_classes),
+        num_classes=count_classes(name, features, classes),
         class_names=tuple(names) if names else None,
         settings=settings,
         channels=settings.channels or features["image"].shape[-1],

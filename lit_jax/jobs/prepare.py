@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
-from lit_jax import sharding
+from lit_jax import conditions, sharding
 from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import Encode, encode_batches, make_encoder, make_features
 from lit_jax.data.raw_images import (
@@ -83,7 +83,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             prepare.dir or target.dir,
             prepare.split or target.split,
             settings,
-            num_classes=config.model.num_classes,
+            classes=conditions.count_classes(experiment.model_config),
         )
     factor = autoencoder.module.factor if autoencoder else 1
     if any(side % factor for side in settings.sides):

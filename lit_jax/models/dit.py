@@ -7,6 +7,7 @@ under `blocks` has a leading layer axis.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax import ranges
-from lit_jax.costs.flops import attention_macs
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
-from lit_jax.models.attention import ATTENTIONS, PROJECTED, xavier_uniform
+from lit_jax.models.attention import ATTENTIONS, PROJECTED, make_attention, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
 
 # size: depth, width, softmax heads, linear heads. S to XL are DiT's table 1; the few linear heads
@@ -151,27 +151,28 @@ class DiTConfig:
         """What the model is told of each image besides x and t: its label, (B,) int32."""
         return {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
+    def attention_flops(self, input_size: tuple[int, int]) -> float:
+        """FLOPs of one image's attention without its projections, in all layers."""
+        T = math.prod(input_size) // self.patch_size**2
+        attention = make_attention(self, parent=None)
+        return 2.0 * self.depth * attention.macs(T, self.width)
+
     def forward_flops(self, input_size: tuple[int, int]) -> float:
-        """Multiply-adds of one image's forward pass, times two.
+        """FLOPs of one image's forward pass: two a multiply-add.
 
         Counts matrix products and the depth-wise convolution, nothing else. `num_heads` must be
         known.
+
+        Args: input_size: (h, w) of the images or latents.
         """
         D = self.width
         p = self.patch_size
-        T = (input_size[0] // p) * (input_size[1] // p)
+        T = math.prod(input_size) // p**2
         projections = 4 * T * D * D
-        core = attention_macs(
-            self.attention,
-            tokens=T,
-            width=D,
-            num_heads=self.num_heads or 1,
-            conv_size=self.conv_size,
-        )
-        block = projections + core + 8 * T * D * D + 6 * D * D
+        block = projections + 8 * T * D * D + 6 * D * D  # with the MLP and the modulation
         patches = T * p * p * (self.in_channels + self.out_channels) * D
         ends = patches + FREQUENCIES * D + D * D + 2 * D * D
-        return 2.0 * (self.depth * block + ends)
+        return 2.0 * (self.depth * block + ends) + self.attention_flops(input_size)
 
 
 def _is_count(value: Any, low: int = 1) -> bool:
@@ -185,7 +186,7 @@ def _is_grid(value: Any) -> bool:
 
 _COUNT = ranges.Range(f"a whole number from 1 to {MAX_COUNT}", _is_count)
 _FLAG = ranges.Range("True or False", lambda x: isinstance(x, bool))
-_RANGES = {
+RANGES = {
     **dict.fromkeys(("depth", "width", "patch_size", "in_channels", "num_classes"), _COUNT),
     "num_heads": ranges.Range(f"{_COUNT.words}, or None", lambda x: x is None or _is_count(x)),
     "attention": ranges.one_of(*ATTENTIONS),
@@ -210,9 +211,9 @@ def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(fields, Mapping):
         raise ValueError(f"the architecture is a {type(fields).__name__}, not an object")
     for name, value in fields.items():
-        if name not in _RANGES:
+        if name not in RANGES:
             raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
-        words, holds = _RANGES[name]
+        words, holds = RANGES[name]
         if not holds(value):
             raise ValueError(f"{name} must be {words}; got {repr(value)[:40]}")
     grid = fields.get("grid")
@@ -341,10 +342,9 @@ class Block(nn.Module):
     It is scanned over the depth, with (x, c) as the carry.
     """
 
-    attention: type[nn.Module]
-    attention_kwargs: dict
+    config: DiTConfig
     grid: tuple[int, int]
-    mlp_norm_epsilon: float
+    implementation: str | None  # of the attention
     dtype: Any
 
     @nn.compact
@@ -359,13 +359,13 @@ class Block(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             modulation, 6, axis=-1
         )
-        attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
+        attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
         x = x + gate_msa[:, None] * attn(
             modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
         )
         mlp = Mlp(self.dtype, name="mlp")
         x = x + gate_mlp[:, None] * mlp(
-            modulate(LayerNorm(self.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
+            modulate(LayerNorm(self.config.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
         )
         return (x, c), None
 
@@ -458,35 +458,12 @@ class DiT(nn.Module):
         # c never changes, yet is carried. As an input that the forward and the backward loop share,
         # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
         # overlaps with another chunk") from 8 rows a chip down.
-        attention, attention_fields = self._attention()
-        stack = blocks(
-            attention,
-            attention_fields,
-            (h, w),
-            config.mlp_norm_epsilon,
-            self.dtype,
-            name="blocks",
-        )
+        stack = blocks(config, (h, w), self.implementation, self.dtype, name="blocks")
         (x, c), _ = stack((x, c), None)
 
         C_out = config.out_channels
         x = FinalLayer(p * p * C_out, self.dtype, name="final_layer")(x, c)
         return unpatchify(x, (h, w), p)
-
-    def attention_module(self) -> Any:
-        """The attention of a block, to be asked what it computes; it has no parameters."""
-        module, fields = self._attention()
-        return module(**fields, dtype=self.dtype, parent=None)
-
-    def _attention(self) -> tuple[type[nn.Module], dict[str, Any]]:
-        """The module of a block's attention, and its fields."""
-        design = ATTENTIONS[self.config.attention]
-        fields: dict[str, Any] = dict(
-            num_heads=self.config.num_heads,
-            qkv_bias=self.config.qkv_bias,
-            implementation=self.implementation,
-        )
-        return design.module, fields | {n: getattr(self.config, n) for n in design.fields}
 
 
 def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
@@ -497,22 +474,3 @@ def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Arra
     C = F // (p * p)
     x = x.reshape(B, h, w, p, p, C)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * p, w * p, C)
-
-
-def init_params(model: DiT, rng: jax.Array) -> Any:
-    """Fresh parameters, float32. They do not depend on the size of the images."""
-    config = model.config
-    # One token: a fused kernel may refuse it, and what is drawn is the same in all of them.
-    model = model.clone(implementation="xla")
-    side = config.patch_size
-    x = jnp.zeros((1, side, side, config.in_channels))
-    condition = {
-        name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in config.condition_shapes(1).items()
-    }
-    t = jnp.zeros((1,), jnp.int32)
-    return model.init(rng, x, t, condition, jnp.zeros((1,), bool))["params"]
-
-
-def param_shapes(config: DiTConfig) -> Any:
-    """The tree of parameters as ShapeDtypeStructs; nothing is computed. `num_heads` is known."""
-    return jax.eval_shape(lambda: init_params(DiT(config), jax.random.key(0)))

@@ -19,11 +19,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
+from lit_jax.models import param_shapes
 from lit_jax.models.dit import (
     SIZES,
     DiTConfig,
     check_fields,
-    param_shapes,
     position_embedding,
 )
 from lit_jax.porting.matching import (
@@ -186,14 +186,20 @@ def entries(config: DiTConfig) -> tuple[Entry, ...]:
 @functools.cache
 def _entries(config):
     leaves = flatten_dict(param_shapes(config), sep="/")
+    # Of another attention the module blocks/attn/NAME is blocks.{}.attn.NAME.
+    modules = {path.rsplit("/", 1)[0] for path in leaves} - MODULES.keys()
+    further = {
+        module: module.replace("blocks/", "blocks.{}.").replace("/", ".")
+        for module in sorted(modules)
+    }
+    names = {path.rsplit("/", 1)[1] for path in leaves} - LEAVES.keys()
     found = []
-    for module, official in MODULES.items():
+    for module, official in (MODULES | further).items():
         layers = range(config.depth if module.startswith("blocks/") else 1)
-        for leaf, theirs in LEAVES.items():
+        for leaf, theirs in (LEAVES | {name: name for name in sorted(names)}).items():
             path = f"{module}/{leaf}"
             if path in leaves:
-                names = map(official.format, layers)
-                keys = tuple(f"{name}.{theirs}" for name in names)
+                keys = tuple(f"{official.format(layer)}.{theirs}" for layer in layers)
                 found.append(Entry(path, keys, leaves[path].shape))
     return tuple(found)
 
@@ -219,14 +225,14 @@ def read_torch(
 
     # What the tensors tell stands. The rest is assumed until the checkpoint
     # says more.
-    told = _told(shapes, path)
+    stored = _checked(source.stored, path)
+    told = _told(shapes, stored, path)
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
     told["depth"] = _checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
         fields |= _agreeing(told, says, path, "config.json")
-    stored = _checked(source.stored, path)
     fields |= _agreeing(told, stored, path, "its metadata")
     config = _make_config(fields, path)
     report.notes += _notes_of_guesses(config, stored, source)
@@ -281,12 +287,13 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
                 raise PortingError(f"{path}: {name} has shape {shape}")
             shapes[f"{official.format(0)}.{theirs}"] = entry.torch_shape
 
-    told = _told(shapes, path)
+    stored = _checked(stored, path)
+    told = _told(shapes, stored, path)
     blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
     depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
     told["depth"] = _checked_depth(max(depths, default=0), path)
     fields = _assumed(told, shapes, path) | told
-    fields |= _agreeing(told, _checked(stored, path), path, "its metadata")
+    fields |= _agreeing(told, stored, path, "its metadata")
     config = _make_config(fields, path)
     check_tree(flat, entries(config), report)
     return config
@@ -443,8 +450,11 @@ def _official_name(key, layer, part, leaf):
 # ---- The architecture ----------------------------------------------------------------------------
 
 
-def _told(shapes, path):
-    """The fields that the shapes of official keys tell, but for the depth."""
+def _told(shapes, stored, path):
+    """The fields that the shapes of official keys tell, but for the depth.
+
+    Args: stored: what the checkpoint names itself. Designs with the same leaves differ in it.
+    """
 
     def shape(key, ndim):
         return shape_of(shapes, key, ndim, path, "a DiT or LiT checkpoint")
@@ -465,9 +475,13 @@ def _told(shapes, path):
             f"need {patch}, or {2 * patch} with learned variance"
         )
     is_linear = "blocks.0.attn.q.weight" in shapes
+    attention = "linear" if is_linear else "softmax"
+    # Another design than these two is taken by its name. All leaves must then be its own.
+    if stored.get("attention", attention) not in ("softmax", "linear"):
+        attention = stored["attention"]
     first = "q" if is_linear else "qkv"
     told = {
-        "attention": "linear" if is_linear else "softmax",
+        "attention": attention,
         "width": D,
         "patch_size": p,
         "in_channels": C,

@@ -1,4 +1,4 @@
-"""Folders of images as they are found, and pictures of every kind: what becomes a record, and how."""
+"""Folders of images as they are found, and pictures of every kind, as records."""
 
 import io
 import logging

@@ -384,7 +384,7 @@ def test_a_damaged_image_is_named(folder, tmp_path):
     (tmp_path / "images" / "a/1.png").write_bytes(bomb)
     with pytest.raises(
         ValueError,
-        match="image 1 of .* cannot be read: a/1.png: .*it has 60000 x 60000 = 3,600,000,000 pixels, max_pixels = 178,956,970",
+        match="a/1.png: it has 60000 x 60000 = 3,600,000,000 pixels, max_pixels = 178,956,970",
     ):
         run(make_config(tmp_path / "again", tmp_path / "images"))
 
@@ -595,7 +595,7 @@ def test_a_tfds_data_set_whose_labels_are_numbers_or_not_there(tmp_path, label):
     config = make_config(tmp_path, "unused", source="plain", dir=str(directory))
     run(config)
     prepared = open_dataset("prepared", config.data.dir, "train")
-    read = open_dataset("plain", str(directory), "train", num_classes=3)
+    read = open_dataset("plain", str(directory), "train", classes=3)
     for found in (prepared, read):
         assert found.num_classes == (3 if label else 1)
         labels = [int(found[i]["label"]) for i in range(4)]

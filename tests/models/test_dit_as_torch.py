@@ -232,10 +232,14 @@ def test_block_uses_the_second_norms_own_epsilon():
 
 def apply_block(kind, block, x, c, mlp_norm_epsilon):
     """Our Block, float32, with the torch block's weights; c is the condition before its SiLU."""
-    classes = {"softmax": attention.SoftmaxAttention, "linear": attention.LinearAttention}
-    ours = dit.Block(
-        classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32
+    config = dit.DiTConfig(
+        depth=1,
+        width=WIDTH,
+        num_heads=HEADS[kind],
+        attention=kind,
+        mlp_norm_epsilon=mlp_norm_epsilon,
     )
+    ours = dit.Block(config, (4, 4), None, jnp.float32)
     (x, _), _ = ours.apply({"params": params_from(block)}, (x, nn.silu(jnp.asarray(c))), None)
     return x
 
