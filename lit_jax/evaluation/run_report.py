@@ -12,7 +12,7 @@ from etils import epath
 from lit_jax import checkpoint, pictures
 from lit_jax.evaluation.in_training import DrawImages, draw_images
 from lit_jax.evaluation.label_classifier import LabelClassifier
-from lit_jax.runtime import metric_writer
+from lit_jax.runtime import metric_writer, storage
 
 
 def report(
@@ -86,7 +86,7 @@ def report(
     if jax.process_index() == 0:
         grid = pictures.square_grid(student)
         pictures.save_picture(workdir / "samples.png", grid)
-        (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        storage.replace_text(workdir / "report.json", json.dumps(result, indent=1) + "\n")
         text = summary(result, int(first["step"]), int(last["step"]), workdir)
         logging.info("%s", text)
     return result

@@ -107,9 +107,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     about = {"crop": "adm", **images.about(), "autoencoder": experiment.autoencoder_identity}
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = shards.folder.parent
-    if jax.process_index() == 0:
-        place.mkdir(parents=True, exist_ok=True)
-    multihost_utils.sync_global_devices("place made")
     with workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"):
         enter_folder(shards, images, about)
 

@@ -27,7 +27,14 @@ from lit_jax.evaluation import in_training, run_report
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import Experiment, evaluation_settings, naming
 from lit_jax.models import init_params
-from lit_jax.runtime import exit_status, metric_writer, preemption, progress, workdir_lock
+from lit_jax.runtime import (
+    exit_status,
+    metric_writer,
+    preemption,
+    progress,
+    storage,
+    workdir_lock,
+)
 from lit_jax.train_step import TrainState, make_optimizer, new_state
 
 # Steps in flight. Two keep the device busy; more would only delay an answer to SIGTERM or a hang.
@@ -115,7 +122,7 @@ def train(
         data_state = None
         state = new_student(experiment, workdir)
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(experiment.to_json())
+        storage.replace_text(workdir / "config.json", experiment.to_json())
     jax.block_until_ready(state)
     start_up.part_ended("state")
 
@@ -333,8 +340,9 @@ def is_due(every: int, step: int, is_last: bool) -> bool:
 
 
 def is_missing(path: epath.Path) -> bool:
-    """Whether process 0 sees no such file; the same answer on every process."""
-    return bool(multihost_utils.broadcast_one_to_all(np.bool(not path.exists())))
+    """Whether process 0 sees no such whole file; the same answer on every process."""
+    there = pictures.is_whole(path) if path.suffix == ".png" else path.exists()
+    return bool(multihost_utils.broadcast_one_to_all(np.bool(not there)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ once, nothing can be appended to it, and it cannot be locked.
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from etils import epath
 
@@ -65,23 +65,37 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
 
     Raises: OSError naming the file; it is then as it was.
     """
-    with naming_file(path):
-        if is_object_store(path):
+    if is_object_store(path):
+        with naming_file(path):
             path.write_bytes(content)
-            return
-        part = path.with_name(path.name + ".part")
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
+    else:
+        with replacing(path) as file:
+            file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a file to write, which replaces `path` when the block ends without an error.
+
+    Raises: OSError naming the file; it is then as it was.
+    """
+    path = epath.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            if not is_object_store(path):
                 # Else a machine that dies after the renaming leaves an empty file.
                 os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError:
-            # Half a file is of no use, and the disk may be full.
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+        part.replace(path)
+    except BaseException as error:
+        # Half a file is of no use, and the disk may be full.
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise _named(path, error) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -91,8 +105,12 @@ def naming_file(path: epath.PathLike) -> Iterator[None]:
         yield
     # A disk raises OSError, an object store errors of its own.
     except Exception as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise _named(path, error) from error
+
+
+def _named(path: epath.PathLike, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"{path} cannot be written: {reason}")
 
 
 def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | ObjectFile":

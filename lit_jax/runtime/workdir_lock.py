@@ -29,7 +29,7 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_folder(folder: epath.PathLike, name: str, instead: str) -> Iterator[None]:
-    """Keeps other runs out of a folder; process 0 locks it for all processes of this run.
+    """Keeps other runs out of a folder, which it makes; process 0 locks it for all processes.
 
     The kernel holds the lock, not the file: it ends with the process, however
     that ends, so no lock is left behind. An object store has no locks; there
@@ -45,7 +45,9 @@ def lock_folder(folder: epath.PathLike, name: str, instead: str) -> Iterator[Non
         if storage.is_object_store(folder):
             _log_unlocked(folder, "an object store has no locks")
         elif jax.process_index() == 0:
-            other = stack.enter_context(lock_file(epath.Path(folder) / "lock", WAIT_SECONDS))
+            path = epath.Path(folder)
+            path.mkdir(parents=True, exist_ok=True)
+            other = stack.enter_context(lock_file(path / "lock", WAIT_SECONDS))
 
         # All processes stop, and so none waits for the others in a barrier.
         if multihost_utils.broadcast_one_to_all(np.bool_(other)):
