@@ -29,7 +29,7 @@ from lit_jax.data.raw_images import ImageSettings, center_crop, open_images
 from lit_jax.data.shards import VERSION, Shards, write_about
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import prepare
-from lit_jax.runtime import exit_status, preemption
+from lit_jax.runtime import exit_status, preemption, workdir_lock
 
 SIZE = 16
 
@@ -627,4 +627,19 @@ def test_a_name_with_a_slash_may_be_a_config_of_a_tfds_data_set(tmp_path):
     config.prepare.source = "resized/8x8"
     message = "^prepare.source = 'resized/8x8' is no folder, and no data set of the directory"
     with pytest.raises(FileNotFoundError, match=message):
+        run(config)
+
+
+def test_a_second_preparation_of_the_same_set_is_refused_and_told_the_owner(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.0)
+    config = make_config(tmp_path, folder)
+    place = tmp_path / "data" / "prepared"
+    with workdir_lock.lock_folder(place, "", ""):
+        message = f"^the data set {place} is in use by process {os.getpid()} on .*another data.name"
+        with pytest.raises(ValueError, match=message):
+            run(config)
+        assert not (place / VERSION).exists()
+        config.data.name = "other"
         run(config)

@@ -8,10 +8,11 @@ import command
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, sharding
+from lit_jax import checkpoint, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
@@ -385,3 +386,19 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
     assert tuple(jax.random.key_data(own).tolist()) not in keys
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+
+
+def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):
+    """As a full disk or a power failure left it; it is drawn again on resume."""
+    path = epath.Path(tmp_path) / "step_0000001.png"
+    assert train.is_missing(path)
+    pictures.save_picture(path, Image.new("RGB", (8, 8)))
+    assert not train.is_missing(path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole[1:]):
+        path.write_bytes(content)
+        assert train.is_missing(path)
+    scores = epath.Path(tmp_path) / "evaluation_0000001.json"
+    assert train.is_missing(scores)
+    scores.write_text("{}")
+    assert not train.is_missing(scores)
