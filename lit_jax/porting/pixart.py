@@ -120,10 +120,9 @@ class Overrides:
 
     @classmethod
     def of_student(cls, config: PixArtConfig, seed: int) -> "Overrides":
-        """What a student of another size inherits from: the same weights, its own positions."""
-        del seed  # nothing is drawn
-        p = config.patch_size
-        return cls(input_size=(config.position_base * p, config.position_base * p))
+        """Those of a checkpoint that a model inherits from: none, as no leaf follows the model."""
+        del config, seed
+        return cls()
 
     def of_model(self, config: PixArtConfig) -> PixArtConfig:
         """What a checkpoint of a model should be after these changes of it."""
