@@ -197,8 +197,8 @@ class Tokenizer:
 
     def unknown(self, prompt: str) -> list[str]:
         """The parts of a prompt that the vocabulary does not have, in their order."""
-        pieces = self._encode(prompt, out_type="immutable_proto").pieces
-        return [piece.surface for piece in pieces if piece.id == UNKNOWN]
+        pieces = self._encode(prompt, out_type=str)
+        return [piece for piece in pieces if self._pieces.piece_to_id(piece) == UNKNOWN]
 
     def _encode(self, prompt, **how):
         # Half of a pair of surrogates is a str to Python and no text.

@@ -17,23 +17,22 @@ CAPTIONS = [
     for place in ("left", "right", "on top")
     for other in ("tree", "car", "hat")
 ]
-CONFIG = t5.T5Config(
-    vocab_size=64, width=16, depth=2, num_heads=3, head_width=4, mlp_width=24
-)
+CONFIG = t5.T5Config(vocab_size=64, width=16, depth=2, num_heads=3, head_width=4, mlp_width=24)
 
 
 @functools.cache
-def spiece_model() -> bytes:
-    """The file of a tokenizer with T5's special tokens, trained on the captions."""
+def spiece_model(pad_id=0, eos_id=1, unk_id=2, bos_id=-1) -> bytes:
+    """The file of a tokenizer that was trained on the captions; T5's special tokens."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS),
         model_writer=file,
         vocab_size=48,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
+        hard_vocab_limit=False,  # fewer, where the captions have no more
+        pad_id=pad_id,
+        eos_id=eos_id,
+        unk_id=unk_id,
+        bos_id=bos_id,
         num_threads=1,
         minloglevel=2,
     )
@@ -45,9 +44,9 @@ def random_params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
-        values = rng.standard_normal(leaf.shape).astype(np.float32)
         # The last axis but one is the fan-in of a kernel; a norm has none.
-        return values / np.sqrt(leaf.shape[-2]) if leaf.ndim == 3 else values
+        scale = leaf.shape[-2] ** -0.5 if leaf.ndim == 3 else 1.0
+        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree.map(draw, t5.param_shapes(config))
 

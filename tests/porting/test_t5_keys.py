@@ -13,7 +13,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 from tiny_text import random_params
-from torch_checkpoints import edit, rel, rename_key, set_key
+from torch_checkpoints import rel, rename_key, set_key
 
 from lit_jax import sharding
 from lit_jax.models.t5 import T5Config, T5Encoder
@@ -22,7 +22,7 @@ from lit_jax.porting.torch_checkpoint import PortingError
 from lit_jax.porting.untrusted import TensorFileError
 
 CONFIG = T5Config(vocab_size=40, width=32, depth=2, num_heads=3, head_width=4, mlp_width=48)
-EXPORTED = ("model.safetensors", "config.json")
+NAME = "model.safetensors"
 
 
 def make_theirs(config=CONFIG, kind=transformers.T5EncoderModel, seed=0, **fields):
@@ -85,6 +85,10 @@ def features(model, ids, counts):
     return out.numpy(), mask.numpy()
 
 
+def run(config, params, ids, mask):
+    return jax.jit(T5Encoder(config, dtype=jnp.float32).apply)({"params": params}, ids, mask)
+
+
 def test_the_features_are_those_of_transformers(theirs, saved):
     checkpoint = t5.read_text_encoder(saved)
     assert checkpoint.config == CONFIG
@@ -92,7 +96,7 @@ def test_the_features_are_those_of_transformers(theirs, saved):
     ids = np.random.default_rng(0).integers(0, 40, (4, 140))
     expected, mask = features(theirs, ids, counts)
     params = t5.load_encoder_params(checkpoint.params, "float32", sharding.make_mesh())
-    actual = T5Encoder(CONFIG, dtype=jnp.float32).apply({"params": params}, ids, mask)
+    actual = run(CONFIG, params, ids, mask)
     assert rel(actual, expected) < 1e-5
 
 
@@ -109,7 +113,7 @@ def test_a_block_of_full_width_at_300_tokens():
     params = jax.tree.map(jnp.asarray, t5.unflatten_dict(flat, sep="/"))
     ids = np.random.default_rng(0).integers(0, 16, (1, 300))
     expected, mask = features(model, ids, [290])
-    actual = T5Encoder(config, dtype=jnp.float32).apply({"params": params}, ids, mask)
+    actual = run(config, params, ids, mask)
     assert rel(actual, expected) < 1e-5
 
 
@@ -159,8 +163,11 @@ def write_bin_shards(saved, folder, state):
 
 def test_of_a_whole_t5_the_decoder_is_left_out_and_named(tmp_path):
     kind = transformers.T5ForConditionalGeneration
-    whole = make_theirs(kind=kind, tie_word_embeddings=False)
+    whole = make_theirs(kind=kind)
     whole.save_pretrained(tmp_path)
+    # Files of before transformers 5 have the head, and v1.1's is not the table.
+    state = load_file(tmp_path / NAME)
+    save_file(state | {"lm_head.weight": torch.zeros(40, 32)}, tmp_path / NAME)
     checkpoint = t5.read_text_encoder(tmp_path)
     assert_holds(checkpoint, whole)
     left = checkpoint.report.left_out
@@ -214,7 +221,9 @@ WI = "encoder.block.0.layer.1.DenseReluDense.wi"
     ],
 )
 def test_keys_that_do_not_fit_are_named(folder, change, message):
-    edit(folder, change)
+    state = {key: value.clone() for key, value in load_file(folder / NAME).items()}
+    change(state)
+    save_file(state, folder / NAME)
     with pytest.raises(PortingError, match=message):
         t5.read_text_encoder(folder)
 
@@ -287,8 +296,8 @@ def test_an_export_is_read_by_transformers_bit_for_bit(theirs, saved, tmp_path):
     again = transformers.T5EncoderModel.from_pretrained(out)
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
-    theirs_on_disk = load_file(saved / "model.safetensors")
-    assert load_file(out / "model.safetensors").keys() == theirs_on_disk.keys()
+    theirs_on_disk = load_file(saved / NAME)
+    assert load_file(out / NAME).keys() == theirs_on_disk.keys()
     assert t5.read_text_encoder(tmp_path).report.checksum == checkpoint.report.checksum
 
     with pytest.raises(PortingError, match="exists; an export never overwrites"):
@@ -302,22 +311,37 @@ def test_an_export_is_read_by_transformers_bit_for_bit(theirs, saved, tmp_path):
 # ---- Memory ----------------------------------------------------------------------------
 
 
-def test_loading_needs_one_leaf_beside_the_result(tmp_path):
-    """On the host. What the arrays themselves need is not traced: JAX has it, not NumPy."""
-    config = T5Config(vocab_size=8, width=64, depth=16, num_heads=2, head_width=32, mlp_width=512)
+def test_loading_a_leaf_needs_one_layer_beside_it(tmp_path):
+    """On the host; a stacked leaf of the XXL has 4 GB in float32."""
+    config = T5Config(vocab_size=8, width=64, depth=16, num_heads=1, head_width=1, mlp_width=512)
     t5.export_text_encoder(random_params(config), tmp_path / "a", config)
+    params = t5.read_text_encoder(tmp_path / "a").params
+    del params["blocks"]["layer_1"]["DenseReluDense"]["wi_0"]
+    del params["blocks"]["layer_1"]["DenseReluDense"]["wi_1"]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    checkpoint = t5.read_text_encoder(tmp_path / "a")
     for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
         tracemalloc.start()
-        params = t5.load_encoder_params(checkpoint.params, dtype, mesh)
+        loaded = t5.load_encoder_params(params, dtype, mesh)["blocks"]["layer_1"]
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        leaf = 16 * 64 * 512 * itemsize
-        layer = 64 * 512 * 4
-        # JAX may keep the array that it was given as its own, the last one among them.
-        assert peak < 2 * leaf + 2 * layer + 2**17 or dtype == "float32"
-        kernel = params["blocks"]["layer_1"]["DenseReluDense"]["wo"]["kernel"]
-        assert kernel.dtype == dtype
-        assert params["blocks"]["layer_1"]["layer_norm"]["scale"].dtype == np.float32
-        print(dtype, peak, leaf, layer)
+        layer = 64 * 512
+        # A layer is read in float32 and cast; the rest is what Python itself needs.
+        assert peak < 16 * layer * itemsize + 2 * 4 * layer + 2**17
+        assert loaded["DenseReluDense"]["wo"]["kernel"].dtype == dtype
+        assert loaded["layer_norm"]["scale"].dtype == np.float32
+    t5.load_encoder_params(params, dtype, mesh, consume=True)
+    assert not params
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16; got 'float16'"):
+        t5.load_encoder_params(params, "float16", mesh)
+
+
+def test_shards_of_the_mesh_hold_the_weights(theirs, saved):
+    """Each device reads its part of every layer."""
+    config = T5Config(vocab_size=2048, width=32, depth=2, num_heads=2, head_width=4, mlp_width=2048)
+    params = random_params(config)
+    mesh = sharding.make_mesh(fsdp=8)
+    loaded = t5.load_encoder_params(params, "float32", mesh)
+    kernel = loaded["blocks"]["layer_1"]["DenseReluDense"]["wi_0"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 32, 256)
+    assert loaded["shared"]["embedding"].addressable_shards[0].data.shape == (256, 32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
