@@ -56,7 +56,8 @@ class T5Config:
         Raises: ValueError for fields that are unknown or missing, or hold what they cannot.
         """
         if not isinstance(fields, Mapping):
-            raise ValueError(f"the architecture is a {type(fields).__name__}, not an object")
+            kind = type(fields).__name__
+            raise ValueError(f"the architecture is a {kind}, not an object")
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
@@ -142,9 +143,10 @@ class SelfAttention(nn.Module):
         H = config.head_width
         dense = functools.partial(_dense, dtype=self.dtype)
 
-        q = dense(N * H, std=(D * H) ** -0.5, name="q")(x).reshape(B, S, N, H)
-        k = dense(N * H, std=D**-0.5, name="k")(x).reshape(B, S, N, H)
-        v = dense(N * H, std=D**-0.5, name="v")(x).reshape(B, S, N, H)
+        heads = (B, S, N, H)
+        q = dense(N * H, std=(D * H) ** -0.5, name="q")(x).reshape(heads)
+        k = dense(N * H, std=D**-0.5, name="k")(x).reshape(heads)
+        v = dense(N * H, std=D**-0.5, name="v")(x).reshape(heads)
 
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         # Not -inf: a row of padding that fills a batch has no key at all.
@@ -178,8 +180,9 @@ class DenseReluDense(nn.Module):
         D = x.shape[-1]
         F = self.config.mlp_width
         gate = _dense(F, self.dtype, D**-0.5, "wi_0")(x)
-        hidden = nn.gelu(gate, approximate=True) * _dense(F, self.dtype, D**-0.5, "wi_1")(x)
-        return _dense(D, self.dtype, F**-0.5, "wo")(hidden)
+        x = _dense(F, self.dtype, D**-0.5, "wi_1")(x)
+        x = nn.gelu(gate, approximate=True) * x
+        return _dense(D, self.dtype, F**-0.5, "wo")(x)
 
 
 class MlpLayer(nn.Module):
@@ -221,7 +224,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """The features of all rows, those of padding too.
+        """The features of every row, of padding too.
 
         Args:
           ids: (B, S) int32, below the vocabulary's size.
@@ -229,25 +232,22 @@ class T5Encoder(nn.Module):
         Raises: ValueError for another dtype, or shapes that differ.
         """
         config = self.config
-        if jnp.dtype(self.dtype).name not in DTYPES:
-            name = jnp.dtype(self.dtype).name
+        name = jnp.dtype(self.dtype).name
+        if name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {name}")
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise ValueError(f"ids and mask must both be (B, S); got {ids.shape}, {mask.shape}")
         D = config.width
         N = config.num_heads
+        S = ids.shape[1]
 
-        ones = nn.initializers.normal(1.0)
-        embed = nn.Embed(config.vocab_size, D, embedding_init=ones, name="shared")
-        x = embed(ids).astype(jnp.float32)
+        init = nn.initializers.normal(1.0)
+        x = nn.Embed(config.vocab_size, D, embedding_init=init, name="shared")(ids)
+        x = x.astype(jnp.float32)
         # One table serves all layers.
-        table = nn.Embed(
-            BUCKETS,
-            N,
-            embedding_init=nn.initializers.normal(D**-0.5),
-            name="relative_attention_bias",
-        )
-        bias = table(relative_buckets(ids.shape[1])).transpose(2, 0, 1)  # (N, S, S)
+        init = nn.initializers.normal(D**-0.5)
+        table = nn.Embed(BUCKETS, N, embedding_init=init, name="relative_attention_bias")
+        bias = table(relative_buckets(S)).transpose(2, 0, 1)  # (N, S, S)
 
         block = nn.map_variables(
             Block,

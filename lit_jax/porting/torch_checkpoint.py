@@ -219,7 +219,7 @@ def _open_folder(path, names):
 
     # The Hub's files in half precision have a longer name, and are not taken
     # unless they are renamed.
-    patterns = [f"{epath.Path(name).stem}*{epath.Path(name).suffix}" for name in names]
+    patterns = [name.replace(".", "*.") for name in names]
     found = [file.name for pattern in patterns for file in path.glob(pattern)]
     text = f"{path}: no {' or '.join(names)}, single or with an index"
     if found:
