@@ -396,7 +396,7 @@ def load_text_encoder(
     # The tokenizer first: it costs nothing to find out that it is missing.
     pieces = Tokenizer(tokenizer or path)
     checkpoint = read_text_encoder(path)
-    params = load_encoder_params(checkpoint.params, dtype, mesh, consume=True)
+    params = load_encoder_params(checkpoint.params, dtype, mesh)
     return TextEncoder(
         T5Encoder(checkpoint.config, dtype=jnp.dtype(dtype).type),
         params,

@@ -212,29 +212,22 @@ def _told(shapes: Mapping[str, tuple[int, ...]], path: epath.Path) -> T5Config:
 # ---- Into memory -----------------------------------------------------------------------
 
 
-def load_encoder_params(
-    params: Any, dtype: str, mesh: jax.sharding.Mesh, *, consume: bool = False
-) -> Any:
+def load_encoder_params(params: Any, dtype: str, mesh: jax.sharding.Mesh) -> Any:
     """The leaves of a `T5Checkpoint` on a mesh, spread over its `fsdp` axis.
 
     One leaf is read at a time, and of that one layer: beside the result there are never
     more than a leaf in `dtype` and a layer of it in float32.
 
-    Args:
-        dtype: "float32" or "bfloat16", of the matrices. Norms stay float32.
-        consume: takes each leaf out of `params` once it is loaded.
+    Args: dtype: "float32" or "bfloat16", of the matrices. Norms stay float32.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    flat = flatten_dict(params, sep="/")
     cast = {}
-    for path, leaf in flat.items():
+    for path, leaf in flatten_dict(params, sep="/").items():
         is_matrix = path.endswith("/kernel") or path == "shared/embedding"
         cast[path] = _Cast(leaf, jnp.dtype(dtype) if is_matrix else np.dtype(np.float32))
     tree = unflatten_dict(cast, sep="/")
-    if consume:
-        params.clear()
-    return load_params(tree, sharding.fsdp_sharding(tree, mesh), consume=True)
+    return load_params(tree, sharding.fsdp_sharding(tree, mesh))
 
 
 class _Cast:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from oracles import assert_close
 from tiny_text import CONFIG, random_params
 
@@ -95,6 +96,20 @@ def test_a_row_without_tokens_is_finite(params):
     """Such rows fill the last batch."""
     ids, mask = make_batch(8, (0, 3))
     assert np.isfinite(run(params, ids, mask)).all()
+
+
+def test_a_small_encoder_can_be_trained(params):
+    """As together with a teacher: every parameter gets a finite gradient."""
+    ids, mask = make_batch(8, (3, 8))
+
+    def loss_fn(params):
+        out = T5Encoder(CONFIG, dtype=jnp.float32).apply({"params": params}, ids, mask)
+        return jnp.sum(jnp.where(mask[..., None], out, 0) ** 3)
+
+    for path, grad in flatten_dict(jax.jit(jax.grad(loss_fn))(params), sep="/").items():
+        assert np.isfinite(grad).all(), path
+        layers = grad if path.startswith("blocks/") else grad[None]
+        assert all(np.any(layer != 0) for layer in layers), path
 
 
 def test_edges_of_the_buckets():

@@ -329,8 +329,6 @@ def test_loading_a_leaf_needs_one_layer_beside_it(tmp_path):
         assert peak < 16 * layer * itemsize + 2 * 4 * layer + 2**17
         assert loaded["DenseReluDense"]["wo"]["kernel"].dtype == dtype
         assert loaded["layer_norm"]["scale"].dtype == np.float32
-    t5.load_encoder_params(params, dtype, mesh, consume=True)
-    assert not params
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16; got 'float16'"):
         t5.load_encoder_params(params, "float16", mesh)
 
