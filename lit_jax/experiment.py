@@ -124,14 +124,15 @@ class Experiment:
             )
         with naming("model"):
             found = family.of_size(**architecture)
-        if model.input_size % found.patch_size:
+        h, w = ranges.sides(model.input_size)
+        if h % found.patch_size or w % found.patch_size:
             raise ValueError(
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
         # The model takes any grid; this one is what checkpoints say it was trained on.
-        side = model.input_size // found.patch_size
-        return dataclasses.replace(found, grid=(side, side))
+        grid = (h // found.patch_size, w // found.patch_size)
+        return dataclasses.replace(found, grid=grid)
 
     def _check_implementations(self) -> None:
         # The names only. Whether the devices can run one is asked once they are known.
@@ -170,14 +171,14 @@ class Experiment:
         names = {field.name for field in dataclasses.fields(overrides)}
         known = {name: port[name] for name in names & set(port)}
         # A side of 0 keeps the table that the checkpoint has.
-        sides = (port.input_size, port.input_size) if port.input_size else None
+        sides = ranges.sides(port.input_size) if port.input_size else None
         with naming("port"):
             return overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
         """(h, w) of the images or latents."""
-        return (self.config.model.input_size,) * 2
+        return ranges.sides(self.config.model.input_size)
 
     @property
     def step_settings(self) -> StepSettings:
@@ -299,7 +300,10 @@ class Experiment:
             return None
         checkpoint = self.teacher_checkpoint
         if student.init != "teacher":
-            checkpoint = _read("student.init", student.init, student.weights)
+            # Fine-tuning on other classes resizes the label table, as port.num_classes does.
+            overrides = KEY_TABLES[type(self.model_config)].Overrides
+            asked = overrides.of_student(self.model_config, self.config.seed)
+            checkpoint = _read("student.init", student.init, student.weights, asked)
         if checkpoint is None:
             raise ValueError(
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
@@ -331,7 +335,31 @@ class Experiment:
     def inheritance(self) -> dict[str, tuple[str, ...]]:
         """What `inherit.merge_params` is told: attention parts to load, paths to keep."""
         chosen = self.config.inherit
-        return {"load": tuple(chosen.load), "keep_init": tuple(chosen.keep_init)}
+        load = tuple(chosen.load)
+        if load == ("auto",):
+            load = self._whole_attention()
+        return {"load": load, "keep_init": tuple(chosen.keep_init)}
+
+    def _whole_attention(self) -> tuple[str, ...]:
+        """All parts of an attention that the student shares with its source; of another, none.
+
+        Raises: ValueError where the two are of one kind, but compute with other numbers.
+        """
+        source = self.init_checkpoint
+        ours = self.model_config
+        if source is None or source.config.attention != ours.attention:
+            return ()
+        for name in ("num_heads", "kernel_function", "conv_size"):
+            value = getattr(ours, name)
+            theirs = getattr(source.config, name)
+            # A file of softmax attention may not tell its heads.
+            if theirs is not None and theirs != value:
+                raise ValueError(
+                    f"model.{name} = {value}, but {source.report.source}, which the student "
+                    f"inherits its attention from, has {theirs}; set model.{name}={theirs}, or "
+                    f"name the parts that it takes: inherit.load=() for none"
+                )
+        return tuple(part for part in inherit.PARTS if part != "conv" or ours.conv_size)
 
     # ---- Data ------------------------------------------------------------------------------------
 
@@ -339,7 +367,12 @@ class Experiment:
     def dataset(self) -> dataset.Dataset:
         data = self.config.data
         with naming("data"):
-            return dataset.open_dataset(data.name, data.dir, data.split)
+            return dataset.open_dataset(
+                data.name,
+                data.dir,
+                data.split,
+                classes=conditions.count_classes(self.model_config),
+            )
 
     @functools.cached_property
     def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
@@ -590,7 +623,7 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name).type
 
 
-def _read(field: str, path: str, weights: str) -> Checkpoint:
+def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
     if not epath.Path(path).exists():
         raise FileNotFoundError(
@@ -598,4 +631,4 @@ def _read(field: str, path: str, weights: str) -> Checkpoint:
             f"leaves"
         )
     with naming(field.split(".")[0]):
-        return read_checkpoint(path, weights=weights)
+        return read_checkpoint(path, weights=weights, overrides=overrides)

@@ -29,7 +29,7 @@ FLOORS = (
         "pictures",
         "text",
     ),
-    ("models", "samplers", "losses"),
+    ("models", "samplers", "losses", "came"),
     (
         "kernels",
         "diffusion",
