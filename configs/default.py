@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # The model that is trained, sampled and evaluated: the student, where there is a teacher.
     config.model = ConfigDict(
         dict(
-            family="dit",  # a name in lit_jax/models/__init__.py: dit
+            family="dit",  # dit, or pixart: a model that is told captions
             # Ti, S, B, L or XL: gives depth, width and heads (lit_jax/models/dit.py).
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
@@ -51,6 +51,13 @@ def get_config() -> ConfigDict:
             implementation=ml_collections.config_dict.placeholder(str),
             timestep_freq_shift=0,  # 0: official DiT; 1: diffusers
             mlp_norm_epsilon=1e-6,  # 1e-6: official DiT; 1e-5: diffusers
+            # Of pixart alone; None: its default. For pixart, the three fields above that are of
+            # dit alone (num_classes, timestep_freq_shift, mlp_norm_epsilon) are None.
+            cross_heads=ml_collections.config_dict.placeholder(int),  # of the caption's attention
+            caption_channels=ml_collections.config_dict.placeholder(int),  # T5-XXL: 4096
+            caption_length=ml_collections.config_dict.placeholder(int),  # tokens: 300
+            position_base=ml_collections.config_dict.placeholder(int),  # nominal pixels / 16
+            position_scale=ml_collections.config_dict.placeholder(float),  # nominal pixels / 512
             dtype="bfloat16",  # of activations and matmuls: bfloat16 or float32
         )
     )
@@ -137,19 +144,46 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # What stands between captions and a model that is told captions (docs/text_to_image.md).
+    config.text = ConfigDict(
+        dict(
+            # T5 v1.1: a folder of transformers, a file, or the pipeline's folder around it. In
+            # training it may be empty; a named one must be the one that made the features.
+            checkpoint="",
+            tokenizer="",  # spiece.model, or a folder that holds it; empty: it is in checkpoint
+            # none (as PixArt-Sigma was trained), lower, or clean (as diffusers).
+            cleaning="none",
+            max_length=300,  # tokens; longer captions are cut
+            batch_size=16,  # captions through it at once, over all devices
+            dtype="bfloat16",  # of its parameters and features: bfloat16 or float32
+            # Training: the probability of an image's first caption; its others share the rest.
+            caption_ratio=0.5,
+        )
+    )
+
     # --mode=prepare: images -> ADM's centre crop -> autoencoder -> the data set data.name, in
     # data.dir, with the split data.split.
     config.prepare = ConfigDict(
         dict(
             # A TFDS data set of images, or a folder that has one folder of images for each
             # class. A name with a slash is a folder where there is one.
+            # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
+            # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
             source="imagenet2012",
-            dir="",  # TFDS directory of prepare.source; empty: data.dir
+            # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
+            # empty: the folder InternImgs beside its own, or its own.
+            dir="",
             # Split of prepare.source, slices such as train[:1000] too; empty: data.split.
             split="",
-            # Pixels after the crop: height = width, or (height, width).
+            # Pixels after the crop: height = width, or (height, width). With captions: the side
+            # of the square bucket.
             image_size=ml_collections.FieldReference(256, field_type=object),
+            # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
+            # ("16x16",): squares alone.
+            buckets=("all",),
+            # How the captions' features are stored: bfloat16, or int8 with a scale a token.
+            caption_dtype="bfloat16",
             # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
             # shows the colours that a program left in invisible pixels.
             background="white",

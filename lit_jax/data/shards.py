@@ -226,7 +226,7 @@ class Shards:
                 split_infos=infos,
                 check_data=False,  # it would count the records of every shard again
                 version=VERSION,
-                supervised_keys=("mean" if about["autoencoder"] else "image", "label"),
+                supervised_keys=_supervised_keys(features),
                 description=_description(about),
             )
         write_about(self.folder, about | {"splits": splits})
@@ -249,6 +249,12 @@ class Shards:
         )
 
 
+def _supervised_keys(features: tfds.features.FeaturesDict) -> tuple[str, str] | None:
+    if "label" not in features:
+        return None
+    return ("mean" if "mean" in features else "image", "label")
+
+
 def _description(about: dict[str, Any]) -> str:
     size = about["image_size"]
     if not isinstance(size, int):
@@ -257,13 +263,14 @@ def _description(about: dict[str, Any]) -> str:
     sources = [split.get("source", about.get("source")) for split in about["splits"].values()]
     names = " and ".join(dict.fromkeys(filter(None, sources)))
     text = f"{names}, ADM centre crop to {size} pixels"
+    of_what = "image and mirror"
+    if about.get("text"):
+        text = f"{names}, in aspect buckets of {size} pixels, with the features of their captions"
+        of_what = "each image"
     if not about["autoencoder"]:
         return f"{text}."
     name = about["autoencoder"]["name"]
-    return (
-        f"{text}, encoded by {name}: "
-        f"posterior mean and log-variance, unscaled, of image and mirror."
-    )
+    return f"{text}, encoded by {name}: posterior mean and log-variance, unscaled, of {of_what}."
 
 
 def read_about(folder: epath.Path) -> dict[str, Any]:
