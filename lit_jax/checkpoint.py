@@ -50,6 +50,8 @@ MAX_JSON_BYTES = 4 << 20
 # Arrays of constants pack well, and a stranger's folder may unpack to any size.
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_COMPRESSION = 100
+# What Orbax adds to the name of a folder until it is whole.
+TEMPORARY = ".orbax-checkpoint-tmp"
 
 Items = dict[str, Any]  # {item: tree of arrays}
 
@@ -380,7 +382,8 @@ def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
     Args:
       path: a new or empty folder.
       metadata: JSON values (model fields, origin).
-    Raises: ValueError when the folder has files.
+    Raises: ValueError when the folder has files; OSError naming it when it
+      cannot be written.
     """
     path = orbax_path(path)
     if path.exists() and any(path.iterdir()):
@@ -396,8 +399,30 @@ def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
         params=ocp.args.StandardSave(params),
         metadata=ocp.args.JsonSave(metadata),
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args, force=True)
+    try:
+        with (
+            storage.naming_file(path),
+            _quiet(),
+            ocp.Checkpointer(handler) as checkpointer,
+        ):
+            checkpointer.save(path, args, force=True)
+    except OSError:
+        if jax.process_index() == 0:
+            # The half that was written, on a disk that may be full.
+            path.with_name(f"{path.name}{TEMPORARY}").rmtree(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's threads from logging the tracebacks of an error that it raises anyway."""
+    logger = logging.get_absl_logger()
+    before = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:

@@ -21,12 +21,11 @@ from lit_jax import conditions, fields, inherit, ranges, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
-from lit_jax.models import FAMILIES
+from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import DiT, DiTConfig
-from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
+    KEY_TABLES,
     Checkpoint,
     checksum,
     load_params,
@@ -106,23 +105,34 @@ class Experiment:
 
     # ---- Settings --------------------------------------------------------------------------------
 
-    def _model_config(self) -> DiTConfig:
+    def _model_config(self) -> Any:
         model = self.config.model
         if model.family not in FAMILIES:
             raise ValueError(
                 f"model.family must be one of {', '.join(FAMILIES)}; got {model.family!r}"
             )
-        architecture = {n: value for n, value in model.items() if n not in NOT_ARCHITECTURE}
+        family = FAMILIES[model.family].config
+        # None: not asked for. So one config holds the fields of all families.
+        asked = {n: value for n, value in model.items() if value is not None}
+        architecture = {n: value for n, value in asked.items() if n not in NOT_ARCHITECTURE}
+        known = {"size"} | {field.name for field in dataclasses.fields(family)}
+        if unknown := sorted(architecture.keys() - known):
+            name = unknown[0]
+            raise ValueError(
+                f"model.{name} = {model[name]}, but model.family = {model.family} has no "
+                f"{name}; set model.{name}=None"
+            )
         with naming("model"):
-            found = FAMILIES[model.family].config.of_size(**architecture)
-        if model.input_size % found.patch_size:
+            found = family.of_size(**architecture)
+        h, w = ranges.sides(model.input_size)
+        if h % found.patch_size or w % found.patch_size:
             raise ValueError(
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
         # The model takes any grid; this one is what checkpoints say it was trained on.
-        side = model.input_size // found.patch_size
-        return dataclasses.replace(found, grid=(side, side))
+        grid = (h // found.patch_size, w // found.patch_size)
+        return dataclasses.replace(found, grid=grid)
 
     def _check_implementations(self) -> None:
         # The names only. Whether the devices can run one is asked once they are known.
@@ -154,19 +164,21 @@ class Experiment:
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
 
-    def _port_overrides(self) -> Overrides:
+    def _port_overrides(self) -> Any:
+        """What the config knows better than the checkpoint of a port, for its family."""
         port = self.config.port
-        names = {field.name for field in dataclasses.fields(Overrides)}
+        overrides = KEY_TABLES[type(self.model_config)].Overrides
+        names = {field.name for field in dataclasses.fields(overrides)}
         known = {name: port[name] for name in names & set(port)}
         # A side of 0 keeps the table that the checkpoint has.
-        sides = (port.input_size, port.input_size) if port.input_size else None
+        sides = ranges.sides(port.input_size) if port.input_size else None
         with naming("port"):
-            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
+            return overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
         """(h, w) of the images or latents."""
-        return (self.config.model.input_size,) * 2
+        return ranges.sides(self.config.model.input_size)
 
     @property
     def step_settings(self) -> StepSettings:
@@ -190,7 +202,7 @@ class Experiment:
             return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
 
     @functools.cached_property
-    def model(self) -> DiT:
+    def model(self) -> Model:
         """The model that is trained, or sampled from."""
         config = self.config
         return FAMILIES[config.model.family].model(
@@ -209,7 +221,7 @@ class Experiment:
         return _read("teacher.checkpoint", teacher.checkpoint, teacher.weights)
 
     @functools.cached_property
-    def teacher(self) -> DiT | None:
+    def teacher(self) -> Model | None:
         """The frozen model, as its checkpoint and the config say; None: plain training.
 
         Raises: ValueError where checkpoint, config and student contradict each other.
@@ -245,7 +257,7 @@ class Experiment:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
         return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
 
-    def default_teacher(self) -> DiT:
+    def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
@@ -265,7 +277,7 @@ class Experiment:
             )
         return self._as_teacher(architecture)
 
-    def _as_teacher(self, architecture: DiTConfig) -> DiT:
+    def _as_teacher(self, architecture: Architecture) -> Model:
         teacher = self.config.teacher
         return FAMILIES[self.config.model.family].model(
             architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
@@ -288,7 +300,10 @@ class Experiment:
             return None
         checkpoint = self.teacher_checkpoint
         if student.init != "teacher":
-            checkpoint = _read("student.init", student.init, student.weights)
+            # Fine-tuning on other classes resizes the label table, as port.num_classes does.
+            overrides = KEY_TABLES[type(self.model_config)].Overrides
+            asked = overrides.of_student(self.model_config, self.config.seed)
+            checkpoint = _read("student.init", student.init, student.weights, asked)
         if checkpoint is None:
             raise ValueError(
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
@@ -320,7 +335,31 @@ class Experiment:
     def inheritance(self) -> dict[str, tuple[str, ...]]:
         """What `inherit.merge_params` is told: attention parts to load, paths to keep."""
         chosen = self.config.inherit
-        return {"load": tuple(chosen.load), "keep_init": tuple(chosen.keep_init)}
+        load = tuple(chosen.load)
+        if load == ("auto",):
+            load = self._whole_attention()
+        return {"load": load, "keep_init": tuple(chosen.keep_init)}
+
+    def _whole_attention(self) -> tuple[str, ...]:
+        """All parts of an attention that the student shares with its source; of another, none.
+
+        Raises: ValueError where the two are of one kind, but compute with other numbers.
+        """
+        source = self.init_checkpoint
+        ours = self.model_config
+        if source is None or source.config.attention != ours.attention:
+            return ()
+        for name in ("num_heads", "kernel_function", "conv_size"):
+            value = getattr(ours, name)
+            theirs = getattr(source.config, name)
+            # A file of softmax attention may not tell its heads.
+            if theirs is not None and theirs != value:
+                raise ValueError(
+                    f"model.{name} = {value}, but {source.report.source}, which the student "
+                    f"inherits its attention from, has {theirs}; set model.{name}={theirs}, or "
+                    f"name the parts that it takes: inherit.load=() for none"
+                )
+        return tuple(part for part in inherit.PARTS if part != "conv" or ours.conv_size)
 
     # ---- Data ------------------------------------------------------------------------------------
 
@@ -328,7 +367,12 @@ class Experiment:
     def dataset(self) -> dataset.Dataset:
         data = self.config.data
         with naming("data"):
-            return dataset.open_dataset(data.name, data.dir, data.split)
+            return dataset.open_dataset(
+                data.name,
+                data.dir,
+                data.split,
+                classes=conditions.count_classes(self.model_config),
+            )
 
     @functools.cached_property
     def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
@@ -422,7 +466,7 @@ class Experiment:
         )
 
     def sampler(
-        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+        self, model: Model | None = None, batch_size: int = 0, *, decodes: bool = True
     ) -> Sampler:
         """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
 
@@ -579,7 +623,7 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name).type
 
 
-def _read(field: str, path: str, weights: str) -> Checkpoint:
+def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
     if not epath.Path(path).exists():
         raise FileNotFoundError(
@@ -587,4 +631,4 @@ def _read(field: str, path: str, weights: str) -> Checkpoint:
             f"leaves"
         )
     with naming(field.split(".")[0]):
-        return read_checkpoint(path, weights=weights)
+        return read_checkpoint(path, weights=weights, overrides=overrides)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lit_jax.models.dit import REMAT_POLICIES
-from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of
+from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -29,21 +29,25 @@ DTYPE = one_of("bfloat16", "float32")
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
     "seed": SEED,
-    "model.input_size": AT_LEAST_1,
+    "model.input_size": SIDES,
     "model.dtype": DTYPE,
     "teacher.num_heads": AT_LEAST_0,
     "teacher.dtype": DTYPE,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
     # 0 reads in the main thread: for a debugger, and for data that are in memory.
-    "data.num_threads": AT_LEAST_0,
-    "data.prefetch": AT_LEAST_0,
+    # Grain starts the threads, and makes a place for each batch that is read ahead, before
+    # the first one is there.
+    "data.num_threads": between(0, 1024),
+    "data.prefetch": between(0, 10_000),
     "autoencoder.scaling_factor": NOT_NEGATIVE,
     "autoencoder.dtype": one_of("float32", "bfloat16"),
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
-    "prepare.image_size": AT_LEAST_1,
-    "prepare.batch_size": AT_LEAST_1,
+    "prepare.image_size": SIDES,
+    "prepare.max_pixels": AT_LEAST_1,
+    "prepare.skip_broken": AT_LEAST_0,
+    "prepare.batch_size": between(1, 65_536),
     "prepare.shard_records": AT_LEAST_1,
     # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
     "train.batch_size": AT_LEAST_1,
@@ -64,6 +68,7 @@ RANGES = {
     "checkpoint.keep_every": AT_LEAST_0,
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
+    "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,

@@ -14,10 +14,13 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-PARTS = ("q", "k", "v", "o", "conv")  # what `load` may name
+from lit_jax.models import attention
+
 # Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
 # function in both models, and inherited with the rest.
 ATTENTION = "blocks/attn/"
+# What `load` may name: the parts of projections, and all modules that are none ("rest").
+PARTS = (*dict.fromkeys(part for parts in attention.PARTS.values() for part in parts), "rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def merge_params(
       loaded: the source's tree of NumPy-like leaves. They are read one by one, and may still be in
         a file.
       init: the student's tree of device arrays; their shardings are kept.
-      load: any of q, k, v, o, conv.
+      load: any of q, k, v, o, conv, and rest: all else that an attention has.
       keep_init: paths (a module or a leaf) that stay at init.
     Returns: the merged tree and the report.
     Raises: ValueError listing both sides: leaves that the source lacks, has too many of, has empty
@@ -135,11 +138,10 @@ def _check_names(target, load, keep_init):
     unknown = [part for part in load if part not in PARTS]
     if unknown:
         raise ValueError(f"load = {', '.join(unknown)}: it may name {', '.join(PARTS)}")
-    attention = sorted(path for path in target if path.startswith(ATTENTION))
-    if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in attention):
+    leaves = sorted(path for path in target if path.startswith(ATTENTION))
+    if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in leaves):
         raise ValueError(
-            f"load = conv, but the student has no convolution: its attention is "
-            f"{', '.join(attention)}"
+            f"load = conv, but the student has no convolution: its attention is {', '.join(leaves)}"
         )
     modules = sorted({path.rsplit("/", 1)[0] for path in target})
     for kept in keep_init:
@@ -177,20 +179,21 @@ class Part:
 
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
     """What makes up an attention leaf along its last axis; None for a part that stays at init."""
-    module, leaf = path.removeprefix(ATTENTION).split("/")
-    if module in ("proj", "dwc"):
-        name = {"proj": "o", "dwc": "conv"}[module]
-        return [Part(path) if name in load else None]
-    parts = {
-        "q": Part(f"{ATTENTION}q/{leaf}"),
-        "k": Part(f"{ATTENTION}kv/{leaf}", 0, 2),
-        "v": Part(f"{ATTENTION}kv/{leaf}", 1, 2),
-    }
-    qkv = f"{ATTENTION}qkv/{leaf}"
-    if qkv in source:  # a softmax source
-        parts = {name: Part(qkv, index, 3) for index, name in enumerate("qkv")}
-    # The module's name, q, kv or qkv, spells its parts.
-    return [parts[name] if name in load else None for name in module]
+    module, _, leaf = path.removeprefix(ATTENTION).rpartition("/")
+    if module not in attention.PARTS:
+        return [Part(path) if "rest" in load else None]
+    return [
+        _find_part(name, leaf, source) if name in load else None for name in attention.PARTS[module]
+    ]
+
+
+def _find_part(name: str, leaf: str, source: dict) -> Part:
+    """Where a source has a part, whichever module it is in."""
+    modules = [m for m, parts in attention.PARTS.items() if name in parts]
+    # A source of another design may lack it: the first of the paths is then reported missing.
+    there = [m for m in modules if f"{ATTENTION}{m}/{leaf}" in source] or modules[-1:]
+    parts = attention.PARTS[there[0]]
+    return Part(f"{ATTENTION}{there[0]}/{leaf}", parts.index(name), len(parts))
 
 
 def _place(columns: list[Any], leaf: jax.Array) -> jax.Array:

@@ -5,20 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lit_jax import samplers, sharding
+from lit_jax import ranges, samplers, sharding
 from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
-from lit_jax.models.dit import DiT
 from lit_jax.samplers import SamplerSettings
 
 
 def protocol(
     settings: SamplerSettings,
     *,
-    input_size: int,
+    input_size: int | Sequence[int],
     seed: int,
     dtype: str,
     weights: str,
@@ -30,14 +31,16 @@ def protocol(
     Two scores are comparable only where it is equal.
 
     Args:
-      input_size: height = width in the model's space. dtype: the activations' type.
+      input_size: height = width in the model's space, or the two. dtype: the activations'
+        type.
       weights: the hash of the model's. labels: how the images' labels were chosen.
       autoencoder: what identifies it, None for pixels.
     """
+    h, w = ranges.sides(input_size)
     # The names are those of protocol.json in folders that older versions began: keep them.
     about = {
         "weights": weights,
-        "input_size": input_size,
+        "input_size": h if h == w else [h, w],
         "seed": seed,
         "dtype": dtype,
         "autoencoder": autoencoder or "none",
@@ -66,7 +69,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: DiT,
+        model: Model,
         settings: SamplerSettings,
         *,
         batch_size: int,
@@ -98,6 +101,10 @@ class Sampler:
         self._sharding = sharding.batch_sharding(mesh)
         # (params, index (B,), condition) -> (B, h, w, C) in the model's space, B = batch_size.
         self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        self._are_finite = jax.jit(
+            lambda images: jnp.isfinite(images).all((1, 2, 3)),
+            out_shardings=sharding.replicated(mesh),
+        )
         self._autoencoder = autoencoder
         if autoencoder:
             # Its parameters are an argument: closed over, they would be constants of the program.
@@ -149,8 +156,15 @@ class Sampler:
         out = self.draw_batch(params, put(index), placed)
         return self._decode(self._autoencoder.params, out) if self._autoencoder else out
 
+    def are_finite(self, images: jax.Array) -> np.ndarray:
+        """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.
 
-def _trained_size(model: DiT) -> tuple[int, int]:
+        Finite weights may overflow all the same. The answer is the same on every process.
+        """
+        return np.asarray(self._are_finite(images))
+
+
+def _trained_size(model: Model) -> tuple[int, int]:
     grid = model.config.grid
     if grid is None:
         raise ValueError("size = None, but the model does not say which grid it was trained on")

@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 
+import full_disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -578,3 +579,12 @@ def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, states):
     )
     save_run(tmp_path, {2: states[2]})
     assert not asked
+
+
+def test_a_port_to_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, capfd):
+    params = {"a": np.random.default_rng(0).random((500, 500), np.float32)}
+    message = f"^{tmp_path / 'out'} {full_disk.MESSAGE}"
+    with full_disk.full_disk(100_000), pytest.raises(OSError, match=message):
+        checkpoint.save_params(tmp_path / "out", params, {})
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in capfd.readouterr().err

@@ -16,7 +16,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from lit_jax.experiment import Experiment
-from lit_jax.models.dit import DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiTConfig
 from lit_jax.train_step import make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -269,6 +270,17 @@ def test_a_misspelt_field_fails_at_once():
         config.train.batch_size = "many"
 
 
+def test_a_field_of_another_family_is_refused_unless_it_is_none():
+    config = load("debug")
+    with config.unlocked():
+        config.model.caption_channels = None
+    Experiment(config)
+    with config.unlocked():
+        config.model.caption_channels = 4096
+    with pytest.raises(ValueError, match="model.caption_channels = 4096, .*family = dit has no"):
+        Experiment(config)
+
+
 def test_the_defaults_are_the_papers():
     """Class-conditional ImageNet: the numbers that LiT and DiT publish."""
     papers = {
@@ -286,7 +298,7 @@ def test_the_defaults_are_the_papers():
         "sample.cfg_channels": "3",
         "model.conv_size": 5,
         "model.qkv_bias": True,
-        "inherit.load": (),
+        "inherit.load": ("auto",),
         "distill.variance_target": "raw",
         "distill.teacher_sees_dropped_labels": False,
     }

@@ -18,16 +18,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
-from lit_jax.models.dit import (
-    SIZES,
-    DiTConfig,
-    check_fields,
-    param_shapes,
-    position_embedding,
-)
+from lit_jax.models import param_shapes
+from lit_jax.models.architecture import SIZES
+from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
     INDEX,
+    LEAVES,
     Entry,
     Parts,
     Report,
@@ -36,6 +33,7 @@ from lit_jax.porting.matching import (
     match,
     plain,
     shape_of,
+    tree_entries,
 )
 from lit_jax.porting.torch_checkpoint import (
     PortingError,
@@ -64,8 +62,6 @@ MODULES = {
     "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
     "final_layer/linear": "final_layer.linear",
 }
-# Our leaf of a module, and torch's.
-LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
 # The official module, and its name in diffusers' DiTTransformer2DModel.
 DIFFUSERS_TOP = {
     "x_embedder.proj": "pos_embed.proj",
@@ -150,6 +146,11 @@ class Overrides:
             mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
         )
 
+    @classmethod
+    def of_student(cls, config: DiTConfig, seed: int) -> "Overrides":
+        """Those of a checkpoint that a model inherits from: its label table gets the classes."""
+        return cls(num_classes=config.num_classes, seed=seed)
+
     def of_model(self, config: DiTConfig) -> DiTConfig:
         """What a checkpoint of a model should be after these changes of it."""
         changes: dict[str, Any] = {}
@@ -188,16 +189,7 @@ def entries(config: DiTConfig) -> tuple[Entry, ...]:
 @functools.cache
 def _entries(config):
     leaves = flatten_dict(param_shapes(config), sep="/")
-    found = []
-    for module, official in MODULES.items():
-        layers = range(config.depth if module.startswith("blocks/") else 1)
-        for leaf, theirs in LEAVES.items():
-            path = f"{module}/{leaf}"
-            if path in leaves:
-                names = map(official.format, layers)
-                keys = tuple(f"{name}.{theirs}" for name in names)
-                found.append(Entry(path, keys, leaves[path].shape))
-    return tuple(found)
+    return tree_entries(leaves, MODULES, config.depth)
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -221,14 +213,14 @@ def read_torch(
 
     # What the tensors tell stands. The rest is assumed until the checkpoint
     # says more.
-    told = _told(shapes, path)
+    stored = _checked(source.stored, path)
+    told = _told(shapes, stored, path)
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
     told["depth"] = _checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
         fields |= _agreeing(told, says, path, "config.json")
-    stored = _checked(source.stored, path)
     fields |= _agreeing(told, stored, path, "its metadata")
     config = _make_config(fields, path)
     report.notes += _notes_of_guesses(config, stored, source)
@@ -283,12 +275,13 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
                 raise PortingError(f"{path}: {name} has shape {shape}")
             shapes[f"{official.format(0)}.{theirs}"] = entry.torch_shape
 
-    told = _told(shapes, path)
+    stored = _checked(stored, path)
+    told = _told(shapes, stored, path)
     blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
     depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
     told["depth"] = _checked_depth(max(depths, default=0), path)
     fields = _assumed(told, shapes, path) | told
-    fields |= _agreeing(told, _checked(stored, path), path, "its metadata")
+    fields |= _agreeing(told, stored, path, "its metadata")
     config = _make_config(fields, path)
     check_tree(flat, entries(config), report)
     return config
@@ -445,8 +438,11 @@ def _official_name(key, layer, part, leaf):
 # ---- The architecture ----------------------------------------------------------------------------
 
 
-def _told(shapes, path):
-    """The fields that the shapes of official keys tell, but for the depth."""
+def _told(shapes, stored, path):
+    """The fields that the shapes of official keys tell, but for the depth.
+
+    Args: stored: what the checkpoint names itself. Designs with the same leaves differ in it.
+    """
 
     def shape(key, ndim):
         return shape_of(shapes, key, ndim, path, "a DiT or LiT checkpoint")
@@ -467,9 +463,13 @@ def _told(shapes, path):
             f"need {patch}, or {2 * patch} with learned variance"
         )
     is_linear = "blocks.0.attn.q.weight" in shapes
+    attention = "linear" if is_linear else "softmax"
+    # Another design than these two is taken by its name. All leaves must then be its own.
+    if stored.get("attention", attention) not in ("softmax", "linear"):
+        attention = stored["attention"]
     first = "q" if is_linear else "qkv"
     told = {
-        "attention": "linear" if is_linear else "softmax",
+        "attention": attention,
         "width": D,
         "patch_size": p,
         "in_channels": C,
@@ -520,7 +520,7 @@ def _agreeing(told, says, path, who):
 def _checked(stored, path):
     """The fields that a checkpoint names itself, without those it does not know."""
     try:
-        fields = check_fields(stored)
+        fields = DiTConfig.check_fields(stored)
     except ValueError as error:
         raise PortingError(f"{path}: its metadata: {error}") from error
     return {field: value for field, value in fields.items() if value is not None}

@@ -19,8 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.models.dit import DiTConfig
-from lit_jax.porting import autoencoder, dit
-from lit_jax.porting.dit import Overrides
+from lit_jax.models.pixart import PixArtConfig
+from lit_jax.porting import autoencoder, dit, pixart
 from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
@@ -30,9 +30,9 @@ from lit_jax.porting.torch_checkpoint import (
     open_torch_checkpoint,
 )
 
-# The families of diffusion models: for the architecture of each the module with
-# its key tables. A further family is one more line.
-FAMILIES: dict[type, ModuleType] = {DiTConfig: dit}
+# For the architecture of each model family the module with its key tables and the
+# overrides that it knows. A further family is one more line.
+KEY_TABLES: dict[type, ModuleType] = {DiTConfig: dit, PixArtConfig: pixart}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Checkpoint:
     """
 
     params: dict[str, Any]
-    config: DiTConfig
+    config: Any  # an Architecture
     report: Report
 
 
@@ -63,7 +63,7 @@ class AutoencoderCheckpoint:
 
 
 def read_checkpoint(
-    path: epath.PathLike, *, weights: str = "ema", overrides: Overrides | None = None
+    path: epath.PathLike, *, weights: str = "ema", overrides: Any = None
 ) -> Checkpoint:
     """Opens a checkpoint of a diffusion model of any layout.
 
@@ -73,7 +73,8 @@ def read_checkpoint(
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
-        overrides: what the caller knows better than the checkpoint; None: nothing.
+        overrides: what the caller knows better than the checkpoint, the `Overrides` of the
+            family's key tables; None: nothing.
     Returns: with leaves that are still in their file, if that is one of torch.
     Raises:
         PortingError: a key is missing, unexpected, of the wrong shape or dtype, not
@@ -82,7 +83,6 @@ def read_checkpoint(
         TensorFileError: the file is damaged or hostile.
         FileNotFoundError: it is not there.
     """
-    overrides = overrides or Overrides()
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):
@@ -96,10 +96,10 @@ def read_checkpoint(
         source = open_torch_checkpoint(path, weights)
         report = Report(str(path), "dit", notes=source.notes)
         family = _family_of(source.tensors)
-        params, config = family.read_torch(source, report, overrides)
+        params, config = family.read_torch(source, report, overrides or family.Overrides())
         report.checksum = _checked_values(params, report)
     of_source = dict(params)
-    config = family.override(params, config, overrides, report)
+    config = family.override(params, config, overrides or family.Overrides(), report)
     if any(params[name] is not of_source.get(name) for name in params):
         report.checksum = _checked_values(params, report)
     tree = _account(params, config.to_json(), report)
@@ -239,7 +239,7 @@ def _as_porting_error():
 def _family_of(keys):
     # What none recognises is read as a DiT, whose error then lists what is
     # missing.
-    known = (family for family in FAMILIES.values() if family.recognises(keys))
+    known = (family for family in KEY_TABLES.values() if family.recognises(keys))
     return next(known, dit)
 
 

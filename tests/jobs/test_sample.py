@@ -6,15 +6,18 @@ Neither the batch, nor the devices, nor an interruption changes an image.
 import json
 import shutil
 
+import full_disk
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
-from lit_jax.models.dit import param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.runtime import workdir_lock
 
 COUNT = 50
 
@@ -187,6 +190,20 @@ def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(
         assert (tmp_path / "samples.npz").read_text() == "the old one"
 
 
+def test_images_that_are_not_finite_are_named_and_not_written(
+    config, weights, tmp_path, monkeypatch
+):
+    """All weights are finite, but the last layer's product is not."""
+    huge = jax.tree.map(np.copy, weights)
+    huge["final_layer"]["linear"]["kernel"] *= np.float32(1e37)
+    path = tmp_path / "params"
+    checkpoint.save_params(path, huge, {"model": Experiment(config).model_config.to_json()})
+    message = "000000.png, 000001.png, 000002.png would hold NaN or infinite values"
+    with pytest.raises(ValueError, match=message):
+        draw(config, tmp_path / "drawn", checkpoint=str(path), num_images=3)
+    assert not list((tmp_path / "drawn").rglob("*.png"))
+
+
 def test_images_of_another_size_are_not_mixed_in(config, drawn):
     other = config.copy_and_resolve_references()
     other.model.input_size = 16
@@ -202,6 +219,17 @@ def test_images_of_another_protocol_are_not_mixed_in(config, drawn, field, value
         draw(config, drawn[1], **{field: value})
 
 
+def test_a_damaged_protocol_is_named_and_a_damaged_speed_left_out(config, drawn, tmp_path):
+    shutil.copytree(drawn[1] / "samples", tmp_path / "samples")
+    (tmp_path / "samples" / "speed.json").write_text('{"images_per_')
+    draw(config, tmp_path)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert "speed" not in archive and "protocol" in archive
+    (tmp_path / "samples" / "protocol.json").write_bytes(b"\xff\0")
+    with pytest.raises(ValueError, match="samples/protocol.json is damaged.* remove the folder"):
+        draw(config, tmp_path)
+
+
 def test_rows_of_a_batch_are_handed_out_once():
     batch = jax.device_put(
         np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2))
@@ -210,3 +238,29 @@ def test_rows_of_a_batch_are_handed_out_once():
     assert sorted(rows) == list(range(16))
     for row, value in rows.items():
         np.testing.assert_array_equal(value, [2 * row, 2 * row + 1])
+
+
+def test_a_second_sampling_in_the_folder_is_refused_and_told_the_owner(
+    config, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.0)
+    folder = tmp_path / "samples"
+    with workdir_lock.lock_folder(folder, "", ""):
+        with pytest.raises(ValueError, match=f"^{folder} is in use by process .*another --workdir"):
+            sample.run(config, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    path = epath.Path(tmp_path) / "000000.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    with full_disk.full_disk(), pytest.raises(OSError, match=f"^{path} {full_disk.MESSAGE}"):
+        sample.save_image(path, noise)
+    assert not list(tmp_path.iterdir())
+    sample.save_image(path, noise)
+    npz = epath.Path(tmp_path) / "samples.npz"
+    npz.write_text("the old one")
+    with full_disk.full_disk(), pytest.raises(OSError, match=f"^{npz} {full_disk.MESSAGE}"):
+        sample.write_npz(npz, [path], {}, {})
+    assert npz.read_text() == "the old one"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.png", "samples.npz"]

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,7 @@ from torch_checkpoints import (
 )
 from torch_dit import DiT
 
+from lit_jax import models, ranges
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.jobs import port
 from lit_jax.models import attention, dit
@@ -57,7 +59,7 @@ def test_official_checkpoints_compute_the_same_function(tmp_path, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_has_a_key(name):
     config = config_of(VARIANTS[name])
-    shapes = flatten_dict(dit.param_shapes(config), sep="/")
+    shapes = flatten_dict(models.param_shapes(config), sep="/")
     assert {entry.path: entry.shape for entry in entries(config)} == {
         path: leaf.shape for path, leaf in shapes.items()
     }
@@ -113,9 +115,8 @@ def test_every_module_computes_the_same(tmp_path, name):
     )
     compare(dit.TimestepEmbedder(48, 0), params["t_embedder"], "t_embedder", seen["t_embedder"][0])
     compare(dit.LabelEmbedder(10, 48), params["y_embedder"], "y_embedder", seen["y_embedder"][0])
-    kind = {"dit": attention.SoftmaxAttention, "lit": attention.LinearAttention}[name]
     for layer in range(3):
-        block = dit.Block(kind, {"num_heads": 3}, fields["grid"], 1e-6, jnp.float32)
+        block = dit.Block(checkpoint.config, fields["grid"], None, jnp.float32)
         x, c = seen[f"blocks.{layer}"]
         compare(
             block,
@@ -616,3 +617,30 @@ def test_the_heads_of_a_convolution_are_not_overridden(tmp_path):
     save(make_torch(attention="linear", conv_size=0), tmp_path / "b.pt")
     other = read_checkpoint(tmp_path / "b.pt", overrides=Overrides(num_heads=2))
     assert other.config.num_heads == 2
+
+
+class GatedAttention(attention.LinearAttention):
+    """A design with modules and leaves that no checkpoint of LiT has."""
+
+    @flax.linen.compact
+    def __call__(self, x, grid):
+        gate = flax.linen.RMSNorm(dtype=self.dtype, name="gate_norm")(x)
+        return attention.LinearAttention.__call__(self, x, grid) * gate
+
+
+def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkeypatch):
+    design = attention.ATTENTIONS["linear"]._replace(module=GatedAttention)
+    monkeypatch.setitem(attention.ATTENTIONS, "gated", design)
+    monkeypatch.setitem(dit.DiTConfig.ranges, "attention", ranges.one_of(*attention.ATTENTIONS))
+    config = dit.DiTConfig(
+        depth=2, width=32, num_heads=2, attention="gated", num_classes=3, grid=(2, 2)
+    )
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32),
+        models.param_shapes(config),
+    )
+    export_official(params, tmp_path / "a.safetensors", config)
+    read = read_checkpoint(tmp_path / "a.safetensors")
+    assert "blocks.1.attn.gate_norm.scale" in read.report.keys
+    assert read.config == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(read.params), params)
