@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # The model that is trained, sampled and evaluated: the student, where there is a teacher.
     config.model = ConfigDict(
         dict(
-            family="dit",  # dit, or pixart: a model that is told captions
+            family="dit",  # a name in lit_jax/models/__init__.py: dit or pixart
             # Ti, S, B, L or XL: gives depth, width and heads (lit_jax/models/dit.py).
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
@@ -49,15 +49,17 @@ def get_config() -> ConfigDict:
             conv_size=5,
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
+            # Of pixart alone; None: that of PixArt-Sigma, at 512 pixels.
+            cross_heads=ml_collections.config_dict.placeholder(int),  # of the caption's attention
+            caption_channels=ml_collections.config_dict.placeholder(int),  # 4096: T5-XXL's
+            caption_length=ml_collections.config_dict.placeholder(int),  # 300 tokens at most
+            # Positions span position_base / position_scale: 16, 32, 64, 128 and 0.5, 1, 2, 4 for
+            # 256, 512, 1024 and 2048 pixels.
+            position_base=ml_collections.config_dict.placeholder(int),
+            position_scale=ml_collections.config_dict.placeholder(float),
+            # Of dit alone, as num_classes above.
             timestep_freq_shift=0,  # 0: official DiT; 1: diffusers
             mlp_norm_epsilon=1e-6,  # 1e-6: official DiT; 1e-5: diffusers
-            # Of pixart alone; None: its default. For pixart, the three fields above that are of
-            # dit alone (num_classes, timestep_freq_shift, mlp_norm_epsilon) are None.
-            cross_heads=ml_collections.config_dict.placeholder(int),  # of the caption's attention
-            caption_channels=ml_collections.config_dict.placeholder(int),  # T5-XXL: 4096
-            caption_length=ml_collections.config_dict.placeholder(int),  # tokens: 300
-            position_base=ml_collections.config_dict.placeholder(int),  # nominal pixels / 16
-            position_scale=ml_collections.config_dict.placeholder(float),  # nominal pixels / 512
             dtype="bfloat16",  # of activations and matmuls: bfloat16 or float32
         )
     )
@@ -141,23 +143,6 @@ def get_config() -> ConfigDict:
             # Larger images are cut into tiles with this many latent cells a side, a multiple
             # of 4 (the published models were trained at 64); 0: images stay whole.
             tile_size=0,
-        )
-    )
-
-    # What stands between captions and a model that is told captions (docs/text_to_image.md).
-    config.text = ConfigDict(
-        dict(
-            # T5 v1.1: a folder of transformers, a file, or the pipeline's folder around it. In
-            # training it may be empty; a named one must be the one that made the features.
-            checkpoint="",
-            tokenizer="",  # spiece.model, or a folder that holds it; empty: it is in checkpoint
-            # none (as PixArt-Sigma was trained), lower, or clean (as diffusers).
-            cleaning="none",
-            max_length=300,  # tokens; longer captions are cut
-            batch_size=16,  # captions through it at once, over all devices
-            dtype="bfloat16",  # of its parameters and features: bfloat16 or float32
-            # Training: the probability of an image's first caption; its others share the rest.
-            caption_ratio=0.5,
         )
     )
 
@@ -265,13 +250,32 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # The text encoder, for models that are told a caption.
+    config.text = ConfigDict(
+        dict(
+            # A pipeline's folder with text_encoder/ and tokenizer/, or the folder of a T5.
+            # Empty: there is none.
+            checkpoint="",
+            tokenizer="",  # a spiece.model, or its folder; empty: the one in text.checkpoint
+            # What is done to a prompt: none (PixArt-Sigma's training), lower, or clean (as
+            # diffusers does where it can). Features of another cleaning are refused.
+            cleaning="none",
+            max_length=300,  # tokens, the end of the text among them; longer prompts are cut
+            batch_size=16,  # prompts at once, over all devices
+            dtype="bfloat16",  # of parameters and features: bfloat16 or float32
+            # Training: the probability of an image's first caption; its others share the rest.
+            caption_ratio=0.5,
+        )
+    )
+
     # The sampler, and --mode=sample.
     config.sample = ConfigDict(
         dict(
             checkpoint="",  # what --mode=sample reads; empty: the workdir
             sampler="ddpm",  # ddpm, ddim or dpm++
             steps=250,  # model evaluations an image
-            # Timesteps: respaced, leading, trailing or linspace; empty: the sampler's default.
+            # Timesteps: respaced, leading, trailing, linspace or time_uniform (PixArt's).
+            # Empty: the sampler's default.
             spacing="",
             # Variance of ddpm's noise: learned_range, fixed_small or fixed_large.
             # Empty: learned_range, or fixed_large if the model has no variance head.
@@ -284,6 +288,19 @@ def get_config() -> ConfigDict:
             cfg_channels="3",  # leading channels that are guided: 3 (as in DiT), or all
             cfg_interval=(0.0, 1000.0),  # guided where low <= t <= high, in training timesteps
             labels="random",  # random (DiT's protocol) or balanced over the classes
+            # For models that are told a caption: what they are asked for, in brackets.
+            prompts=(),
+            # In place of prompts: a file of one prompt a line, GenEval's metadata (.jsonl, or
+            # "geneval" for its own 553), whose images go into the folders that its scorer reads.
+            prompt_file="",
+            # Height and width of the images in pixels; (): those of model.input_size.
+            size=(),
+            images_per_prompt=1,  # image i is of prompt i // images_per_prompt
+            # Which tokens the model sees of nothing: prompt (as many as the prompt has, as in
+            # PixArt) or own (the one of the empty prompt, as in diffusers).
+            null_mask="prompt",
+            # True: text encoder, model and autoencoder are in memory one after the other.
+            offload=False,
             clip_denoised=False,  # clip the predicted image to [-1, 1]: for pixels
         )
     )
@@ -300,6 +317,9 @@ def get_config() -> ConfigDict:
             # 0: what it tells, or the published number of its size.
             num_heads=0,
             num_classes=0,  # resize the label table to so many classes; 0: keep it
+            # Of a PixArt that lacks it: the features of "", as .npy, .safetensors or .pth, or a
+            # pipeline's folder whose text encoder makes them.
+            null_caption="",
             # Recompute the position table for this size, or (height, width); 0: keep it.
             input_size=ml_collections.FieldReference(0, field_type=object),
             # Of an autoencoder whose checkpoint does not tell it; 0: what the checkpoint tells.

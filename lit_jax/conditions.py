@@ -81,11 +81,6 @@ def _check_captions(model_config: Any, dataset: Any) -> None:
         )
 
 
-def is_told_captions(model_config: Any) -> bool:
-    """Whether the model is told captions, and its data are images with captions."""
-    return "caption" in model_config.condition_shapes(1)
-
-
 def count_classes(model_config: Any) -> int:
     """How many labels the model knows, without the null; 0: it is told no label."""
     return getattr(model_config, "num_classes", 0)

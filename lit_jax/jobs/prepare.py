@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     folder = epath.Path(target.dir) / target.name / VERSION
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = folder.parent
-    if conditions.is_told_captions(experiment.model_config):
+    if experiment.is_told_captions:
         plan = plan_captions(experiment, place)
     else:
         plan = plan_classes(experiment)
@@ -239,15 +239,8 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
                 f"{buckets.sides(bucket)} pixels in the bucket {name_of(shape)}, which are no "
                 f"multiples of the {multiple} pixels of a token"
             )
-    encoder = experiment.text_encoder
-    if encoder is None:
-        raise ValueError("text.checkpoint is empty; name what makes features of the captions")
+    encoder = experiment.load_text_encoder()
     width = encoder.config.width
-    if width != model.caption_channels:
-        raise ValueError(
-            f"model.caption_channels = {model.caption_channels}, but text.checkpoint = "
-            f"{config.text.checkpoint} makes features of {width} channels"
-        )
 
     # ---- The sizes of the images, and their buckets ----------------------------------------------
     survey = read_sizes(experiment, images, settings, folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_inception
 
-from lit_jax.evaluation import features, inception
+from lit_jax.evaluation import efficientnet_lite0, features, inception
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,27 @@ def test_dicts_nested_too_deep_are_refused(tmp_path):
     path.write_bytes(b"\x80\x02" + b"}X\1\0\0\0a" * 10_000 + b"}" + b"s" * 10_000 + b".")
     with pytest.raises(ValueError, match="weights.pickle nests its dicts too deep"):
         inception.load_params(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"pos_embed": np.zeros(2), "a.b": np.zeros(2)}, "InceptionV3: missing .* and [0-9]+ more"),
+        ({"model": {"pos_embed": np.zeros(2)}}, "'model' is a dict, not a named tensor; the file"),
+        ({7: np.zeros(2)}, "7 is a ndarray, not a named tensor"),
+        ({"\x1b[2J" + "n" * 5000: [1.0]}, "is a list, not a named tensor"),
+    ],
+)
+def test_files_of_another_model_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"weights.pth.*{message}") as caught:
+        inception.load_params(path)
+    text = str(caught.value)
+    assert "\n" not in text and "\x1b" not in text and len(text) < 1500
+    if "pos_embed" in content:
+        with pytest.raises(ValueError, match="weights.pth does not hold the weights of Efficient"):
+            efficientnet_lite0.load_params(path)
 
 
 def test_incomplete_weights_are_listed(params, tmp_path):
