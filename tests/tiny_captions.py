@@ -5,6 +5,8 @@ from PIL import Image
 from tiny_text import CAPTIONS, CONFIG
 
 from configs import debug
+from lit_jax.data.buckets import split_of
+from lit_jax.data.caption_records import BucketedDataset, CaptionDataset, pack
 
 # (height, width) in pixels, of a nominal size of 16: one for each of these buckets, and near them.
 BUCKETS = ("8x32", "16x16", "32x8")
@@ -57,3 +59,28 @@ def make_config(folder, data, text="", autoencoder=""):
     config.train.update(batch_size=8, steps=4, preview_every=0)
     config.report.num_images = 0
     return config
+
+
+def make_buckets(counts=(3, 9, 4), lengths=(2, 1), tokens=None, **about):
+    """Three buckets in memory; image i has its number in every pixel.
+
+    Caption k of image i has 10 i + k in all its channels.
+    """
+    about = {
+        "autoencoder": None,
+        "caption_dtype": "bfloat16",
+        "text": {"width": 4, "max_length": 5, "cleaning": "none", "tokenizer": "t", "weights": "w"},
+    } | about
+    buckets = []
+    shapes = ((8, 32), (16, 16), (32, 8))
+    for shape, count in zip(shapes, counts):
+        sides = (shape[0] // 8, shape[1] // 8, 3)
+        records = []
+        for i in range(count):
+            words = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0)) + 10 * i
+            values = np.tile(words[:tokens, None], 4).astype(np.float32)
+            record = pack(values, "bfloat16") | {"image": np.full(sides, i, np.uint8)}
+            records.append(record | {"caption_lengths": np.array(lengths, np.int32)})
+        split = split_of("train", shape)
+        buckets.append(CaptionDataset("told", split, records, sides, about))
+    return BucketedDataset("told", "train", tuple(buckets), shapes)

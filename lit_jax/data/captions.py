@@ -404,7 +404,7 @@ class _Window(io.RawIOBase):
 def _open_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> CaptionedImages:
     features = builder.info.features
     field = next((n for n in ("captions", "caption", "text") if n in features), None)
-    is_image = isinstance(features.get("image"), tfds.features.Image)
+    is_image = "image" in features and isinstance(features["image"], tfds.features.Image)
     if not is_image or field is None:
         raise ValueError(
             f"name = {name!r} has {', '.join(features)}; it needs an image, and its texts in "

@@ -46,7 +46,7 @@ from lit_jax.data.raw_images import (
     open_images,
     own_pixel_limit,
 )
-from lit_jax.data.shards import VERSION, Shards, read_about, write_about
+from lit_jax.data.shards import VERSION, Shards, finish_splits, read_about, write_about
 from lit_jax.experiment import Experiment, naming
 from lit_jax.runtime import storage, workdir_lock
 from lit_jax.runtime.progress import progress
@@ -129,8 +129,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 f"{prepare.skip_broken}; the first: {next(iter(broken.values()))}"
             )
         if jax.process_index() == 0:
-            for shards in splits:
-                shards.finish(plan.features, plan.about)
+            finish_splits(list(splits), plan.features, plan.about)
             logging.info(
                 "%s: %d records of %s in %d verified shards; train on it with data.name=%s",
                 folder,
