@@ -337,6 +337,7 @@ def _members(tar: epath.Path) -> Iterator[tuple[str, _Part]]:
     end = file_bytes(tar)
     with tar.open("rb") as file:
         careful: Any = _Careful(file)
+        archive: Any
         try:
             with tarfile.open(fileobj=careful, mode="r:") as archive:
                 while (member := archive.next()) is not None:

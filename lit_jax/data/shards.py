@@ -227,12 +227,11 @@ def finish_splits(
     Raises: ValueError when shards of theirs are missing.
     """
     folder = written[0].folder
+    found = {shards.split: shards.entries() for shards in written}
     before = read_about(folder)
     splits = before["splits"]
-    left_out = {}
-    for shards in written:
-        entries, left_out[shards.split] = shards.entries()
-        splits[shards.split]["shards"] = [
+    for name, (entries, _) in found.items():
+        splits[name]["shards"] = [
             # Two values, not a dict: there may be thousands of shards.
             [entry["count"], entry["sha256"]]
             for entry in entries
@@ -246,7 +245,7 @@ def finish_splits(
                 written[0], split=name, num_records=split["records"], size=split["shard_records"]
             )
             infos.append(shards.split_info(split))
-    for name, skipped in left_out.items():
+    for name, (_, skipped) in found.items():
         if skipped:
             splits[name]["skipped"] = skipped
     about = before | about
