@@ -272,7 +272,7 @@ class Experiment:
             theirs = getattr(found, name)
             if ours != theirs:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
-        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
+        return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
