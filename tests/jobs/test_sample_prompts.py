@@ -172,5 +172,5 @@ def test_a_port_makes_the_null_caption_with_the_text_encoder(config, tmp_path):
     config.model.update(family="dit", num_classes=10, timestep_freq_shift=0, mlp_norm_epsilon=1e-6)
     for name in ("caption_channels", "caption_length", "position_base", "cross_heads"):
         setattr(config.model, name, None)
-    with pytest.raises(ValueError, match="port.null_caption = .* family = dit has no null_caption"):
+    with pytest.raises(ValueError, match="port.null_caption = .*family = dit has no null_caption"):
         port.run(config, tmp_path)
