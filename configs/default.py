@@ -152,13 +152,23 @@ def get_config() -> ConfigDict:
         dict(
             # A TFDS data set of images, or a folder that has one folder of images for each
             # class. A name with a slash is a folder where there is one.
+            # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
+            # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
             source="imagenet2012",
-            dir="",  # TFDS directory of prepare.source; empty: data.dir
+            # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
+            # empty: the folder InternImgs beside its own, or its own.
+            dir="",
             # Split of prepare.source, slices such as train[:1000] too; empty: data.split.
             split="",
-            # Pixels after the crop: height = width, or (height, width).
+            # Pixels after the crop: height = width, or (height, width). With captions: the side
+            # of the square bucket.
             image_size=ml_collections.FieldReference(256, field_type=object),
+            # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
+            # ("16x16",): squares alone.
+            buckets=("all",),
+            # How the captions' features are stored: bfloat16, or int8 with a scale a token.
+            caption_dtype="bfloat16",
             # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
             # shows the colours that a program left in invisible pixels.
             background="white",
@@ -253,6 +263,8 @@ def get_config() -> ConfigDict:
             max_length=300,  # tokens, the end of the text among them; longer prompts are cut
             batch_size=16,  # prompts at once, over all devices
             dtype="bfloat16",  # of parameters and features: bfloat16 or float32
+            # Training: the probability of an image's first caption; its others share the rest.
+            caption_ratio=0.5,
         )
     )
 

@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, fields, inherit, ranges, sharding, text
-from lit_jax.data import dataset, pipeline
+from lit_jax.data import caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
@@ -34,6 +34,7 @@ from lit_jax.porting.read import (
     read_autoencoder,
     read_checkpoint,
 )
+from lit_jax.porting.t5 import read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.samplers import SamplerSettings
 from lit_jax.sampling import Sampler
@@ -381,9 +382,12 @@ class Experiment:
     # ---- Data ------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def dataset(self) -> dataset.Dataset:
+    def dataset(self) -> Any:
+        """What training reads: a `Dataset`, or a `BucketedDataset` of images with captions."""
         data = self.config.data
         with naming("data"):
+            if self.is_told_captions:
+                return caption_records.open_captions(data.name, data.dir, data.split)
             return dataset.open_dataset(
                 data.name,
                 data.dir,
@@ -467,16 +471,29 @@ class Experiment:
         config = self.config
         # A process reads the rows that its own devices hold, so no batch crosses the network.
         rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
+        common: dict[str, Any] = dict(
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            rows=rows,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
         with naming("train"):
-            return pipeline.make_batches(
-                self.dataset,
-                batch_size=config.train.batch_size,
-                seed=config.seed,
-                flip=config.data.flip,
-                rows=rows,
-                num_threads=config.data.num_threads,
-                prefetch=config.data.prefetch,
-            )
+            if isinstance(self.dataset, caption_records.BucketedDataset):
+                return pipeline.make_bucket_batches(
+                    self.dataset, caption_ratio=config.text.caption_ratio, **common
+                )
+            return pipeline.make_batches(self.dataset, flip=config.data.flip, **common)
+
+    def batch_shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The shapes of the batches: one, or one a bucket, the largest picture first."""
+        B = self.config.train.batch_size
+        rows = sharding.batch_sharding(self.mesh)
+        if not isinstance(self.dataset, caption_records.BucketedDataset):
+            return [pipeline.batch_shapes(self.dataset, B, rows)]
+        shapes = pipeline.bucket_shapes(self.dataset, B, rows)
+        picture = "mean" if self.dataset.autoencoder else "image"
+        return sorted(shapes, key=lambda batch: -batch[picture].size)
 
     # ---- Text ------------------------------------------------------------------------------------
 
@@ -645,8 +662,8 @@ class Experiment:
         data = self.dataset
         identity = self.autoencoder_identity
         wanted = (*self.input_size, self.model_config.in_channels)
-        # Read off the records' class: a data set of latents says which autoencoder made them.
-        is_latent = isinstance(data, dataset.LatentDataset)
+        # A data set of latents says which autoencoder made them.
+        is_latent = getattr(data, "autoencoder", None) is not None
         if data.image_shape != wanted:
             raise ValueError(
                 f"model.input_size and model.in_channels make images of {wanted}, the "
@@ -655,8 +672,10 @@ class Experiment:
             )
         with naming("model"):
             conditions.check_dataset(self.model_config, data)
+        if isinstance(data, caption_records.BucketedDataset):
+            self._check_captions(data)
         checkpoint = config.autoencoder.checkpoint
-        if not isinstance(data, dataset.LatentDataset):
+        if not is_latent:
             if identity:
                 raise ValueError(
                     f"autoencoder.checkpoint = {checkpoint}, but data.name = {data.name} holds "
@@ -689,6 +708,34 @@ class Experiment:
             raise ValueError(
                 f"report.read_labels needs images, but data.name = {data.name} holds latents"
             )
+
+    def _check_captions(self, data: caption_records.BucketedDataset) -> None:
+        """Raises ValueError where the features are not those of the config's text encoder."""
+        config = self.config
+        if config.data.flip:
+            raise ValueError(
+                "data.flip = True, but captions say left and right; set data.flip=False"
+            )
+        asked: dict[str, Any] = {
+            "cleaning": config.text.cleaning,
+            "max_length": config.text.max_length,
+        }
+        checkpoint = config.text.checkpoint
+        tokenizer = config.text.tokenizer or checkpoint
+        with naming("text"):
+            if tokenizer:
+                asked["tokenizer"] = text.Tokenizer(tokenizer).sha256
+            if checkpoint:
+                asked["weights"] = read_text_encoder(checkpoint).report.checksum
+        # The hashes are of the files that two fields name.
+        fields = {"weights": f"checkpoint ({checkpoint})", "tokenizer": f"tokenizer ({tokenizer})"}
+        for name, value in asked.items():
+            if value != data.text[name]:
+                raise ValueError(
+                    f"text.{fields.get(name, name)} = {value}, but the captions of data.name = "
+                    f"{data.name} were encoded with {name} = {data.text[name]}; features of two "
+                    f"kinds must not mix: prepare them again, or set the field"
+                )
 
     def check_checkpoint(self, checkpoint: Checkpoint, path: str) -> None:
         """Raises ValueError naming the first field in which a checkpoint is of another model."""
@@ -726,6 +773,8 @@ class Experiment:
             "teacher.num_heads": config.teacher.num_heads,
             "teacher.dtype": config.teacher.dtype,
         }
+        if isinstance(self.dataset, caption_records.BucketedDataset):
+            decisive["text.caption_ratio"] = config.text.caption_ratio
         for group in ("model", "distill", "optimizer", "ema"):
             for name, value in config[group].items():
                 if name != "implementation":
