@@ -50,7 +50,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- The model and its checkpoint, still on disk ---------------------------------------------
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
-    checkpoint = read_checkpoint(path)
+    with naming("sample", path="sample.checkpoint", input_size="port.input_size"):
+        checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
     sampler = experiment.sampler()
     index = np.arange(settings.num_images)

@@ -195,7 +195,7 @@ def _existing(path, weights):
         raise ValueError(f"weights must be {' or '.join(WEIGHTS)}; got {weights!r}")
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(f"path = {path}: no such file or folder")
     return path
 
 
