@@ -10,14 +10,16 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, ranges, sharding
+from lit_jax import conditions, fields, inherit, ranges, sharding, text
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
@@ -32,6 +34,7 @@ from lit_jax.porting.read import (
     read_autoencoder,
     read_checkpoint,
 )
+from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.samplers import SamplerSettings
 from lit_jax.sampling import Sampler
 from lit_jax.train_step import (
@@ -101,6 +104,7 @@ class Experiment:
                 steps=config.train.steps, **config.optimizer
             )
         self.unscaled_step_settings = self._make_step_settings()
+        self.text_settings = self._text_settings()
         self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
@@ -169,11 +173,24 @@ class Experiment:
         port = self.config.port
         overrides = KEY_TABLES[type(self.model_config)].Overrides
         names = {field.name for field in dataclasses.fields(overrides)}
-        known = {name: port[name] for name in names & set(port)}
-        # A side of 0 keeps the table that the checkpoint has.
+        # A side of 0 keeps the table that the checkpoint has; a null caption is read by the job.
         sides = ranges.sides(port.input_size) if port.input_size else None
+        asked = dict(port) | {"input_size": sides, "seed": self.config.seed, "null_caption": None}
+        for table in KEY_TABLES.values():
+            for field in dataclasses.fields(table.Overrides):
+                if field.name not in names and field.name in port and port[field.name]:
+                    raise ValueError(
+                        f"port.{field.name} = {port[field.name]}, but model.family = "
+                        f"{self.config.model.family} has no {field.name}"
+                    )
         with naming("port"):
-            return overrides(**known | {"input_size": sides, "seed": self.config.seed})
+            return overrides(**{name: asked[name] for name in names})
+
+    def _text_settings(self) -> text.TextSettings:
+        settings = self.config.text
+        names = [field.name for field in dataclasses.fields(text.TextSettings)]
+        with naming("text"):
+            return text.TextSettings(**{name: settings[name] for name in names})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -255,7 +272,7 @@ class Experiment:
             theirs = getattr(found, name)
             if ours != theirs:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
-        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
+        return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
@@ -414,6 +431,28 @@ class Experiment:
         }
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """(h, w) of the images or latents that are drawn: of config.sample.size, or as trained."""
+        sides = tuple(self.config.sample.size)
+        if not sides:
+            return self.input_size
+        cell = self.autoencoder_factor * self.model_config.patch_size
+        if any(side % cell for side in sides):
+            raise ValueError(
+                f"sample.size = {sides}: its sides must be multiples of the {cell} pixels "
+                f"of a token"
+            )
+        return sides[0] // self.autoencoder_factor, sides[1] // self.autoencoder_factor
+
+    @property
+    def autoencoder_factor(self) -> int:
+        """Pixels of an image along each side of a cell of the model's input."""
+        if self.autoencoder:
+            return self.autoencoder.module.factor
+        # As many channels as a picture has are pixels; a latent's cell has 8.
+        return 1 if self.model_config.in_channels in (1, 3) else 8
+
+    @property
     def autoencoder(self) -> Autoencoder | None:
         """Its parameters on every device of the mesh; None: the model works on pixels."""
         return self._autoencoder[0]
@@ -437,6 +476,93 @@ class Experiment:
                 rows=rows,
                 num_threads=config.data.num_threads,
                 prefetch=config.data.prefetch,
+            )
+
+    # ---- Text ------------------------------------------------------------------------------------
+
+    @property
+    def is_told_captions(self) -> bool:
+        return "caption" in self.model_config.condition_shapes(1)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """What config.sample asks of a model that is told a caption."""
+        sample = self.config.sample
+        with naming("sample"):
+            return choose_prompts(sample.prompts, sample.prompt_file, sample.images_per_prompt)
+
+    def load_text_encoder(self, path: str = "") -> text.TextEncoder:
+        """The text encoder on the mesh. Who drops it frees its memory, 10 GB for T5-XXL.
+
+        Args: path: in place of text.checkpoint.
+        Raises: ValueError where the config names none, or one of another width.
+        """
+        settings = self.config.text
+        path = path or settings.checkpoint
+        if not path:
+            raise ValueError(
+                "text.checkpoint is empty, but the model is told a caption; name the folder of its "
+                "text encoder"
+            )
+        with naming("text", path="text.checkpoint"):
+            encoder = text.load_text_encoder(
+                path,
+                self.text_settings,
+                tokenizer=settings.tokenizer,
+                dtype=settings.dtype,
+                mesh=self.mesh,
+            )
+        channels = self.model_config.caption_channels
+        if encoder.config.width != channels:
+            raise ValueError(
+                f"model.caption_channels = {channels}, but the features of text.checkpoint = "
+                f"{path} have {encoder.config.width}"
+            )
+        longest = self.model_config.caption_length
+        if settings.max_length > longest:
+            raise ValueError(
+                f"text.max_length = {settings.max_length}, but model.caption_length = {longest}"
+            )
+        return encoder
+
+    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The condition of prompts, and what tells their text encoder from others.
+
+        The encoder is loaded for it and dropped.
+        """
+        encoder = self.load_text_encoder()
+        found = encoder(prompts)
+        for prompt, cut in zip(prompts, found.cut):
+            if cut:
+                logging.warning(
+                    "the last %d tokens of a prompt are cut, text.max_length is %d: %.60s...",
+                    cut,
+                    self.text_settings.max_length,
+                    prompt,
+                )
+            if unknown := encoder.tokenizer.unknown(prompt):
+                logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        identity = encoder.identity() | {"dtype": self.config.text.dtype}
+        return to_condition(found, self.config.sample.null_mask), identity
+
+    @functools.cached_property
+    def prompt_condition(self) -> dict[str, np.ndarray]:
+        """The condition of each prompt in config.sample, (n, ...)."""
+        return self.encode(self.prompts.texts)[0]
+
+    def conditions(self, index: np.ndarray, labels: str) -> dict[str, np.ndarray]:
+        """What the model is told of pictures for people, by their numbers.
+
+        Prompts that are fewer than the pictures begin again.
+
+        Args: labels: how classes are chosen, see `conditions.for_images`.
+        """
+        if self.is_told_captions:
+            rows = index % len(self.prompts.texts)
+            return {name: value[rows] for name, value in self.prompt_condition.items()}
+        with naming("sample"):
+            return conditions.for_images(
+                self.model_config, index, seed=self.config.seed, labels=labels
             )
 
     # ---- The step and its state ------------------------------------------------------------------
@@ -480,7 +606,7 @@ class Experiment:
                 seed=self.config.seed,
                 process=self.process,
                 mesh=self.mesh,
-                size=self.input_size,
+                size=self.sample_size,
                 autoencoder=self.autoencoder if decodes else None,
             )
 

@@ -24,6 +24,10 @@ NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
+PIXELS = Range(
+    "(), or height and width",
+    lambda x: len(x) in (0, 2) and all(isinstance(side, int) and 0 < side < 10**5 for side in x),
+)
 DTYPE = one_of("bfloat16", "float32")
 
 RANGES = {
@@ -66,6 +70,11 @@ RANGES = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
+    "text.dtype": DTYPE,
+    "sample.prompts": NAMES,
+    "sample.size": PIXELS,
+    "sample.images_per_prompt": AT_LEAST_1,
+    "sample.null_mask": one_of("prompt", "own"),
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),

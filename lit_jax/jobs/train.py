@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lit_jax import checkpoint, conditions, inherit, pictures, sampling, sharding
+from lit_jax import checkpoint, inherit, pictures, sampling, sharding
 from lit_jax.costs import chips
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
@@ -418,9 +418,7 @@ class Pictures:
 def balanced(experiment: Experiment, num_images: int) -> dict[str, np.ndarray]:
     """The conditions of pictures for people: each class as often as the others."""
     index = np.arange(num_images)
-    return conditions.for_images(
-        experiment.model_config, index, seed=experiment.config.seed, labels="balanced"
-    )
+    return experiment.conditions(index, "balanced")
 
 
 def write_report(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax import ranges
+from lit_jax.models.architecture import COUNT
 from lit_jax.models.autoencoder import precision_of
 from lit_jax.partitioning import constrain_rows, gather_weights
 
@@ -25,7 +26,6 @@ MAX_DISTANCE = 128
 EPSILON = 1e-6
 # float16 is not among them: the MLP of the XXL overflows in it.
 DTYPES = ("float32", "bfloat16")
-MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
 
 
 # ---- The architecture ------------------------------------------------------------------
@@ -46,8 +46,7 @@ class T5Config:
     mlp_width: int = 10240  # F
 
     def __post_init__(self):
-        count = ranges.Range(f"a whole number from 1 to {MAX_COUNT}", _is_count)
-        ranges.check(self, **{field.name: count for field in dataclasses.fields(self)})
+        ranges.check(self, **{field.name: COUNT for field in dataclasses.fields(self)})
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "T5Config":
@@ -70,12 +69,6 @@ class T5Config:
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON values."""
         return dataclasses.asdict(self)
-
-
-def _is_count(value):
-    # A bool is an int to Python, and no size.
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return is_number and 1 <= value <= MAX_COUNT
 
 
 # ---- Positions -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
@@ -22,6 +23,7 @@ from lit_jax.models.architecture import SIZES
 from lit_jax.models.dit import position_embedding
 from lit_jax.models.pixart import PixArtConfig
 from lit_jax.porting.matching import (
+    FLOATS,
     INDEX,
     Entry,
     Parts,
@@ -36,6 +38,8 @@ from lit_jax.porting.matching import (
 from lit_jax.porting.torch_checkpoint import (
     PortingError,
     TorchCheckpoint,
+    abridged,
+    any_state_dict,
     check_diffusers_class,
     check_diffusers_config,
     is_count,
@@ -263,6 +267,39 @@ def override(
         return dataclasses.replace(config, **changes)
     except ValueError as error:
         raise PortingError(str(error)) from error
+
+
+def read_null_caption(path: epath.PathLike) -> np.ndarray:
+    """The features of "" in a file: .npy, or the one float tensor of a .safetensors or .pth.
+
+    PixArt's null_embed_diffusers_300token.pth is such a file.
+
+    Returns: (n, caption_channels) float32.
+    Raises: PortingError for a file that holds something else; FileNotFoundError.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".npy":
+        try:
+            found = {path.name: np.load(path, allow_pickle=False)}
+        except (ValueError, OSError, EOFError, MemoryError) as error:
+            raise PortingError(f"{path}: no array of NumPy: {error}") from error
+    else:
+        found = any_state_dict(path)
+    floats = {
+        name: array
+        for name, array in found.items()
+        # Some files have the axis of a batch of one.
+        if array.dtype in FLOATS and array.ndim in (2, 3) and array.shape[:-2] in ((), (1,))
+    }
+    if len(floats) != 1:
+        raise PortingError(
+            f"{path}: one float tensor of (n, channels) was expected, found "
+            f"{abridged(f'{name} {array.shape}' for name, array in found.items())}"
+        )
+    (array,) = floats.values()
+    return np.array(array, np.float32).reshape(array.shape[-2:])
 
 
 def _null_table(rows, length, channels):

@@ -85,10 +85,12 @@ def entries(config: T5Config) -> tuple[Entry, ...]:
     """All leaves of an architecture with their keys in a checkpoint."""
     found = []
     for path, leaf in flatten_dict(param_shapes(config), sep="/").items():
+        # Our modules are theirs, with `_` in place of `.` before an index.
         name = re.sub(r"layer_(\d)", r"layer.\1", path.rpartition("/")[0]).replace("/", ".")
         if name == "shared":
             keys = [SHARED]
         elif name == "relative_attention_bias":
+            # Theirs is a part of the first block, whose bias all others use.
             keys = [f"encoder.block.0.layer.0.SelfAttention.{name}.weight"]
         elif name.startswith("blocks."):
             part = name.removeprefix("blocks.")
@@ -135,6 +137,7 @@ def read_text_encoder(path: epath.PathLike) -> T5Checkpoint:
 def _read_torch(source, report):
     """The leaves by path, and the architecture."""
     path = source.path
+    # Before the keys: those of another model would be a long list of what is missing.
     model_type = (source.config or {}).get("model_type", "t5")
     if model_type != "t5":
         what = str(model_type)[:40]
@@ -193,6 +196,7 @@ def _told(shapes: Mapping[str, tuple[int, ...]], path: epath.Path) -> T5Config:
     vocab_size, width = shape(SHARED)
     _, num_heads = shape(f"{attention}.relative_attention_bias.weight")
     rows, _ = shape(f"{attention}.q.weight")
+    # The heads together need not be as wide as the model: small T5s' are not.
     if rows % num_heads:
         raise PortingError(f"{path}: {num_heads} heads do not divide the {rows} rows of q")
     fields = {
@@ -224,6 +228,7 @@ def load_encoder_params(params: Any, dtype: str, mesh: jax.sharding.Mesh) -> Any
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     cast = {}
     for path, leaf in flatten_dict(params, sep="/").items():
+        # As the model uses them: it casts matrices alone.
         is_matrix = path.endswith("/kernel") or path == "shared/embedding"
         cast[path] = _Cast(leaf, jnp.dtype(dtype) if is_matrix else np.dtype(np.float32))
     tree = unflatten_dict(cast, sep="/")
@@ -244,6 +249,7 @@ class _Cast:
         first, *rest = index
         if self.ndim < 3:
             return np.asarray(self._leaf[index]).astype(self.dtype)
+        # Of the whole leaf a float32 copy would be twice the result.
         layers = range(*first.indices(self.shape[0]))
         inner = np.broadcast_to(np.False_, self.shape[1:])[tuple(rest)].shape
         out = np.empty((len(layers), *inner), self.dtype)
