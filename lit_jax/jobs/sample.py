@@ -24,7 +24,7 @@ from PIL import Image
 
 from lit_jax import pictures, sampling, sharding
 from lit_jax.evaluation import geneval
-from lit_jax.experiment import Experiment
+from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
 
