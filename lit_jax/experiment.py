@@ -400,7 +400,7 @@ class Experiment:
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
             return None, None
-        with naming("autoencoder"):
+        with naming("autoencoder", path="autoencoder.checkpoint"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
         if channels != self.model_config.in_channels:
@@ -805,5 +805,5 @@ def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpo
             f"{field} = {path}: no such file or folder; it is what another training or download "
             f"leaves"
         )
-    with naming(field.split(".")[0]):
+    with naming(field.split(".")[0], input_size="port.input_size"):
         return read_checkpoint(path, weights=weights, overrides=overrides)

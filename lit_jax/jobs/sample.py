@@ -24,7 +24,7 @@ from PIL import Image
 
 from lit_jax import pictures, sampling, sharding
 from lit_jax.evaluation import geneval
-from lit_jax.experiment import Experiment
+from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
 
@@ -52,7 +52,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- The model and its checkpoint, still on disk ---------------------------------------------
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
-    checkpoint = read_checkpoint(path)
+    with naming("sample", path="sample.checkpoint", input_size="port.input_size"):
+        checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
     sampler = experiment.sampler()
     asked = what_is_asked(experiment)
