@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
 
@@ -45,6 +46,7 @@ RANGES = {
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
     "prepare.image_size": SIDES,
+    "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),

@@ -1,66 +1,14 @@
 """The model families: `config.model.family` names one of them."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from lit_jax.models.architecture import Architecture
 from lit_jax.models.dit import DiT, DiTConfig
-
-
-class Architecture(Protocol):
-    """What the config of a family answers; it is a frozen dataclass that checks itself.
-
-    Every family has the fields below, and those of its attention (`attention.make_attention`).
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def num_heads(self) -> int | None: ...
-    @property
-    def attention(self) -> str: ...
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def grid(self) -> tuple[int, int] | None: ...
-
-    @classmethod
-    def of_size(cls, size: str, **fields: Any) -> Any:
-        """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON values; the class method `from_json` takes them back."""
-
-    def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the model is told of each image besides x and t."""
-
-    def attention_flops(self, input_size: tuple[int, int]) -> float:
-        """FLOPs of one image's attention without its projections, in all layers."""
-
-    def forward_flops(self, input_size: tuple[int, int]) -> float:
-        """FLOPs of one image's forward pass."""
-
-    @property
-    def shared_with_teacher(self) -> tuple[str, ...]:
-        """Fields in which a teacher must be as its student, whatever its size."""
-
-    @property
-    def conventions(self) -> tuple[str, ...]:
-        """Fields that say how a checkpoint's own code computes, which no shape tells."""
-
-    @property
-    def teacher_defaults(self) -> tuple[str, ...]:
-        """Fields that a teacher has as its student, as long as no checkpoint says otherwise."""
+from lit_jax.models.pixart import PixArt, PixArtConfig
 
 
 class Model(Protocol):
@@ -100,7 +48,10 @@ class Family(NamedTuple):
     model: Any
 
 
-FAMILIES = {"dit": Family(DiTConfig, DiT)}
+FAMILIES = {
+    "dit": Family(DiTConfig, DiT),
+    "pixart": Family(PixArtConfig, PixArt),
+}
 
 
 def model_of(config: Architecture) -> Any:

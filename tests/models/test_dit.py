@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from oracles import assert_close
 
 from lit_jax import models
-from lit_jax.models import dit
+from lit_jax.models import architecture, dit
 
 
 def make_inputs(grid=(4, 4), patch_size=2, in_channels=4, seed=0):
@@ -79,7 +79,7 @@ def parameter_count(config):
 
 @pytest.mark.parametrize("size, patch_size", DIT_COUNTS)
 def test_parameter_counts_of_every_size(size, patch_size):
-    tokens_times_width = (32 // patch_size) ** 2 * dit.SIZES[size][1]
+    tokens_times_width = (32 // patch_size) ** 2 * architecture.SIZES[size][1]
     softmax = parameter_count(dit.DiTConfig.of_size(size, patch_size=patch_size))
     assert softmax + tokens_times_width == DIT_COUNTS[size, patch_size]
     linear = dit.DiTConfig.of_size(size, patch_size=patch_size, attention="linear")

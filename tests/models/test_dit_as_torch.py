@@ -19,7 +19,7 @@ from oracles import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_jax import sharding
-from lit_jax.models import attention, dit
+from lit_jax.models import architecture, attention, dit
 
 DEPTH, WIDTH, HEADS = 3, 48, {"softmax": 4, "linear": 3}
 CLASSES = 7
@@ -387,7 +387,7 @@ def test_dots_saves_q_and_kv_once_and_with_their_bias():
 
 
 def torch_model(size, *, kind="softmax", input_size=32):
-    depth, width, softmax_heads, linear_heads = dit.SIZES[size]
+    depth, width, softmax_heads, linear_heads = architecture.SIZES[size]
     heads = softmax_heads if kind == "softmax" else linear_heads
     return torch_dit.DiT(depth, width, heads, 2, 4, 1000, (input_size // 2,) * 2, attention=kind)
 

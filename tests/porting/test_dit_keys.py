@@ -384,8 +384,12 @@ STATES = {
         "unexpected: blocks.999999999999.x",
     ),
     "learned_pos_embed": (
-        lambda s: s.update({"pos_embed": s["pos_embed"] + 1e-3}),
-        "pos_embed differs from the computed 4 x 4 table by 0.001",
+        lambda s: s.update({"pos_embed": s["pos_embed"] + 6e-3}),
+        "pos_embed differs from the computed 4 x 4 table, by up to 0.006 .*0.005.: this is another",
+    ),
+    "scaled_pos_embed": (
+        lambda s: s.update({"pos_embed": s["pos_embed"] * 1.02}),
+        "pos_embed is 1.02 times the computed 4 x 4 table, by up to 0.02 .*: this is a scaled",
     ),
     "transposed_pos_embed": (
         lambda s: s.update(
@@ -393,7 +397,8 @@ STATES = {
         ),
         "pos_embed differs",
     ),
-    "nan_pos_embed": (poison("pos_embed", float("nan")), "pos_embed differs .* by nan"),
+    "nan_pos_embed": (poison("pos_embed", float("nan")), "pos_embed differs .* up to nan"),
+    "inf_pos_embed": (poison("pos_embed", float("inf")), "pos_embed differs .* up to inf"),
     "scalar_pos_embed": (
         set_key("pos_embed", torch.zeros(())),
         r"pos_embed has shape \(\), expected 3",
@@ -520,6 +525,39 @@ def test_label_table_is_resized_only_when_asked(tmp_path):
     assert more.config.num_classes == 40
 
 
+def averaged(table):
+    """A frozen table in the EMA of DiT's train.py, which averages it too, after 5,000 steps."""
+    average = table.clone()
+    for _ in range(5000):
+        average.mul_(0.9999).add_(table, alpha=1 - 0.9999)
+    return average
+
+
+ROUNDED_TABLES = {
+    "averaged": averaged,
+    "bfloat16": lambda table: table.bfloat16().float(),
+    "float16": lambda table: table.half().float(),
+    "a_little_off": lambda table: table + 4e-3,
+}
+
+
+@pytest.mark.parametrize("how", ROUNDED_TABLES)
+def test_a_rounded_position_table_is_the_computed_one(tmp_path, how):
+    model = make_torch()
+    expected = read_checkpoint(save(model, tmp_path / "a.pt")).report
+    table = model.pos_embed.detach().clone()
+    with torch.no_grad():
+        model.pos_embed.copy_(ROUNDED_TABLES[how](table))
+    difference = float((model.pos_embed - table).abs().max())
+    assert difference > 5e-5  # or this would test nothing
+    report = read_checkpoint(save(model, tmp_path / "b.pt")).report
+    assert report.checksum == expected.checksum
+    said = f"largest difference {difference:.2g}"
+    assert said in report.keys["pos_embed"]
+    notes = [note for note in report.notes if note not in expected.notes]
+    assert len(notes) == 1 and said in notes[0]
+
+
 def test_position_table_is_recomputed_only_when_asked(tmp_path):
     wanted = Overrides(num_heads=3, input_size=(16, 12))
     checkpoint = read_checkpoint(save(make_torch(), tmp_path / "a.pt"), overrides=wanted)
@@ -583,7 +621,7 @@ class GatedAttention(attention.LinearAttention):
 def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkeypatch):
     design = attention.ATTENTIONS["linear"]._replace(module=GatedAttention)
     monkeypatch.setitem(attention.ATTENTIONS, "gated", design)
-    monkeypatch.setitem(dit.RANGES, "attention", ranges.one_of(*attention.ATTENTIONS))
+    monkeypatch.setitem(dit.DiTConfig.ranges, "attention", ranges.one_of(*attention.ATTENTIONS))
     config = dit.DiTConfig(
         depth=2, width=32, num_heads=2, attention="gated", num_classes=3, grid=(2, 2)
     )
