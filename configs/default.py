@@ -75,7 +75,9 @@ def get_config() -> ConfigDict:
     # Where the student's first parameters come from.
     config.student = ConfigDict(
         dict(
-            init="teacher",  # teacher, random, or the path of a checkpoint to inherit from
+            # teacher, random, or the path of a checkpoint to inherit from. One with another number
+            # of classes keeps the null class and the first classes; further rows are drawn.
+            init="teacher",
             weights="ema",  # ema or model, where the training checkpoint of that path has both
         )
     )
@@ -83,7 +85,9 @@ def get_config() -> ConfigDict:
     # What the student inherits besides everything outside attention.
     config.inherit = ConfigDict(
         dict(
-            load=(),  # parts of attention that are loaded too: any of q, k, v, o, conv
+            # Parts of attention that are loaded too: any of q, k, v, o, conv, rest; () for none.
+            # auto: all of them where source and student have the same attention, else none.
+            load=("auto",),
             # Parameter paths that stay at their init although the checkpoint has them,
             # e.g. final_layer.
             keep_init=(),
@@ -184,10 +188,12 @@ def get_config() -> ConfigDict:
     # AdamW and its learning rate.
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs a warm-up
             learning_rate=1e-4,
-            b1=0.9,
-            b2=0.999,
-            epsilon=1e-8,
+            b1=0.9,  # decay of the mean gradient (came: of the mean update)
+            b2=0.999,  # and of its square
+            b3=0.9999,  # came: of the updates' squared distance from their mean
+            epsilon=1e-8,  # adamw
             weight_decay=0.0,
             clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
             schedule="constant",  # constant, or cosine to zero at train.steps

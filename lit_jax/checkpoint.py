@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -44,13 +45,13 @@ QUOTED_FAILURES = (
 # Below gs://, files are opened by these; a missing file is Python's own error.
 STORE_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
 
-# What Orbax adds to the name of a folder until it is whole.
-TEMPORARY = ".orbax-checkpoint-tmp"
 # Of a file of JSON in a checkpoint. It holds names and shapes.
-MAX_JSON_BYTES = 8 << 20
+MAX_JSON_BYTES = 4 << 20
 # Arrays of constants pack well, and a stranger's folder may unpack to any size.
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_COMPRESSION = 100
+# What Orbax adds to the name of a folder until it is whole.
+TEMPORARY = ".orbax-checkpoint-tmp"
 
 Items = dict[str, Any]  # {item: tree of arrays}
 
@@ -443,7 +444,7 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_whole_step(path: epath.Path) -> bool:
-    if not path.name.isdigit() or not (path / "params").is_dir():
+    if not re.fullmatch("[0-9]+", path.name) or not (path / "params").is_dir():
         return False
     # On an object store, an unfinished checkpoint already has its name.
     return ocp.utils.is_checkpoint_finalized(path)
@@ -514,7 +515,11 @@ def open_params(path: epath.PathLike, *, ema: bool = True) -> SavedParams:
     item = "ema_params" if ema and trained else "params"
     with refusing(folder):
         metadata = _read_metadata(folder)
-        return SavedParams(folder, item, _saved_tree(folder / item), metadata)
+        tree = _saved_tree(folder / item)
+        # A folder may come from a stranger, and Orbax believes what it says.
+        _check_claims(folder / item, tree)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return SavedParams(folder, item, shapes, metadata)
 
 
 def restore_params(
@@ -583,11 +588,7 @@ def shapes_of(item: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def _saved_tree(item: epath.PathLike) -> Any:
-    """The tree of one saved item, of ShapeDtypeStruct.
-
-    A folder may come from a stranger, and Orbax believes what it says.
-    Raises: DamagedError for sizes that no weights have.
-    """
+    """The tree of one saved item; leaves have shape, dtype and chunks."""
     item = epath.Path(item)
     for path in (item / "_METADATA", item / "_sharding"):
         _check_size(path)
@@ -596,11 +597,13 @@ def _saved_tree(item: epath.PathLike) -> Any:
     # Not ocp.Checkpointer, which looks for a commit mark that an item
     # does not have.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        tree = handler.metadata(item).tree
+        return handler.metadata(item).tree
 
-    leaves = flatten(tree)
+
+def _check_claims(item: epath.Path, tree: Any) -> None:
+    """Raises: DamagedError for sizes that no weights have."""
     num_bytes = 0
-    for name, leaf in leaves.items():
+    for name, leaf in flatten(tree).items():
         shape = tuple(leaf.shape)
         num_bytes += math.prod(shape) * np.dtype(leaf.dtype).itemsize
         # A chunk is unpacked as a whole, whatever the shape of its array.
@@ -608,12 +611,17 @@ def _saved_tree(item: epath.PathLike) -> Any:
         if chunk and any(c > max(n, 1) for c, n in zip(chunk, shape)):
             raise DamagedError(f"{name[:80]} has shape {shape}, but chunks of {tuple(chunk)}")
     if num_bytes > MAX_UNPACKED_BYTES:
-        stored = sum(path.stat().length for path in item.rglob("*") if path.is_file())
+        stored = _stored_bytes(item)
         if num_bytes > MAX_COMPRESSION * stored:
             raise DamagedError(
                 f"{item.name} would unpack {stored} bytes to {num_bytes}, as no weights do"
             )
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _stored_bytes(path: epath.Path) -> int:
+    if path.is_dir():
+        return sum(map(_stored_bytes, path.iterdir()))
+    return path.stat().length
 
 
 def _check_size(path: epath.Path) -> None:

@@ -300,7 +300,10 @@ class Experiment:
             return None
         checkpoint = self.teacher_checkpoint
         if student.init != "teacher":
-            checkpoint = _read("student.init", student.init, student.weights)
+            # Fine-tuning on other classes resizes the label table, as port.num_classes does.
+            overrides = KEY_TABLES[type(self.model_config)].Overrides
+            asked = overrides.of_student(self.model_config, self.config.seed)
+            checkpoint = _read("student.init", student.init, student.weights, asked)
         if checkpoint is None:
             raise ValueError(
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
@@ -332,7 +335,31 @@ class Experiment:
     def inheritance(self) -> dict[str, tuple[str, ...]]:
         """What `inherit.merge_params` is told: attention parts to load, paths to keep."""
         chosen = self.config.inherit
-        return {"load": tuple(chosen.load), "keep_init": tuple(chosen.keep_init)}
+        load = tuple(chosen.load)
+        if load == ("auto",):
+            load = self._whole_attention()
+        return {"load": load, "keep_init": tuple(chosen.keep_init)}
+
+    def _whole_attention(self) -> tuple[str, ...]:
+        """All parts of an attention that the student shares with its source; of another, none.
+
+        Raises: ValueError where the two are of one kind, but compute with other numbers.
+        """
+        source = self.init_checkpoint
+        ours = self.model_config
+        if source is None or source.config.attention != ours.attention:
+            return ()
+        for name in ("num_heads", "kernel_function", "conv_size"):
+            value = getattr(ours, name)
+            theirs = getattr(source.config, name)
+            # A file of softmax attention may not tell its heads.
+            if theirs is not None and theirs != value:
+                raise ValueError(
+                    f"model.{name} = {value}, but {source.report.source}, which the student "
+                    f"inherits its attention from, has {theirs}; set model.{name}={theirs}, or "
+                    f"name the parts that it takes: inherit.load=() for none"
+                )
+        return tuple(part for part in inherit.PARTS if part != "conv" or ours.conv_size)
 
     # ---- Data ------------------------------------------------------------------------------------
 
@@ -596,7 +623,7 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name).type
 
 
-def _read(field: str, path: str, weights: str) -> Checkpoint:
+def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
     if not epath.Path(path).exists():
         raise FileNotFoundError(
@@ -604,4 +631,4 @@ def _read(field: str, path: str, weights: str) -> Checkpoint:
             f"leaves"
         )
     with naming(field.split(".")[0]):
-        return read_checkpoint(path, weights=weights)
+        return read_checkpoint(path, weights=weights, overrides=overrides)

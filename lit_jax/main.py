@@ -4,10 +4,10 @@ python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
 [--config.field=value ...]
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from logging import INFO, LogRecord
@@ -43,6 +43,18 @@ RUN_BY_SEVERAL = (
     "benchmark",
 )
 
+# What takes less memory, where a job has run out of it.
+MEMORY_ADVICE = {
+    "train": "a smaller train.batch_size, train.accumulation, mesh.fsdp over more devices and "
+    "train.remat=full need less; --mode=plan says what a TPU slice would need",
+    "sample": "a smaller sample.batch_size, mesh.fsdp over more devices and, with an autoencoder, "
+    "autoencoder.slice_size and autoencoder.tile_size need less",
+    "evaluate": "a smaller evaluate.batch_size and evaluate.num_neighbour_images need less",
+    "prepare": "a smaller prepare.batch_size, autoencoder.slice_size and autoencoder.tile_size "
+    "need less",
+    "benchmark": "a smaller benchmark.model_tokens and benchmark.attention_tokens need less",
+}
+
 
 def main(argv: list[str]) -> None:
     """Checks what all jobs need, joins the other processes, runs the job."""
@@ -74,7 +86,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--workdir={workdir} is a file, not a folder")
 
     configure_jax(config)
-    with exit_status.shared_fate(config.mesh.heartbeat):
+    with (
+        exit_status.shared_fate(config.mesh.heartbeat, MEMORY_ADVICE.get(MODE.value, "")),
+        preemption.signals_stop() as listener,
+    ):
         if MODE.value in RUN_BY_SEVERAL:
             in_common = json.loads(config.to_json_best_effort())
             in_common["--mode"] = MODE.value
@@ -86,15 +101,13 @@ def main(argv: list[str]) -> None:
                 timeout=config.mesh.join_timeout,
                 heartbeat=config.mesh.heartbeat,
             )
+            if jax.distributed.is_initialized():
+                listener.take_over()
+            cluster.check_backend()
 
         # No job is imported for another: each brings libraries of its own.
         job = importlib.import_module(f"lit_jax.jobs.{MODE.value}")
-        stopping: contextlib.AbstractContextManager = preemption.sigterm_stops()
-        if MODE.value == "train":
-            # Training saves before it stops, and listens to the signal itself.
-            stopping = contextlib.nullcontext()
-        with stopping:
-            job.run(config, workdir)
+        job.run(config, workdir)
 
 
 def configure_jax(config: ConfigDict) -> None:
@@ -161,6 +174,10 @@ def run() -> None:
     """The program: bad input ends in one line on stderr and status 1."""
     try:
         app.run(main, flags_parser=parse_flags)
+    # Before the handlers of signals are set, while the libraries are loaded.
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by SIGINT before anything was done\n")
+        sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {_one_line(error)}")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -100,6 +101,10 @@ class Sampler:
         self._sharding = sharding.batch_sharding(mesh)
         # (params, index (B,), condition) -> (B, h, w, C) in the model's space, B = batch_size.
         self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        self._are_finite = jax.jit(
+            lambda images: jnp.isfinite(images).all((1, 2, 3)),
+            out_shardings=sharding.replicated(mesh),
+        )
         self._autoencoder = autoencoder
         if autoencoder:
             # Its parameters are an argument: closed over, they would be constants of the program.
@@ -150,6 +155,13 @@ class Sampler:
         placed = {name: put(rows) for name, rows in condition.items()}
         out = self.draw_batch(params, put(index), placed)
         return self._decode(self._autoencoder.params, out) if self._autoencoder else out
+
+    def are_finite(self, images: jax.Array) -> np.ndarray:
+        """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.
+
+        Finite weights may overflow all the same. The answer is the same on every process.
+        """
+        return np.asarray(self._are_finite(images))
 
 
 def _trained_size(model: Model) -> tuple[int, int]:

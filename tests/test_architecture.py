@@ -27,8 +27,9 @@ FLOORS = (
         "checkpoint",
         "inherit",
         "pictures",
+        "text",
     ),
-    ("models", "samplers", "losses"),
+    ("models", "samplers", "losses", "came"),
     (
         "kernels",
         "diffusion",

@@ -298,7 +298,7 @@ def test_the_defaults_are_the_papers():
         "sample.cfg_channels": "3",
         "model.conv_size": 5,
         "model.qkv_bias": True,
-        "inherit.load": (),
+        "inherit.load": ("auto",),
         "distill.variance_target": "raw",
         "distill.teacher_sees_dropped_labels": False,
     }

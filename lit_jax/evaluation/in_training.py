@@ -4,10 +4,11 @@ Grids of preview images, and scores of a few images.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from PIL import Image
 
@@ -23,25 +24,44 @@ DrawImages = Callable[
 ]
 
 
+class Drawn(NamedTuple):
+    """Images of a model."""
+
+    images: np.ndarray  # (n, h, w, C) uint8; black where one is not finite
+    not_finite: int  # how many held NaN or infinity
+
+    def title(self, name: str) -> str:
+        """The model's name, with the number of images that are not finite, if any."""
+        return f"{name}, {self.not_finite} not finite" if self.not_finite else name
+
+
 def draw_images(
+    name: str,
     sampler: DrawImages,
     params: Any,
     condition: Mapping[str, np.ndarray],
     on_batch: Callable[[int], None],
-) -> np.ndarray:
+) -> Drawn:
     """Images 0 to n - 1 under the n given conditions.
 
     Args:
+      name: of the model, for the warning about images that are not finite.
       sampler: draws image i from its number and condition alone.
       condition: arrays (n, ...), see `conditions.for_images`.
       on_batch: is called after each batch with the number of images that are
         done. It may raise to stop.
-    Returns: (n, h, w, C) uint8, on every process.
+    Returns: the same on every process.
     """
     # The same numbers each time: what changes from step to step is the model.
     num_images = len(next(iter(condition.values())))
     images = sampler(params, np.arange(num_images), condition, on_batch)
-    return pictures.to_uint8(images)
+    finite = np.array([np.isfinite(image).all() for image in images])
+    count = int((~finite).sum())
+    if count:
+        logging.warning("%d of %d images of the %s are not finite", count, num_images, name)
+    # -1 is black; a NaN has no grey level.
+    images = np.where(finite[:, None, None, None], images, np.float32(-1))
+    return Drawn(pictures.to_uint8(images), count)
 
 
 class Previews:
@@ -63,7 +83,7 @@ class Previews:
         self._samplers = samplers
         self._condition = condition
         self._folder = epath.Path(folder)
-        self._rows: dict[str, np.ndarray] = {}
+        self._rows: dict[str, Drawn] = {}
 
     def path(self, step: int) -> epath.Path:
         """The grid of a step."""
@@ -87,10 +107,16 @@ class Previews:
             # The teacher does not change, so its row is drawn once.
             if name == "teacher" and name in self._rows:
                 continue
-            self._rows[name] = draw_images(sampler, params[name], self._condition, on_batch)
+            self._rows[name] = draw_images(
+                name,
+                sampler,
+                params[name],
+                self._condition,
+                on_batch,
+            )
 
-        rows = list(self._rows.values())
-        titles = list(self._rows)
+        rows = [drawn.images for drawn in self._rows.values()]
+        titles = [drawn.title(name) for name, drawn in self._rows.items()]
         picture = pictures.image_grid(rows, titles)
         # All processes draw together and have all images; one writes.
         if jax.process_index() == 0:
@@ -141,12 +167,23 @@ class PeriodicEvaluation:
         Args:
           on_batch: is called around each batch of the sampler and of the
             feature network. It may raise to stop.
-        Returns: the scores by name, such as fd_efficientnet_lite0_1k.
+        Returns: the scores by name, such as fd_efficientnet_lite0_1k. Where
+          images are not finite, their number, images_not_finite, alone.
         """
-        images = draw_images(self._sampler, ema_params, self._condition, on_batch)
+        images, not_finite = draw_images(
+            "student",
+            self._sampler,
+            ema_params,
+            self._condition,
+            on_batch,
+        )
         # Every process scores. To hear of a request to stop, all of them must
         # call on_batch equally often.
-        scores = self._evaluator.score_images(images, on_batch)
+        if not_finite:
+            # A distance to black images would look like one of a bad model.
+            scores = {"images_not_finite": float(not_finite)}
+        else:
+            scores = self._evaluator.score_images(images, on_batch)
         if jax.process_index() == 0:
             # The step is a field of its own, so that a comparison can be drawn
             # over it.

@@ -42,15 +42,18 @@ def report(
     """
     workdir = epath.Path(workdir)
     images = {
-        name: draw_images(sampler, params[name], condition, on_batch)
+        name: draw_images(name, sampler, params[name], condition, on_batch)
         for name, sampler in samplers.items()
     }
     # The last one is what the run has made; the teacher is there to compare.
-    student = list(images.values())[-1]
+    student = list(images.values())[-1].images
     result: dict[str, Any] = {"num_images": len(student)}
+    not_finite = {name: drawn.not_finite for name, drawn in images.items() if drawn.not_finite}
+    if not_finite:
+        result["images_not_finite"] = not_finite
 
-    # The metrics of a finished run may have been removed; its report is drawn
-    # all the same.
+    # The metrics of a finished run may have been removed or damaged; its report
+    # is drawn all the same.
     lines = metric_writer.read_training(workdir) or [{"step": steps}]
     first = lines[0]
     last = lines[-1]
@@ -58,7 +61,7 @@ def report(
     for name in pictures.LOSS_TERMS:
         key = f"train/{name}"
         # A run without a teacher has no kd_noise.
-        if key in last:
+        if key in first and key in last:
             result["loss"][name] = {"start": first[key], "end": last[key]}
     result["parameters"] = {}
     for name, tree in params.items():
@@ -67,11 +70,11 @@ def report(
     # A run from random weights has none.
     inheritance = workdir / "inheritance.json"
     if inheritance.exists():
-        # {part: {leaf: number of parameters}}
-        parts = json.loads(inheritance.read_text())
-        result["inheritance"] = {}
-        for name, leaves in parts.items():
-            result["inheritance"][name] = sum(leaves.values())
+        counts = read_inheritance(inheritance)
+        if counts:
+            result["inheritance"] = counts
+        else:
+            logging.warning("%s is damaged, and no part of the report", inheritance)
 
     if real_images is not None:
         # Of small images it says more to a person than a distance does.
@@ -79,7 +82,7 @@ def report(
         labels = condition["label"]
         result["labels_read"] = {}
         for name, drawn in images.items():
-            share = classifier.accuracy(drawn, labels)
+            share = classifier.accuracy(drawn.images, labels)
             result["labels_read"][name] = share
 
     # All processes draw together, one writes.
@@ -90,6 +93,19 @@ def report(
         text = summary(result, int(first["step"]), int(last["step"]), workdir)
         logging.info("%s", text)
     return result
+
+
+def read_inheritance(path: epath.Path) -> dict[str, int]:
+    """The number of parameters that were inherited, at init, left behind; {}: damaged."""
+    parts = storage.read_object(path) or {}
+    counts = {}
+    for name in ("inherited", "at_init", "left_behind"):
+        # {leaf: number of its parameters}
+        leaves = parts.get(name)
+        if not isinstance(leaves, dict) or {type(n) for n in leaves.values()} - {int}:
+            return {}
+        counts[name] = sum(leaves.values())
+    return counts
 
 
 def summary(
@@ -130,6 +146,10 @@ def summary(
             "labels read    by a classifier of the real images, on "
             f"{result['num_images']} images each: {', '.join(shares)}"
         )
+
+    if "images_not_finite" in result:
+        counts = [f"{name} {count}" for name, count in result["images_not_finite"].items()]
+        lines.append(f"not finite     images of {result['num_images']} each: {', '.join(counts)}")
 
     names = (
         f"previews/step_{last:07d}.png",

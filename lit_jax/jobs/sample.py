@@ -27,6 +27,7 @@ from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
 
 GRID_IMAGES = 100
+NAMED_IMAGES = 4  # of those that cannot be written, in an error
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -34,8 +35,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
     are made of the PNGs.
-    Raises: ValueError when the checkpoint is of another model than the config says, or the folder
-      holds images that were drawn by another protocol.
+    Raises: ValueError when the checkpoint is of another model than the config says, the folder
+      holds images that were drawn by another protocol, or an image is not finite.
     """
     with contextlib.ExitStack() as stack:
         draw(config, epath.Path(workdir), stack)
@@ -80,7 +81,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             rows = {name: value[batch] for name, value in condition.items()}
             images = sampler.draw(params, batch, rows)
             if pending:  # written while the device draws the next one
-                save_batch(folder, *pending)
+                save_batch(folder, sampler, *pending)
                 advance(len(pending[0]))
             elif len(batch) < len(todo):
                 # The clock starts when the first batch is there, unless it is the only one.
@@ -89,7 +90,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
                 untimed = len(batch)
             pending = (batch, images)
         if pending:
-            save_batch(folder, *pending)
+            save_batch(folder, sampler, *pending)
             advance(len(pending[0]))
     multihost_utils.sync_global_devices("samples written")
 
@@ -105,9 +106,10 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             "devices": jax.device_count(),
         }
         storage.replace_text(speed, json.dumps(measured) + "\n")
-    if speed.exists():  # of the last run that drew any
-        about["speed"] = json.loads(speed.read_text())
-        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", about["speed"])
+        about["speed"] = measured
+        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", measured)
+    elif speed.exists() and (before := storage.read_object(speed)):  # of the run that drew them
+        about["speed"] = before
     paths = [image_path(folder, i) for i in index]
     write_npz(workdir / "samples.npz", paths, condition, about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
@@ -143,8 +145,13 @@ def claim_folder(folder: epath.Path, wanted: dict[str, Any]) -> None:
     """
     path = folder / "protocol.json"
     wanted = json.loads(json.dumps(wanted))
-    there = json.loads(path.read_text()) if path.exists() else {}
+    there = storage.read_object(path) if path.exists() else {}
     multihost_utils.sync_global_devices("protocol read")  # before process 0 may write it
+    if there is None:
+        raise ValueError(
+            f"{path} is damaged, so nothing says how the images in {folder} were drawn; use "
+            f"another --workdir or remove the folder"
+        )
     if there:
         for name in sorted(wanted.keys() | there.keys()):
             if wanted.get(name) != there.get(name):
@@ -172,14 +179,27 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
             yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
 
 
-def save_batch(folder: epath.Path, index: np.ndarray, images: jax.Array) -> None:
+def save_batch(
+    folder: epath.Path, sampler: sampling.Sampler, index: np.ndarray, images: jax.Array
+) -> None:
     """Writes the images of a batch that this process holds.
 
     Row r is image index[r]; the rows beyond the index fill the batch.
+    Raises: ValueError, on every process, naming the images that are not finite. The others are
+      written.
     """
+    finite = sampler.are_finite(images)[: len(index)]
     for row, image in local_rows(images):
-        if row < len(index):
+        if row < len(index) and finite[row]:
             save_image(image_path(folder, index[row]), pictures.to_uint8(image))
+    bad = index[~finite]
+    if len(bad):
+        names = ", ".join(image_path(folder, i).name for i in bad[:NAMED_IMAGES])
+        more = f" and {len(bad) - NAMED_IMAGES} more" if len(bad) > NAMED_IMAGES else ""
+        raise ValueError(
+            f"{names}{more} would hold NaN or infinite values, so nothing is written for them: "
+            f"what the weights compute overflows; try model.dtype=float32, or other weights"
+        )
 
 
 def save_image(path: epath.Path, image: np.ndarray) -> None:

@@ -96,6 +96,8 @@ def train(
     start_up.part_ended("compilation")
 
     # ---- Resume or start -------------------------------------------------------------------------
+    # A new state comes before the workdir: one for which there is no memory leaves no file.
+    new = new_student(experiment) if is_missing(workdir / "checkpoints") else None
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(workdir_lock.lock_workdir(workdir))
     checkpoints = checkpoint.Checkpointer(
@@ -110,6 +112,7 @@ def train(
     # Metrics since the last log line. They stay on the device: to read them would empty the queue.
     window: list[dict[str, Any]] = []
     if restored:
+        new = None
         first_step, items, data_state, metadata = restored
         state = TrainState.from_items(items)
         window += [
@@ -120,7 +123,10 @@ def train(
     else:
         first_step = 0
         data_state = None
-        state = new_student(experiment, workdir)
+        state, merged = new or new_student(experiment)
+        new = None  # the step donates the state
+        if merged and jax.process_index() == 0:
+            merged.save(workdir / "inheritance.json")
     if jax.process_index() == 0:
         storage.replace_text(workdir / "config.json", experiment.to_json())
     jax.block_until_ready(state)
@@ -240,10 +246,10 @@ def train(
 # ---- The parts of it that have a name ------------------------------------------------------------
 
 
-def new_student(experiment: Experiment, workdir: epath.Path) -> TrainState:
+def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport | None]:
     """A state at step 0: fresh parameters, what is inherited, EMA and optimizer state from those.
 
-    Leaves inheritance.json in the workdir: where each parameter came from.
+    Returns: the state, and where each parameter came from; None: nothing was inherited.
     """
     # Its own stream, away from the steps' fold_in(key(seed), step).
     rng = jax.random.split(jax.random.key(experiment.config.seed), 2)[1]
@@ -251,18 +257,20 @@ def new_student(experiment: Experiment, workdir: epath.Path) -> TrainState:
     shardings = experiment.state_sharding
     init = jax.jit(lambda rng: init_params(model, rng), out_shardings=shardings.params)
     params = init(rng)
+    merged = None
     if experiment.init_checkpoint:
         params, merged = inherit.merge_params(
             experiment.init_checkpoint.params, params, **experiment.inheritance
         )
         if jax.process_index() == 0:
-            merged.save(workdir / "inheritance.json")
+            for note in experiment.init_checkpoint.report.notes:
+                logging.info("%s: %s", experiment.init_checkpoint.report.source, note)
             logging.info("%s", merged.summary())
     optimizer = make_optimizer(experiment.optimizer_settings)
     build = jax.jit(
         lambda params: new_state(params, optimizer), out_shardings=shardings, donate_argnums=0
     )
-    return build(params)
+    return jax.block_until_ready(build(params)), merged
 
 
 def save(

@@ -118,6 +118,12 @@ class Overrides:
                 f"from 1 to {2 * MAX_SIDE}; images of any aspect come from it"
             )
 
+    @classmethod
+    def of_student(cls, config: PixArtConfig, seed: int) -> "Overrides":
+        """Those of a checkpoint that a model inherits from: none, as no leaf follows the model."""
+        del config, seed
+        return cls()
+
     def of_model(self, config: PixArtConfig) -> PixArtConfig:
         """What a checkpoint of a model should be after these changes of it."""
         if self.input_size is None:

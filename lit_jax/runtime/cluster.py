@@ -90,6 +90,22 @@ def tpu_attached() -> bool:
     return any(any(devices.glob(pattern)) for pattern in patterns)
 
 
+def check_backend() -> None:
+    """Starts JAX's devices. Raises: ValueError in one line where that fails."""
+    try:
+        jax.devices()
+    # A backend that is not installed or finds no device: RuntimeError, or an
+    # AssertionError without a word.
+    except Exception as error:
+        wanted = jax.config.values["jax_platforms"]
+        asked = f"JAX_PLATFORMS={wanted}" if wanted else "JAX"
+        reason = " ".join(str(error).split()) or "this installation of JAX has no such backend"
+        raise ValueError(
+            f"{asked} gives no device: {reason}. Install JAX for that device (README.md), let no "
+            f"other program hold it, or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
 # Joining them. ------------------------------------------------------------
 
 
@@ -188,6 +204,7 @@ def check_agreement(fields: dict[str, Any]) -> None:
       values, when one differs from process 0. The processes are disconnected
       then.
     """
+    check_backend()
     problems = _compare_devices() or _compare_fields(fields)
     if problems:
         # Together: a process that is still connected when process 0 ends

@@ -3,16 +3,18 @@
 0    done
 1    it cannot run like this (bad input, processes that do not agree, a loss
      that is not finite): do not try again
-70   training had begun and something broke, a disk or a chip: run the same
-     command again to go on (the third such end in a row without a new
-     checkpoint is 1)
+70   something broke, a disk at any time or a chip once training had begun: run
+     the same command again to go on (the third such end of a training in a
+     row without a new checkpoint is 1)
 75   stopped from outside, by SIGTERM or because another process is gone: run
      the same command again to go on
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +33,19 @@ EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 MOST_CRASHES = 3  # in a row without a new checkpoint: what breaks every time is not repeated
 ANSWER_SECONDS = 10  # how much longer than the heartbeat the other processes have to answer
 CRASH_FILE_BYTES = 80
+
+# What a disk, or the way to it, says that may work again later.
+DISK_ERRORS = {
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ESTALE,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNRESET,
+}
 
 GO_ON = "run the same command again to go on from the last checkpoint"
 
@@ -56,7 +71,9 @@ class CrashError(Exception):
 
 
 class Crashes:
-    """A with-block whose errors are crashes once `begun` is set; before, they are bad input.
+    """A with-block whose errors are crashes once `begun` is set.
+
+    Before, they are bad input, but for those of a disk.
 
     Args:
       path: the file in which this process counts its crashes.
@@ -84,7 +101,8 @@ class Crashes:
         trace: TracebackType | None,
     ) -> None:
         expected = isinstance(error, TryAgainError | GiveUpError)
-        if self.begun and isinstance(error, Exception) and not expected:
+        broke = self.begun or (error is not None and is_of_disk(error))
+        if broke and isinstance(error, Exception) and not expected:
             raise CrashError(self._count) from error
 
     def _count(self) -> int:
@@ -106,15 +124,18 @@ class Crashes:
 
 
 @contextlib.contextmanager
-def shared_fate(heartbeat: float) -> Iterator[None]:
+def shared_fate(heartbeat: float, memory_advice: str = "") -> Iterator[None]:
     """Turns the error that ends a job into one of the exit statuses, and into one line.
 
-    Args: heartbeat: seconds of silence after which another process counts as
-      gone.
+    Args:
+      heartbeat: seconds of silence after which another process counts as gone.
+      memory_advice: what takes less memory, for the line that says that there
+        is not enough.
     """
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = _say_what_memory(raised, memory_advice)
         several = jax.distributed.is_initialized()
         if isinstance(error, CrashError):
             assert error.__cause__ is not None
@@ -124,12 +145,53 @@ def shared_fate(heartbeat: float) -> Iterator[None]:
             # At once, for the thread that waits for the other processes does
             # not end.
             _leave(EXIT_TRY_AGAIN, str(error))
+        if is_of_disk(error):
+            _leave(EXIT_CRASHED, f"{_describe(error, heartbeat)[0]}; {GO_ON}")
         if several:
             _leave(*_judge_together(error, heartbeat))
         if isinstance(error, TryAgainError):
             sys.stderr.write(f"{error}\n")
             sys.exit(EXIT_TRY_AGAIN)
-        raise
+        if error is raised:
+            raise
+        raise error from raised
+
+
+def _say_what_memory(error: Exception, advice: str) -> Exception:
+    """The error; where there was not enough memory, one that says so in a line."""
+    if isinstance(error, CrashError) and isinstance(error.__cause__, Exception):
+        error.__cause__ = _say_what_memory(error.__cause__, advice)
+        return error
+    shortage = memory_shortage(error)
+    return ValueError(f"{shortage}; {advice}".rstrip("; ")) if shortage else error
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is one of `DISK_ERRORS`."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def memory_shortage(error: BaseException) -> str:
+    """What an error says of memory that could not be had, in a line; "" for other errors."""
+    # XLA has no class of its own for it, and says it in several ways.
+    text = str(error)
+    if not isinstance(error, MemoryError):
+        of_xla = isinstance(error, jax.errors.JaxRuntimeError)
+        if not of_xla or not re.search(r"(?i)out of memory|resource_exhausted", text):
+            return ""
+    amount = re.search(r"(?i)allocat\w* (?:request for )?([\d.]+) ?(bytes|[KMGT]i?B?)\b", text)
+    if amount is None:
+        first = (text.splitlines() or [""])[0]
+        return f"out of memory: {first}".rstrip(": ")
+    number = float(amount[1])
+    if amount[2] == "bytes":
+        return f"out of memory: {number / 2**30:.2f} GiB ({number:.0f} bytes) cannot be allocated"
+    return f"out of memory: {amount[1]} {amount[2]} cannot be allocated"
 
 
 def _judge_crash(error: CrashError, cause: BaseException, heartbeat: float) -> tuple[int, str]:

@@ -219,31 +219,51 @@ def _clear_line(record: object) -> bool:
 def forget_after(path: epath.PathLike, step: int) -> None:
     """Drops the lines after `step`, which a resumed run will write again.
 
-    A last line that a kill cut short goes too.
+    A last line that a kill cut short goes too. Where another line is damaged,
+    the file as it was stays under a name of its own, and the log says so.
     """
     path = epath.Path(path)
     if not path.exists():
         return
     # What a kill cut short has no end of line, or none of an object.
-    text = path.read_text().splitlines(keepends=True)
-    whole = [line for line in text if line.endswith("}\n")]
-    steps = [read["step"] for read in _parse(path, whole)]
-    kept = [line for line, of in zip(whole, steps) if of <= step]
-    storage.replace_text(path, "".join(kept))
+    content = path.read_bytes()
+    whole, _, _ = content.rpartition(b"\n")
+    rows = whole.split(b"\n") if whole else []
+    read = [_parse(row) for row in rows]
+    bad = read.count(None)
+    if bad:
+        aside = storage.unused(path.with_name(path.name + ".damaged"))
+        aside.write_bytes(content)
+        logging.warning(
+            "%s has %d damaged lines; it is kept as %s, and goes on without them",
+            path,
+            bad,
+            aside.name,
+        )
+    kept = [row for row, line in zip(rows, read) if line and line["step"] <= step]
+    storage.replace_text(path, b"".join(row + b"\n" for row in kept).decode())
 
 
 def read_training(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """The training lines of metrics.jsonl, without those of evaluations."""
+    """The training lines of metrics.jsonl, without those of evaluations and damaged ones.
+
+    Returns: [] where there is no file.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = _parse(path, path.read_text().splitlines())
+    rows = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = [line for line in map(_parse, rows) if line]
     # Every training line has a loss, and no line of an evaluation has.
     return [line for line in lines if "train/loss" in line]
 
 
-def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, float]]:
-    """Raises: ValueError naming the file and the line that is no JSON."""
+def _parse(row: bytes) -> dict[str, float] | None:
+    """A line of metrics.jsonl; None: it is not one that a run writes."""
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        line = error.doc.strip()[:80]
-        raise ValueError(f"{path} has a line that is no JSON: {line}; remove it") from error
+        line = json.loads(row)
+    # Bytes that are no text, or no JSON, or JSON of any depth or length.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    numbers = all(type(value) in (int, float) for value in line.values())
+    return line if numbers else None

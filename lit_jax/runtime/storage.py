@@ -6,9 +6,11 @@ once, nothing can be appended to it, and it cannot be locked.
 """
 
 import contextlib
+import itertools
+import json
 import os
 from collections.abc import Iterator
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from etils import epath
 
@@ -111,6 +113,22 @@ def naming_file(path: epath.PathLike) -> Iterator[None]:
 def _named(path: epath.PathLike, error: Exception) -> OSError:
     reason = getattr(error, "strerror", None) or error
     return OSError(f"{path} cannot be written: {reason}")
+
+
+def read_object(path: epath.Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None: the file is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    # Bytes that are no text, or no JSON, or JSON of any depth.
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def unused(path: epath.Path) -> epath.Path:
+    """The path, or with a number behind it, that names no file yet."""
+    candidates = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return path if not path.exists() else next(c for c in candidates if not c.exists())
 
 
 def open_to_append(path: epath.Path, limit: int | None = None) -> "BinaryIO | ObjectFile":

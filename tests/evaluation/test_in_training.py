@@ -95,6 +95,31 @@ def test_scores_in_training_are_those_of_the_drawn_images(evaluator, tmp_path):
     assert reports.compare(results, ("samples.step",)).x_name == "samples.step"
 
 
+def draw_broken(params, index, condition, on_batch):
+    """Images of which one holds a NaN and one an infinity."""
+    images = draw(params, index, condition, on_batch)
+    images[1, 0, 0, 0] = np.nan
+    images[4, 0, 0, 0] = np.inf
+    return images
+
+
+def test_a_preview_says_how_many_images_are_not_finite(tmp_path, caplog):
+    previews = in_training.Previews({"student": draw_broken}, CONDITION, tmp_path)
+    picture = previews.draw({"student": {"seed": 1}}, 100)
+    expected = drawn(1)
+    expected[[1, 4]] = 0
+    shown = pictures.image_grid([expected], ["student, 2 not finite"])
+    np.testing.assert_array_equal(np.asarray(picture), shown)
+    assert "2 of 6 images of the student are not finite" in caplog.text
+
+
+def test_images_that_are_not_finite_are_counted_not_scored(evaluator, tmp_path):
+    evaluation = in_training.PeriodicEvaluation(evaluator, draw_broken, CONDITION, {}, tmp_path)
+    scores = evaluation.score({"seed": 1}, 400)
+    assert scores == {"images_not_finite": 2}
+    assert json.loads(evaluation.path(400).read_text())["scores"] == scores
+
+
 def test_only_process_0_writes(evaluator, previews, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     previews.draw({"teacher": {"seed": 0}, "student": {"seed": 1}}, 1)

@@ -113,10 +113,26 @@ def test_what_was_inherited_is_part_of_the_report(report, tmp_path):
     assert "inheritance    1,500 inherited, 20 new, 0 of the source left behind" in logged
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"inherited": 3}'])
+def test_a_damaged_file_of_inheritance_is_left_out(report, tmp_path, text):
+    write_metrics(tmp_path)
+    (tmp_path / "inheritance.json").write_text(text)
+    result, logged = report()
+    assert "inheritance" not in result and "inheritance.json is damaged" in logged
+
+
 def test_a_finished_run_whose_metrics_are_gone_is_reported_all_the_same(report, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     result, logged = report()
     assert result["loss"] == {} and "up to 300" in logged
+
+
+def test_images_that_are_not_finite_are_counted(report, tmp_path, monkeypatch):
+    write_metrics(tmp_path)
+    monkeypatch.setitem(PARAMS, "student", {"scale": np.float32(np.nan)})
+    result, logged = report()
+    assert result["images_not_finite"] == {"student": 9}
+    assert "not finite     images of 9 each: student 9" in logged
 
 
 def test_drawing_can_be_stopped(report, tmp_path):

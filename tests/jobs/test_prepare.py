@@ -218,7 +218,7 @@ def test_sigterm_ends_it_with_75_and_the_same_command_goes_on(folder, tmp_path, 
     with (
         pytest.raises(SystemExit) as stopped,
         exit_status.shared_fate(1.0),
-        preemption.sigterm_stops(),
+        preemption.signals_stop(),
     ):
         run(config)
     assert (

@@ -129,13 +129,13 @@ ENDLESS = (
 )  # a preview of hours, in short batches
 
 
-def test_sigterm_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server, undisturbed):
+def test_sighup_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server, undisturbed):
     workdir, previews = server.folder / "drawing", (*RHYTHM, "--config.train.preview_every=7")
     life = server.start(workdir, *previews, *ENDLESS)
     life.wait_for_batches(7)
     time.sleep(2.0)
     told = time.monotonic()
-    life.kill(signal.SIGTERM)
+    life.kill(signal.SIGHUP)
     assert life.wait() == exit_status.EXIT_TRY_AGAIN, life.text()
     assert (
         time.monotonic() - told < 30
@@ -148,7 +148,7 @@ def test_sigterm_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(serve
     check_same_end(workdir, undisturbed)
 
 
-def test_sigterm_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for(server):
+def test_sigint_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for(server):
     workdir, run = (
         server.folder / "drawing_last",
         ("--config.train.steps=2", "--config.train.preview_every=100"),
@@ -156,7 +156,7 @@ def test_sigterm_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for
     life = server.start(workdir, *run, *ENDLESS)
     life.wait_for_batches(2)
     time.sleep(2.0)
-    life.kill(signal.SIGTERM)
+    life.kill(signal.SIGINT)
     assert life.wait() == exit_status.EXIT_TRY_AGAIN and "step 2 is saved" in life.text()
     again = server.run(workdir, *run)
     assert again.first_step() == 2 and again.ids() == []

@@ -190,6 +190,20 @@ def test_an_image_that_does_not_belong_is_named_and_the_npz_stays_as_it_was(
         assert (tmp_path / "samples.npz").read_text() == "the old one"
 
 
+def test_images_that_are_not_finite_are_named_and_not_written(
+    config, weights, tmp_path, monkeypatch
+):
+    """All weights are finite, but the last layer's product is not."""
+    huge = jax.tree.map(np.copy, weights)
+    huge["final_layer"]["linear"]["kernel"] *= np.float32(1e37)
+    path = tmp_path / "params"
+    checkpoint.save_params(path, huge, {"model": Experiment(config).model_config.to_json()})
+    message = "000000.png, 000001.png, 000002.png would hold NaN or infinite values"
+    with pytest.raises(ValueError, match=message):
+        draw(config, tmp_path / "drawn", checkpoint=str(path), num_images=3)
+    assert not list((tmp_path / "drawn").rglob("*.png"))
+
+
 def test_images_of_another_size_are_not_mixed_in(config, drawn):
     other = config.copy_and_resolve_references()
     other.model.input_size = 16
@@ -203,6 +217,17 @@ def test_images_of_another_protocol_are_not_mixed_in(config, drawn, field, value
         ValueError, match=f"holds images drawn with {field} = .*, this run has {value}"
     ):
         draw(config, drawn[1], **{field: value})
+
+
+def test_a_damaged_protocol_is_named_and_a_damaged_speed_left_out(config, drawn, tmp_path):
+    shutil.copytree(drawn[1] / "samples", tmp_path / "samples")
+    (tmp_path / "samples" / "speed.json").write_text('{"images_per_')
+    draw(config, tmp_path)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert "speed" not in archive and "protocol" in archive
+    (tmp_path / "samples" / "protocol.json").write_bytes(b"\xff\0")
+    with pytest.raises(ValueError, match="samples/protocol.json is damaged.* remove the folder"):
+        draw(config, tmp_path)
 
 
 def test_rows_of_a_batch_are_handed_out_once():

@@ -6,9 +6,11 @@ import shutil
 
 import command
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import debug
@@ -16,7 +18,7 @@ from lit_jax import checkpoint, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
-from lit_jax.models import init_params
+from lit_jax.models import init_params, param_shapes
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -371,7 +373,7 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     config.student.init = "random"
     experiment = Experiment(config)
     experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    state = train.new_student(experiment, tmp_path)
+    state, _ = train.new_student(experiment)
     root = jax.random.key(seed)
     own = jax.random.split(root, 2)[1]
 
@@ -386,6 +388,63 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
     assert tuple(jax.random.key_data(own).tolist()) not in keys
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+
+
+def fine_tuned(source, tmp_path, **model):
+    """The first parameters of a student that goes on from `source`, by path."""
+    config = debug.get_config()
+    config.model.update(model)
+    config.student.init = str(source)
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    experiment.check_inheritance()
+    return flatten_dict(train.new_student(experiment)[0].params, sep="/")
+
+
+def test_fine_tuning_inherits_attention_and_the_classes_that_both_have(tmp_path):
+    """The source has three classes, the student ten: the null class is the last row of each."""
+    written = command.write_teacher(tmp_path / "source.safetensors", num_classes=3)
+    params = fine_tuned(tmp_path / "source.safetensors", tmp_path, attention="softmax")
+    for layer in range(2):
+        for module in ("attn.qkv", "attn.proj", "mlp.fc1"):
+            kernel = params[f"blocks/{module.replace('.', '/')}/kernel"][layer]
+            np.testing.assert_array_equal(kernel, written[f"blocks.{layer}.{module}.weight"].T)
+    table = params["y_embedder/embedding_table/embedding"]
+    theirs = written["y_embedder.embedding_table.weight"]
+    assert table.shape == (11, 32)
+    np.testing.assert_array_equal(table[jnp.array([0, 1, 2, 10])], theirs)
+    assert 0.01 < float(table[3:10].std()) < 0.03
+
+
+def test_a_student_goes_on_from_the_whole_of_a_linear_model(tmp_path):
+    architecture = Experiment(debug.get_config()).model_config
+    rng = np.random.default_rng(0)
+    source = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), param_shapes(architecture)
+    )
+    path = tmp_path / "source"
+    checkpoint.save_params(path, source, {"model": architecture.to_json()})
+    params = fine_tuned(path, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, flatten_dict(source, sep="/"))
+    # Weights of one attention that compute with other numbers are another function.
+    for field, value, theirs in (("num_heads", 4, 2), ("kernel_function", "gelu", "relu")):
+        message = f"model.{field} = {value}, but .* has {theirs}; set model.{field}={theirs}"
+        with pytest.raises(ValueError, match=message):
+            fine_tuned(path, tmp_path, **{field: value})
+
+
+def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
+    def too_much(params, optimizer):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+        )
+
+    monkeypatch.setattr(train, "new_state", too_much)
+    error = run_debug(folder, *QUIET, workdir="too_large")
+    assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
+    for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
+        assert part in error
+    assert not (folder / "too_large").exists()
 
 
 def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):

@@ -185,6 +185,39 @@ def test_what_a_full_disk_does_not_take_is_named_at_once_and_closing_says_no_mor
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_damaged_file_is_set_aside_and_the_run_goes_on(tmp_path, caplog):
+    good = b'{"step": 1, "train/loss": 2.0}\n'
+    later = b'{"step": 4, "train/loss": 1.0}\n'
+    damaged = (
+        b"{}\n",
+        b'{"step": "two", "train/loss": 1.0}\n',
+        b'{"step": true}\n',
+        b'{"step": 2, "train/loss": "low"}\n',
+        b"[1]\n",
+        b"\xff\x00\x80 rubbish\n",
+        b"[" * 100_000 + b"\n",
+        b"\n",
+    )
+    path = tmp_path / "metrics.jsonl"
+    for number, rubbish in enumerate(damaged):
+        path.write_bytes(good + rubbish + later)
+        assert [line["step"] for line in metric_writer.read_training(tmp_path)] == [1, 4]
+        caplog.clear()
+        metric_writer.forget_after(path, 3)
+        assert path.read_bytes() == good
+        aside = f"metrics.jsonl.damaged{f'.{number}' if number else ''}"
+        assert (tmp_path / aside).read_bytes() == good + rubbish + later
+        assert f"{path} has 1 damaged lines; it is kept as {aside}, and" in caplog.text
+
+
+def test_a_line_that_a_kill_cut_short_is_no_damage(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
+    metric_writer.forget_after(path, 5)
+    assert path.read_text() == '{"step": 1, "train/loss": 2.0}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"] and not caplog.text
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     log = make_writer(tmp_path)
