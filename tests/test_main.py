@@ -166,6 +166,8 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
         (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
         (["sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
         (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
+        (["autoencoder.checkpoint=no/vae"], ["autoencoder.checkpoint = no/vae: no such file"]),
+        (["data.split=validation"], ["data.split = 'validation' is not one of", "train, test"]),
         (["evaluate.every=1"], ["evaluate.reference"]),
         (
             ["evaluate.every=1", "evaluate.reference=no/such.npz"],
