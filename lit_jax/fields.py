@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 
@@ -53,6 +54,7 @@ RANGES = {
     "prepare.image_size": SIDES,
     "prepare.buckets": NAMES,
     "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
+    "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
