@@ -13,6 +13,7 @@ that it depends on, and scores of unequal protocols refuse to be compared. See
 docs/evaluation.md.
 """
 
+import json
 import time
 from typing import Any
 
@@ -22,9 +23,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import pictures
-from lit_jax.evaluation import npz, protocol, reports
+from lit_jax.evaluation import geneval, npz, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import evaluation_settings, naming
+from lit_jax.runtime import storage
 
 # What the published scores of ADM's samples were made by.
 SELF_CHECK = ("inception_adm", 50_000)
@@ -35,7 +37,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluates samples, or with evaluate.compare compares evaluations.
 
     Leaves evaluation_SAMPLES.json, .md and .png in the workdir, or
-    comparison.json, .md and .png.
+    comparison.json, .md and .png; with evaluate.geneval geneval.json.
     Raises: ValueError or FileNotFoundError, before anything is written, for a
       config that cannot be run; ValueError after all is written where the
       self-check fails.
@@ -48,8 +50,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     with naming("evaluate"):
         if config.evaluate.compare:
             compare(config.evaluate, workdir)
+        elif config.evaluate.geneval:
+            summarise_geneval(config.evaluate.geneval, workdir)
         else:
             evaluate(config, workdir)
+
+
+def summarise_geneval(results: str, workdir: epath.Path) -> None:
+    """The table of a result file of GenEval's scorer, in the log and in geneval.json."""
+    scores = geneval.summarise(results)
+    workdir.mkdir(parents=True, exist_ok=True)
+    storage.replace_text(workdir / "geneval.json", json.dumps(scores._asdict(), indent=1) + "\n")
+    logging.info("GenEval, %d images of %s:\n%s", scores.images, results, scores.table())
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
