@@ -645,6 +645,6 @@ def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkey
     )
     export_official(params, tmp_path / "a.safetensors", config)
     read = read_checkpoint(tmp_path / "a.safetensors")
-    assert "blocks.1.attn.gate_norm.scale" in read.report.keys
+    assert "blocks.1.attn.gate_norm.weight" in read.report.keys
     assert read.config == config
     jax.tree.map(np.testing.assert_array_equal, load_params(read.params), params)
