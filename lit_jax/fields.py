@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
-from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
+from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -25,7 +25,12 @@ NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
+PIXELS = Range(
+    "(), or height and width",
+    lambda x: len(x) in (0, 2) and all(isinstance(side, int) and 0 < side < 10**5 for side in x),
+)
 DTYPE = one_of("bfloat16", "float32")
+DTYPE_OF_CAPTIONS = one_of("bfloat16", "int8")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
@@ -45,8 +50,11 @@ RANGES = {
     "autoencoder.dtype": one_of("float32", "bfloat16"),
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
+    "text.caption_ratio": UNIT,
     "prepare.image_size": SIDES,
     "prepare.background": COLOUR,
+    "prepare.buckets": NAMES,
+    "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
     "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
@@ -68,6 +76,11 @@ RANGES = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
+    "text.dtype": DTYPE,
+    "sample.prompts": NAMES,
+    "sample.size": PIXELS,
+    "sample.images_per_prompt": AT_LEAST_1,
+    "sample.null_mask": one_of("prompt", "own"),
     "sample.num_images": AT_LEAST_1,
     "sample.batch_size": AT_LEAST_1,
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
