@@ -400,6 +400,7 @@ class Experiment:
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
             return None, None
+        _check_there("autoencoder.checkpoint", wanted.checkpoint)
         with naming("autoencoder", path="autoencoder.checkpoint"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
@@ -800,10 +801,14 @@ def _dtype(name: str) -> Any:
 
 def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
+    _check_there(field, path)
+    with naming(field.split(".")[0], input_size="port.input_size"):
+        return read_checkpoint(path, weights=weights, overrides=overrides)
+
+
+def _check_there(field: str, path: str) -> None:
     if not epath.Path(path).exists():
         raise FileNotFoundError(
             f"{field} = {path}: no such file or folder; it is what another training or download "
             f"leaves"
         )
-    with naming(field.split(".")[0], input_size="port.input_size"):
-        return read_checkpoint(path, weights=weights, overrides=overrides)

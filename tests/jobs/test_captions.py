@@ -1,26 +1,20 @@
 """Images with captions from end to end: prepared into buckets, and trained on."""
 
-import hashlib
-import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-import tiny_captions
 from etils import epath
 from tiny_autoencoder import write_autoencoder
 from tiny_captions import BUCKETS, COUNT, make_config, picture, texts, write_folder
 from tiny_text import write_text_encoder
 
-from lit_jax import checkpoint, text
 from lit_jax.data import caption_records
 from lit_jax.data.buckets import Buckets, crop_to
 from lit_jax.data.caption_records import open_captions
-from lit_jax.data.dataset import PREPARED
 from lit_jax.data.shards import VERSION
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare, train
+from lit_jax.jobs import prepare
 
 
 @pytest.fixture(scope="module")
