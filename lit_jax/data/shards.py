@@ -227,11 +227,13 @@ def finish_splits(
     Raises: ValueError when shards of theirs are missing.
     """
     folder = written[0].folder
+    # First what is missing: a folder that was never entered has no splits.
+    found = {shards.split: shards.entries() for shards in written}
     before = read_about(folder)
     splits = before["splits"]
     left_out = {}
     for shards in written:
-        entries, left_out[shards.split] = shards.entries()
+        entries, left_out[shards.split] = found[shards.split]
         splits[shards.split]["shards"] = [
             # Two values, not a dict: there may be thousands of shards.
             [entry["count"], entry["sha256"]]
