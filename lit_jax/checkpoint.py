@@ -8,13 +8,16 @@ parameters reads both.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,6 +43,12 @@ QUOTED_FAILURES = (
 )
 # Below gs://, files are opened by these; a missing file is Python's own error.
 STORE_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+
+# Of a file of JSON in a checkpoint. It holds names and shapes.
+MAX_JSON_BYTES = 8 << 20
+# Arrays of constants pack well, and a stranger's folder may unpack to any size.
+MAX_UNPACKED_BYTES = 256 << 20
+MAX_COMPRESSION = 100
 
 Items = dict[str, Any]  # {item: tree of arrays}
 
@@ -375,6 +384,7 @@ def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
     path = orbax_path(path)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} already holds files; a checkpoint needs a new or empty folder")
+    metadata = metadata | {"metadata_checksum": checksum(metadata)}
     # Orbax copies what it writes. With more than 1 GB of it at once, a
     # port would need the memory of two trees.
     handler = ocp.CompositeCheckpointHandler(
@@ -414,19 +424,60 @@ def _is_whole_step(path: epath.Path) -> bool:
     return ocp.utils.is_checkpoint_finalized(path)
 
 
-def restore_params(
-    path: epath.PathLike, shardings: Any = None, *, ema: bool = True
-) -> tuple[Any, dict]:
-    """Reads the parameters of a checkpoint, and nothing else of it.
+@dataclasses.dataclass(frozen=True)
+class SavedParams:
+    """The parameters of a checkpoint, which are not read yet.
+
+    Attributes:
+      folder: the checkpoint.
+      item: the saved item, "ema_params" or "params".
+      shapes: the tree, of ShapeDtypeStruct.
+      metadata: of the checkpoint; {}: there is none.
+    """
+
+    folder: epath.Path
+    item: str
+    shapes: Any
+    metadata: dict[str, Any]
+
+    def read(self, shardings: Any = None) -> Any:
+        """The arrays, compared with the fingerprint that was saved with them.
+
+        Args: shardings: a tree of shardings like the parameters, or None for
+          host memory (NumPy).
+        Raises: ValueError when they cannot be read or are not what was saved.
+        """
+
+        def target_of(leaf: Any, sharding: Any = None) -> Any:
+            if sharding is None:
+                return np.empty(leaf.shape, leaf.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        trees = (self.shapes,) if shardings is None else (self.shapes, shardings)
+        args = {self.item: ocp.args.StandardRestore(jax.tree.map(target_of, *trees))}
+        with refusing(self.folder):
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                params = checkpointer.restore(self.folder, ocp.args.Composite(**args))[self.item]
+
+            expected = self.metadata.get("fingerprints", {}).get(self.item)
+            if expected is None:
+                return params
+            if shardings is None:
+                found = host_fingerprint(params)
+            else:
+                found = fingerprints({self.item: params})[self.item]
+            if found != expected:
+                raise DamagedError(f"{self.item} is not what was saved")
+            return params
+
+
+def open_params(path: epath.PathLike, *, ema: bool = True) -> SavedParams:
+    """Finds the parameters of a checkpoint; reads their shapes and the metadata.
 
     Args:
       path: a parameter checkpoint, a training checkpoint, or a workdir,
         which stands for its newest checkpoint.
-      shardings: tree of shardings like the parameters, or None for host
-        memory (NumPy).
       ema: the EMA parameters where a training checkpoint has both.
-    Returns: params and the metadata dict; in it "weights" says what was
-      read, "ema_params" or "params", and "path" from where.
     Raises: FileNotFoundError when there is no checkpoint at `path`,
       ValueError when it cannot be read.
     """
@@ -436,37 +487,59 @@ def restore_params(
     of_training = ("opt_state", "ema_params")
     trained = any((folder / name).is_dir() for name in of_training)
     item = "ema_params" if ema and trained else "params"
-    try:
-        params, metadata = _read_item(folder, item, shardings)
-    # Orbax and TensorStore raise many kinds of errors.
-    except Exception as error:
-        lines = str(error).splitlines() or [repr(error)]
-        raise ValueError(f"checkpoint {folder} cannot be read: {lines[0]}") from error
-    return params, metadata | {"weights": item, "path": str(folder)}
+    with refusing(folder):
+        metadata = _read_metadata(folder)
+        return SavedParams(folder, item, _saved_tree(folder / item), metadata)
 
 
-def _read_item(folder: epath.Path, item: str, shardings: Any) -> tuple[Any, dict]:
-    """One item and the metadata of a checkpoint."""
+def restore_params(
+    path: epath.PathLike, shardings: Any = None, *, ema: bool = True
+) -> tuple[Any, dict]:
+    """Reads the parameters of a checkpoint, and nothing else of it.
 
-    def target_of(leaf: Any, sharding: Any = None) -> Any:
-        if sharding is None:
-            return np.empty(leaf.shape, leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    Args:
+      path, ema: as `open_params`.
+      shardings: as `SavedParams.read`.
+    Returns: params and the metadata dict; in it "weights" says what was
+      read, "ema_params" or "params", and "path" from where.
+    Raises: as both.
+    """
+    saved = open_params(path, ema=ema)
+    about = {"weights": saved.item, "path": str(saved.folder)}
+    return saved.read(shardings), saved.metadata | about
 
-    tree = _saved_tree(folder / item)
-    trees = (tree,) if shardings is None else (tree, shardings)
-    args = {item: ocp.args.StandardRestore(jax.tree.map(target_of, *trees))}
+
+def _read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, compared with the checksum in them."""
     # Checkpoints that other programs wrote have none.
-    if (folder / "metadata").is_dir():
-        args["metadata"] = ocp.args.JsonRestore()
-
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder, ocp.args.Composite(**args))
-    metadata = restored.get("metadata") or {}
+    if not (folder / "metadata").is_dir():
+        return {}
+    metadata = _read_json_item(folder / "metadata")
     if not isinstance(metadata, dict):
         kind = type(metadata).__name__
-        raise TypeError(f"its metadata is a {kind}, not an object")
-    return restored[item], metadata
+        raise DamagedError(f"its metadata is a {kind}, not an object")
+
+    # A flipped bit makes another model of a checkpoint as well in here.
+    wanted = found = None
+    if "metadata_checksum" in metadata:
+        wanted = metadata.pop("metadata_checksum")
+        found = checksum(metadata)
+    elif "fingerprints" in metadata and "checksum" in metadata:
+        wanted = metadata.pop("checksum")
+        found = checksum([_read_json_item(folder / "data"), metadata])
+    if wanted != found:
+        raise DamagedError("data or metadata is not what was saved")
+
+    expected = metadata.get("fingerprints", {})
+    if not isinstance(expected, dict):
+        raise DamagedError("its fingerprints are not an object")
+    return metadata
+
+
+def _read_json_item(item: epath.Path) -> Any:
+    path = item / "metadata"
+    _check_size(path)
+    return json.loads(path.read_text("utf-8"))
 
 
 def orbax_path(path: epath.PathLike) -> epath.Path:
@@ -485,11 +558,42 @@ def shapes_of(item: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def _saved_tree(item: epath.PathLike) -> Any:
-    """The tree of one saved item; leaves have shape and dtype."""
+    """The tree of one saved item, of ShapeDtypeStruct.
+
+    A folder may come from a stranger, and Orbax believes what it says.
+    Raises: DamagedError for sizes that no weights have.
+    """
+    item = epath.Path(item)
+    for path in (item / "_METADATA", item / "_sharding"):
+        _check_size(path)
+    for path in _entries(item / "array_metadatas"):
+        _check_size(path)
     # Not ocp.Checkpointer, which looks for a commit mark that an item
     # does not have.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        return handler.metadata(epath.Path(item)).tree
+        tree = handler.metadata(item).tree
+
+    leaves = flatten(tree)
+    num_bytes = 0
+    for name, leaf in leaves.items():
+        shape = tuple(leaf.shape)
+        num_bytes += math.prod(shape) * np.dtype(leaf.dtype).itemsize
+        # A chunk is unpacked as a whole, whatever the shape of its array.
+        chunk = leaf.storage.chunk_shape if leaf.storage else None
+        if chunk and any(c > max(n, 1) for c, n in zip(chunk, shape)):
+            raise DamagedError(f"{name[:80]} has shape {shape}, but chunks of {tuple(chunk)}")
+    if num_bytes > MAX_UNPACKED_BYTES:
+        stored = sum(path.stat().length for path in item.rglob("*") if path.is_file())
+        if num_bytes > MAX_COMPRESSION * stored:
+            raise DamagedError(
+                f"{item.name} would unpack {stored} bytes to {num_bytes}, as no weights do"
+            )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _check_size(path: epath.Path) -> None:
+    if path.exists() and path.stat().length > MAX_JSON_BYTES:
+        raise DamagedError(f"{path.name} has more than {MAX_JSON_BYTES} bytes")
 
 
 # What is damage, and how it is found. -----------------------------------------
@@ -503,6 +607,7 @@ def reading(path: epath.PathLike) -> Iterator[None]:
     Raises: OSError where the machine or its file system failed,
       DamagedError for all others.
     """
+    _drop_echoes()
     try:
         yield
     except Exception as error:
@@ -514,6 +619,32 @@ def reading(path: epath.PathLike) -> Iterator[None]:
                 f"checkpoint {path} cannot be read and is left as it is: {lines[0]}"
             ) from error
         raise DamagedError(lines[0]) from error
+
+
+def _drop_echoes() -> None:
+    """Keeps tracebacks out of the log that only repeat an error.
+
+    Orbax reads arrays side by side. Where one fails, it closes its event loop,
+    and each of the others, which end later, prints that the loop is closed.
+    """
+    hook = sys.unraisablehook
+    if not (isinstance(hook, functools.partial) and hook.func is _unless_echo):
+        sys.unraisablehook = functools.partial(_unless_echo, hook)
+
+
+def _unless_echo(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
+@contextlib.contextmanager
+def refusing(path: epath.PathLike) -> Iterator[None]:
+    """As `reading`, but damage is a ValueError that names the checkpoint."""
+    try:
+        with reading(path):
+            yield
+    except DamagedError as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
 
 
 def machine_failure(error: BaseException | None) -> BaseException | None:
@@ -566,6 +697,22 @@ def fingerprints(items: Items) -> dict[str, int]:
     """
     values = jax.device_get(_fingerprints(items))
     return {name: int(value) for name, value in values.items()}
+
+
+def host_fingerprint(tree: Any) -> int:
+    """The fingerprint of one tree of NumPy arrays, without a device."""
+    total = 0
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        flat = np.ascontiguousarray(leaf).reshape(-1)
+        flat = flat.view(f"uint{8 * flat.dtype.itemsize}")
+        for start in range(0, flat.size, _PART):
+            bits = flat[start : start + _PART].astype(np.uint32)
+            places = np.arange(start, start + bits.size).astype(np.uint32)
+            total += (2 * index + 1) * int(np.sum(bits * (2 * places + 1), dtype=np.uint32))
+    return total % 2**32
+
+
+_PART = 1 << 22  # elements of a leaf that are in memory once more
 
 
 @jax.jit

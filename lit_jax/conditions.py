@@ -56,7 +56,7 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
         )
     # JAX would clamp a label outside the table without a word.
-    if dataset.num_classes != model_config.num_classes:
+    if "label" in wanted and dataset.num_classes != model_config.num_classes:
         raise ValueError(
             f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "
             f"{dataset.num_classes} classes"

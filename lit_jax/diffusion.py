@@ -35,7 +35,7 @@ class GaussianDiffusion:
 
     betas: np.ndarray = dataclasses.field(default_factory=linear_betas)
 
-    # The rows of samplers.COEFFICIENTS that make sense of this process.
+    # The rows of samplers.SAMPLERS that make sense of this process.
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "dpm++")
 
     def __post_init__(self):

@@ -17,16 +17,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, ranges, sharding
+from lit_jax import conditions, fields, inherit, ranges, samplers, sharding
 from lit_jax.data import dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
-from lit_jax.models import FAMILIES
+from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
-from lit_jax.models.dit import DiT, DiTConfig
-from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import (
+    KEY_TABLES,
     Checkpoint,
     checksum,
     load_params,
@@ -97,6 +96,7 @@ class Experiment:
         with naming("sample"):
             names = [field.name for field in dataclasses.fields(SamplerSettings)]
             self.sampler_settings = SamplerSettings(**{n: config.sample[n] for n in names})
+            self._check_grid()
         with naming("optimizer", steps="train.steps"):
             self.optimizer_settings = OptimizerSettings(
                 steps=config.train.steps, **config.optimizer
@@ -106,15 +106,25 @@ class Experiment:
 
     # ---- Settings --------------------------------------------------------------------------------
 
-    def _model_config(self) -> DiTConfig:
+    def _model_config(self) -> Any:
         model = self.config.model
         if model.family not in FAMILIES:
             raise ValueError(
                 f"model.family must be one of {', '.join(FAMILIES)}; got {model.family!r}"
             )
-        architecture = {n: value for n, value in model.items() if n not in NOT_ARCHITECTURE}
+        family = FAMILIES[model.family].config
+        # None: not asked for. So one config holds the fields of all families.
+        asked = {n: value for n, value in model.items() if value is not None}
+        architecture = {n: value for n, value in asked.items() if n not in NOT_ARCHITECTURE}
+        known = {"size"} | {field.name for field in dataclasses.fields(family)}
+        if unknown := sorted(architecture.keys() - known):
+            name = unknown[0]
+            raise ValueError(
+                f"model.{name} = {model[name]}, but model.family = {model.family} has no "
+                f"{name}; set model.{name}=None"
+            )
         with naming("model"):
-            found = FAMILIES[model.family].config.of_size(**architecture)
+            found = family.of_size(**architecture)
         if model.input_size % found.patch_size:
             raise ValueError(
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
@@ -133,6 +143,13 @@ class Experiment:
         for group, names in known.items():
             with naming(group):
                 ranges.check(self.config[group], implementation=ranges.one_of(None, *names))
+
+    def _check_grid(self) -> None:
+        """Raises ValueError for steps that the sampler's timesteps cannot be."""
+        settings = self.sampler_settings
+        channels = (self.model_config.in_channels, self.model_config.out_channels)
+        variance = self.process.choose_variance(settings.variance, *channels)
+        samplers.make_grid(self.process, dataclasses.replace(settings, variance=variance))
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
@@ -154,14 +171,16 @@ class Experiment:
                 teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
             )
 
-    def _port_overrides(self) -> Overrides:
+    def _port_overrides(self) -> Any:
+        """What the config knows better than the checkpoint of a port, for its family."""
         port = self.config.port
-        names = {field.name for field in dataclasses.fields(Overrides)}
+        overrides = KEY_TABLES[type(self.model_config)].Overrides
+        names = {field.name for field in dataclasses.fields(overrides)}
         known = {name: port[name] for name in names & set(port)}
         # A side of 0 keeps the table that the checkpoint has.
         sides = (port.input_size, port.input_size) if port.input_size else None
         with naming("port"):
-            return Overrides(**known | {"input_size": sides, "seed": self.config.seed})
+            return overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -190,7 +209,7 @@ class Experiment:
             return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
 
     @functools.cached_property
-    def model(self) -> DiT:
+    def model(self) -> Model:
         """The model that is trained, or sampled from."""
         config = self.config
         return FAMILIES[config.model.family].model(
@@ -209,7 +228,7 @@ class Experiment:
         return _read("teacher.checkpoint", teacher.checkpoint, teacher.weights)
 
     @functools.cached_property
-    def teacher(self) -> DiT | None:
+    def teacher(self) -> Model | None:
         """The frozen model, as its checkpoint and the config say; None: plain training.
 
         Raises: ValueError where checkpoint, config and student contradict each other.
@@ -245,7 +264,7 @@ class Experiment:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
         return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
 
-    def default_teacher(self) -> DiT:
+    def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
         teacher = self.config.teacher
         model = self.config.model
@@ -265,7 +284,7 @@ class Experiment:
             )
         return self._as_teacher(architecture)
 
-    def _as_teacher(self, architecture: DiTConfig) -> DiT:
+    def _as_teacher(self, architecture: Architecture) -> Model:
         teacher = self.config.teacher
         return FAMILIES[self.config.model.family].model(
             architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
@@ -289,7 +308,8 @@ class Experiment:
         checkpoint = self.teacher_checkpoint
         if student.init != "teacher":
             # Fine-tuning on other classes resizes the label table, as port.num_classes does.
-            classes = Overrides.of_student(self.model_config, self.config.seed)
+            overrides = KEY_TABLES[type(self.model_config)].Overrides
+            classes = overrides.of_student(self.model_config, self.config.seed)
             checkpoint = _read("student.init", student.init, student.weights, classes)
         if checkpoint is None:
             raise ValueError(
@@ -336,7 +356,7 @@ class Experiment:
         ours = self.model_config
         if source is None or source.config.attention != ours.attention:
             return ()
-        for name in ("num_heads", "kernel_function", "conv_size"):
+        for name in ("num_heads", *ATTENTIONS[ours.attention].fields):
             value = getattr(ours, name)
             theirs = getattr(source.config, name)
             # A file of softmax attention may not tell its heads.
@@ -346,7 +366,7 @@ class Experiment:
                     f"inherits its attention from, has {theirs}; set model.{name}={theirs}, or "
                     f"name the parts that it takes: inherit.load=() for none"
                 )
-        return inherit.PARTS if ours.conv_size else inherit.PROJECTIONS
+        return inherit.parts_of(self.state_shapes.params)
 
     # ---- Data ------------------------------------------------------------------------------------
 
@@ -448,7 +468,7 @@ class Experiment:
         )
 
     def sampler(
-        self, model: DiT | None = None, batch_size: int = 0, *, decodes: bool = True
+        self, model: Model | None = None, batch_size: int = 0, *, decodes: bool = True
     ) -> Sampler:
         """The config's sampler for its model, or another one; batch_size 0: sample.batch_size.
 
@@ -605,7 +625,7 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name).type
 
 
-def _read(field: str, path: str, weights: str, overrides: Overrides | None = None) -> Checkpoint:
+def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
     if not epath.Path(path).exists():
         raise FileNotFoundError(

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lit_jax.models.dit import REMAT_POLICIES
-from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of
+from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of, up_to
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -24,64 +24,70 @@ NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
+# What memory and files are made for. Anything larger is a slip of the finger.
+IMAGES = up_to(10_000_000)
+BATCH = up_to(1_000_000)
+SIDE = up_to(65_536)  # of an image
+DEVICES = up_to(256, low=0)  # JAX aborts the process where there are thousands
+SECONDS = up_to(10_000_000)  # a timer of C takes no more than about 300 years
 DTYPE = one_of("bfloat16", "float32")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
     "seed": SEED,
-    "model.input_size": AT_LEAST_1,
+    "model.input_size": SIDE,
     "model.dtype": DTYPE,
     "teacher.num_heads": AT_LEAST_0,
     "teacher.dtype": DTYPE,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
     # 0 reads in the main thread: for a debugger, and for data that are in memory.
-    "data.num_threads": AT_LEAST_0,
+    "data.num_threads": up_to(1_024, low=0),
     "data.prefetch": AT_LEAST_0,
     "autoencoder.scaling_factor": NOT_NEGATIVE,
     "autoencoder.dtype": one_of("float32", "bfloat16"),
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
     "prepare.image_size": AT_LEAST_1,
-    "prepare.batch_size": AT_LEAST_1,
-    "prepare.shard_records": AT_LEAST_1,
+    "prepare.batch_size": BATCH,
+    "prepare.shard_records": IMAGES,
     # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
-    "train.batch_size": AT_LEAST_1,
+    "train.batch_size": BATCH,
     "train.remat": one_of(*REMAT_POLICIES),
     "train.log_every": AT_LEAST_1,
     "train.preview_every": AT_LEAST_0,
-    "train.preview_images": AT_LEAST_1,
-    "train.watchdog": NOT_NEGATIVE,
+    "train.preview_images": BATCH,
+    "train.watchdog": up_to(10_000_000, low=0),
     "train.profile": STEPS,
     "train.stop_after_bad_steps": AT_LEAST_1,
     "mesh.data": SIZE,
     "mesh.fsdp": SIZE,
-    "mesh.cpu_devices": AT_LEAST_0,
-    "mesh.join_timeout": AT_LEAST_1,
-    "mesh.heartbeat": AT_LEAST_1,
+    "mesh.cpu_devices": DEVICES,
+    "mesh.join_timeout": SECONDS,
+    "mesh.heartbeat": SECONDS,
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
-    "sample.num_images": AT_LEAST_1,
-    "sample.batch_size": AT_LEAST_1,
+    "sample.num_images": IMAGES,
+    "sample.batch_size": BATCH,
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
-    "evaluate.every_images": AT_LEAST_1,
+    "evaluate.every_images": BATCH,
     "evaluate.num_images": AT_LEAST_0,
-    "evaluate.batch_size": AT_LEAST_1,
+    "evaluate.batch_size": BATCH,
     "evaluate.num_neighbour_images": AT_LEAST_1,
     "evaluate.neighbours": AT_LEAST_1,
     "evaluate.split_size": AT_LEAST_1,
     "evaluate.compare": NAMES,
     "evaluate.compare_across": NAMES,
     "benchmark.what": NAMES,
-    "benchmark.attention_tokens": AT_LEAST_1,
-    "benchmark.model_tokens": AT_LEAST_1,
-    "benchmark.repeats": AT_LEAST_1,
-    "plan.slices": AT_LEAST_1,
+    "benchmark.attention_tokens": up_to(10**9),
+    "benchmark.model_tokens": up_to(10**9),
+    "benchmark.repeats": up_to(10_000),
+    "plan.slices": up_to(1_024),
     "plan.programs": NAMES,
-    "report.num_images": AT_LEAST_0,
+    "report.num_images": up_to(1_000_000, low=0),
 }
 
 

@@ -14,11 +14,13 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-PROJECTIONS = ("q", "k", "v", "o")
-PARTS = (*PROJECTIONS, "conv")  # what `load` may name
+from lit_jax.models import attention
+
 # Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
 # function in both models, and inherited with the rest.
 ATTENTION = "blocks/attn/"
+# What `load` may name.
+PARTS = tuple(dict.fromkeys(part for parts in attention.PARTS.values() for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +134,22 @@ def plan_merge(
     return plan, MergeReport(inherited, at_init, left_behind)
 
 
+def parts_of(params: Any) -> tuple[str, ...]:
+    """The parts of attention that a tree of parameters has."""
+    paths = flatten_dict(params, sep="/")
+    modules = {path.removeprefix(ATTENTION).split("/")[0] for path in paths}
+    known = attention.PARTS.items()
+    return tuple(part for module, parts in known if module in modules for part in parts)
+
+
 def _check_names(target, load, keep_init):
     unknown = [part for part in load if part not in PARTS]
     if unknown:
         raise ValueError(f"load = {', '.join(unknown)}: it may name {', '.join(PARTS)}")
-    attention = sorted(path for path in target if path.startswith(ATTENTION))
-    if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in attention):
+    leaves = sorted(path for path in target if path.startswith(ATTENTION))
+    if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in leaves):
         raise ValueError(
-            f"load = conv, but the student has no convolution: its attention is "
-            f"{', '.join(attention)}"
+            f"load = conv, but the student has no convolution: its attention is {', '.join(leaves)}"
         )
     modules = sorted({path.rsplit("/", 1)[0] for path in target})
     for kept in keep_init:
@@ -178,20 +187,20 @@ class Part:
 
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
     """What makes up an attention leaf along its last axis; None for a part that stays at init."""
-    module, leaf = path.removeprefix(ATTENTION).split("/")
-    if module in ("proj", "dwc"):
-        name = {"proj": "o", "dwc": "conv"}[module]
-        return [Part(path) if name in load else None]
-    parts = {
-        "q": Part(f"{ATTENTION}q/{leaf}"),
-        "k": Part(f"{ATTENTION}kv/{leaf}", 0, 2),
-        "v": Part(f"{ATTENTION}kv/{leaf}", 1, 2),
-    }
-    qkv = f"{ATTENTION}qkv/{leaf}"
-    if qkv in source:  # a softmax source
-        parts = {name: Part(qkv, index, 3) for index, name in enumerate("qkv")}
-    # The module's name, q, kv or qkv, spells its parts.
-    return [parts[name] if name in load else None for name in module]
+    module, _, leaf = path.removeprefix(ATTENTION).rpartition("/")
+    return [
+        _find_part(name, leaf, source) if name in load else None
+        for name in attention.PARTS.get(module, ())
+    ]
+
+
+def _find_part(name: str, leaf: str, source: dict) -> Part:
+    """Where a source has a part, whichever module it is in."""
+    modules = [m for m, parts in attention.PARTS.items() if name in parts]
+    # A source of another design may lack it: the first of the paths is then reported missing.
+    there = [m for m in modules if f"{ATTENTION}{m}/{leaf}" in source] or modules[-1:]
+    parts = attention.PARTS[there[0]]
+    return Part(f"{ATTENTION}{there[0]}/{leaf}", parts.index(name), len(parts))
 
 
 def _place(columns: list[Any], leaf: jax.Array) -> jax.Array:

@@ -82,10 +82,11 @@ def gather_weights(params: Any, dtype: Any) -> Any:
     if not _free_axes():
         return params
 
-    def gather(p):
-        return _gather(p.astype(dtype) if p.ndim == 2 else p)
+    def gather(path, p):
+        # A table that is added stays float32; a matrix is multiplied in `dtype`.
+        return _gather(p.astype(dtype) if path[-1].key == "kernel" and p.ndim == 2 else p)
 
-    return jax.tree.map(gather, params)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 @jax.custom_vjp

@@ -19,6 +19,11 @@ NOT_NEGATIVE = Range("a finite number, at least 0", lambda x: 0 <= x < math.inf)
 POSITIVE = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 
 
+def up_to(limit: int, low: int = 1) -> Range:
+    """From `low` to `limit`: sizes that are allocated, which beyond reason end in a crash."""
+    return Range(f"from {low} to {limit:,}", lambda x: low <= x <= limit)
+
+
 # Choices are compared, not hashed: a config may hold a list where a word belongs.
 def one_of(*choices: Any) -> Range:
     """Any of the choices; an empty word among them stands for a default and is not told."""

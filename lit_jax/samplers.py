@@ -7,7 +7,7 @@ image at step s,
 
 so a sampler is a table of coefficients (`Grid`, NumPy float64), and all of them share one
 `lax.scan`. The process (diffusion.py) says how x_start follows from the model's output. A new
-sampler is a function in `COEFFICIENTS` and its name in the process that it belongs to.
+sampler is a row of `SAMPLERS` and its name in the process that it belongs to.
 """
 
 import dataclasses
@@ -29,10 +29,6 @@ INTERVAL = ranges.Range(
     "two numbers, the first not above the second",
     lambda x: len(x) == 2 and all(isinstance(end, int | float) for end in x) and x[0] <= x[1],
 )
-# The timesteps each sampler visits by default: DiT's own respacing, and those of diffusers'
-# DPMSolverMultistepScheduler.
-DEFAULT_SPACING = {"ddpm": "respaced", "ddim": "respaced", "dpm++": "linspace"}
-SAMPLERS = tuple(DEFAULT_SPACING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +133,8 @@ def _signal_powers(process, timesteps):
 
 def _ddpm(process, settings, timesteps):
     """Posterior of the respaced chain: arXiv 2006.11239 (7), learned variance 2102.09672 (15)."""
+    if len(timesteps) < 2:
+        raise ValueError("steps = 1, but sampler = ddpm needs at least 2")
     alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
     betas = 1.0 - alphas_cumprod / next_alphas_cumprod
     spaced = GaussianDiffusion(betas[::-1])  # a process counts from the clean image
@@ -213,10 +211,20 @@ def _dpm_solver(process, settings, timesteps):
     return Coefficients(x_coef, x_start_coefs, np.zeros(steps))
 
 
-COEFFICIENTS: dict[str, Callable[..., Coefficients]] = {
-    "ddpm": _ddpm,
-    "ddim": _ddim,
-    "dpm++": _dpm_solver,
+class SamplerRow(NamedTuple):
+    """A sampler, and the timesteps that it visits by default."""
+
+    coefficients: Callable[..., Coefficients]  # of (process, settings, timesteps)
+    spacing: str
+    skips_zero: bool = False  # see `space_timesteps`
+
+
+# The default timesteps are DiT's own respacing, and those of diffusers'
+# DPMSolverMultistepScheduler.
+SAMPLERS = {
+    "ddpm": SamplerRow(_ddpm, "respaced"),
+    "ddim": SamplerRow(_ddim, "respaced"),
+    "dpm++": SamplerRow(_dpm_solver, "linspace", skips_zero=True),
 }
 
 
@@ -236,12 +244,12 @@ def make_grid(
             f"sampler = {settings.sampler}, but {type(process).__name__} offers "
             f"{', '.join(process.samplers)}"
         )
+    row = SAMPLERS[settings.sampler]
     steps = settings.steps
     num_train = process.num_steps
     if timesteps is None:
-        spacing = settings.spacing or DEFAULT_SPACING[settings.sampler]
-        skip_zero = settings.sampler == "dpm++"
-        timesteps = space_timesteps(num_train, steps, spacing, skip_zero=skip_zero)
+        spacing = settings.spacing or row.spacing
+        timesteps = space_timesteps(num_train, steps, spacing, skip_zero=row.skips_zero)
     timesteps = np.asarray(timesteps, np.int32)
     # JAX would clamp an index outside the schedule without a word.
     is_inside = timesteps.min() >= 0 and timesteps.max() < num_train
@@ -250,7 +258,7 @@ def make_grid(
             f"timesteps must be {steps} decreasing ones in [0, {num_train - 1}], "
             f"got {timesteps.tolist()}"
         )
-    table = COEFFICIENTS[settings.sampler](process, settings, timesteps)
+    table = row.coefficients(process, settings, timesteps)
     table.noise_scale[-1] = 0.0
     x_start_from_x, x_start_from_output = process.x_start_columns(timesteps)
     return Grid(

@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 
 from lit_jax import samplers, sharding
 from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
-from lit_jax.models.dit import DiT
 from lit_jax.samplers import SamplerSettings
 
 
@@ -67,7 +67,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: DiT,
+        model: Model,
         settings: SamplerSettings,
         *,
         batch_size: int,
@@ -162,7 +162,7 @@ class Sampler:
         return np.asarray(self._are_finite(images))
 
 
-def _trained_size(model: DiT) -> tuple[int, int]:
+def _trained_size(model: Model) -> tuple[int, int]:
     grid = model.config.grid
     if grid is None:
         raise ValueError("size = None, but the model does not say which grid it was trained on")

@@ -14,8 +14,8 @@ import optax
 
 from lit_jax import losses, ranges, sharding
 from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.models import Model, init_params
 from lit_jax.models.autoencoder import sample_posterior
-from lit_jax.models.dit import DiT, init_params
 
 
 @flax.struct.dataclass
@@ -76,7 +76,7 @@ class OptimizerSettings:
     def __post_init__(self):
         ranges.check(
             self,
-            steps=ranges.AT_LEAST_1,
+            steps=ranges.up_to(2**31 - 2),  # the state counts them in int32
             learning_rate=ranges.NOT_NEGATIVE,
             b1=ranges.BELOW_1,
             b2=ranges.BELOW_1,
@@ -134,7 +134,7 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainStat
     )
 
 
-def state_shapes(model: DiT, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of the whole state; nothing is computed."""
     return jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
 
@@ -207,8 +207,8 @@ def images_to_model(
 
 
 def make_train_step(
-    model: DiT,
-    teacher: DiT | None,
+    model: Model,
+    teacher: Model | None,
     process: GaussianDiffusion,
     optimizer: OptimizerSettings,
     settings: StepSettings,

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lit_jax.experiment import Experiment
-from lit_jax.models.dit import param_shapes
+from lit_jax.models import param_shapes
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "ablation"
 INIT = "workdir/imagenet256_dit_s/checkpoints"

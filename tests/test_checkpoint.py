@@ -9,6 +9,8 @@ import json
 import logging
 import pathlib
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -374,6 +376,92 @@ def test_a_parameter_checkpoint_goes_there_and_back(tmp_path, states):
     assert metadata["model"] == {"depth": 2} and metadata["weights"] == "params"
     with pytest.raises(ValueError, match="ported already holds files"):
         checkpoint.save_params(tmp_path / "ported", states[2].params, {})
+
+
+@pytest.mark.parametrize("onto_shards", [False, True])
+@pytest.mark.parametrize("ema", [True, False])
+def test_parameters_of_another_step_are_refused(copy, states, ema, onto_shards):
+    """As from a disk that changes bits: readable, finite, of the right shapes."""
+    item = "ema_params" if ema else "params"
+    shutil.rmtree(copy / "6" / item)
+    shutil.copytree(copy / "4" / item, copy / "6" / item)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, states[6].params) if onto_shards else None
+    with pytest.raises(ValueError, match=f"{copy}/6 cannot be read: {item} is not what was saved"):
+        checkpoint.restore_params(copy, shardings, ema=ema)
+    checkpoint.restore_params(copy, shardings, ema=not ema)  # what is not read is not compared
+
+
+def test_changed_metadata_are_refused(tmp_path, copy, states):
+    """One bit makes another model of the same weights: 2 heads or 3, a shift of 0 or 1."""
+    checkpoint.save_params(tmp_path / "ported", states[2].params, {"model": {"num_heads": 2}})
+    for folder, item in ((tmp_path / "ported", "metadata"), (copy / "6", "metadata")):
+        path = folder / item / "metadata"
+        text = path.read_text()
+        for old, new in (("2", "3"), ("{", "[")):
+            path.write_text(text.replace(old, new, 1))
+            with pytest.raises(ValueError, match=f"checkpoint {folder} cannot be read: "):
+                checkpoint.restore_params(folder)
+        path.write_text(text)
+        checkpoint.restore_params(folder)
+    damage(copy / "6", JSON_DAMAGE["data state of another step"])
+    with pytest.raises(ValueError, match="6 cannot be read: data or metadata is not what was"):
+        checkpoint.restore_params(copy / "6")
+
+
+def fingerprint_oracle(tree):
+    """Element by element, in Python's integers."""
+    total = 0
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        bits = np.asarray(leaf).view(f"uint{8 * leaf.dtype.itemsize}").flatten().tolist()
+        total += (2 * number + 1) * sum(value * (2 * place + 1) for place, value in enumerate(bits))
+    return total % 2**32
+
+
+def test_a_fingerprint_sees_every_value_and_where_it_stands(monkeypatch):
+    rng = np.random.default_rng(0)
+    whole = {
+        "a": rng.standard_normal((3, 4, 2)).astype(np.float32),
+        "b": rng.standard_normal((3, 4, 2)).astype(np.float32),
+        "c": rng.standard_normal(5).astype(jnp.bfloat16),
+        "d": np.int32(7),
+    }
+    a, b = whole["a"], whole["b"]
+    bit = a.copy()
+    bit.view(np.uint32)[1, 2, 1] ^= 1 << 30
+    changes = {
+        "as it is": {},
+        "one bit": {"a": bit},
+        "two elements": {"a": a.reshape(-1)[[1, 0, *range(2, 24)]].reshape(a.shape)},
+        "two rows": {"a": a[[1, 0, 2]]},
+        "two columns": {"a": a[:, [1, 0, 2, 3]]},
+        "the last axis": {"a": a[..., ::-1]},
+        "two leaves": {"a": b, "b": a},
+    }
+    seen = set()
+    monkeypatch.setattr(checkpoint, "_PART", 7)  # so that a leaf has several
+    for change in changes.values():
+        tree = whole | change
+        expected = fingerprint_oracle(tree)
+        assert checkpoint.host_fingerprint(tree) == expected
+        assert checkpoint.fingerprints({"tree": tree}) == {"tree": expected}
+        seen.add(expected)
+    assert len(seen) == len(changes)
+
+
+def test_a_failed_read_prints_one_error(copy, monkeypatch):
+    """Orbax leaves tracebacks of the arrays that it had begun to read."""
+    printed = []
+    monkeypatch.setattr("sys.unraisablehook", printed.append)
+    spoil(copy / "6" / "ema_params")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be read"):
+            checkpoint.restore_params(copy / "6")
+    printed.clear()
+    echo = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = types.SimpleNamespace(exc_value=RuntimeError("another"))
+    sys.unraisablehook(echo)
+    sys.unraisablehook(other)
+    assert printed == [other]
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path, copy):

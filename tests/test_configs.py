@@ -16,7 +16,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from lit_jax.experiment import Experiment
-from lit_jax.models.dit import DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiTConfig
 from lit_jax.train_step import make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -223,6 +224,64 @@ def test_every_number_has_a_range(field):
         Experiment(config)
 
 
+# Large values of these mean "never" or "all", or are compared with what is there.
+MAY_BE_LARGE = {
+    "autoencoder.slice_size",
+    "autoencoder.tile_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "data.prefetch",
+    "evaluate.every",
+    "evaluate.neighbours",
+    "evaluate.num_images",
+    "evaluate.num_neighbour_images",
+    "evaluate.split_size",
+    "port.input_size",
+    "port.num_classes",
+    "port.num_heads",
+    "prepare.image_size",
+    "teacher.num_heads",
+    "train.accumulation",
+    "train.log_every",
+    "train.preview_every",
+    "train.stop_after_bad_steps",
+}
+COUNTS = [name for name in NUMBERS if isinstance(DEFAULTS[name], int)]
+
+
+@pytest.mark.parametrize("field", sorted(set(COUNTS) - MAY_BE_LARGE))
+def test_a_size_beyond_reason_is_refused(field):
+    """It would end in an abort, a hang, or an error of memory after hours."""
+    config = load("default")
+    group, _, name = field.rpartition(".")
+    (config[group] if group else config)[name] = 10**12
+    with pytest.raises(ValueError, match=f"{field} (must be|= 1000000000000)"):
+        experiment = Experiment(config)
+        experiment.mesh  # noqa: B018  builds it
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, spacing",
+    [
+        ("ddpm", 1, ""),
+        ("ddpm", 1, "trailing"),
+        ("ddim", 1, ""),
+        ("ddpm", 1001, ""),
+        ("ddim", 1001, "leading"),
+        ("dpm++", 1000, ""),
+        ("dpm++", 2000, ""),
+    ],
+)
+def test_steps_that_a_sampler_cannot_make_are_named_before_anything_is_read(
+    sampler, steps, spacing
+):
+    config = load("default")
+    config.sample.update(sampler=sampler, steps=steps, spacing=spacing)
+    with pytest.raises(ValueError, match=f"^sample.steps = {steps}"):
+        Experiment(config)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
     Experiment(load(name))
@@ -267,6 +326,17 @@ def test_a_misspelt_field_fails_at_once():
         config.optimizer.learning_rat = 1.0
     with pytest.raises(TypeError, match="batch_size"):
         config.train.batch_size = "many"
+
+
+def test_a_field_of_another_family_is_refused_unless_it_is_none():
+    config = load("debug")
+    with config.unlocked():
+        config.model.caption_channels = None
+    Experiment(config)
+    with config.unlocked():
+        config.model.caption_channels = 4096
+    with pytest.raises(ValueError, match="model.caption_channels = 4096, .*family = dit has no"):
+        Experiment(config)
 
 
 def test_the_defaults_are_the_papers():

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lit_jax import inherit, sharding
-from lit_jax.models.dit import DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiTConfig
 
 D, L = 32, 2
 ATTENTION = {"q", "kv", "proj", "dwc"}
@@ -253,3 +254,16 @@ def test_the_report_says_it_in_words_and_as_json(tmp_path):
     assert f"{sum(report.inherited.values()):,}" in inherited and "blocks/attn/proj" in inherited
     assert "blocks/attn/dwc" in new and "blocks/attn/kv" in new and "blocks/attn/proj" not in new
     assert "blocks/attn/qkv" in left
+
+
+def test_another_design_inherits_the_parts_that_it_has_and_starts_with_the_rest():
+    """Modules that no part names, such as a gate's norm, are the design's own."""
+    student = make_student()
+    student["blocks"]["attn"]["gate"] = {"norm": {"scale": jnp.ones((L, D))}}
+    teacher = make_params("softmax")
+    merged, before, report = merge(teacher, student, load=("q", "o"))
+    gate = "blocks/attn/gate/norm/scale"
+    assert gate in report.at_init
+    np.testing.assert_array_equal(merged[gate], before[gate])
+    proj = "blocks/attn/proj/kernel"
+    np.testing.assert_array_equal(merged[proj], flatten_dict(teacher, sep="/")[proj])

@@ -12,7 +12,8 @@ import pytest
 from oracles import assert_close
 
 from lit_jax import conditions, sampling, sharding
-from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.samplers import SamplerSettings
 
 CONFIG = DiTConfig(

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from oracles import assert_close
 
 from lit_jax import sharding
-from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiT, DiTConfig
 
 
 @pytest.mark.parametrize(

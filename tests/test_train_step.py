@@ -17,7 +17,8 @@ from oracles import assert_close
 
 from lit_jax import checkpoint, inherit, sharding
 from lit_jax.diffusion import GaussianDiffusion
-from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.train_step import (
     OptimizerSettings,
     StepSettings,

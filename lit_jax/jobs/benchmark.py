@@ -26,8 +26,8 @@ from lit_jax.costs import tpu_schedule
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.experiment import Experiment, naming
 from lit_jax.kernels.linear_attention import linear_attention
-from lit_jax.models.attention import LinearAttention, softmax_attention
-from lit_jax.models.dit import DiT, init_params
+from lit_jax.models import Model, init_params
+from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
 from lit_jax.train_step import (
     images_to_model,
     make_optimizer,
@@ -121,7 +121,7 @@ def _cell_pixels(config):
     return 1 if config.model.in_channels in (1, 3) else 8
 
 
-def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
+def make_models(config: ConfigDict) -> tuple[Model, Model]:
     """The config's model with softmax and with linear attention: DiT and LiT.
 
     One of them is the config's own. The other has the heads and the
@@ -146,8 +146,8 @@ def make_models(config: ConfigDict) -> tuple[DiT, DiT]:
     return dit, lit
 
 
-def _linear(lit: DiT) -> LinearAttention:
-    attention = lit.attention_module()
+def _linear(lit: Model) -> LinearAttention:
+    attention = make_attention(lit.config, dtype=lit.dtype, parent=None)
     assert isinstance(attention, LinearAttention)
     return attention
 
@@ -293,7 +293,7 @@ def _attention_inputs(lit, B, T):
     return (q, kv, filters, bias), do
 
 
-def _attentions(dit: DiT, lit: DiT, side: int) -> dict[str, Callable]:
+def _attentions(dit: Model, lit: Model, side: int) -> dict[str, Callable]:
     """The attentions to time, by name, all with the arguments of the linear one."""
     platform = jax.devices()[0].platform
     fused = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform, "xla")
@@ -332,8 +332,8 @@ class _Subject:
     """A model at one size of images, and the teacher that it is distilled from, if any."""
 
     name: str
-    model: DiT
-    teacher: DiT | None
+    model: Model
+    teacher: Model | None
     pixels: int
     size: int  # height = width in the model's space
     batch_size: int

@@ -24,10 +24,11 @@ from ml_collections import ConfigDict
 from lit_jax import checkpoint, sharding
 from lit_jax.costs import chips, hlo
 from lit_jax.costs.chips import GB, TPU, GiB
-from lit_jax.costs.flops import attention_macs, train_step_flops
+from lit_jax.costs.flops import train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
 from lit_jax.experiment import Experiment, naming
-from lit_jax.models.dit import DiT, DiTConfig, param_shapes
+from lit_jax.models import Model, param_shapes
+from lit_jax.models.attention import make_attention
 from lit_jax.train_step import make_train_step, with_sharding
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
@@ -156,7 +157,7 @@ class Planner:
         self._experiment = experiment
 
         # A plan comes before the weights. Without the file
-        # the teacher is the DiT that the config says it is.
+        # the teacher is the model that the config says it is.
         path = config.teacher.checkpoint
         self._teacher_is_there = bool(path) and epath.Path(path).exists()
         there = experiment.teacher if self._teacher_is_there else None
@@ -190,9 +191,10 @@ class Planner:
         )
         if config.teacher.checkpoint and not self._teacher_is_there:
             planned = self.teacher.config
+            family = type(planned).__name__.removesuffix("Config")
             text += (
                 f"\nteacher.checkpoint = {config.teacher.checkpoint} "
-                f"is not there (yet): the teacher planned is a DiT of "
+                f"is not there (yet): the teacher planned is a {family} of "
                 f"{planned.depth} layers of width {planned.width}"
             )
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
@@ -349,7 +351,7 @@ class Planner:
             "none": 0.0,
             "full": forward,
             # The projections are saved; the attention between is not.
-            "dots": attention_flops(self.model.config, size),
+            "dots": self.model.config.attention_flops(size),
         }
         executed = total + again[self._config.train.remat]
         return batch_size * total, batch_size * executed
@@ -453,19 +455,7 @@ def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]
     return kinds
 
 
-def attention_flops(config: DiTConfig, input_size: tuple[int, int]) -> float:
-    """FLOPs of an image's attention without its projections, in all layers."""
-    macs = attention_macs(
-        config.attention,
-        tokens=input_size[0] * input_size[1] // config.patch_size**2,
-        width=config.width,
-        num_heads=config.num_heads or 1,
-        conv_size=config.conv_size,
-    )
-    return 2.0 * config.depth * macs
-
-
-def on_tpu(model: DiT, input_size: tuple[int, int]) -> DiT:
+def on_tpu(model: Model, input_size: tuple[int, int]) -> Model:
     """The model with the attention that the TPU of the mesh in context would pick.
 
     Left to itself the model would ask this machine's devices.
@@ -474,7 +464,7 @@ def on_tpu(model: DiT, input_size: tuple[int, int]) -> DiT:
         return model
     p = model.config.patch_size
     grid = (input_size[0] // p, input_size[1] // p)
-    attention = model.attention_module()
+    attention = make_attention(model.config, dtype=model.dtype, parent=None)
     reason = attention.refusal("pallas_tpu", model.config.width, grid)
     return model.clone(implementation="xla" if reason else "pallas_tpu")
 

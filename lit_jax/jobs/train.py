@@ -26,7 +26,7 @@ from lit_jax.data import dataset, pipeline
 from lit_jax.evaluation import in_training, run_report
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import Experiment, evaluation_settings, naming
-from lit_jax.models.dit import init_params
+from lit_jax.models import init_params
 from lit_jax.runtime import (
     exit_status,
     metric_writer,

@@ -1,8 +1,8 @@
 """The two attentions of the one model: DiT's softmax, and LiT's linear attention.
 
 Each is a Flax module on (B, T, D). Its `refusal` tells whether an
-implementation offers its case, so that nobody else needs to know what the case
-consists of.
+implementation offers its case, and `macs` what it costs, so that nobody else
+needs to know what the case consists of.
 """
 
 from typing import Any, NamedTuple
@@ -139,6 +139,10 @@ class SoftmaxAttention(nn.Module):
         head_width = width // self.num_heads
         return softmax_refusal(implementation, tokens, head_width, self.dtype)
 
+    def macs(self, tokens: int, width: int) -> int:
+        """Multiply-adds for one image without the projections: scores and read-out."""
+        return 2 * tokens * tokens * width
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         del grid  # softmax attention does not know where a token lies
@@ -209,6 +213,16 @@ class LinearAttention(nn.Module):
         """Why an implementation does not offer this attention, or "" where it does."""
         return linear_attention.refusal(implementation, self.case(width, grid))
 
+    def macs(self, tokens: int, width: int) -> int:
+        """Multiply-adds for one image without the projections (paper, section 3.2).
+
+        State and read-out, 2 T D H, then the convolution, K K T D.
+        """
+        head_width = width // self.num_heads
+        # The normaliser, T D more, is left out, as in the paper's table of MACs.
+        products = 2 * tokens * width * head_width
+        return products + self.conv_size**2 * tokens * width
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
         B, T, D = x.shape
@@ -234,21 +248,62 @@ class LinearAttention(nn.Module):
         return _dense(D, True, self.dtype, "proj")(x)
 
 
+# ---- The table ---------------------------------------------------------------
+
+
 class Design(NamedTuple):
-    """An attention that a model may have."""
+    """An attention that a model may have.
+
+    Its module takes (B, T, D) and the grid, and answers `refusal` and `macs`.
+    """
 
     module: type[nn.Module]
     implementations: tuple[str, ...]
     fields: tuple[str, ...] = ()  # of the model's config, that only this attention reads
 
 
-# `attention` of a config names one. Each has its multiply-adds in costs/flops.py.
+# `attention` of a config names one.
 ATTENTIONS = {
     "softmax": Design(SoftmaxAttention, SOFTMAX_IMPLEMENTATIONS),
     "linear": Design(
         LinearAttention, linear_attention.IMPLEMENTATIONS, ("kernel_function", "conv_size")
     ),
 }
+
+# The parts that a module of an attention computes, side by side on the last
+# axis of its parameters. A student can inherit them one by one.
+PARTS = {
+    "qkv": ("q", "k", "v"),
+    "q": ("q",),
+    "kv": ("k", "v"),
+    "proj": ("o",),
+    "dwc": ("conv",),
+}
+
+
+def make_attention(
+    config: Any,
+    implementation: str | None = None,
+    dtype: Any = jnp.bfloat16,
+    **module_fields: Any,
+) -> Any:
+    """The attention that a model's config describes, as a Flax module.
+
+    Args:
+      config: has `attention`, `num_heads`, `qkv_bias` and the design's own fields.
+      implementation: one of the design's, or None: chosen by platform.
+      module_fields: Flax's `name` and `parent`. A module with parent=None has no
+        parameters and answers `refusal` and `macs`.
+    """
+    design = ATTENTIONS[config.attention]
+    return design.module(
+        num_heads=config.num_heads,
+        qkv_bias=config.qkv_bias,
+        implementation=implementation,
+        dtype=dtype,
+        **{name: getattr(config, name) for name in design.fields},
+        **module_fields,
+    )
 
 
 def _dense(features, use_bias, dtype, name):

@@ -7,31 +7,21 @@ under `blocks` has a leading layer axis.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lit_jax import ranges
-from lit_jax.costs.flops import attention_macs
-from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
-from lit_jax.models.attention import ATTENTIONS, PROJECTED, xavier_uniform
+from lit_jax.models.architecture import COUNT, Architecture, is_count
+from lit_jax.models.attention import PROJECTED, make_attention, xavier_uniform
 from lit_jax.partitioning import constrain_rows, gather_weights
+from lit_jax.ranges import Range
 
-# size: depth, width, softmax heads, linear heads. S to XL are DiT's table 1; the few linear heads
-# are LiT's. Ti is the quickstart's.
-SIZES = {
-    "Ti": (5, 160, 4, 2),
-    "S": (12, 384, 6, 2),
-    "B": (12, 768, 12, 3),
-    "L": (24, 1024, 16, 4),
-    "XL": (28, 1152, 16, 4),
-}
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
-MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -46,177 +36,39 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """The architecture of a DiT or LiT: all that decides which function its parameters compute.
-
-    Checkpoints, exported files and `config.json` hold it as JSON (`to_json`). It checks itself.
+class DiTConfig(Architecture):
+    """The architecture of a DiT or LiT.
 
     Raises: ValueError whose text starts with the field's name.
     """
 
-    depth: int
-    width: int  # D
-    num_heads: int | None  # None: a checkpoint that does not tell; such a config builds no model
-    attention: str = "softmax"  # softmax: DiT; linear: LiT
-    patch_size: int = 2  # p
-    in_channels: int = 4  # C
     num_classes: int = 1000  # the null class is one row more
-    learn_sigma: bool = True  # the output holds the variance's values too: 2C channels
-    qkv_bias: bool = True
-    conv_size: int = 5  # linear: the K x K depth-wise convolution of v; 0: none
-    kernel_function: str = "relu"  # linear: relu, gelu, focused, focused_gelu
     timestep_freq_shift: int = 0  # 0: official DiT; 1: diffusers, which divides by 127 and not 128
     mlp_norm_epsilon: float = 1e-6  # 1e-6: official DiT; 1e-5: diffusers
-    grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
 
-    def __post_init__(self):
-        if self.attention == "softmax":
-            # Softmax has neither, so two equal models must not differ in them.
-            object.__setattr__(self, "conv_size", 0)
-            object.__setattr__(self, "kernel_function", "relu")
-        check_fields(dataclasses.asdict(self))
-        if self.width % 4:
-            raise ValueError(
-                f"width = {self.width} is not a multiple of 4, as the position table needs"
-            )
-        if self.num_heads and self.width % self.num_heads:
-            raise ValueError(f"num_heads = {self.num_heads} does not divide the width {self.width}")
-
-    @classmethod
-    def of_size(
-        cls,
-        size: str,
-        *,
-        attention: str = "softmax",
-        depth: int = 0,
-        width: int = 0,
-        num_heads: int = 0,
-        **fields: Any,
-    ) -> "DiTConfig":
-        """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
-        size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
-        size_heads = softmax_heads if attention == "softmax" else linear_heads
-        return cls(
-            depth=depth or size_depth,
-            width=width or size_width,
-            num_heads=num_heads or size_heads,
-            attention=attention,
-            **fields,
-        )
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "DiTConfig":
-        """The config that `to_json` wrote.
-
-        Raises: ValueError for fields that are unknown or missing, or hold what they cannot.
-        """
-        known = check_fields(fields)
-        missing = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING and field.name not in known
-        ]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing from the architecture")
-        return cls(**known)
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON values."""
-        fields = dataclasses.asdict(self)
-        return fields | {"grid": list(self.grid) if self.grid else None}
-
-    @property
-    def shared_with_teacher(self) -> tuple[str, ...]:
-        """Fields in which a teacher must be as its student, whatever its size."""
-        return ("in_channels", "num_classes", "learn_sigma")
-
-    @property
-    def conventions(self) -> tuple[str, ...]:
-        """Fields that say how a checkpoint's own code computes, which no shape tells."""
-        return ("timestep_freq_shift", "mlp_norm_epsilon")
-
-    @property
-    def teacher_defaults(self) -> tuple[str, ...]:
-        """Fields that a teacher has as its student, as long as no checkpoint says otherwise."""
-        return ("patch_size", "qkv_bias", *self.conventions, *self.shared_with_teacher)
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output: C, or 2C with `learn_sigma`."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
+    ranges: ClassVar = Architecture.ranges | {
+        "num_classes": COUNT,
+        "timestep_freq_shift": Range("0 or 1", lambda x: is_count(x, 0) and x <= 1),
+        "mlp_norm_epsilon": Range(
+            "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
+        ),
+    }
+    shared_with_teacher: ClassVar = ("in_channels", "num_classes", "learn_sigma")
+    conventions: ClassVar = ("timestep_freq_shift", "mlp_norm_epsilon")
 
     def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the model is told of each image besides x and t: its label, (B,) int32."""
         return {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
     def forward_flops(self, input_size: tuple[int, int]) -> float:
-        """Multiply-adds of one image's forward pass, times two.
-
-        Counts matrix products and the depth-wise convolution, nothing else. `num_heads` must be
-        known.
-        """
         D = self.width
         p = self.patch_size
-        T = (input_size[0] // p) * (input_size[1] // p)
+        T = math.prod(input_size) // p**2
         projections = 4 * T * D * D
-        core = attention_macs(
-            self.attention,
-            tokens=T,
-            width=D,
-            num_heads=self.num_heads or 1,
-            conv_size=self.conv_size,
-        )
-        block = projections + core + 8 * T * D * D + 6 * D * D
+        block = projections + 8 * T * D * D + 6 * D * D  # with the MLP and the modulation
         patches = T * p * p * (self.in_channels + self.out_channels) * D
         ends = patches + FREQUENCIES * D + D * D + 2 * D * D
-        return 2.0 * (self.depth * block + ends)
-
-
-def _is_count(value: Any, low: int = 1) -> bool:
-    # A bool is an int to Python, and no size.
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_COUNT
-
-
-def _is_grid(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
-
-
-_COUNT = ranges.Range(f"a whole number from 1 to {MAX_COUNT}", _is_count)
-_FLAG = ranges.Range("True or False", lambda x: isinstance(x, bool))
-_RANGES = {
-    **dict.fromkeys(("depth", "width", "patch_size", "in_channels", "num_classes"), _COUNT),
-    "num_heads": ranges.Range(f"{_COUNT.words}, or None", lambda x: x is None or _is_count(x)),
-    "attention": ranges.one_of(*ATTENTIONS),
-    "learn_sigma": _FLAG,
-    "qkv_bias": _FLAG,
-    "conv_size": ranges.Range("odd, or 0", lambda x: _is_count(x, 0) and (x == 0 or x % 2 == 1)),
-    "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
-    "timestep_freq_shift": ranges.Range("0 or 1", lambda x: _is_count(x, 0) and x <= 1),
-    "mlp_norm_epsilon": ranges.Range(
-        "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
-    ),
-    "grid": ranges.Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
-}
-
-
-def check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks some or all fields of a `DiTConfig`, such as a checkpoint from a stranger names.
-
-    Returns: the fields, `grid` as a tuple.
-    Raises: ValueError naming the first field that is unknown or holds what it cannot.
-    """
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"the architecture is a {type(fields).__name__}, not an object")
-    for name, value in fields.items():
-        if name not in _RANGES:
-            raise ValueError(f"{str(name)[:40]} = {str(value)[:40]} is no field of an architecture")
-        words, holds = _RANGES[name]
-        if not holds(value):
-            raise ValueError(f"{name} must be {words}; got {repr(value)[:40]}")
-    grid = fields.get("grid")
-    return dict(fields) | ({"grid": tuple(grid)} if grid is not None else {})
+        return 2.0 * (self.depth * block + ends) + self.attention_flops(input_size)
 
 
 # ---- Embeddings ----------------------------------------------------------------------------------
@@ -233,22 +85,31 @@ def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
-    """DiT's fixed 2-d table for a grid of h x w tokens.
+def position_embedding(
+    grid: tuple[int, int], width: int, base: int | None = None, scale: float = 1.0
+) -> np.ndarray:
+    """The fixed 2-d table for a grid of h x w tokens: DiT's, or PixArt-Sigma's.
 
     The first half of the width encodes the column, the second half the row.
 
+    Args:
+      base: both axes span [0, base / scale), whatever their number of tokens, as in PixArt-Sigma;
+        None: positions are whole numbers, as in DiT.
     Returns: (h * w, width) float64, tokens in raster order; each half is sin | cos.
     """
     if width % 4:
         raise ValueError(f"the position table needs a width that 4 divides, got {width}")
     frequencies = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
-    rows, columns = np.meshgrid(
-        np.arange(grid[0], dtype=np.float64), np.arange(grid[1], dtype=np.float64), indexing="ij"
-    )
+
+    def positions(count):
+        # float32, in this order: the original code rounds so before the float64 sine.
+        whole = np.arange(count, dtype=np.float32)
+        return whole if base is None else whole / np.float32(count / base) / np.float32(scale)
+
+    rows, columns = np.meshgrid(positions(grid[0]), positions(grid[1]), indexing="ij")
 
     def encode(position):
-        angles = position.reshape(-1, 1) * frequencies
+        angles = position.reshape(-1, 1).astype(np.float64) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=1)
@@ -341,10 +202,9 @@ class Block(nn.Module):
     It is scanned over the depth, with (x, c) as the carry.
     """
 
-    attention: type[nn.Module]
-    attention_kwargs: dict
+    config: DiTConfig
     grid: tuple[int, int]
-    mlp_norm_epsilon: float
+    implementation: str | None  # of the attention
     dtype: Any
 
     @nn.compact
@@ -359,13 +219,13 @@ class Block(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             modulation, 6, axis=-1
         )
-        attn = self.attention(**self.attention_kwargs, dtype=self.dtype, name="attn")
+        attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
         x = x + gate_msa[:, None] * attn(
             modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
         )
         mlp = Mlp(self.dtype, name="mlp")
         x = x + gate_mlp[:, None] * mlp(
-            modulate(LayerNorm(self.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
+            modulate(LayerNorm(self.config.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
         )
         return (x, c), None
 
@@ -458,35 +318,12 @@ class DiT(nn.Module):
         # c never changes, yet is carried. As an input that the forward and the backward loop share,
         # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
         # overlaps with another chunk") from 8 rows a chip down.
-        attention, attention_fields = self._attention()
-        stack = blocks(
-            attention,
-            attention_fields,
-            (h, w),
-            config.mlp_norm_epsilon,
-            self.dtype,
-            name="blocks",
-        )
+        stack = blocks(config, (h, w), self.implementation, self.dtype, name="blocks")
         (x, c), _ = stack((x, c), None)
 
         C_out = config.out_channels
         x = FinalLayer(p * p * C_out, self.dtype, name="final_layer")(x, c)
         return unpatchify(x, (h, w), p)
-
-    def attention_module(self) -> Any:
-        """The attention of a block, to be asked what it computes; it has no parameters."""
-        module, fields = self._attention()
-        return module(**fields, dtype=self.dtype, parent=None)
-
-    def _attention(self) -> tuple[type[nn.Module], dict[str, Any]]:
-        """The module of a block's attention, and its fields."""
-        design = ATTENTIONS[self.config.attention]
-        fields: dict[str, Any] = dict(
-            num_heads=self.config.num_heads,
-            qkv_bias=self.config.qkv_bias,
-            implementation=self.implementation,
-        )
-        return design.module, fields | {n: getattr(self.config, n) for n in design.fields}
 
 
 def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
@@ -497,22 +334,3 @@ def unpatchify(x: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Arra
     C = F // (p * p)
     x = x.reshape(B, h, w, p, p, C)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h * p, w * p, C)
-
-
-def init_params(model: DiT, rng: jax.Array) -> Any:
-    """Fresh parameters, float32. They do not depend on the size of the images."""
-    config = model.config
-    # One token: a fused kernel may refuse it, and what is drawn is the same in all of them.
-    model = model.clone(implementation="xla")
-    side = config.patch_size
-    x = jnp.zeros((1, side, side, config.in_channels))
-    condition = {
-        name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in config.condition_shapes(1).items()
-    }
-    t = jnp.zeros((1,), jnp.int32)
-    return model.init(rng, x, t, condition, jnp.zeros((1,), bool))["params"]
-
-
-def param_shapes(config: DiTConfig) -> Any:
-    """The tree of parameters as ShapeDtypeStructs; nothing is computed. `num_heads` is known."""
-    return jax.eval_shape(lambda: init_params(DiT(config), jax.random.key(0)))

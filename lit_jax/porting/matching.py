@@ -170,6 +170,42 @@ class Entry:
         return self.path.endswith("/kernel")
 
 
+# Our leaf of a module, and torch's; of others the name is the same.
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def tree_entries(
+    leaves: Mapping[str, Any], modules: Mapping[str, str], depth: int
+) -> tuple[Entry, ...]:
+    """The entries of a tree, in the order of `modules`, then of their paths.
+
+    Args:
+        leaves: the tree by path; their shapes are read.
+        modules: the official name of a module, with {} for the number of a block. A module
+            that is not there is spelt as its path: blocks/attn/q is blocks.{}.attn.q.
+        depth: the number of blocks.
+    """
+    found = {}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        spelt = module.replace("/", ".")
+        if f"{module}/".startswith("blocks/"):
+            spelt = "blocks.{}" + spelt.removeprefix("blocks")
+        official = f"{modules.get(module, spelt)}.{LEAVES.get(name, name)}"
+        layers = range(depth if path.startswith("blocks/") else 1)
+        keys = tuple(official.format(layer) for layer in layers)
+        found[path] = Entry(path, keys, tuple(leaf.shape))
+    order = list(modules)
+    kinds = list(LEAVES)
+
+    def place(path):
+        module, _, name = path.rpartition("/")
+        known = order.index(module) if module in order else len(order)
+        return known, module, kinds.index(name) if name in kinds else len(kinds), name
+
+    return tuple(found[path] for path in sorted(found, key=place))
+
+
 class Leaf:
     """One parameter that is still in its file, as float32 in our layout.
 

@@ -5,6 +5,7 @@ Its family renames the keys to one spelling (`dit`, `autoencoder`), and `matchin
 from there to the tree, every key accounted for. `write` goes the other way.
 """
 
+import contextlib
 import dataclasses
 import functools
 from types import ModuleType
@@ -16,10 +17,10 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lit_jax.checkpoint import is_checkpoint, restore_params, shapes_of
+from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.models.dit import DiTConfig
-from lit_jax.porting import autoencoder, dit
-from lit_jax.porting.dit import Overrides
+from lit_jax.models.pixart import PixArtConfig
+from lit_jax.porting import autoencoder, dit, pixart
 from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
@@ -29,9 +30,9 @@ from lit_jax.porting.torch_checkpoint import (
     open_torch_checkpoint,
 )
 
-# The families of diffusion models: for the architecture of each the module with
-# its key tables. A further family is one more line.
-FAMILIES: dict[type, ModuleType] = {DiTConfig: dit}
+# For the architecture of each model family the module with its key tables and the
+# overrides that it knows. A further family is one more line.
+KEY_TABLES: dict[type, ModuleType] = {DiTConfig: dit, PixArtConfig: pixart}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Checkpoint:
     """
 
     params: dict[str, Any]
-    config: DiTConfig
+    config: Any  # an Architecture
     report: Report
 
 
@@ -62,7 +63,7 @@ class AutoencoderCheckpoint:
 
 
 def read_checkpoint(
-    path: epath.PathLike, *, weights: str = "ema", overrides: Overrides | None = None
+    path: epath.PathLike, *, weights: str = "ema", overrides: Any = None
 ) -> Checkpoint:
     """Opens a checkpoint of a diffusion model of any layout.
 
@@ -72,7 +73,8 @@ def read_checkpoint(
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
-        overrides: what the caller knows better than the checkpoint; None: nothing.
+        overrides: what the caller knows better than the checkpoint, the `Overrides` of the
+            family's key tables; None: nothing.
     Returns: with leaves that are still in their file, if that is one of torch.
     Raises:
         PortingError: a key is missing, unexpected, of the wrong shape or dtype, not
@@ -81,21 +83,25 @@ def read_checkpoint(
         TensorFileError: the file is damaged or hostile.
         FileNotFoundError: it is not there.
     """
-    overrides = overrides or Overrides()
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):
         # Of older workdirs the metadata may say nothing of the model: shapes
-        # tell the most.
-        params, metadata, report = _read_orbax(path, weights)
+        # tell the most, and are checked before a value is read.
+        saved, params, report = _open_orbax(path, weights)
         family = _family_of(params)
-        config = family.read_tree(params, metadata.get("model") or {}, report)
+        config = family.read_tree(params, saved.metadata.get("model") or {}, report)
+        params = _read_orbax(saved, report)
     else:
         source = open_torch_checkpoint(path, weights)
         report = Report(str(path), "dit", notes=source.notes)
         family = _family_of(source.tensors)
-        params, config = family.read_torch(source, report, overrides)
-    config = family.override(params, config, overrides, report)
+        params, config = family.read_torch(source, report, overrides or family.Overrides())
+        report.checksum = _checked_values(params, report)
+    of_source = dict(params)
+    config = family.override(params, config, overrides or family.Overrides(), report)
+    if any(params[name] is not of_source.get(name) for name in params):
+        report.checksum = _checked_values(params, report)
     tree = _account(params, config.to_json(), report)
     return Checkpoint(tree, config, report)
 
@@ -117,14 +123,16 @@ def read_autoencoder(
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):
-        params, metadata, report = _read_orbax(path, weights)
-        if "autoencoder" not in metadata:
+        saved, params, report = _open_orbax(path, weights)
+        if "autoencoder" not in saved.metadata:
             raise PortingError(f"{path}: not the checkpoint of an autoencoder")
-        architecture = autoencoder.read_tree(params, metadata["autoencoder"], report)
+        architecture = autoencoder.read_tree(params, saved.metadata["autoencoder"], report)
+        params = _read_orbax(saved, report)
     else:
         source = open_torch_checkpoint(component(path, "vae"), weights)
         report = Report(str(path), "diffusers", notes=source.notes)
         params, architecture = autoencoder.read_torch(source, report)
+        report.checksum = _checked_values(params, report)
     if scaling_factor:
         architecture["scaling_factor"] = scaling_factor
     # The files of Stable Diffusion and SDXL have the same names and shapes, and
@@ -145,8 +153,8 @@ def is_autoencoder(path: epath.PathLike) -> bool:
     """
     path = epath.Path(path)
     if is_checkpoint(path):
-        params = path / "params"
-        return params.is_dir() and autoencoder.recognises(shapes_of(params))
+        _, shapes, _ = _open_orbax(path, "ema")
+        return autoencoder.recognises(shapes)
     # A pipeline with a transformer is a DiT's, though it has an autoencoder
     # too. Those of Stable Diffusion have none.
     if path.is_dir() and component(path, "transformer", "vae") == path / "vae":
@@ -191,30 +199,64 @@ def _existing(path, weights):
     return path
 
 
-def _read_orbax(path, weights):
-    """The parameters by path, the metadata, and a report that says what was read."""
+def _open_orbax(path, weights):
+    """A checkpoint of ours, the shapes of its parameters by path, and a report."""
+    with _as_porting_error():
+        saved = open_params(path, ema=weights == "ema")
+    note = f"read {saved.item} of {saved.folder}"
+    return saved, flatten_dict(saved.shapes, sep="/"), Report(str(path), "orbax", notes=[note])
+
+
+def _read_orbax(saved, report):
+    """The parameters by path, compared with what the checkpoint says of them."""
     # Into host memory: the caller chooses devices and shardings.
-    tree, metadata = restore_params(path, ema=weights == "ema")
-    note = f"read {metadata['weights']} of {metadata['path']}"
-    return flatten_dict(tree, sep="/"), metadata, Report(str(path), "orbax", notes=[note])
+    with _as_porting_error():
+        params = flatten_dict(saved.read(), sep="/")
+    report.checksum = _checked_values(params, report)
+    # A training checkpoint has fingerprints in place of it, compared by `read`.
+    says = saved.metadata.get("checksum")
+    if says is not None and says != report.checksum:
+        raise PortingError(
+            f"{saved.folder} is damaged: its weights have the checksum {report.checksum[:16]}..., "
+            f"{str(says)[:16]}... was saved; port the source again, or take another copy"
+        )
+    if says is None and "fingerprints" not in saved.metadata:
+        report.notes.append("the checkpoint has no checksum: its weights are taken unchecked")
+    return params
+
+
+@contextlib.contextmanager
+def _as_porting_error():
+    """The names in a folder are a stranger's: the error escapes and shortens them."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise PortingError(str(error)[:400]) from error
 
 
 def _family_of(keys):
     # What none recognises is read as a DiT, whose error then lists what is
     # missing.
-    known = (family for family in FAMILIES.values() if family.recognises(keys))
+    known = (family for family in KEY_TABLES.values() if family.recognises(keys))
     return next(known, dit)
 
 
-def _account(flat, architecture, report):
-    """The tree of the leaves; the report gets what is told of it as a whole."""
-    params = unflatten_dict(flat, sep="/")
-    # Every value is read once here, so a checkpoint with a NaN is refused
-    # before it is used.
+def _checked_values(params, report):
+    """The checksum of the leaves. Every value is read here, before one is used.
+
+    Raises: PortingError for a value that is not finite.
+    """
     try:
-        report.checksum = checksum(params)
+        return checksum(unflatten_dict(params, sep="/"))
     except PortingError as error:
         raise PortingError(f"{report.source}: {error}", report) from None
+
+
+def _account(params, architecture, report):
+    """The tree of the leaves; the report gets what is told of it as a whole."""
+    tree = unflatten_dict(params, sep="/")
     report.architecture = architecture
-    report.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return params
+    report.parameters = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return tree

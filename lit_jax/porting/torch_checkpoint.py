@@ -148,8 +148,10 @@ def _chosen_weights(file, weights):
     """The state dict in a training checkpoint, and notes of what was left."""
     tree = file.tensors
     dicts = [name for name, value in tree.items() if isinstance(value, dict)]
+    # PixArt's files have the average under this name, where they have one.
+    names = (weights, "state_dict_ema") if weights == "ema" else (weights,)
     # Lightning has one state dict, under this name.
-    wanted = [name for name in (weights, "state_dict") if name in dicts]
+    wanted = [name for name in (*names, "state_dict") if name in dicts]
     if not wanted:
         offered = [name for name in WEIGHTS if name in dicts]
         advice = f"; choose weights={offered[0]}" if offered else ""

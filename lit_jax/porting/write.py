@@ -11,13 +11,12 @@ from typing import Any
 from etils import epath
 
 from lit_jax.checkpoint import save_params
-from lit_jax.models.dit import DiTConfig
-from lit_jax.porting.read import FAMILIES, AutoencoderCheckpoint, Checkpoint, load_params
+from lit_jax.porting.read import KEY_TABLES, AutoencoderCheckpoint, Checkpoint, load_params
 from lit_jax.porting.torch_checkpoint import PortingError
 from lit_jax.porting.torch_file import write_safetensors, write_torch
 
 
-def export_official(params: Any, path: epath.PathLike, config: DiTConfig) -> list[epath.Path]:
+def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epath.Path]:
     """Writes the official layout as .safetensors or .pt (a flat state dict).
 
     A .safetensors names the architecture in its metadata, a .pt in PATH.json. With a LiT
@@ -32,7 +31,7 @@ def export_official(params: Any, path: epath.PathLike, config: DiTConfig) -> lis
       another file.
     """
     path = epath.Path(path)
-    family = FAMILIES[type(config)]
+    family = KEY_TABLES[type(config)]
     family.check_official(config)
     if path.suffix not in (".safetensors", ".pt"):
         raise PortingError(
@@ -67,7 +66,7 @@ def export_official(params: Any, path: epath.PathLike, config: DiTConfig) -> lis
     return [path, *companions]
 
 
-def export_diffusers(params: Any, path: epath.PathLike, config: DiTConfig) -> None:
+def export_diffusers(params: Any, path: epath.PathLike, config: Any) -> None:
     """Writes a folder that diffusers.DiTTransformer2DModel.from_pretrained loads.
 
     Args: as `export_official`.
@@ -75,7 +74,7 @@ def export_diffusers(params: Any, path: epath.PathLike, config: DiTConfig) -> No
       would compute another function: it shifts the timestep frequencies by 1.
     """
     path = epath.Path(path)
-    family = FAMILIES[type(config)]
+    family = KEY_TABLES[type(config)]
     family.check_diffusers(config)
     tensors = family.diffusers_tensors(params, config)
     fields = family.diffusers_config(config)

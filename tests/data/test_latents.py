@@ -18,7 +18,7 @@ from lit_jax.data import pipeline
 from lit_jax.data.dataset import ImageDataset, LatentDataset, read_all
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import prepare, sample, train
-from lit_jax.models.dit import param_shapes
+from lit_jax.models import param_shapes
 from lit_jax.sampling import Sampler
 from lit_jax.train_step import images_to_model
 

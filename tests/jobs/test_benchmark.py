@@ -16,7 +16,8 @@ from lit_jax.costs import chips
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import benchmark
 from lit_jax.kernels.linear_attention import linear_attention
-from lit_jax.models.dit import DiT, param_shapes
+from lit_jax.models import param_shapes
+from lit_jax.models.dit import DiT
 
 
 def tiny_config(**model):

@@ -16,7 +16,7 @@ from configs import debug
 from lit_jax import checkpoint
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
-from lit_jax.models.dit import param_shapes
+from lit_jax.models import param_shapes
 from lit_jax.porting.read import read_checkpoint
 
 IMAGES, SHARD = 120, 4

@@ -14,7 +14,7 @@ from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
-from lit_jax.models.dit import param_shapes
+from lit_jax.models import param_shapes
 
 COUNT = 50
 

@@ -17,7 +17,7 @@ from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
-from lit_jax.models.dit import init_params, param_shapes
+from lit_jax.models import init_params, param_shapes
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.

@@ -17,7 +17,7 @@ from lit_jax import sharding
 from lit_jax.costs import tpu_schedule
 from lit_jax.kernels import linear_attention_tpu_plan
 from lit_jax.kernels.linear_attention import Case, linear_attention
-from lit_jax.models.dit import SIZES
+from lit_jax.models.architecture import SIZES
 
 pallas = functools.partial(check, implementation="pallas_tpu", interpret=True)
 

@@ -6,7 +6,7 @@ from lit_jax.costs import tpu_schedule
 from lit_jax.kernels import linear_attention_tpu_plan
 from lit_jax.kernels.linear_attention import Case
 from lit_jax.kernels.linear_attention_tpu_plan import loop_turns, make_plan
-from lit_jax.models.dit import SIZES
+from lit_jax.models.architecture import SIZES
 
 RESOLUTIONS = (256, 512, 1024, 2048)  # pixels
 

@@ -89,3 +89,19 @@ def test_none_is_what_was_chosen_and_a_named_softmax_attention_runs_or_raises(mo
     ):
         with pytest.raises(ValueError, match=message):
             attention.softmax_attention(q[:, :64], k[:, :64], v[:, :64], name)
+
+
+# ---- Costs: sums that a reader can redo in the head ----------------------------------------------
+
+
+def test_softmax_multiplies_every_token_with_every_other_twice():
+    # Three tokens of width 4: 9 pairs, of which each costs 4 for its score and 4 for its value.
+    assert attention.SoftmaxAttention(num_heads=2).macs(tokens=3, width=4) == 72
+
+
+def test_linear_attention_passes_each_token_through_its_heads_state_twice():
+    # Three tokens of two heads of 2 x 2: 8 into the states and 8 out of them, for each token.
+    assert attention.LinearAttention(num_heads=2, conv_size=0).macs(tokens=3, width=4) == 48
+    # And nine taps for each of the 12 values.
+    with_convolution = attention.LinearAttention(num_heads=2, conv_size=3)
+    assert with_convolution.macs(tokens=3, width=4) == 48 + 108

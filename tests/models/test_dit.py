@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from oracles import assert_close
 
-from lit_jax.models import dit
+from lit_jax import models
+from lit_jax.models import architecture, dit
 
 
 def make_inputs(grid=(4, 4), patch_size=2, in_channels=4, seed=0):
@@ -73,12 +74,12 @@ LIT_ADDS = {"S": 59_904, "B": 79_872, "L": 159_744, "XL": 209_664}
 
 
 def parameter_count(config):
-    return sum(leaf.size for leaf in jax.tree.leaves(dit.param_shapes(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(models.param_shapes(config)))
 
 
 @pytest.mark.parametrize("size, patch_size", DIT_COUNTS)
 def test_parameter_counts_of_every_size(size, patch_size):
-    tokens_times_width = (32 // patch_size) ** 2 * dit.SIZES[size][1]
+    tokens_times_width = (32 // patch_size) ** 2 * architecture.SIZES[size][1]
     softmax = parameter_count(dit.DiTConfig.of_size(size, patch_size=patch_size))
     assert softmax + tokens_times_width == DIT_COUNTS[size, patch_size]
     linear = dit.DiTConfig.of_size(size, patch_size=patch_size, attention="linear")
@@ -133,7 +134,7 @@ def fresh():
     """A fresh LiT's parameters, wide enough for its uniform ranges to show."""
     config = dit.DiTConfig(depth=2, width=96, num_heads=2, num_classes=10, attention="linear")
     model = dit.DiT(config, dtype=jnp.float32)
-    return model, jax.jit(functools.partial(dit.init_params, model))(jax.random.key(0))
+    return model, jax.jit(functools.partial(models.init_params, model))(jax.random.key(0))
 
 
 def test_a_fresh_model_outputs_zero(fresh):
@@ -243,7 +244,7 @@ def test_the_forward_and_the_backward_loop_share_no_condition(remat):
     t = jnp.zeros(3, int)
     condition = {"label": t}
     loss = jax.grad(lambda params: model.apply({"params": params}, x, t, condition).sum())
-    gradient = jax.make_jaxpr(loss)(dit.param_shapes(config))
+    gradient = jax.make_jaxpr(loss)(models.param_shapes(config))
     loops = [equation for equation in gradient.eqns if equation.primitive.name == "scan"]
     assert [loop.params["reverse"] for loop in loops] == [False, True]
     for loop in loops:

@@ -19,7 +19,7 @@ from oracles import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_jax import sharding
-from lit_jax.models import attention, dit
+from lit_jax.models import architecture, attention, dit
 
 DEPTH, WIDTH, HEADS = 3, 48, {"softmax": 4, "linear": 3}
 CLASSES = 7
@@ -232,10 +232,14 @@ def test_block_uses_the_second_norms_own_epsilon():
 
 def apply_block(kind, block, x, c, mlp_norm_epsilon):
     """Our Block, float32, with the torch block's weights; c is the condition before its SiLU."""
-    classes = {"softmax": attention.SoftmaxAttention, "linear": attention.LinearAttention}
-    ours = dit.Block(
-        classes[kind], dict(num_heads=HEADS[kind]), (4, 4), mlp_norm_epsilon, jnp.float32
+    config = dit.DiTConfig(
+        depth=1,
+        width=WIDTH,
+        num_heads=HEADS[kind],
+        attention=kind,
+        mlp_norm_epsilon=mlp_norm_epsilon,
     )
+    ours = dit.Block(config, (4, 4), None, jnp.float32)
     (x, _), _ = ours.apply({"params": params_from(block)}, (x, nn.silu(jnp.asarray(c))), None)
     return x
 
@@ -383,7 +387,7 @@ def test_dots_saves_q_and_kv_once_and_with_their_bias():
 
 
 def torch_model(size, *, kind="softmax", input_size=32):
-    depth, width, softmax_heads, linear_heads = dit.SIZES[size]
+    depth, width, softmax_heads, linear_heads = architecture.SIZES[size]
     heads = softmax_heads if kind == "softmax" else linear_heads
     return torch_dit.DiT(depth, width, heads, 2, 4, 1000, (input_size // 2,) * 2, attention=kind)
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,7 @@ from torch_checkpoints import (
 )
 from torch_dit import DiT
 
+from lit_jax import models, ranges
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.jobs import port
 from lit_jax.models import attention, dit
@@ -57,7 +59,7 @@ def test_official_checkpoints_compute_the_same_function(tmp_path, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_has_a_key(name):
     config = config_of(VARIANTS[name])
-    shapes = flatten_dict(dit.param_shapes(config), sep="/")
+    shapes = flatten_dict(models.param_shapes(config), sep="/")
     assert {entry.path: entry.shape for entry in entries(config)} == {
         path: leaf.shape for path, leaf in shapes.items()
     }
@@ -113,9 +115,8 @@ def test_every_module_computes_the_same(tmp_path, name):
     )
     compare(dit.TimestepEmbedder(48, 0), params["t_embedder"], "t_embedder", seen["t_embedder"][0])
     compare(dit.LabelEmbedder(10, 48), params["y_embedder"], "y_embedder", seen["y_embedder"][0])
-    kind = {"dit": attention.SoftmaxAttention, "lit": attention.LinearAttention}[name]
     for layer in range(3):
-        block = dit.Block(kind, {"num_heads": 3}, fields["grid"], 1e-6, jnp.float32)
+        block = dit.Block(checkpoint.config, fields["grid"], None, jnp.float32)
         x, c = seen[f"blocks.{layer}"]
         compare(
             block,
@@ -383,8 +384,12 @@ STATES = {
         "unexpected: blocks.999999999999.x",
     ),
     "learned_pos_embed": (
-        lambda s: s.update({"pos_embed": s["pos_embed"] + 1e-3}),
-        "pos_embed differs from the computed 4 x 4 table by 0.001",
+        lambda s: s.update({"pos_embed": s["pos_embed"] + 6e-3}),
+        "pos_embed differs from the computed 4 x 4 table, by up to 0.006 .*0.005.: this is another",
+    ),
+    "scaled_pos_embed": (
+        lambda s: s.update({"pos_embed": s["pos_embed"] * 1.02}),
+        "pos_embed is 1.02 times the computed 4 x 4 table, by up to 0.02 .*: this is a scaled",
     ),
     "transposed_pos_embed": (
         lambda s: s.update(
@@ -392,7 +397,8 @@ STATES = {
         ),
         "pos_embed differs",
     ),
-    "nan_pos_embed": (poison("pos_embed", float("nan")), "pos_embed differs .* by nan"),
+    "nan_pos_embed": (poison("pos_embed", float("nan")), "pos_embed differs .* up to nan"),
+    "inf_pos_embed": (poison("pos_embed", float("inf")), "pos_embed differs .* up to inf"),
     "scalar_pos_embed": (
         set_key("pos_embed", torch.zeros(())),
         r"pos_embed has shape \(\), expected 3",
@@ -519,6 +525,39 @@ def test_label_table_is_resized_only_when_asked(tmp_path):
     assert more.config.num_classes == 40
 
 
+def averaged(table):
+    """A frozen table in the EMA of DiT's train.py, which averages it too, after 5,000 steps."""
+    average = table.clone()
+    for _ in range(5000):
+        average.mul_(0.9999).add_(table, alpha=1 - 0.9999)
+    return average
+
+
+ROUNDED_TABLES = {
+    "averaged": averaged,
+    "bfloat16": lambda table: table.bfloat16().float(),
+    "float16": lambda table: table.half().float(),
+    "a_little_off": lambda table: table + 4e-3,
+}
+
+
+@pytest.mark.parametrize("how", ROUNDED_TABLES)
+def test_a_rounded_position_table_is_the_computed_one(tmp_path, how):
+    model = make_torch()
+    expected = read_checkpoint(save(model, tmp_path / "a.pt")).report
+    table = model.pos_embed.detach().clone()
+    with torch.no_grad():
+        model.pos_embed.copy_(ROUNDED_TABLES[how](table))
+    difference = float((model.pos_embed - table).abs().max())
+    assert difference > 5e-5  # or this would test nothing
+    report = read_checkpoint(save(model, tmp_path / "b.pt")).report
+    assert report.checksum == expected.checksum
+    said = f"largest difference {difference:.2g}"
+    assert said in report.keys["pos_embed"]
+    notes = [note for note in report.notes if note not in expected.notes]
+    assert len(notes) == 1 and said in notes[0]
+
+
 def test_position_table_is_recomputed_only_when_asked(tmp_path):
     wanted = Overrides(num_heads=3, input_size=(16, 12))
     checkpoint = read_checkpoint(save(make_torch(), tmp_path / "a.pt"), overrides=wanted)
@@ -568,3 +607,30 @@ def test_the_heads_of_a_convolution_are_not_overridden(tmp_path):
     save(make_torch(attention="linear", conv_size=0), tmp_path / "b.pt")
     other = read_checkpoint(tmp_path / "b.pt", overrides=Overrides(num_heads=2))
     assert other.config.num_heads == 2
+
+
+class GatedAttention(attention.LinearAttention):
+    """A design with modules and leaves that no checkpoint of LiT has."""
+
+    @flax.linen.compact
+    def __call__(self, x, grid):
+        gate = flax.linen.RMSNorm(dtype=self.dtype, name="gate_norm")(x)
+        return attention.LinearAttention.__call__(self, x, grid) * gate
+
+
+def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkeypatch):
+    design = attention.ATTENTIONS["linear"]._replace(module=GatedAttention)
+    monkeypatch.setitem(attention.ATTENTIONS, "gated", design)
+    monkeypatch.setitem(dit.DiTConfig.ranges, "attention", ranges.one_of(*attention.ATTENTIONS))
+    config = dit.DiTConfig(
+        depth=2, width=32, num_heads=2, attention="gated", num_classes=3, grid=(2, 2)
+    )
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32),
+        models.param_shapes(config),
+    )
+    export_official(params, tmp_path / "a.safetensors", config)
+    read = read_checkpoint(tmp_path / "a.safetensors")
+    assert "blocks.1.attn.gate_norm.scale" in read.report.keys
+    assert read.config == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(read.params), params)

@@ -1,5 +1,7 @@
 """Checkpoints of any layout read into our trees, and onto devices."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,10 @@ from configs import debug
 from lit_jax import sharding
 from lit_jax.checkpoint import Checkpointer, save_params
 from lit_jax.experiment import Experiment
+from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
+from lit_jax.porting.write import export_orbax
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -86,6 +90,48 @@ def test_integers_in_an_orbax_checkpoint_are_refused(tmp_path):
     (tmp_path / "b" / "metadata" / "metadata").write_text("[1]")
     with pytest.raises(ValueError, match="b cannot be read: its metadata is a list, not an object"):
         read_checkpoint(tmp_path / "b")
+
+
+def test_one_flipped_bit_gives_no_other_weights(tmp_path):
+    """Compressed chunks have no checksum of their own: most flips read as another weight."""
+    good = read_checkpoint(save(make_torch(), tmp_path / "a.pt"))
+    export_orbax(good, tmp_path / "orbax")
+    files = [path for path in (tmp_path / "orbax" / "params").rglob("d/*")]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    refused = []
+    for number in range(1, 8):
+        place = number * len(content) // 8
+        flipped = content[place] ^ (1 << number)
+        largest.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        try:
+            assert read_checkpoint(tmp_path / "orbax").report.checksum == good.report.checksum
+        except PortingError as error:
+            refused.append(str(error))
+    text = f"{good.report.checksum[:16]}... was saved; port the source again"
+    assert any(text in message for message in refused), refused
+
+
+def test_weights_of_another_port_are_refused(tmp_path):
+    """Older folders have no checksum of the metadata; those of other programs have none at all."""
+    first = read_checkpoint(save(make_torch(1), tmp_path / "a.pt"))
+    second = read_checkpoint(save(make_torch(2), tmp_path / "b.pt"))
+    metadata = {"model": first.config.to_json()}
+    old = metadata | {"checksum": second.report.checksum}
+    save_params(tmp_path / "old", load_params(first.params), old)
+    path = tmp_path / "old" / "metadata" / "metadata"
+    path.write_text(json.dumps(old))
+    message = f"checksum {first.report.checksum[:16]}..., {second.report.checksum[:16]}... was"
+    with pytest.raises(PortingError, match=message):
+        read_checkpoint(tmp_path / "old")
+    path.write_text(json.dumps(metadata | {"checksum": first.report.checksum}))
+    known = read_checkpoint(tmp_path / "old", overrides=Overrides(num_classes=5))
+    assert known.report.checksum != first.report.checksum  # of the resized table
+    path.write_text(json.dumps(metadata))
+    unknown = read_checkpoint(tmp_path / "old")
+    assert unknown.report.checksum == first.report.checksum
+    added = set(unknown.report.notes) - set(known.report.notes)
+    assert added == {"the checkpoint has no checksum: its weights are taken unchecked"}
 
 
 def training_config(**changes):
