@@ -38,7 +38,8 @@ def get_config() -> ConfigDict:
             patch_size=2,  # pixels (or latent cells) along each side of a token's patch
             attention="linear",  # linear (LiT) or softmax (DiT)
             num_classes=1000,  # without the null class of guidance, which is added
-            input_size=32,  # height = width of the images or latents
+            # Height = width of the images or latents, or (height, width).
+            input_size=ml_collections.FieldReference(32, field_type=object),
             in_channels=4,  # 4: SD latents; 3: RGB pixels; 1: grey pixels
             learn_sigma=True,  # predict the variance too: twice the output channels
             qkv_bias=True,  # the layer qkv (softmax), or q and kv (linear), has a bias
@@ -84,7 +85,7 @@ def get_config() -> ConfigDict:
     # What the student inherits besides everything outside attention.
     config.inherit = ConfigDict(
         dict(
-            # Parts of attention that are loaded too: any of q, k, v, o, conv; () for none.
+            # Parts of attention that are loaded too: any of q, k, v, o, conv, rest; () for none.
             # auto: all of them where source and student have the same attention, else none.
             load=("auto",),
             # Parameter paths that stay at their init although the checkpoint has them,
@@ -114,7 +115,7 @@ def get_config() -> ConfigDict:
             # mnist_digits is written on first use.
             name="imagenet2012",
             dir="data",  # TFDS directory
-            split="train",
+            split="train",  # train[:1000] and train+test too
             flip=True,  # flip half of the images horizontally, at random
             num_threads=8,  # reader threads of each process
             prefetch=64,  # batches read ahead
@@ -140,13 +141,23 @@ def get_config() -> ConfigDict:
     # data.dir, with the split data.split.
     config.prepare = ConfigDict(
         dict(
-            # A TFDS data set of images. A name with a slash: a folder that has one folder of
-            # images for each class.
+            # A TFDS data set of images, or a folder that has one folder of images for each
+            # class. A name with a slash is a folder where there is one.
+            # TFDS configs go with their set: imagenet_resized/64x64.
             source="imagenet2012",
             dir="",  # TFDS directory of prepare.source; empty: data.dir
             # Split of prepare.source, slices such as train[:1000] too; empty: data.split.
             split="",
-            image_size=256,  # pixels, height = width after the crop
+            # Pixels after the crop: height = width, or (height, width).
+            image_size=ml_collections.FieldReference(256, field_type=object),
+            # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
+            # shows the colours that a program left in invisible pixels.
+            background="white",
+            exif_orientation=True,  # turn pictures as their camera says; False: as in ADM
+            max_pixels=178_956_970,  # an image with more is not decoded
+            # Images that cannot be read are left out, up to so many. 0: the first one ends
+            # the job.
+            skip_broken=0,
             batch_size=64,  # images encoded at once, over all devices
             # Records in a file. An interruption loses at most so many in each process.
             shard_records=1024,
@@ -177,10 +188,12 @@ def get_config() -> ConfigDict:
     # AdamW and its learning rate.
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs a warm-up
             learning_rate=1e-4,
-            b1=0.9,
-            b2=0.999,
-            epsilon=1e-8,
+            b1=0.9,  # decay of the mean gradient (came: of the mean update)
+            b2=0.999,  # and of its square
+            b3=0.9999,  # came: of the updates' squared distance from their mean
+            epsilon=1e-8,  # adamw
             weight_decay=0.0,
             clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
             schedule="constant",  # constant, or cosine to zero at train.steps
@@ -253,7 +266,8 @@ def get_config() -> ConfigDict:
             # 0: what it tells, or the published number of its size.
             num_heads=0,
             num_classes=0,  # resize the label table to so many classes; 0: keep it
-            input_size=0,  # recompute the position table for this size; 0: keep it
+            # Recompute the position table for this size, or (height, width); 0: keep it.
+            input_size=ml_collections.FieldReference(0, field_type=object),
             # Of an autoencoder whose checkpoint does not tell it; 0: what the checkpoint tells.
             scaling_factor=0.0,
             # None: as the code that the checkpoint was written for computes.

@@ -28,6 +28,8 @@ def get_config():
     config.student.init = "teacher"
     config.autoencoder.checkpoint = "sd-vae-ft-ema"  # a folder of diffusers, or the file in it
     config.prepare.update(source="imagenet2012", image_size=256)
+    # ADM and DiT know of neither, and scores depend on the pixels.
+    config.prepare.update(exif_orientation=False, background="")
     config.data.update(name="imagenet256_latents", dir="data")
     # 280 epochs: a fifth of the teacher's 7M steps.
     config.train.update(batch_size=256, steps=1_400_000)

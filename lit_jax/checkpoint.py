@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -45,10 +46,12 @@ QUOTED_FAILURES = (
 STORE_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
 
 # Of a file of JSON in a checkpoint. It holds names and shapes.
-MAX_JSON_BYTES = 8 << 20
+MAX_JSON_BYTES = 4 << 20
 # Arrays of constants pack well, and a stranger's folder may unpack to any size.
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_COMPRESSION = 100
+# What Orbax adds to the name of a folder until it is whole.
+TEMPORARY = ".orbax-checkpoint-tmp"
 
 Items = dict[str, Any]  # {item: tree of arrays}
 
@@ -379,7 +382,8 @@ def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
     Args:
       path: a new or empty folder.
       metadata: JSON values (model fields, origin).
-    Raises: ValueError when the folder has files.
+    Raises: ValueError when the folder has files; OSError naming it when it
+      cannot be written.
     """
     path = orbax_path(path)
     if path.exists() and any(path.iterdir()):
@@ -395,8 +399,30 @@ def save_params(path: epath.PathLike, params: Any, metadata: dict) -> None:
         params=ocp.args.StandardSave(params),
         metadata=ocp.args.JsonSave(metadata),
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args, force=True)
+    try:
+        with (
+            storage.naming_file(path),
+            _quiet(),
+            ocp.Checkpointer(handler) as checkpointer,
+        ):
+            checkpointer.save(path, args, force=True)
+    except OSError:
+        if jax.process_index() == 0:
+            # The half that was written, on a disk that may be full.
+            path.with_name(f"{path.name}{TEMPORARY}").rmtree(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's threads from logging the tracebacks of an error that it raises anyway."""
+    logger = logging.get_absl_logger()
+    before = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
@@ -418,7 +444,7 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_whole_step(path: epath.Path) -> bool:
-    if not path.name.isdigit() or not (path / "params").is_dir():
+    if not re.fullmatch("[0-9]+", path.name) or not (path / "params").is_dir():
         return False
     # On an object store, an unfinished checkpoint already has its name.
     return ocp.utils.is_checkpoint_finalized(path)
@@ -489,7 +515,11 @@ def open_params(path: epath.PathLike, *, ema: bool = True) -> SavedParams:
     item = "ema_params" if ema and trained else "params"
     with refusing(folder):
         metadata = _read_metadata(folder)
-        return SavedParams(folder, item, _saved_tree(folder / item), metadata)
+        tree = _saved_tree(folder / item)
+        # A folder may come from a stranger, and Orbax believes what it says.
+        _check_claims(folder / item, tree)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return SavedParams(folder, item, shapes, metadata)
 
 
 def restore_params(
@@ -558,11 +588,7 @@ def shapes_of(item: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def _saved_tree(item: epath.PathLike) -> Any:
-    """The tree of one saved item, of ShapeDtypeStruct.
-
-    A folder may come from a stranger, and Orbax believes what it says.
-    Raises: DamagedError for sizes that no weights have.
-    """
+    """The tree of one saved item; leaves have shape, dtype and chunks."""
     item = epath.Path(item)
     for path in (item / "_METADATA", item / "_sharding"):
         _check_size(path)
@@ -571,11 +597,13 @@ def _saved_tree(item: epath.PathLike) -> Any:
     # Not ocp.Checkpointer, which looks for a commit mark that an item
     # does not have.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        tree = handler.metadata(item).tree
+        return handler.metadata(item).tree
 
-    leaves = flatten(tree)
+
+def _check_claims(item: epath.Path, tree: Any) -> None:
+    """Raises: DamagedError for sizes that no weights have."""
     num_bytes = 0
-    for name, leaf in leaves.items():
+    for name, leaf in flatten(tree).items():
         shape = tuple(leaf.shape)
         num_bytes += math.prod(shape) * np.dtype(leaf.dtype).itemsize
         # A chunk is unpacked as a whole, whatever the shape of its array.
@@ -583,12 +611,17 @@ def _saved_tree(item: epath.PathLike) -> Any:
         if chunk and any(c > max(n, 1) for c, n in zip(chunk, shape)):
             raise DamagedError(f"{name[:80]} has shape {shape}, but chunks of {tuple(chunk)}")
     if num_bytes > MAX_UNPACKED_BYTES:
-        stored = sum(path.stat().length for path in item.rglob("*") if path.is_file())
+        stored = _stored_bytes(item)
         if num_bytes > MAX_COMPRESSION * stored:
             raise DamagedError(
                 f"{item.name} would unpack {stored} bytes to {num_bytes}, as no weights do"
             )
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _stored_bytes(path: epath.Path) -> int:
+    if path.is_dir():
+        return sum(map(_stored_bytes, path.iterdir()))
+    return path.stat().length
 
 
 def _check_size(path: epath.Path) -> None:

@@ -61,3 +61,8 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "
             f"{dataset.num_classes} classes"
         )
+
+
+def count_classes(model_config: Any) -> int:
+    """How many labels the model knows, without the null; 0: it is told no label."""
+    return getattr(model_config, "num_classes", 0)

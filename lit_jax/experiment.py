@@ -125,14 +125,15 @@ class Experiment:
             )
         with naming("model"):
             found = family.of_size(**architecture)
-        if model.input_size % found.patch_size:
+        h, w = ranges.sides(model.input_size)
+        if h % found.patch_size or w % found.patch_size:
             raise ValueError(
                 f"model.patch_size = {found.patch_size} does not divide model.input_size = "
                 f"{model.input_size}"
             )
         # The model takes any grid; this one is what checkpoints say it was trained on.
-        side = model.input_size // found.patch_size
-        return dataclasses.replace(found, grid=(side, side))
+        grid = (h // found.patch_size, w // found.patch_size)
+        return dataclasses.replace(found, grid=grid)
 
     def _check_implementations(self) -> None:
         # The names only. Whether the devices can run one is asked once they are known.
@@ -178,14 +179,14 @@ class Experiment:
         names = {field.name for field in dataclasses.fields(overrides)}
         known = {name: port[name] for name in names & set(port)}
         # A side of 0 keeps the table that the checkpoint has.
-        sides = (port.input_size, port.input_size) if port.input_size else None
+        sides = ranges.sides(port.input_size) if port.input_size else None
         with naming("port"):
             return overrides(**known | {"input_size": sides, "seed": self.config.seed})
 
     @property
     def input_size(self) -> tuple[int, int]:
         """(h, w) of the images or latents."""
-        return (self.config.model.input_size,) * 2
+        return ranges.sides(self.config.model.input_size)
 
     @property
     def step_settings(self) -> StepSettings:
@@ -309,8 +310,8 @@ class Experiment:
         if student.init != "teacher":
             # Fine-tuning on other classes resizes the label table, as port.num_classes does.
             overrides = KEY_TABLES[type(self.model_config)].Overrides
-            classes = overrides.of_student(self.model_config, self.config.seed)
-            checkpoint = _read("student.init", student.init, student.weights, classes)
+            asked = overrides.of_student(self.model_config, self.config.seed)
+            checkpoint = _read("student.init", student.init, student.weights, asked)
         if checkpoint is None:
             raise ValueError(
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
@@ -374,7 +375,12 @@ class Experiment:
     def dataset(self) -> dataset.Dataset:
         data = self.config.data
         with naming("data"):
-            return dataset.open_dataset(data.name, data.dir, data.split)
+            return dataset.open_dataset(
+                data.name,
+                data.dir,
+                data.split,
+                classes=conditions.count_classes(self.model_config),
+            )
 
     @functools.cached_property
     def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:

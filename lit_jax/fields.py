@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lit_jax.models.dit import REMAT_POLICIES
-from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, one_of, up_to
+from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -25,31 +25,34 @@ NAMES = Range(
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
 # What memory and files are made for. Anything larger is a slip of the finger.
-IMAGES = up_to(10_000_000)
-BATCH = up_to(1_000_000)
-SIDE = up_to(65_536)  # of an image
-DEVICES = up_to(256, low=0)  # JAX aborts the process where there are thousands
-SECONDS = up_to(10_000_000)  # a timer of C takes no more than about 300 years
+IMAGES = between(1, 10_000_000)
+BATCH = between(1, 1_000_000)
+DEVICES = between(0, 256)  # JAX aborts the process where there are thousands
+SECONDS = between(1, 10_000_000)  # a timer of C takes no more than about 300 years
 DTYPE = one_of("bfloat16", "float32")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
     "seed": SEED,
-    "model.input_size": SIDE,
+    "model.input_size": SIDES,
     "model.dtype": DTYPE,
     "teacher.num_heads": AT_LEAST_0,
     "teacher.dtype": DTYPE,
     "inherit.load": NAMES,
     "inherit.keep_init": NAMES,
     # 0 reads in the main thread: for a debugger, and for data that are in memory.
-    "data.num_threads": up_to(1_024, low=0),
-    "data.prefetch": AT_LEAST_0,
+    # Grain starts the threads, and makes a place for each batch that is read ahead, before
+    # the first one is there.
+    "data.num_threads": between(0, 1024),
+    "data.prefetch": between(0, 10_000),
     "autoencoder.scaling_factor": NOT_NEGATIVE,
     "autoencoder.dtype": one_of("float32", "bfloat16"),
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
-    "prepare.image_size": AT_LEAST_1,
-    "prepare.batch_size": BATCH,
+    "prepare.image_size": SIDES,
+    "prepare.max_pixels": AT_LEAST_1,
+    "prepare.skip_broken": AT_LEAST_0,
+    "prepare.batch_size": between(1, 65_536),
     "prepare.shard_records": IMAGES,
     # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
     "train.batch_size": BATCH,
@@ -57,7 +60,7 @@ RANGES = {
     "train.log_every": AT_LEAST_1,
     "train.preview_every": AT_LEAST_0,
     "train.preview_images": BATCH,
-    "train.watchdog": up_to(10_000_000, low=0),
+    "train.watchdog": between(0, 10_000_000),
     "train.profile": STEPS,
     "train.stop_after_bad_steps": AT_LEAST_1,
     "mesh.data": SIZE,
@@ -70,6 +73,7 @@ RANGES = {
     "checkpoint.keep_every": AT_LEAST_0,
     "sample.num_images": IMAGES,
     "sample.batch_size": BATCH,
+    "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
@@ -82,12 +86,12 @@ RANGES = {
     "evaluate.compare": NAMES,
     "evaluate.compare_across": NAMES,
     "benchmark.what": NAMES,
-    "benchmark.attention_tokens": up_to(10**9),
-    "benchmark.model_tokens": up_to(10**9),
-    "benchmark.repeats": up_to(10_000),
-    "plan.slices": up_to(1_024),
+    "benchmark.attention_tokens": between(1, 10**9),
+    "benchmark.model_tokens": between(1, 10**9),
+    "benchmark.repeats": between(1, 10_000),
+    "plan.slices": between(1, 1_024),
     "plan.programs": NAMES,
-    "report.num_images": up_to(1_000_000, low=0),
+    "report.num_images": between(0, 1_000_000),
 }
 
 

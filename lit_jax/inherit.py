@@ -19,8 +19,8 @@ from lit_jax.models import attention
 # Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
 # function in both models, and inherited with the rest.
 ATTENTION = "blocks/attn/"
-# What `load` may name.
-PARTS = tuple(dict.fromkeys(part for parts in attention.PARTS.values() for part in parts))
+# What `load` may name: the parts of projections, and all modules that are none ("rest").
+PARTS = (*dict.fromkeys(part for parts in attention.PARTS.values() for part in parts), "rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def merge_params(
       loaded: the source's tree of NumPy-like leaves. They are read one by one, and may still be in
         a file.
       init: the student's tree of device arrays; their shardings are kept.
-      load: any of q, k, v, o, conv.
+      load: any of q, k, v, o, conv, and rest: all else that an attention has.
       keep_init: paths (a module or a leaf) that stay at init.
     Returns: the merged tree and the report.
     Raises: ValueError listing both sides: leaves that the source lacks, has too many of, has empty
@@ -188,9 +188,10 @@ class Part:
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
     """What makes up an attention leaf along its last axis; None for a part that stays at init."""
     module, _, leaf = path.removeprefix(ATTENTION).rpartition("/")
+    if module not in attention.PARTS:
+        return [Part(path) if "rest" in load else None]
     return [
-        _find_part(name, leaf, source) if name in load else None
-        for name in attention.PARTS.get(module, ())
+        _find_part(name, leaf, source) if name in load else None for name in attention.PARTS[module]
     ]
 
 

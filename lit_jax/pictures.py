@@ -9,10 +9,14 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_jax.runtime import metric_writer
+from lit_jax.runtime import metric_writer, storage
 
 LOSS_TERMS = ("loss", "mse", "vb", "kd_noise", "kd_variance")
 GAP = 2  # pixels between two images of a grid
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+# The last chunk: no content, its name, its CRC.
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"
 
 
 def plot_curves(workdir: epath.PathLike) -> None:
@@ -54,11 +58,24 @@ def save_png(
     save: Callable[..., Any],
     **options: Any,
 ) -> None:
-    """Writes the file that Pillow's or Matplotlib's `save` makes."""
+    """Writes the file that Pillow's or Matplotlib's `save` makes, as a whole.
+
+    Raises: OSError naming the file.
+    """
     # Through memory, for they can open nothing but local files.
     file = io.BytesIO()
     save(file, format="png", **options)
-    epath.Path(path).write_bytes(file.getvalue())
+    storage.replace_bytes(epath.Path(path), file.getvalue())
+
+
+def is_whole(path: epath.Path) -> bool:
+    """Whether the PNG is there up to its last chunk, which a file cut short lacks."""
+    if not path.is_file() or path.stat().length < len(PNG_START + PNG_END):
+        return False
+    with path.open("rb") as file:
+        start = file.read(len(PNG_START))
+        file.seek(-len(PNG_END), io.SEEK_END)
+        return (start, file.read()) == (PNG_START, PNG_END)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

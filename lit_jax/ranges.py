@@ -1,7 +1,7 @@
 """What a setting may hold, in words and as a test: settings check themselves with it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -19,9 +19,30 @@ NOT_NEGATIVE = Range("a finite number, at least 0", lambda x: 0 <= x < math.inf)
 POSITIVE = Range("a finite number above 0", lambda x: 0 < x < math.inf)
 
 
-def up_to(limit: int, low: int = 1) -> Range:
-    """From `low` to `limit`: sizes that are allocated, which beyond reason end in a crash."""
-    return Range(f"from {low} to {limit:,}", lambda x: low <= x <= limit)
+def between(low: int, high: int) -> Range:
+    return Range(f"in [{low:,}, {high:,}]", lambda x: low <= x <= high)
+
+
+# Sides of images and latents. One of the largest size is a gigabyte in float32.
+MOST_PIXELS = 16_384
+
+
+def _are_sides(size: Any) -> bool:
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return False
+    return all(isinstance(side, int) and 1 <= side <= MOST_PIXELS for side in pair)
+
+
+SIDES = Range(f"a side in [1, {MOST_PIXELS:,}], or (height, width)", _are_sides)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that is a pair, or the side of a square."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
 
 
 # Choices are compared, not hashed: a config may hold a list where a word belongs.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lit_jax import samplers, sharding
+from lit_jax import ranges, samplers, sharding
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
@@ -19,7 +19,7 @@ from lit_jax.samplers import SamplerSettings
 def protocol(
     settings: SamplerSettings,
     *,
-    input_size: int,
+    input_size: int | Sequence[int],
     seed: int,
     dtype: str,
     weights: str,
@@ -31,14 +31,16 @@ def protocol(
     Two scores are comparable only where it is equal.
 
     Args:
-      input_size: height = width in the model's space. dtype: the activations' type.
+      input_size: height = width in the model's space, or the two. dtype: the activations'
+        type.
       weights: the hash of the model's. labels: how the images' labels were chosen.
       autoencoder: what identifies it, None for pixels.
     """
+    h, w = ranges.sides(input_size)
     # The names are those of protocol.json in folders that older versions began: keep them.
     about = {
         "weights": weights,
-        "input_size": input_size,
+        "input_size": h if h == w else [h, w],
         "seed": seed,
         "dtype": dtype,
         "autoencoder": autoencoder or "none",

@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lit_jax import losses, ranges, sharding
+from lit_jax import came, losses, ranges, sharding
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import Model, init_params
 from lit_jax.models.autoencoder import sample_posterior
@@ -58,16 +59,18 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, its schedule and clipping.
+    """AdamW or CAME, its schedule and clipping.
 
     Raises: ValueError whose text starts with the field's name.
     """
 
     steps: int  # of the whole run
+    name: str = "adamw"  # or came, PixArt-Sigma's
     learning_rate: float = 1e-4
     b1: float = 0.9
     b2: float = 0.999
-    epsilon: float = 1e-8
+    b3: float = 0.9999  # came: of the residual
+    epsilon: float = 1e-8  # adamw
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # of the global gradient; 0: no clipping
     schedule: str = "constant"  # constant, or cosine to zero at `steps`
@@ -76,10 +79,12 @@ class OptimizerSettings:
     def __post_init__(self):
         ranges.check(
             self,
-            steps=ranges.up_to(2**31 - 2),  # the state counts them in int32
+            steps=ranges.between(1, 2**31 - 2),  # the state counts them in int32
+            name=ranges.one_of("adamw", "came"),
             learning_rate=ranges.NOT_NEGATIVE,
             b1=ranges.BELOW_1,
             b2=ranges.BELOW_1,
+            b3=ranges.BELOW_1,
             epsilon=ranges.POSITIVE,
             weight_decay=ranges.NOT_NEGATIVE,
             clip_norm=ranges.NOT_NEGATIVE,
@@ -88,6 +93,11 @@ class OptimizerSettings:
         )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} is not shorter than steps = {self.steps}")
+        if self.name == "came" and not self.warmup:
+            raise ValueError(
+                "warmup = 0, but the first updates of came are 11 times the learning rate; "
+                "PixArt-Sigma's warm-up is of 1000 steps"
+            )
 
     def rates(self) -> optax.Schedule:
         """The learning rate of an update, by the number of good steps before it."""
@@ -103,19 +113,26 @@ class OptimizerSettings:
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """AdamW with an optional warm-up, a schedule, and clipping by the global norm."""
+    """The optimizer with an optional warm-up, a schedule, and clipping by the global norm."""
     # A schedule even where the rate is constant: optax then keeps a count, and the layout of the
     # optimizer state, which checkpoints hold, is the same for every run.
-    adamw = optax.adamw(
-        settings.rates(),
-        settings.b1,
-        settings.b2,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
+    if settings.name == "came":
+        optimizer = optax.chain(
+            came.scale_by_came(settings.b1, settings.b2, settings.b3),
+            optax.add_decayed_weights(settings.weight_decay),
+            optax.scale_by_learning_rate(settings.rates()),
+        )
+    else:
+        optimizer = optax.adamw(
+            settings.rates(),
+            settings.b1,
+            settings.b2,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
     if not settings.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 
 
 # ---- The birth of a state ------------------------------------------------------------------------
@@ -282,12 +299,15 @@ def make_train_step(
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # Neither weight decay nor the rounding of an average may move what is not trained.
+        params = _with_leaves_of(params, state.params, model.config.frozen)
         decay = jnp.float32(settings.ema_decay)
         if settings.ema_warmup:
             decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(
             lambda e, p: decay * e + (1.0 - decay) * p, state.ema_params, params
         )
+        ema_params = _with_leaves_of(ema_params, state.ema_params, model.config.frozen)
 
         def keep_if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -314,6 +334,16 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)
+
+
+def _with_leaves_of(tree: Any, other: Any, paths: tuple[str, ...]) -> Any:
+    """The tree with the leaves at some paths taken from another one."""
+    if not paths:
+        return tree
+    leaves = flatten_dict(other, sep="/")
+    return unflatten_dict(
+        flatten_dict(tree, sep="/") | {path: leaves[path] for path in paths}, sep="/"
+    )
 
 
 def _accumulate(grad_fn, count, params, teacher_params, draws):

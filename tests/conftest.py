@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 
+import compiler
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
@@ -20,14 +21,16 @@ TESTS = pathlib.Path(__file__).parent
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most of the suite's time is compilation, and most programs are small and run once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # libtpu only compiles here: it must not look for a TPU's metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Test processes that run at the same time each load the compiler.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-# Most of the suite's time is compilation, and many tests compile the same program. The cache lasts
-# for one session. Workers of xdist and processes that a test starts inherit its place. Whoever sets
-# JAX_COMPILATION_CACHE_DIR keeps the programs for the next session too.
+# Many tests compile the same program. The cache lasts for one session. Workers of xdist and
+# processes that a test starts inherit its place. Whoever sets JAX_COMPILATION_CACHE_DIR keeps the
+# programs for the next session too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lit_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -36,6 +39,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The CPU's compiler reads its flags here, once. libtpu reads them when a test first asks it for a
+# program, and refuses some of them: they are not there any more.
+flags = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{flags} {compiler.XLA_FLAGS}"
+jax.devices()
+os.environ["XLA_FLAGS"] = flags
 
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
@@ -60,6 +70,7 @@ FAST = {
     "evaluation/test_metrics.py",
     "kernels/test_linear_attention.py",
     "models/test_attention.py",
+    "models/test_dit.py",
     "runtime/test_metric_writer.py",
     "runtime/test_workdir_lock.py",
 }
@@ -78,9 +89,9 @@ def top_level_imports(path: pathlib.Path) -> set[str]:
 
 @functools.cache
 def needs_torch(path: pathlib.Path) -> bool:
-    """Whether a file of tests imports torch or diffusers, itself or by a helper in this folder."""
+    """Whether a file of tests imports what needs torch, itself or by a helper in this folder."""
     names = top_level_imports(path)
-    if names & {"torch", "diffusers"}:
+    if names & {"torch", "diffusers", "transformers", "came_pytorch"}:
         return True
     helpers = [TESTS / f"{name}.py" for name in names]
     return any(needs_torch(helper) for helper in helpers if helper.exists())

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 
+import compiler
+
 from lit_jax import main
 from lit_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-# Softmax attention, and a compiler that optimises little: these tests are about what surrounds the
-# step.
+# Softmax attention: these tests are about what surrounds the step.
 TINY = (
     "--config=configs/debug.py",
     "--config.student.init=random",
@@ -30,7 +31,6 @@ TINY = (
     "--config.data.prefetch=2",
     "--config.checkpoint.keep=2",
 )
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Server:
@@ -45,7 +45,7 @@ class Server:
         environ = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS=XLA_FLAGS,
+            XLA_FLAGS=compiler.XLA_FLAGS,  # without the suite's eight devices
             OMP_NUM_THREADS="1",
             JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",

@@ -28,7 +28,7 @@ FLOORS = (
         "inherit",
         "pictures",
     ),
-    ("models", "samplers", "losses"),
+    ("models", "samplers", "losses", "came"),
     (
         "kernels",
         "diffusion",

@@ -12,11 +12,13 @@ import shutil
 import sys
 import types
 
+import full_disk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from jax.experimental import multihost_utils
 
 from lit_jax import checkpoint, sharding
@@ -464,6 +466,81 @@ def test_a_failed_read_prints_one_error(copy, monkeypatch):
     assert printed == [other]
 
 
+def rewrite(name, change):
+    """Replaces the text of one file of a parameter checkpoint."""
+
+    def apply(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_text()).encode("latin-1"))
+
+    return apply
+
+
+def grow(name):
+    return lambda folder: (folder / name).open("r+").truncate(5 << 20)
+
+
+def large_chunks(folder):
+    """An array of 5 elements, stored as one of 500 million would be."""
+    metadata = dict(shape=[5], chunks=[500_000_000], dtype="<f4", compressor=None, fill_value=None)
+    store = dict(driver="ocdbt", base=f"file://{folder}/params/", path="b/")
+    tensorstore.open(
+        dict(driver="zarr", kvstore=store, metadata=metadata), create=True, delete_existing=True
+    ).result()
+
+
+LIES = {
+    "more zeros than weights": (lambda folder: None, "would unpack [0-9]+ bytes to 800020, as no"),
+    "chunks larger than the array": (large_chunks, r"b has shape \(5,\), but chunks of \(500000"),
+    "much metadata": (grow("metadata/metadata"), "metadata has more than 4194304 bytes"),
+    "much tree metadata": (grow("params/_METADATA"), "_METADATA has more than 4194304 bytes"),
+    "deep metadata": (rewrite("metadata/metadata", lambda text: "[" * 200_000), "recursion"),
+    "deep tree metadata": (rewrite("params/_METADATA", lambda text: "[" * 200_000), "recursion"),
+    "metadata in no UTF-8": (rewrite("metadata/metadata", lambda text: "\xff{}"), "utf-8"),
+    "tree metadata in no UTF-8": (rewrite("params/_METADATA", lambda text: "\xff{}"), "utf-8"),
+    "a key of an unknown type": (
+        rewrite("params/_METADATA", lambda text: text.replace('"key_type": 2', '"key_type": 99')),
+        "99 is not a valid KeyType",
+    ),
+    "a tree that is none": (
+        rewrite("params/_METADATA", lambda text: '{"tree_metadata": null}'),
+        "cannot be read: ",
+    ),
+    "metadata with a huge number": (
+        rewrite("metadata/metadata", lambda text: "9" * 10_000),
+        "4300 digits",
+    ),
+    "fingerprints that are none": (
+        rewrite("metadata/metadata", lambda text: '{"fingerprints": 7}'),
+        "its fingerprints are not an object",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_folders_that_lie_are_refused_before_a_value_is_read(tmp_path, monkeypatch, name):
+    change, message = LIES[name]
+    zeros = {"a": jnp.zeros((200, 1000)), "b": jnp.zeros(5)}
+    checkpoint.save_params(tmp_path / "saved", zeros, {})
+    change(tmp_path / "saved")
+    if name == "more zeros than weights":
+        assert checkpoint.open_params(tmp_path / "saved").metadata == {}
+        monkeypatch.setattr(checkpoint, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.open_params(tmp_path / "saved")
+    text = str(caught.value)
+    assert text.startswith(f"checkpoint {tmp_path}/saved cannot be read: ") and "\n" not in text
+
+
+def test_a_folder_whose_name_is_no_number_is_no_step(copy, states):
+    """Python calls a superscript a digit."""
+    shutil.copytree(copy / "6", copy / "\u00b2")
+    assert checkpoint.restore_params(copy.parent)[1]["path"] == f"{copy}/6"
+    run = open_run(copy)
+    assert run.restore(shapes_of(states[6]))[0] == 6
+    run.close()
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path, copy):
     assert not checkpoint.is_checkpoint(tmp_path / "nothing")
     for path in (tmp_path / "nothing", tmp_path):
@@ -502,3 +579,12 @@ def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, states):
     )
     save_run(tmp_path, {2: states[2]})
     assert not asked
+
+
+def test_a_port_to_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path, capfd):
+    params = {"a": np.random.default_rng(0).random((500, 500), np.float32)}
+    message = f"^{tmp_path / 'out'} {full_disk.MESSAGE}"
+    with full_disk.full_disk(100_000), pytest.raises(OSError, match=message):
+        checkpoint.save_params(tmp_path / "out", params, {})
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in capfd.readouterr().err

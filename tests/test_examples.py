@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import compiler
 import numpy as np
 from PIL import Image
 
@@ -29,7 +30,8 @@ SMALL = {
 def shell(command: str) -> None:
     """A line that starts with "!". The command makes its own two devices, not the suite's eight."""
     command += "".join(f" --config.{field}={value}" for field, value in SMALL.items())
-    subprocess.run(command, shell=True, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    environ = os.environ | {"XLA_FLAGS": compiler.XLA_FLAGS}
+    subprocess.run(command, shell=True, check=True, env=environ)
 
 
 def run_cell(source: str, names: dict) -> object:

@@ -267,3 +267,9 @@ def test_another_design_inherits_the_parts_that_it_has_and_starts_with_the_rest(
     np.testing.assert_array_equal(merged[gate], before[gate])
     proj = "blocks/attn/proj/kernel"
     np.testing.assert_array_equal(merged[proj], flatten_dict(teacher, sep="/")[proj])
+    # From a source of its own design it takes them as the rest.
+    source = make_params()
+    source["blocks"]["attn"]["gate"] = {"norm": {"scale": np.full((L, D), 3.0, np.float32)}}
+    merged, _, report = merge(source, student, load=inherit.PARTS)
+    assert not report.at_init
+    np.testing.assert_array_equal(merged[gate], 3.0)

@@ -1,6 +1,7 @@
 """TFDS data sets (ArrayRecord, no TensorFlow) as records by number: images or latents."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -9,13 +10,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from lit_jax.data import mnist_digits
-from lit_jax.runtime import cluster, storage
+from lit_jax.runtime import cluster, storage, workdir_lock
 
 # Beside the shards that --mode=prepare writes: how they were made.
 PREPARED = "prepared.json"
+
+# How long another run may take to write mnist_digits.
+DIGITS_SECONDS = 60.0
 
 # Records that `content` and `deviation` read. Every start of a run waits for them.
 CONTENT_RECORDS = 16
@@ -241,15 +246,47 @@ def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuild
     )
 
 
+def count_classes(name: str, features: tfds.features.FeaturesDict, classes: int = 0) -> int:
+    """The number of classes of a data set; 1 where its records have no label.
+
+    Args: classes: how many there are, for labels that are plain numbers; 0: such are
+      refused.
+    Raises: ValueError for another kind of label, or plain numbers of unknown range.
+    """
+    if "label" not in features:
+        logging.info("%s has no labels: all its images are of one class", name)
+        return 1
+    label = features["label"]
+    if getattr(label, "num_classes", None):
+        return label.num_classes
+    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise ValueError(f"name = {name!r} has the label {label}; it needs one number an image")
+    if not classes:
+        raise ValueError(
+            f"name = {name!r} has the label {label}, which does not say how many classes there are"
+        )
+    logging.info("the labels of %s are plain numbers: %d classes are taken", name, classes)
+    return classes
+
+
 def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:
     tfds.disable_progress_bar()  # it takes a second
+    # TFDS's default format has no random access.
+    make = functools.partial(
+        mnist_digits.MnistDigits, data_dir=directory, file_format="array_record"
+    )
     with cluster.process_zero_first("mnist_digits"):
-        builder = mnist_digits.MnistDigits(
-            data_dir=directory,
-            # TFDS's default has no random access.
-            file_format="array_record",
-        )
-        builder.download_and_prepare()  # does nothing when the files are there
+        builder = make()
+        if builder.is_prepared():
+            return builder
+        # Another run may start at the same time: its files are waited for.
+        folder = epath.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / ".mnist_digits.lock"
+        with workdir_lock.lock_file(lock, DIGITS_SECONDS):
+            builder = make()
+            with storage.naming_file(folder / "mnist_digits"):
+                builder.download_and_prepare()  # does nothing when the files are there
     return builder
 
 
@@ -257,22 +294,24 @@ def open_dataset(
     name: str,
     directory: epath.PathLike,
     split: str,
+    *,
+    classes: int = 0,
 ) -> ImageDataset | LatentDataset:
     """Opens a split of the TFDS data set `name` in a directory, local or gs://.
 
-    It holds images, or the latents that --mode=prepare wrote.
+    It holds images, or the latents that --mode=prepare wrote. Images without labels are
+    of one class.
 
+    Args:
+      split: also a part or a sum of them, "train[:1000]" or "train+test".
+      classes: how many there are, for a data set whose labels are plain numbers.
     Raises: FileNotFoundError when the data set is not prepared there; ValueError when
       it has no such split, was not prepared to its end, has no random access, or no
-      label and image of one shape.
+      image of one shape.
     """
     builder = find_builder(name, directory)
     features = builder.info.features
-    splits = builder.info.splits
-    if split not in splits:
-        raise ValueError(
-            f"split = {split!r} is not one of the splits of {name}: {', '.join(splits)}"
-        )
+    records = _records(builder, split)
 
     if {"mean", "log_variance"} <= set(features):
         about = epath.Path(builder.data_dir) / PREPARED
@@ -284,31 +323,51 @@ def open_dataset(
         return LatentDataset(
             name=name,
             split=split,
-            records=_records(builder, split),
+            records=records,
             image_shape=tuple(features["mean"].shape[1:]),
             num_classes=features["label"].num_classes,
             autoencoder=json.loads(about.read_text())["autoencoder"],
         )
 
-    usable = {"image", "label"} <= set(features)
-    if not usable or None in features["image"].shape:
+    if "image" not in features:
+        raise ValueError(f"name = {name!r} has {dict(features)}; it needs a field image")
+    if None in features["image"].shape:
         raise ValueError(
-            f"name = {name!r} has {dict(features)}; it needs an image of one shape "
-            f"and a label, and --mode=prepare makes such a data set of it"
+            f"name = {name!r} has images {features['image'].shape}; it needs images of one "
+            f"shape, and --mode=prepare makes such a data set of it"
         )
     return ImageDataset(
         name=name,
         split=split,
-        records=_records(builder, split),
+        records=records if "label" in features else Unlabelled(records),
         image_shape=tuple(features["image"].shape),
-        num_classes=features["label"].num_classes,
+        num_classes=count_classes(name, features, classes),
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Unlabelled:
+    """Records without a label, as those of one class."""
+
+    records: Any
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[index] | {"label": 0}
+
+
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-    """The records of a split by number."""
+    """The records of a split, or of a part or sum of splits, by number."""
     try:
         return builder.as_data_source(split=split)
+    except ValueError as error:  # of TFDS's parser: no such split, or no such part
+        raise ValueError(
+            f"split = {split!r} is not one of the splits of {builder.name}: "
+            f"{', '.join(builder.info.splits)}; nor a part or a sum of these, such as "
+            f"train[:100] or train+test ({first_line(error)})"
+        ) from error
     except NotImplementedError as error:
         raise ValueError(
             f"name = {builder.info.full_name!r} is stored as "

@@ -14,7 +14,7 @@ from lit_jax.data.raw_images import RawImages
 from lit_jax.models.autoencoder import Autoencoder
 
 Record = dict[str, Any]
-# From images (B, S, S, C) uint8 to the arrays of their records, (B, ...) each.
+# From images (B, H, W, C) uint8 to the arrays of their records, (B, ...) each.
 Encode = Callable[[np.ndarray], dict[str, Any]]
 
 
@@ -22,13 +22,13 @@ def make_features(images: RawImages, autoencoder: Autoencoder | None) -> tfds.fe
     """What a record holds: the arrays of `make_encoder`, the label, the id."""
     shapes: dict[str, tuple[int, ...]] = {}
     if autoencoder:
-        side = images.size // autoencoder.module.factor
-        both = (2, side, side, autoencoder.module.latent_channels)
+        h, w = (side // autoencoder.module.factor for side in images.settings.sides)
+        both = (2, h, w, autoencoder.module.latent_channels)
         shapes["mean"] = both
         shapes["log_variance"] = both
         dtype: type = np.float16
     else:
-        shapes["image"] = (images.size, images.size, images.channels)
+        shapes["image"] = (*images.settings.sides, images.channels)
         dtype = np.uint8
 
     # As bytes: TFDS reads them fastest so, and needs no TensorFlow to write them.
@@ -57,7 +57,7 @@ def make_encoder(autoencoder: Autoencoder | None, mesh: jax.sharding.Mesh) -> En
 
     def moments(params, images):
         x = images.astype(jnp.float32) / 127.5 - 1.0
-        both = jnp.stack([x, x[:, :, ::-1]], axis=1)  # (b, 2, S, S, C)
+        both = jnp.stack([x, x[:, :, ::-1]], axis=1)  # (b, 2, H, W, C)
         B = len(x)
         # The parameters are an argument: closed over, they would be constants of the
         # program, a copy for each.
@@ -86,14 +86,15 @@ def encode_batches(
 ) -> Iterator[list[Record]]:
     """Lists of `sizes` finished records, in the order of the raw ones.
 
+    Those of broken images, which have "broken" and no "image", stay as they are.
     Raises: ValueError for latents that are not finite in float16.
     """
     # The devices encode a batch while the caller writes the one before it.
     ahead = None
     for size in sizes:
         batch = [next(records) for _ in range(size)]
-        images = np.stack([record.pop("image") for record in batch])
-        arrays = encode(images)
+        images = [record.pop("image") for record in batch if "broken" not in record]
+        arrays = encode(np.stack(images)) if images else {}
         if ahead:
             yield _join(*ahead)
         ahead = batch, arrays
@@ -103,9 +104,10 @@ def encode_batches(
 
 def _join(batch: list[Record], arrays: dict[str, Any]) -> list[Record]:
     """The records of a batch, each with its rows of the arrays."""
+    good = [record for record in batch if "broken" not in record]
     for name, array in arrays.items():
         rows = np.asarray(array)  # waits for the devices
-        for record, row in zip(batch, rows):
+        for record, row in zip(good, rows, strict=True):
             if row.dtype == np.float16 and not np.isfinite(row).all():
                 raise ValueError(
                     f"the {name} of the latents of {record['id']} is not finite in "

@@ -1,48 +1,123 @@
-"""Labelled images of any size, of a TFDS data set or a folder, cropped to squares."""
+"""Labelled images of any size, of a TFDS data set or a folder, cropped to one size."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from PIL import Image
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
-from lit_jax.data.dataset import find_builder, first_line
+from lit_jax import ranges
+from lit_jax.data.dataset import count_classes, find_builder, first_line
 from lit_jax.runtime import storage
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Those of torchvision, and GIF.
+IMAGE_FILES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+)
+# Folders that programs leave beside images: macOS's zip files, Synology's disks.
+LITTER = ("__MACOSX", "@eaDir")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
-# What Pillow raises for damaged files, and for those that would not fit into memory.
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow refuses unless told otherwise.
+MAX_PIXELS = 2 * 89_478_485
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square in the middle, `size` pixels a side, as ADM and DiT cut it.
+class BrokenImageError(ValueError):
+    """The content of one image is no good; `name` says of which."""
 
-    It is exact, for scores depend on it. It halves by box filter as long as the shorter
-    side is at least twice the size, scales that side to the size by bicubic
-    interpolation, and cuts the middle out. Smaller images are enlarged.
+    def __init__(self, text: str, name: str):
+        super().__init__(text)
+        self.name = name
+
+
+@contextlib.contextmanager
+def own_pixel_limit() -> Iterator[None]:
+    """Lifts Pillow's limit on the size of images, which is one for the whole process."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How a file becomes the pixels of a record."""
+
+    size: int | tuple[int, int]  # (height, width) that is cut out; a number: a square
+    channels: int = 0  # 1 or 3; 0: those of a TFDS data set, and 3 of a folder
+    # Colour behind transparent pixels. Empty: alpha is dropped, so the colour that a
+    # program left in invisible pixels shows, as in ADM and DiT.
+    background: str = "white"
+    exif_orientation: bool = True  # turn the picture as its camera says; ADM does not
+    max_pixels: int = MAX_PIXELS  # larger files are not decoded
+
+    def __post_init__(self):
+        ranges.check(self, size=ranges.SIDES, max_pixels=ranges.AT_LEAST_1, background=COLOUR)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width)."""
+        return ranges.sides(self.size)
+
+
+def _is_colour(name: str) -> bool:
+    try:
+        return not name or len(ImageColor.getrgb(name)) == 3
+    except ValueError:
+        return False
+
+
+COLOUR = ranges.Range("a colour, such as white or #ff8000, or empty", _is_colour)
+
+
+# ---- Pixels --------------------------------------------------------------------------------------
+
+
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of an image in `size` pixels, as ADM and DiT cut their squares.
+
+    It is exact, for scores depend on it. It halves by box filter as long as both sides are
+    at least twice those asked for, scales by bicubic interpolation to the smallest size
+    that covers them, and cuts the middle out. Smaller images are enlarged.
+
+    Args: size: (height, width), or the side of a square.
     """
-    while min(image.size) >= 2 * size:
+    h, w = ranges.sides(size)
+    while image.width >= 2 * w and image.height >= 2 * h:
         width = image.width // 2
         height = image.height // 2
         image = _resize(image, width, height, Image.Resampling.BOX)
 
-    scale = size / min(image.size)
+    scale = max(w / image.width, h / image.height)
     width = round(image.width * scale)
     height = round(image.height * scale)
     image = _resize(image, width, height, Image.Resampling.BICUBIC)
 
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left = (width - w) // 2
+    top = (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
@@ -53,11 +128,69 @@ def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampl
     return wide.resize((width, height), resample)
 
 
+def to_pixels(
+    image: Image.Image, settings: ImageSettings, channels: int
+) -> tuple[np.ndarray, list[str]]:
+    """Decodes and crops an image that Pillow has opened.
+
+    Returns: (h, w, channels) uint8, and in words what was done besides.
+    Raises: ValueError, or what Pillow raises, for an image that has no such pixels.
+    """
+    pixels = image.width * image.height
+    if pixels > settings.max_pixels:
+        raise ValueError(
+            f"it has {image.width} x {image.height} = {pixels:,} pixels, max_pixels = "
+            f"{settings.max_pixels:,}"
+        )
+    treated = []
+    # The second picture of an MPO is a preview or depth of the first, by a phone.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        treated.append("of several frames, of which the first is taken")
+        image.seek(0)
+    if settings.exif_orientation and _orientation(image) > 1:
+        treated.append("turned as their EXIF says")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        treated.append("of 16 bits, of which the upper 8 are taken")
+        image = _upper_bits(image)
+    if settings.background and image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            treated.append(f"transparent, put on {settings.background}")
+            ground = Image.new("RGBA", image.size, settings.background)
+            image = Image.alpha_composite(ground, image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    cropped = center_crop(image, settings.size)
+    return np.asarray(cropped).reshape(*settings.sides, channels), treated
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # A picture whose EXIF is damaged is whole all the same.
+    except Exception:
+        return 1
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 8 bits. Pillow alone would clip all above 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"its values have no known range: {image.mode} of {values.min()} to {values.max()}"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+# ---- Images by number ----------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class RawImages:
     """Labelled images of any size, cropped when they are read.
 
-    Record i is {"image" uint8 (size, size, channels), "label" int, "id" str}.
+    Record i is {"image" uint8 (h, w, channels), "label" int, "id" str, "treated" list of
+    str}, where "treated" says in words what was done to the image besides the crop.
     """
 
     name: str  # what prepared.json keeps
@@ -67,7 +200,7 @@ class RawImages:
     count: int
     num_classes: int
     class_names: tuple[str, ...] | None
-    size: int
+    settings: ImageSettings
     channels: int
     read: Callable[[int], tuple[Image.Image, int, str]]  # image, label, id
     file_of: Callable[[int], str] = lambda index: ""  # in error messages
@@ -75,57 +208,106 @@ class RawImages:
     def __len__(self) -> int:
         return self.count
 
-    def about_labels(self) -> dict[str, Any]:
-        """What prepared.json keeps of the labels, by its keys."""
-        return {"num_classes": self.num_classes, "class_names": hash_of(self.class_names)}
+    def about(self) -> dict[str, Any]:
+        """What prepared.json keeps of pixels and labels, by its keys."""
+        h, w = self.settings.sides
+        return {
+            "image_size": h if h == w else [h, w],
+            "background": self.settings.background,
+            "exif_orientation": self.settings.exif_orientation,
+            "num_classes": self.num_classes,
+            "class_names": hash_of(self.class_names),
+        }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises: ValueError naming the image, when it or its label is no good."""
+        """Raises: BrokenImageError for an image that is no good, ValueError otherwise.
+
+        Both name the image.
+        """
         try:
             image, label, name = self.read(int(index))
-            # Pillow decodes here: it has read only the header of the image.
-            image = image.convert("L" if self.channels == 1 else "RGB")
-            image = center_crop(image, self.size)
-        except PILLOW_ERRORS as error:
-            raise ValueError(
-                f"image {index} of {self.origin} cannot be read: {self.file_of(index)}{error}"
-            ) from error
+            pixels, treated = to_pixels(image, self.settings, self.channels)
+        # Damage shows as an error of Pillow, ArrayRecord or protobuf.
+        except Exception as error:
+            file = self.file_of(index)
+            which = f"image {index} of {self.origin} cannot be read: "
+            text = f"{which}{file and file + ': '}{first_line(error)}"
+            # The disk's own errors have a number: such an image may be whole.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise ValueError(text) from error
+            raise BrokenImageError(text, file or str(index)) from error
         if not 0 <= label < self.num_classes:
             raise ValueError(
                 f"image {index} of {self.origin} has label {label}, "
                 f"there are {self.num_classes} classes"
             )
-        pixels = np.asarray(image).reshape(self.size, self.size, self.channels)
-        return {"image": pixels, "label": label, "id": name}
+        return {"image": pixels, "label": label, "id": name, "treated": treated}
 
 
 def open_images(
-    name: str, directory: epath.PathLike, split: str, size: int, channels: int = 0
+    name: str,
+    directory: epath.PathLike,
+    split: str,
+    settings: ImageSettings,
+    *,
+    classes: int = 0,
 ) -> RawImages:
-    """The images of a TFDS data set or, if `name` has a slash, of a folder.
+    """The images of a folder, or of a TFDS data set.
 
-    A folder, local or of an object store, has a folder of image files for each class;
-    the sorted names of these are the classes.
+    A folder, local or of an object store, has a folder of image files for each class, with
+    any folders in it; the sorted names of these are the classes. Where it holds images
+    itself and no such folders, they are one class.
 
     Args:
-      name: the data set, or the path of the folder.
+      name: the data set, with its config (NAME/CONFIG), or the path of the folder.
       directory: where the data set is; for a folder it does not matter.
       split: of the data set, slices too; of a folder all is taken.
-      size: side of the squares that are cut out.
-      channels: 1 or 3; 0 means those of the data set, and 3 of a folder.
+      classes: how many there are, for a data set whose labels are plain numbers.
     Raises: FileNotFoundError when there is no such data set or folder; ValueError for
-      one without labelled images.
+      one without images.
     """
-    if "/" in name:
-        return _open_folder(epath.Path(name), split, size, channels or 3)
-    return _open_tfds(find_builder(name, directory), name, split, size, channels)
+    folder = find_folder(name, directory)
+    if folder is not None:
+        return _open_folder(folder, split, settings)
+    return _open_tfds(find_builder(name, directory), name, split, settings, classes)
+
+
+def find_folder(name: str, directory: epath.PathLike) -> epath.Path | None:
+    """The image folder that `name` means; None: it means a TFDS data set of `directory`.
+
+    Raises: FileNotFoundError for a path that is neither.
+    """
+    path = epath.Path(name)
+    if "/" not in name:
+        # A data set goes first: its own folder may lie here.
+        if path.is_dir() and not _holds_dataset(directory, name):
+            logging.info("%s is no data set of %s, but a folder of images", name, directory)
+            return path
+        return None
+    if path.is_dir():
+        return path
+    if re.fullmatch(r"\w+/[\w.+-]+(:[\d.]+)?", name) and _holds_dataset(directory, name):
+        return None
+    raise FileNotFoundError(
+        f"name = {str(path)!r} is no folder, and no data set of the directory {str(directory)!r}"
+    )
+
+
+def _holds_dataset(directory: epath.PathLike, name: str) -> bool:
+    folder = epath.Path(directory) / name.split(":")[0]
+    infos = ("*/dataset_info.json", "*/*/dataset_info.json")
+    return any(any(folder.glob(pattern)) for pattern in infos)
 
 
 # ---- A TFDS data set -----------------------------------------------------------------------------
 
 
 def _open_tfds(
-    builder: tfds.core.DatasetBuilder, name: str, split: str, size: int, channels: int
+    builder: tfds.core.DatasetBuilder,
+    name: str,
+    split: str,
+    settings: ImageSettings,
+    classes: int,
 ) -> RawImages:
     features = builder.info.features
     _check_features(name, features)
@@ -157,33 +339,34 @@ def _open_tfds(
         record = records[index]
         key = record[identifiers[0]] if identifiers else index
         key = key.decode() if isinstance(key, bytes) else str(key)
-        return open_pixels(record["image"]), int(record["label"]), key
+        label = int(record["label"]) if "label" in features else 0
+        return open_pixels(record["image"]), label, key
 
-    label = features["label"]
+    label = features["label"] if "label" in features else None
+    names = getattr(label, "names", None)
     return RawImages(
         name=name,
         split=split,
         origin=f"{name}, split {split},",
         listing=builder.info.full_name,
         count=len(records),
-        num_classes=label.num_classes,
-        class_names=tuple(label.names) if label.names else None,
-        size=size,
-        channels=channels or features["image"].shape[-1],
+        num_classes=count_classes(name, features, classes),
+        class_names=tuple(names) if names else None,
+        settings=settings,
+        channels=settings.channels or features["image"].shape[-1],
         read=read,
     )
 
 
 def _check_features(name: str, features: tfds.features.FeaturesDict) -> None:
-    if {"image", "label"} <= set(features):
+    if "image" in features:
         image = features["image"]
         # Images of any size have the shape (None, None, 3).
         channels = (image.shape or [0])[-1]
-        if image.np_dtype == np.uint8 and channels in (1, 3):
+        if image.np_dtype == np.uint8 and channels in (1, 3, 4):
             return
     raise ValueError(
-        f"name = {name!r} has {dict(features)}; it needs a uint8 image of 1 or 3 "
-        f"channels and a label"
+        f"name = {name!r} has {dict(features)}; it needs a uint8 image of 1, 3 or 4 channels"
     )
 
 
@@ -199,30 +382,42 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 # ---- A folder of class folders -------------------------------------------------------------------
 
 
-def _open_folder(folder: epath.Path, split: str, size: int, channels: int) -> RawImages:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"name = {str(folder)!r} is no folder")
-    folders = [path for path in folder.iterdir() if path.is_dir()]
-    classes = sorted(path.name for path in folders if not path.name.startswith("."))
+def _open_folder(folder: epath.Path, split: str, settings: ImageSettings) -> RawImages:
+    skipped: Counter[str] = Counter()
+    classes = []
+    for path in folder.iterdir():
+        # By its name first: in a bucket each look at a path is a request.
+        if _is_litter(path.name):
+            skipped["hidden"] += 1
+        elif _is_image(path):
+            skipped["beside"] += 1
+        elif path.is_dir():
+            classes.append(path.name)
+        else:
+            skipped["other"] += 1
+    classes.sort()
 
     files = []  # (name within the folder, label)
-    skipped = 0
+    empty = []
     for label, class_name in enumerate(classes):
-        paths = list((folder / class_name).iterdir())
-        names = [path.name for path in paths if path.suffix.lower() in IMAGE_FILES]
-        files += [(f"{class_name}/{name}", label) for name in sorted(names)]
-        skipped += len(paths) - len(names)
-
-    kinds = ", ".join(IMAGE_FILES)
-    if skipped:
-        text = "%s: %d files are skipped, for they do not end in %s"
-        logging.warning(text, folder, skipped, kinds)
+        names = sorted(_image_files(folder / class_name, skipped))
+        files += [(f"{class_name}/{name}", label) for name in names]
+        if not names:
+            empty.append(_printable(class_name))
     if not files:
+        # One class, without a name: those of two splits are the same.
+        classes = []
+        empty = []
+        skipped.clear()
+        files = [(name, 0) for name in sorted(_image_files(folder, skipped))]
+    if not files:
+        kinds = ", ".join(IMAGE_FILES)
         raise ValueError(f"name = {str(folder)!r} holds no class folders of images ({kinds})")
+    _log_folder(folder, files, [_printable(name) for name in classes], empty, skipped)
 
     def read(index):
         name, label = files[index]
-        return _from_bytes((folder / name).read_bytes()), label, name
+        return _from_bytes((folder / name).read_bytes()), label, _printable(name)
 
     # With the sizes: other images under the same names are another listing.
     listing = [(name, label, _bytes(folder / name)) for name, label in files]
@@ -232,13 +427,76 @@ def _open_folder(folder: epath.Path, split: str, size: int, channels: int) -> Ra
         origin=str(folder),
         listing=hash_of(listing),
         count=len(files),
-        num_classes=len(classes),
-        class_names=tuple(classes),
-        size=size,
-        channels=channels,
+        num_classes=len(classes) or 1,
+        class_names=tuple(map(_printable, classes)) or None,
+        settings=settings,
+        channels=settings.channels or 3,
         read=read,
-        file_of=lambda index: f"{files[index][0]}: ",
+        file_of=lambda index: _printable(files[index][0]),
     )
+
+
+def _image_files(
+    folder: epath.Path, skipped: Counter[str], above: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Names within a folder of the images in it and in its folders; counts what is left out."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return  # a link to a folder that it lies in
+    for path in folder.iterdir():
+        if _is_litter(path.name):
+            skipped["hidden"] += 1
+        elif _is_image(path):
+            yield path.name
+        elif path.is_dir():
+            for name in _image_files(path, skipped, (*above, here)):
+                yield f"{path.name}/{name}"
+        else:
+            skipped["other"] += 1
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name in LITTER
+
+
+def _is_image(path: epath.Path) -> bool:
+    return path.suffix.lower() in IMAGE_FILES
+
+
+def _log_folder(
+    folder: epath.Path,
+    files: list[tuple[str, int]],
+    classes: list[str],
+    empty: list[str],
+    skipped: Counter[str],
+) -> None:
+    if classes:
+        few = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        text = "%s: %d images in %d classes: %s"
+        logging.info(text, folder, len(files), len(classes), few)
+    else:
+        logging.info("%s: %d images and no class folders: one class", folder, len(files))
+    if classes and set(map(str.lower, classes)) <= SPLIT_NAMES:
+        text = "%s: the classes are called %s: are these splits? Then name one of the folders"
+        logging.warning(text, folder, ", ".join(classes))
+    if empty:
+        text = "%s: %d class folders hold no image, and count as classes all the same: %s"
+        logging.warning(text, folder, len(empty), ", ".join(empty))
+    if skipped["hidden"]:
+        text = "%s: %d hidden files and folders are skipped (.*, %s)"
+        logging.warning(text, folder, skipped["hidden"], ", ".join(LITTER))
+    if skipped["beside"]:
+        text = "%s: %d images that lie beside the class folders are skipped"
+        logging.warning(text, folder, skipped["beside"])
+    if skipped["other"]:
+        text = "%s: %d files are skipped, for they do not end in %s"
+        logging.warning(text, folder, skipped["other"], ", ".join(IMAGE_FILES))
+
+
+def _printable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 as \\xNN, line breaks as spaces."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return " ".join(text.splitlines())
 
 
 def _bytes(path: epath.Path) -> int:

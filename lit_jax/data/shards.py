@@ -6,11 +6,12 @@ it stopped. Each process has a journal; at the end `finish` merges them into pre
 and writes the metadata that TFDS reads.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -18,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from lit_jax.data.dataset import PREPARED
+from lit_jax.runtime import storage
 
 VERSION = "1.0.0"
 
@@ -74,42 +76,75 @@ class Shards:
             known[shard] = {"count": count, "sha256": sha256}
 
         # After prepared.json, for they are of later runs.
-        for journal in self.journals():
-            for line in journal.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # a run was killed while it wrote the line
-                known[entry.pop("shard")] = entry
+        for entry in self._entries():
+            known[entry.pop("shard")] = entry
 
         # Not those whose file was removed, because it was damaged: they are written again.
         return {s: entry for s, entry in known.items() if self.path(s).exists()}
 
-    def write(self, shard: int, records: Iterable[bytes]) -> None:
-        """Writes a whole shard, then gives it its name, then notes it in the journal."""
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """The lines of all journals."""
+        for journal in self.journals():
+            for line in journal.read_text().splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue  # a run was killed while it wrote the line
+
+    def skipped(self) -> dict[str, str]:
+        """{image: what is wrong with it} of those that finished shards leave out."""
+        split = read_about(self.folder).get("splits", {}).get(self.split, {})
+        left_out = dict(split.get("skipped", {}))
+        for entry in self._entries():
+            left_out |= entry.get("skipped", {})
+        return left_out
+
+    def write(
+        self, shard: int, records: Iterable[bytes], skipped: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes a whole shard, then gives it its name, then notes it in the journal.
+
+        Args: skipped: {image: what is wrong with it} of those left out; it may be filled
+          while the records are made.
+        Raises: OSError naming the shard when the disk is full.
+        """
         path = self.path(shard)
         part = path.with_name(f"part-{path.name}")
-        writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+        with storage.naming_file(path):
+            writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+        count = 0
         try:
-            count = 0
             for record in records:
-                writer.write(record)
+                with storage.naming_file(path):
+                    writer.write(record)
                 count += 1
-        finally:
-            writer.close()
+        except BaseException:
+            # What stopped it is the error to tell, not that the file cannot be closed.
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            part.unlink(missing_ok=True)
+            raise
 
-        with open(part, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            # Before the name is given: a power failure must not leave the name without
-            # the content.
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            with storage.naming_file(path):
+                writer.close()
+                with open(part, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    # Before the name is given: a power failure must not leave the name
+                    # without the content.
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)  # it would fill the disk on
+            raise
 
-        entry = json.dumps({"shard": shard, "count": count, "sha256": sha256})
+        entry: dict[str, Any] = {"shard": shard, "count": count, "sha256": sha256}
+        if skipped:
+            entry["skipped"] = dict(skipped)
         name = f"journal-{self.split}-{self.process_index:05d}.jsonl"
-        with open(self.folder / name, "a") as journal:
+        with storage.naming_file(self.folder / name), open(self.folder / name, "a") as journal:
             # A killed run may have left half a line, so an entry starts a new one.
-            journal.write(f"\n{entry}\n")
+            journal.write(f"\n{json.dumps(entry)}\n")
 
     def verify(self) -> None:
         """Reads this process's shards back: each must have the bytes that were written.
@@ -136,7 +171,7 @@ class Shards:
             reader = ArrayRecordReader(str(path))
             count = reader.num_records()
             reader.close()
-            wanted = len(self.rows(shard))
+            wanted = finished[shard]["count"]
             if count != wanted:
                 raise ValueError(
                     f"{path} has {count} records, it should have {wanted}; remove it and run again"
@@ -157,7 +192,19 @@ class Shards:
             )
 
         entries = [finished[shard] for shard in range(self.count)]
-        splits = read_about(self.folder)["splits"]
+        skipped = self.skipped()
+        count = sum(entry["count"] for entry in entries)
+        if count + len(skipped) != self.num_records:
+            raise ValueError(
+                f"{self.folder}: the shards of {self.split} hold {count} records and leave out "
+                f"{len(skipped)}, which are not the {self.num_records} images; remove the folder "
+                f"and run again"
+            )
+        if not count:
+            raise ValueError(f"{self.folder}: none of the images of {self.split} can be read")
+
+        before = read_about(self.folder)
+        splits = before["splits"]
         splits[self.split]["shards"] = [
             # Two values, not a dict: there may be thousands of shards.
             [entry["count"], entry["sha256"]]
@@ -169,15 +216,19 @@ class Shards:
             for name, split in splits.items()
             if "shards" in split  # else it is not finished
         ]
-        tfds.folder_dataset.write_metadata(
-            data_dir=str(self.folder),
-            features=features,
-            split_infos=infos,
-            check_data=False,  # it would count the records of every shard again
-            version=VERSION,
-            supervised_keys=("mean" if about["autoencoder"] else "image", "label"),
-            description=_description(about),
-        )
+        if skipped:
+            splits[self.split]["skipped"] = skipped
+        about = before | about
+        with storage.naming_file(self.folder / "dataset_info.json"):
+            tfds.folder_dataset.write_metadata(
+                data_dir=str(self.folder),
+                features=features,
+                split_infos=infos,
+                check_data=False,  # it would count the records of every shard again
+                version=VERSION,
+                supervised_keys=("mean" if about["autoencoder"] else "image", "label"),
+                description=_description(about),
+            )
         write_about(self.folder, about | {"splits": splits})
         # Last: until prepared.json has the hashes, only the journals do.
         for journal in self.journals():
@@ -200,7 +251,12 @@ class Shards:
 
 def _description(about: dict[str, Any]) -> str:
     size = about["image_size"]
-    text = f"{about['source']}, ADM centre crop to {size} pixels"
+    if not isinstance(size, int):
+        size = " x ".join(map(str, size))
+    # Folders that were begun before each split had its source have one for all.
+    sources = [split.get("source", about.get("source")) for split in about["splits"].values()]
+    names = " and ".join(dict.fromkeys(filter(None, sources)))
+    text = f"{names}, ADM centre crop to {size} pixels"
     if not about["autoencoder"]:
         return f"{text}."
     name = about["autoencoder"]["name"]
@@ -217,8 +273,5 @@ def read_about(folder: epath.Path) -> dict[str, Any]:
 
 
 def write_about(folder: epath.Path, about: dict[str, Any]) -> None:
-    """Writes prepared.json."""
-    # Under another name first: a killed run must not leave half of it.
-    part = folder / f"part-{PREPARED}"
-    part.write_text(json.dumps(about, indent=1) + "\n")
-    part.replace(folder / PREPARED)
+    """Writes prepared.json. Raises: OSError naming it; it is then as it was."""
+    storage.replace_text(folder / PREPARED, json.dumps(about, indent=1) + "\n")

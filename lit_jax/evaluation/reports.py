@@ -12,6 +12,7 @@ from etils import epath
 
 from lit_jax import pictures
 from lit_jax.evaluation import protocol
+from lit_jax.runtime import storage
 
 # ---- One evaluation ----
 
@@ -98,10 +99,10 @@ def _self_check_table(rows: list[dict[str, Any]]) -> list[str]:
 def _write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
     # They may be the first files of a new workdir.
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_ending(path, ".md").write_text("\n".join(lines) + "\n")
+    storage.replace_text(with_ending(path, ".md"), "\n".join(lines) + "\n")
     # The JSON last: a training run that finds it does not score the step again.
     text = json.dumps(content, indent=2)
-    with_ending(path, ".json").write_text(text + "\n")
+    storage.replace_text(with_ending(path, ".json"), text + "\n")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

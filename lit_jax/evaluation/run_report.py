@@ -89,7 +89,7 @@ def report(
     if jax.process_index() == 0:
         grid = pictures.square_grid(student)
         pictures.save_picture(workdir / "samples.png", grid)
-        (workdir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        storage.replace_text(workdir / "report.json", json.dumps(result, indent=1) + "\n")
         text = summary(result, int(first["step"]), int(last["step"]), workdir)
         logging.info("%s", text)
     return result

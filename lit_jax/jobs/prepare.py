@@ -6,9 +6,12 @@ mirror, float16 and unscaled, or the cropped pixels when no autoencoder is confi
 Records keep the order of the images. An interrupted run goes on where it stopped.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,14 +24,24 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
-from lit_jax import sharding
+from lit_jax import conditions, sharding
 from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import Encode, encode_batches, make_encoder, make_features
-from lit_jax.data.raw_images import RawImages, open_images
+from lit_jax.data.raw_images import (
+    BrokenImageError,
+    ImageSettings,
+    RawImages,
+    find_folder,
+    open_images,
+    own_pixel_limit,
+)
 from lit_jax.data.shards import VERSION, Shards, read_about, write_about
 from lit_jax.experiment import Experiment, naming
-from lit_jax.runtime import storage
+from lit_jax.runtime import storage, workdir_lock
 from lit_jax.runtime.progress import progress
+
+# What folders did that were begun before these were fields.
+BEFORE = {"background": "", "exif_orientation": False}
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -52,18 +65,31 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     # Each process encodes its shards alone, whatever mesh the config has for training.
     experiment.mesh = sharding.make_mesh(devices=jax.local_devices())
     autoencoder = experiment.autoencoder
-    with naming("prepare", name="prepare.source"):
+    source_names = {
+        "name": "prepare.source",
+        "size": "prepare.image_size",
+        "directory": "prepare.dir",
+    }
+    with naming("prepare", **source_names):
+        settings = ImageSettings(
+            size=prepare.image_size,
+            channels=autoencoder.module.in_channels if autoencoder else 0,
+            background=prepare.background,
+            exif_orientation=prepare.exif_orientation,
+            max_pixels=prepare.max_pixels,
+        )
         images = open_images(
             prepare.source,
             prepare.dir or target.dir,
             prepare.split or target.split,
-            prepare.image_size,
-            channels=autoencoder.module.in_channels if autoencoder else 0,
+            settings,
+            classes=conditions.count_classes(experiment.model_config),
         )
-    if autoencoder and prepare.image_size % autoencoder.module.factor:
+    factor = autoencoder.module.factor if autoencoder else 1
+    if any(side % factor for side in settings.sides):
         raise ValueError(
             f"prepare.image_size = {prepare.image_size} is not a multiple of the "
-            f"{autoencoder.module.factor} pixels of a latent of "
+            f"{factor} pixels of a latent of "
             f"autoencoder.checkpoint = {config.autoencoder.checkpoint}"
         )
 
@@ -78,41 +104,49 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         process_count=jax.process_count(),
     )
     # By the keys of prepared.json, which folders that are there have.
-    about = {
-        "source": images.name,
-        "crop": "adm",
-        "image_size": prepare.image_size,
-        **images.about_labels(),
-        "autoencoder": experiment.autoencoder_identity,
-    }
-    enter_folder(shards, images, about)
+    about = {"crop": "adm", **images.about(), "autoencoder": experiment.autoencoder_identity}
+    # Beside the folder, which TFDS reads: another split may be prepared in it.
+    place = shards.folder.parent
+    with workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"):
+        enter_folder(shards, images, about)
 
-    # ---- The shards of this process that are missing ---------------------------------------------
-    features = make_features(images, autoencoder)
-    write_shards(
-        shards,
-        images,
-        features,
-        make_encoder(autoencoder, experiment.mesh),
-        batch_size=prepare.batch_size // jax.process_count(),
-        num_threads=target.num_threads,
-    )
-
-    # ---- All shards, read back and described -----------------------------------------------------
-    shards.verify()
-    multihost_utils.sync_global_devices("shards verified")
-    if jax.process_index() == 0:
-        shards.finish(features, about)
-        logging.info(
-            "%s: %d records of %s in %d verified shards; train on it with data.name=%s",
-            shards.folder,
-            len(images),
-            images.name,
-            shards.count,
-            target.name,
+        # ---- The shards of this process that are missing -----------------------------------------
+        features = make_features(images, autoencoder)
+        write_shards(
+            shards,
+            images,
+            features,
+            make_encoder(autoencoder, experiment.mesh),
+            batch_size=prepare.batch_size // jax.process_count(),
+            num_threads=target.num_threads,
+            skip_broken=prepare.skip_broken,
         )
-    # No process ends, and no training begins, before the metadata is there.
-    multihost_utils.sync_global_devices("prepared")
+
+        # ---- All shards, read back and described -------------------------------------------------
+        shards.verify()
+        multihost_utils.sync_global_devices("shards verified")
+        # Each process counted its own.
+        skipped = shards.skipped()
+        if len(skipped) > prepare.skip_broken:
+            raise ValueError(
+                f"{len(skipped)} images cannot be read, prepare.skip_broken = "
+                f"{prepare.skip_broken}; the first: {next(iter(skipped.values()))}"
+            )
+        if jax.process_index() == 0:
+            shards.finish(features, about)
+            logging.info(
+                "%s: %d records of %s in %d verified shards; train on it with data.name=%s",
+                shards.folder,
+                len(images) - len(skipped),
+                images.name,
+                shards.count,
+                target.name,
+            )
+            if skipped:
+                text = "%d images cannot be read and are left out; %s names them"
+                logging.warning(text, len(skipped), shards.folder / PREPARED)
+        # No process ends, and no training begins, before the metadata is there.
+        multihost_utils.sync_global_devices("prepared")
 
 
 # ---- What is refused before anything is read -----------------------------------------------------
@@ -144,7 +178,10 @@ def check_target(config: ConfigDict) -> None:
     check_name(target.name, epath.Path(target.dir))
     if "/" in prepare.source:
         storage.user_path(prepare.source, "prepare.source")
-        if prepare.split:
+    if prepare.split:
+        with naming("prepare", name="prepare.source"):
+            folder = find_folder(prepare.source, prepare.dir or target.dir)
+        if folder is not None:
             raise ValueError(
                 f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "
                 f"{prepare.source} is an image folder, all of which becomes data.split = "
@@ -185,6 +222,7 @@ def enter_folder(shards: Shards, images: RawImages, about: dict[str, Any]) -> No
     Raises: ValueError naming the first difference.
     """
     plan = {
+        "source": images.name,
         "source_split": images.split,
         "source_list": images.listing,
         "records": len(images),
@@ -192,12 +230,13 @@ def enter_folder(shards: Shards, images: RawImages, about: dict[str, Any]) -> No
     }
     folder = shards.folder
     found = read_about(folder)
-    used = folder.exists() and any(folder.iterdir())
+    # A run that was killed in its first moment leaves half of the note.
+    used = folder.exists() and any(path.suffix != ".part" for path in folder.iterdir())
     # Every process must have read the folder before process 0 writes there.
     multihost_utils.sync_global_devices("folder read")
 
     if found:
-        before = {**found, **found["splits"].get(shards.split, plan)}
+        before = {**BEFORE, **found, **found["splits"].get(shards.split, plan)}
         # Through JSON, as what was found: tuples are lists there.
         for name, value in json.loads(json.dumps(about | plan)).items():
             if before.get(name) != value:
@@ -209,6 +248,8 @@ def enter_folder(shards: Shards, images: RawImages, about: dict[str, Any]) -> No
         raise ValueError(f"{folder} holds files but no {PREPARED}; use another data.name")
 
     splits = found.get("splits", {})
+    # The source of a folder's first split, where each split has not its own.
+    about = found | about
     if jax.process_index() == 0 and shards.split not in splits:
         folder.mkdir(parents=True, exist_ok=True)
         write_about(folder, about | {"splits": splits | {shards.split: plan}})
@@ -223,6 +264,7 @@ def write_shards(
     *,
     batch_size: int,
     num_threads: int,
+    skip_broken: int = 0,
 ) -> None:
     """Writes what is missing of this process's shards.
 
@@ -231,8 +273,11 @@ def write_shards(
       encode: makes their arrays of the images.
       batch_size: images encoded at once.
       num_threads: that read and crop images.
+      skip_broken: how many broken images may be left out.
+    Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
+    tally = Tally(skip_broken, set(shards.skipped()))
     missing = [shard for shard in shards.mine if shard not in finished]
     if len(missing) < len(shards.mine):
         there = len(shards.mine) - len(missing)
@@ -240,7 +285,8 @@ def write_shards(
 
     rows = [row for shard in missing for row in shards.rows(shard)]
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
-    reader = grain.MapDataset.source(rows).map(images.__getitem__).to_iter_dataset(reading)
+    read = functools.partial(read_image, images)
+    reader = grain.MapDataset.source(rows).map(read).to_iter_dataset(reading)
     # No batch has images of two shards: what a shard holds must not depend on where an
     # earlier run stopped.
     sizes = [
@@ -251,12 +297,51 @@ def write_shards(
     batches = encode_batches(iter(reader), sizes, encode)
 
     total = sum(len(shards.rows(shard)) for shard in shards.mine)
-    with progress("preparing", total, total - len(rows)) as advance:
+    # Images are held to prepare.max_pixels.
+    bar = progress("preparing", total, total - len(rows))
+    with own_pixel_limit(), bar as advance:
         for shard in missing:
-            shards.write(
-                shard,
-                serialize(batches, len(shards.rows(shard)), features, advance),
+            tally.skipped = {}
+            count = len(shards.rows(shard))
+            records = serialize(batches, count, features, advance, tally)
+            shards.write(shard, records, tally.skipped)
+    for words, count in sorted(tally.treated.items()):
+        logging.info("%d images are %s", count, words)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What becomes of images besides the crop."""
+
+    most: int  # broken images that may be left out
+    names: set[str]  # of those that were
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # of this shard
+    treated: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def takes(self, record: dict[str, Any]) -> bool:
+        """Notes a record; whether it is one of an image that is no broken one.
+
+        Raises: ValueError for a broken image above the limit.
+        """
+        if "broken" not in record:
+            self.treated.update(record.pop("treated"))
+            return True
+        self.names.add(record["name"])
+        if len(self.names) > self.most:
+            raise ValueError(
+                f"{record['broken']}; prepare.skip_broken = {self.most}: a larger number "
+                f"leaves out so many broken images"
             )
+        self.skipped[record["name"]] = record["broken"]
+        return False
+
+
+def read_image(images: RawImages, index: int) -> dict[str, Any]:
+    """Record `index`; of a broken image {"broken": what is wrong, "name": of which}."""
+    try:
+        return images[index]
+    except BrokenImageError as error:
+        return {"broken": str(error), "name": error.name}
 
 
 def serialize(
@@ -264,11 +349,15 @@ def serialize(
     count: int,
     features: tfds.features.FeaturesDict,
     advance: Callable[[int], None],
+    tally: Tally,
 ) -> Iterator[bytes]:
-    """The next `count` records as tf.train.Example messages; tells `advance` of each batch."""
+    """The records of the next `count` images as tf.train.Example messages.
+
+    Tells `advance` of each batch, and `tally` of each image.
+    """
     while count:
         batch = next(batches)
-        for record in batch:
+        for record in filter(tally.takes, batch):
             # Once more, with its fields in order, which TFDS leaves open: the same records
             # must make the same bytes, on every process and in every run.
             example = tf_example_pb2.Example.FromString(features.serialize_example(record))

@@ -8,7 +8,6 @@ Leaves samples/ (PNG files), samples.png (a grid) and samples.npz, which evaluat
 import contextlib
 import io
 import json
-import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -25,12 +24,10 @@ from PIL import Image
 from lit_jax import conditions, pictures, sampling, sharding
 from lit_jax.experiment import Experiment, naming
 from lit_jax.porting.read import load_params, read_checkpoint
-from lit_jax.runtime import progress, storage
+from lit_jax.runtime import progress, storage, workdir_lock
 
 GRID_IMAGES = 100
 NAMED_IMAGES = 4  # of those that cannot be written, in an error
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk: no content, its name, its CRC
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -41,7 +38,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises: ValueError when the checkpoint is of another model than the config says, the folder
       holds images that were drawn by another protocol, or an image is not finite.
     """
-    workdir = epath.Path(workdir)
+    with contextlib.ExitStack() as stack:
+        draw(config, epath.Path(workdir), stack)
+
+
+def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+    """`run`; `stack` frees the folder of the images."""
     experiment = Experiment(config)
     settings = config.sample
 
@@ -59,8 +61,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     # ---- What is missing -------------------------------------------------------------------------
     folder = workdir / "samples"
+    # Its own lock: a run may be training in the workdir.
+    stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
     claim_folder(folder, protocol_of(experiment, checkpoint.report.checksum))
-    missing = np.array([not is_whole(image_path(folder, i)) for i in index], np.int32)
+    missing = np.array([not pictures.is_whole(image_path(folder, i)) for i in index], np.int32)
     # One list for all processes: they draw a batch together.
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
 
@@ -101,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
         }
-        speed.write_text(json.dumps(measured) + "\n")
+        storage.replace_text(speed, json.dumps(measured) + "\n")
         about["speed"] = measured
         logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", measured)
     elif speed.exists() and (before := storage.read_object(speed)):  # of the run that drew them
@@ -157,7 +161,7 @@ def claim_folder(folder: epath.Path, wanted: dict[str, Any]) -> None:
                 )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1) + "\n")
+        storage.replace_text(path, json.dumps(wanted, indent=1) + "\n")
     multihost_utils.sync_global_devices("protocol written")
 
 
@@ -202,26 +206,7 @@ def save_image(path: epath.Path, image: np.ndarray) -> None:
     """Writes a PNG, (h, w, 1 or 3) uint8, under its final name only when it is whole."""
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        # A machine that dies after the renaming would else leave an empty file of that name. An
-        # object store has no file to flush: an upload is there as a whole or not at all.
-        if isinstance(file, io.IOBase):
-            with contextlib.suppress(io.UnsupportedOperation):
-                os.fsync(file.fileno())
-    part.replace(path)
-
-
-def is_whole(path: epath.Path) -> bool:
-    """Whether the PNG is there up to its last chunk, which a file cut short lacks."""
-    if not path.is_file() or path.stat().length < len(PNG_START + PNG_END):
-        return False
-    with path.open("rb") as file:
-        start = file.read(len(PNG_START))
-        file.seek(-len(PNG_END), os.SEEK_END)
-        return (start, file.read()) == (PNG_START, PNG_END)
+    storage.replace_bytes(path, buffer.getvalue())
 
 
 def read_image(path: epath.Path) -> np.ndarray:
@@ -246,15 +231,14 @@ def write_npz(
 
     arr_0 is (N, h, w, C) uint8. With it go the arrays of the condition, such as label (N,), and the
     dicts of `about` as JSON.
-    Raises: ValueError naming an image that cannot be read or is not of the first one's shape. The
-      npz is then as it was.
+    Raises: ValueError naming an image that cannot be read or is not of the first one's shape,
+      OSError when the disk is full. The npz is then as it was.
     """
     first = read_image(images[0]).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
     arrays = condition | {name: np.array(json.dumps(value)) for name, value in about.items()}
-    part = path.with_suffix(".part")
     with (
-        part.open("wb") as raw,
+        storage.replacing(path) as raw,
         zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -270,4 +254,3 @@ def write_npz(
         for name, value in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value)
-    part.replace(path)

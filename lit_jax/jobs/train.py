@@ -348,8 +348,9 @@ def is_due(every: int, step: int, is_last: bool) -> bool:
 
 
 def is_missing(path: epath.Path) -> bool:
-    """Whether process 0 sees no such file; the same answer on every process."""
-    return bool(multihost_utils.broadcast_one_to_all(np.bool(not path.exists())))
+    """Whether process 0 sees no such whole file; the same answer on every process."""
+    there = pictures.is_whole(path) if path.suffix == ".png" else path.exists()
+    return bool(multihost_utils.broadcast_one_to_all(np.bool(not there)))
 
 
 @dataclasses.dataclass(frozen=True)

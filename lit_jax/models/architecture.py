@@ -77,6 +77,8 @@ class Architecture:
     shared_with_teacher: ClassVar[tuple[str, ...]] = ("in_channels", "learn_sigma")
     # Fields that say how a checkpoint's own code computes, which no shape tells.
     conventions: ClassVar[tuple[str, ...]] = ()
+    # Paths of leaves that travel with the weights and are not trained.
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         if self.attention == "softmax":

@@ -71,6 +71,7 @@ class PixArtConfig(Architecture):
         "position_scale",
     )
     conventions: ClassVar = ("cross_heads",)
+    frozen: ClassVar = ("y_embedder/y_embedding",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -29,6 +29,9 @@ from lit_jax.porting.untrusted import (
 
 # Of a pickle with the arrays inside. That of Inception's weights has 95 MB.
 MAX_ARRAYS_BYTES = 1 << 29
+# Each takes up to 100 bytes of memory and some microseconds. A training
+# checkpoint needs 40 for a tensor.
+MAX_OPCODES = 1 << 20
 # The storages that a torch file names.
 STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -133,9 +136,11 @@ class Unpickler:
     def load(self) -> Any:
         """The object of the pickle. `place_arrays` then puts the arrays into its dicts."""
         try:
-            for opcode, argument, _ in pickletools.genops(self._stream):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(self._stream)):
                 if opcode.name == "STOP":
                     return self._result()
+                if count == MAX_OPCODES:
+                    self._fail(f"the pickle has more than {MAX_OPCODES} opcodes")
                 self._step(opcode.name, argument)
         except TensorFileError:
             raise

@@ -230,20 +230,22 @@ def _open_shards(folder, index):
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PortingError(f"{index}: no weight_map")
-    # All names first: a bad one is told before gigabytes are opened.
-    for name in weight_map.values():
-        _inside(folder, name, index)
+    keys_of: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        # All names first: a bad one is told before gigabytes are opened.
+        if not isinstance(name, str) or name not in keys_of:
+            _inside(folder, name, index)
+        keys_of.setdefault(name, set()).add(key)
 
     tensors: dict[str, np.ndarray] = {}
     files = []
-    for name in sorted(set(weight_map.values())):
+    for name in sorted(keys_of):
         files.append(_open_file(_inside(folder, name, index)))
         shard, _ = _state_dict(files[-1], "model")
         # A key in two shards, or in another than the index says, would be a
         # weight of unknown origin.
-        listed = {key for key, value in weight_map.items() if value == name}
-        if listed != set(shard):
-            keys = abridged(sorted(listed ^ set(shard)))
+        if keys_of[name] != set(shard):
+            keys = abridged(sorted(keys_of[name] ^ set(shard)))
             raise PortingError(f"{index} and {name} disagree on {keys}")
         tensors |= shard
     return tensors, files

@@ -10,7 +10,6 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -133,7 +132,7 @@ class MetricWriter:
         if not self._active:
             return
         line = json.dumps({"step": step} | metrics) + "\n"
-        with naming_file(self._lines_path):
+        with storage.naming_file(self._lines_path):
             self._lines.write(line.encode())
             self._lines.flush()
 
@@ -146,7 +145,7 @@ class MetricWriter:
         self._write_events(events)
 
     def _write_events(self, events: list[Any]) -> None:
-        with naming_file(self._events_folder):
+        with storage.naming_file(self._events_folder):
             self._events.write(events)
 
     def _show(self, line: str) -> None:
@@ -209,17 +208,6 @@ def progress_line(step: int, total_steps: int, metrics: dict[str, float]) -> str
     if metrics.get("train/skipped"):
         parts.append(f"{int(metrics['train/skipped'])} steps skipped")
     return "  ".join(parts)
-
-
-@contextlib.contextmanager
-def naming_file(path: epath.PathLike) -> Iterator[None]:
-    """Turns an error of the block into an OSError that names the file."""
-    try:
-        yield
-    # A disk raises OSError, an object store errors of its own.
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def _clear_line(record: object) -> bool:

@@ -5,9 +5,12 @@ three ways: a file appears when it is complete and replaces the old one at
 once, nothing can be appended to it, and it cannot be locked.
 """
 
+import contextlib
 import itertools
 import json
-from typing import Any, BinaryIO
+import os
+from collections.abc import Iterator
+from typing import IO, Any, BinaryIO
 
 from etils import epath
 
@@ -52,13 +55,64 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old text or the new one."""
+    """Writes a file so that a kill leaves the old text or the new one.
+
+    Raises: OSError naming the file.
+    """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that a kill or a power failure leaves the old content or the new one.
+
+    Raises: OSError naming the file; it is then as it was.
+    """
     if is_object_store(path):
-        path.write_text(text)
+        with naming_file(path):
+            path.write_bytes(content)
     else:
-        part = path.with_name(path.name + ".part")
-        part.write_text(text)
+        with replacing(path) as file:
+            file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a file to write, which replaces `path` when the block ends without an error.
+
+    Raises: OSError naming the file; it is then as it was.
+    """
+    path = epath.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            if not is_object_store(path):
+                # Else a machine that dies after the renaming leaves an empty file.
+                os.fsync(file.fileno())
         part.replace(path)
+    except BaseException as error:
+        # Half a file is of no use, and the disk may be full.
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise _named(path, error) from error
+        raise
+
+
+@contextlib.contextmanager
+def naming_file(path: epath.PathLike) -> Iterator[None]:
+    """Turns an error of the block into an OSError that names the file."""
+    try:
+        yield
+    # A disk raises OSError, an object store errors of its own.
+    except Exception as error:
+        raise _named(path, error) from error
+
+
+def _named(path: epath.PathLike, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"{path} cannot be written: {reason}")
 
 
 def read_object(path: epath.Path) -> dict[str, Any] | None:

@@ -1,15 +1,18 @@
 """The data sets: which data they are, where they are opened, and what is said of damaged ones."""
 
+import concurrent.futures
 import itertools
 import pathlib
 import shutil
+import threading
+import time
 
 import numpy as np
 import object_store
 import pytest
 from tiny_dataset import make_numbers
 
-from lit_jax.data import pipeline
+from lit_jax.data import mnist_digits, pipeline
 from lit_jax.data.dataset import ImageDataset, LatentDataset, open_dataset, read_all
 
 SHARED_TFDS = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
@@ -129,6 +132,26 @@ def test_opening_again_writes_nothing(directory):
     assert files() == before
 
 
+def test_two_runs_may_write_the_digits_at_once(tmp_path, monkeypatch):
+    """The second one waits for the first, and finds its files."""
+    written = []
+
+    def splits(builder, dl_manager):
+        written.append(threading.get_ident())
+        time.sleep(0.5)
+        images = np.zeros((2, 28, 28, 1), np.uint8)
+        return {"train": builder._generate_examples(images, [0, 1], [0, 1])}
+
+    monkeypatch.setattr(mnist_digits.MnistDigits, "_split_generators", splits)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(open_dataset, "mnist_digits", str(tmp_path / "new"), "train")
+            for _ in range(2)
+        ]
+        assert [len(run.result()) for run in runs] == [2, 2]
+    assert len(written) == 1
+
+
 def test_a_data_set_may_move(directory, copy):
     here, there = (open_dataset("mnist_digits", path, "test") for path in (directory, copy))
     assert here.content() == there.content()
@@ -210,6 +233,19 @@ def test_a_data_set_that_cannot_be_opened_is_named(directory, tmp_path, name, ch
     about.write_text(change(about.read_text().replace("mnist_digits", name)))
     with pytest.raises(ValueError, match=message):
         open_dataset(name, str(tmp_path), "test")
+
+
+def test_a_split_may_be_a_part_or_a_sum_of_splits(directory):
+    train, test, both = (
+        open_dataset("mnist_digits", directory, split) for split in ("train", "test", "train+test")
+    )
+    part = open_dataset("mnist_digits", directory, "train[-3:]")
+    assert (len(part), len(both)) == (3, len(train) + len(test))
+    np.testing.assert_array_equal(part[0]["image"], train[len(train) - 3]["image"])
+    np.testing.assert_array_equal(both[len(train)]["image"], test[0]["image"])
+    for split in ("train[", "train[:0]", "train[9000:]", ""):
+        with pytest.raises(ValueError, match=r"^split = '.*' is not one of the splits of mnist"):
+            open_dataset("mnist_digits", directory, split)
 
 
 @pytest.mark.skipif(

@@ -62,6 +62,15 @@ def test_the_host_picks_image_or_mirror(latents):
     np.testing.assert_array_equal(batch["log_variance"][:, 0, 0, 0], -4 + batch["index"] % 3)
 
 
+def test_mean_and_log_variance_are_of_one_side(latents):
+    records = [
+        record | {"log_variance": np.float16(np.sign(record["mean"]))} for record in latents.records
+    ]
+    batch = first_batch(dataclasses.replace(latents, records=records), flip=True)
+    np.testing.assert_array_equal(batch["log_variance"], np.sign(batch["mean"]))
+    assert (batch["mean"] < 0).any() and (batch["mean"] > 0).any()
+
+
 def test_without_flips_it_is_always_the_image(latents):
     batch = first_batch(latents, flip=False)
     np.testing.assert_array_equal(batch["mean"][:, 0, 0, 0], batch["index"])
@@ -114,6 +123,17 @@ def test_the_input_pipeline_can_be_timed_alone(tmp_path):
     (row,) = json.loads((tmp_path / "workdir" / "benchmark.json").read_text())["rows"]
     assert (row["what"], row["batch"], row["threads"]) == ("data mnist_digits", 24, 1)
     assert row["images/s"] == pytest.approx(24e3 / row["ms"]) and row["images/core second"] > 0
+
+
+def test_deviation_counts_the_variance_of_the_posterior(latents):
+    """The means are alike here, so all of it is the posterior's own."""
+    record = latents.records[0] | {"mean": np.ones((2, H, H, 4), np.float16)}
+    channels = np.log([0.25, 1, 4, 16])
+    record["log_variance"] = np.broadcast_to(channels, (2, H, H, 4)).astype(np.float16)
+    alike = dataclasses.replace(latents, records=[record] * 4)
+    expected = np.array([0.5, 1, 2, 4]) * 0.5  # times the scaling factor
+    # float16 rounds the log-variance to 2e-3.
+    np.testing.assert_allclose(alike.deviation(), expected, rtol=2e-3)
 
 
 # What is refused.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_rows_need_not_be_neighbours():
     part = take(make_batches(make_numbers(), flip=True, rows=rows), 7)
     for ours, batch in zip(part, whole):
         np.testing.assert_array_equal(ours["image"], batch["image"][rows])
+
+
+def test_a_process_has_its_rows_of_every_whole_batch():
+    """Of an epoch that ends, unlike those that are repeated."""
+    numbers = grain.MapDataset.source(range(40))
+    part = pipeline._ProcessRows(numbers, 16, np.array([1, 4, 6]))
+    assert len(part) == 6 and [part[i] for i in range(6)] == [1, 4, 6, 17, 20, 22]
 
 
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 2)])

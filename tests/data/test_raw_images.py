@@ -5,7 +5,7 @@ import object_store
 import pytest
 from PIL import Image
 
-from lit_jax.data.raw_images import center_crop, open_images
+from lit_jax.data.raw_images import ImageSettings, center_crop, open_images
 
 SIZE = 16
 
@@ -112,10 +112,10 @@ def test_a_folder_in_a_bucket_has_the_same_images(tmp_path, monkeypatch):
             path.write_text("not an image")
         else:
             Image.fromarray(pixels).save(path)
-    local = open_images(f"{tmp_path}/images/", "", "train", SIZE)
+    local = open_images(f"{tmp_path}/images/", "", "train", ImageSettings(SIZE))
     with object_store.serve(monkeypatch):
         object_store.upload(tmp_path / "images", "bucket/images")
-        remote = open_images("gs://bucket/images/", "", "train", SIZE)
+        remote = open_images("gs://bucket/images/", "", "train", ImageSettings(SIZE))
         assert len(local) == len(remote) == 3
         assert remote.class_names == local.class_names == ("a", "b")
         assert remote.name == local.name == "images"
@@ -125,4 +125,4 @@ def test_a_folder_in_a_bucket_has_the_same_images(tmp_path, monkeypatch):
             assert remote[i]["label"] == local[i]["label"] == (name[0] == "b")
             np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
         with pytest.raises(FileNotFoundError, match="^name = 'gs://bucket/none' is no folder"):
-            open_images("gs://bucket/none/", "", "train", SIZE)
+            open_images("gs://bucket/none/", "", "train", ImageSettings(SIZE))

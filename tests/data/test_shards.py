@@ -3,7 +3,9 @@
 import hashlib
 import json
 
+import full_disk
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from lit_jax.data.shards import Shards, read_about, write_about
@@ -84,3 +86,39 @@ def test_hashes_come_from_prepared_json_when_the_journals_are_gone(tmp_path):
     text = (shards.folder / "prepared.json").read_text()
     assert json.loads(text)["splits"]["train"]["shards"][2] == [3, finished[2]["sha256"]]
     shards.verify()
+
+
+def test_a_full_disk_names_the_shard_and_leaves_no_half_of_it(tmp_path):
+    shards = make_shards(tmp_path)
+    write_about(shards.folder, {"splits": {"train": {}}})
+    before = sorted(shards.folder.iterdir())
+    message = f"^{shards.path(1)} {full_disk.MESSAGE}"
+    with full_disk.full_disk(), pytest.raises(OSError, match=message):
+        shards.write(1, (bytes(10_000) for _ in shards.rows(1)))
+    assert sorted(shards.folder.iterdir()) == before
+    about = {"splits": {"train": {"text": "x" * 1000}}}
+    message = f"^{shards.folder}/prepared.json {full_disk.MESSAGE}"
+    with full_disk.full_disk(), pytest.raises(OSError, match=message):
+        write_about(shards.folder, about)
+    assert read_about(shards.folder) == {"splits": {"train": {}}}
+    assert sorted(shards.folder.iterdir()) == before
+
+
+def test_a_shard_that_is_there_is_replaced_as_a_whole(tmp_path):
+    """A run that is killed while it writes a shard again leaves the one that was there."""
+    shards = make_shards(tmp_path)
+    write(shards, 1)
+    before = shards.path(1).read_bytes()
+
+    def records():
+        yield b"another record"
+        assert shards.path(1).read_bytes() == before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write(1, records())
+    assert shards.path(1).read_bytes() == before
+    shards.write(1, [b"another record"])
+    reader = ArrayRecordReader(str(shards.path(1)))
+    assert reader.read_all() == [b"another record"]
+    assert shards.finished()[1]["count"] == 1

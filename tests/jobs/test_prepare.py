@@ -1,6 +1,7 @@
 """The preparing job: the shards and what is in them, interruptions, damage, refusals."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -24,11 +25,11 @@ from configs import debug
 from lit_jax import sharding
 from lit_jax.data.dataset import PREPARED, ImageDataset, LatentDataset, open_dataset
 from lit_jax.data.encoding import make_encoder, make_features
-from lit_jax.data.raw_images import center_crop, hash_of, open_images
+from lit_jax.data.raw_images import ImageSettings, center_crop, open_images
 from lit_jax.data.shards import VERSION, Shards, write_about
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import prepare
-from lit_jax.runtime import exit_status, preemption
+from lit_jax.runtime import exit_status, preemption, workdir_lock
 
 SIZE = 16
 
@@ -114,7 +115,7 @@ def test_latents_are_the_posteriors_of_image_and_mirror_unscaled(folder, autoenc
     assert isinstance(latents, LatentDataset)
     assert latents.image_shape == (SIZE // FACTOR, SIZE // FACTOR, 4)
     experiment = Experiment(config)
-    pixels = open_images(f"{folder}/", "", "train", SIZE)
+    pixels = open_images(f"{folder}/", "", "train", ImageSettings(SIZE))
     for i in (0, 7, 22):
         x = pixels[i]["image"].astype(np.float32) / 127.5 - 1.0
         mean, log_variance = experiment.autoencoder.encode(np.stack([x, x[:, ::-1]]))
@@ -132,7 +133,7 @@ def test_latents_are_the_posteriors_of_image_and_mirror_unscaled(folder, autoenc
 def write_as_one_of(config, process_index, process_count, images=None):
     """What process `process_index` of `process_count` writes, without the metadata."""
     target = config.data
-    images = images or open_images(config.prepare.source, "", "train", SIZE)
+    images = images or open_images(config.prepare.source, "", "train", ImageSettings(SIZE))
     shards = Shards(
         folder=epath.Path(target.dir) / target.name / VERSION,
         name=target.name,
@@ -142,18 +143,19 @@ def write_as_one_of(config, process_index, process_count, images=None):
         process_index=process_index,
         process_count=process_count,
     )
-    about = {
-        "source": images.name,
-        "crop": "adm",
-        "image_size": SIZE,
-        "num_classes": 3,
-        "class_names": hash_of(images.class_names),
-        "autoencoder": None,
-    }
+    about = {"crop": "adm", **images.about(), "autoencoder": None}
     prepare.enter_folder(shards, images, about)
     features = make_features(images, None)
     encode = make_encoder(None, sharding.make_mesh())
-    prepare.write_shards(shards, images, features, encode, batch_size=2, num_threads=1)
+    prepare.write_shards(
+        shards,
+        images,
+        features,
+        encode,
+        batch_size=2,
+        num_threads=1,
+        skip_broken=config.prepare.skip_broken,
+    )
     return shards, features, about
 
 
@@ -174,7 +176,7 @@ def test_a_failure_in_a_shard_loses_that_shard_alone_and_the_rest_is_not_written
     folder, tmp_path
 ):
     config = make_config(tmp_path, folder)
-    images = open_images(config.prepare.source, "", "train", SIZE)
+    images = open_images(config.prepare.source, "", "train", ImageSettings(SIZE))
 
     def read(index):
         if index == 13:
@@ -381,21 +383,25 @@ def test_a_damaged_image_is_named(folder, tmp_path):
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     (tmp_path / "images" / "a/1.png").write_bytes(bomb)
     with pytest.raises(
-        ValueError, match="image 1 of .* cannot be read: a/1.png: .*decompression bomb"
+        ValueError,
+        match="a/1.png: it has 60000 x 60000 = 3,600,000,000 pixels, max_pixels = 178,956,970",
     ):
         run(make_config(tmp_path / "again", tmp_path / "images"))
 
 
-def write_tfds(folder, features, examples):
-    """A TFDS data set in `folder`/NAME/2.0.0, as tfds convert_format would leave it."""
-    name = folder.name
+def write_tfds(folder, features, examples, name=None):
+    """A TFDS data set in `folder`/2.0.0, as tfds convert_format would leave it.
+
+    Its name is that of the folder, or `name` where the folder is that of a config.
+    """
+    name = name or folder.name
     count = len(examples)
     shards = Shards(epath.Path(folder) / "2.0.0", name, "train", count, count)
     shards.folder.mkdir(parents=True)
-    split = {"records": count, "shard_records": count}
+    split = {"source": name, "records": count, "shard_records": count}
     write_about(shards.folder, {"splits": {"train": split}})
     shards.write(0, (features.serialize_example(example) for example in examples))
-    shards.finish(features, {"source": name, "image_size": 0, "autoencoder": None})
+    shards.finish(features, {"image_size": 0, "autoencoder": None})
     (shards.folder / PREPARED).unlink()
 
 
@@ -465,3 +471,175 @@ def test_a_tfds_data_set_of_grey_images_keeps_its_channel_and_its_ids(tmp_path):
     np.testing.assert_array_equal(opened[3]["image"][..., 0], np.asarray(expected))
     raw = tfds.builder_from_directory(str(out)).as_data_source(split="train")
     assert [record["id"].decode() for record in raw] == [f"{i}.png" for i in range(1, 6)]
+
+
+# Splits, broken images, TFDS sets of other kinds.
+
+
+def make_split(tmp_path, split, names=("a/k.png", "b/k.png"), size=(40, 40)):
+    rng = np.random.default_rng(len(split))
+    for name in names:
+        path = tmp_path / "F" / split / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(path)
+    return tmp_path / "F" / split
+
+
+def test_the_folder_of_another_split_joins_and_other_classes_are_refused(tmp_path):
+    for split, folder in (("train", "train"), ("validation", "val")):
+        config = make_config(tmp_path, make_split(tmp_path, folder, ("a/k.png", "b/k.png")))
+        config.data.split = split
+        for _ in range(2):  # the second time it checks what is there
+            out = run(config)
+    for split in ("train", "validation"):
+        assert len(open_dataset("prepared", config.data.dir, split)) == 2
+    text = tfds.builder_from_directory(str(out)).info.description
+    assert text == "train and val, ADM centre crop to 16 pixels."
+    config = make_config(tmp_path, make_split(tmp_path, "test", ("a/k.png", "c/k.png")))
+    config.data.split = "test"
+    with pytest.raises(ValueError, match="was begun with class_names = "):
+        run(config)
+    config = make_config(tmp_path, make_split(tmp_path, "val"))
+    with pytest.raises(ValueError, match="was begun with source = train, this run has val"):
+        run(config)
+
+
+def test_a_folder_of_before_the_new_fields_goes_on_with_what_they_were(folder, tmp_path):
+    """Older versions knew of no background and no EXIF, and had one source for all splits."""
+    config = make_config(tmp_path, folder, background="", exif_orientation=False)
+    out = run(config)
+    about = json.loads((out / PREPARED).read_text())
+    for name in ("background", "exif_orientation"):
+        del about[name]
+    about["source"] = about["splits"]["train"].pop("source")
+    (out / PREPARED).write_text(json.dumps(about))
+    run(config)
+    config.prepare.background = "white"
+    with pytest.raises(ValueError, match="was begun with background = , this run has white"):
+        run(config)
+
+
+@pytest.fixture(scope="module")
+def with_broken(tmp_path_factory):
+    """11 images; those with the numbers 0, 6 and 9 hold nothing that can be read."""
+    folder = tmp_path_factory.mktemp("broken") / "images"
+    (folder / "a").mkdir(parents=True)
+    for i in range(11):
+        path = folder / "a" / f"{i:02d}.png"
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(path)
+        if i in (0, 6, 9):
+            path.write_bytes(path.read_bytes()[: 4 * i])
+    return folder
+
+
+def test_broken_images_are_left_out_up_to_a_limit_and_named(with_broken, tmp_path):
+    config = make_config(tmp_path, with_broken, shard_records=3, skip_broken=2)
+    with pytest.raises(ValueError, match="image 9 of .*a/09.png: .*prepare.skip_broken = 2: a "):
+        run(config)
+    config.prepare.skip_broken = 3
+    out = run(config)  # goes on
+    split = json.loads((out / PREPARED).read_text())["splits"]["train"]
+    assert sorted(split["skipped"]) == ["a/00.png", "a/06.png", "a/09.png"]
+    assert "image 6 of" in split["skipped"]["a/06.png"]
+    assert [count for count, _ in split["shards"]] == [2, 3, 2, 1]
+    images = open_dataset("prepared", config.data.dir, "train")
+    reds = [int(images[i]["image"][0, 0, 0]) for i in range(len(images))]
+    assert reds == [1, 2, 3, 4, 5, 7, 8, 10]
+    # A damaged shard is written again with the same images left out.
+    before = shard_files(out)
+    (out / "prepared-train.array_record-00002-of-00004").unlink()
+    run(config)
+    assert shard_files(out) == before
+    whole = run(make_config(tmp_path / "whole", with_broken, shard_records=3, skip_broken=3))
+    assert shard_files(whole) == before
+
+
+def test_the_broken_images_of_all_processes_count(with_broken, tmp_path):
+    config = make_config(tmp_path, with_broken, shard_records=3, skip_broken=3)
+    for process in (0, 1):
+        write_as_one_of(config, process, 2)
+    config.prepare.skip_broken = 2
+    with pytest.raises(ValueError, match="3 images cannot be read, prepare.skip_broken = 2; the"):
+        run(config)
+
+
+def test_a_shard_of_broken_images_alone_is_empty(with_broken, tmp_path):
+    config = make_config(tmp_path, with_broken, shard_records=1, skip_broken=3)
+    run(config)
+    assert len(open_dataset("prepared", config.data.dir, "train")) == 8
+
+
+def test_an_error_of_the_disk_is_no_broken_image(with_broken, tmp_path, monkeypatch):
+    config = make_config(tmp_path, with_broken, skip_broken=11)
+
+    def read_bytes(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(type(epath.Path("/")), "read_bytes", read_bytes)
+    with pytest.raises(ValueError, match="image 0 of .*a/00.png: .*Input/output error"):
+        run(config)
+
+
+GREY = tfds.features.Tensor(shape=(16, 16, 1), dtype=np.uint8, encoding="bytes")
+
+
+@pytest.mark.parametrize("label", [tfds.features.Scalar(np.int64), None])
+def test_a_tfds_data_set_whose_labels_are_numbers_or_not_there(tmp_path, label):
+    """Such labels do not say how many classes there are; no label is one class."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1)).astype(np.uint8)
+    fields = {"image": GREY} | ({"label": label} if label else {})
+    examples = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
+    examples = [{name: example[name] for name in fields} for example in examples]
+    directory = tmp_path / "tfds"
+    write_tfds(directory / "plain", tfds.features.FeaturesDict(fields), examples)
+    config = make_config(tmp_path, "unused", source="plain", dir=str(directory))
+    run(config)
+    prepared = open_dataset("prepared", config.data.dir, "train")
+    read = open_dataset("plain", str(directory), "train", classes=3)
+    for found in (prepared, read):
+        assert found.num_classes == (3 if label else 1)
+        labels = [int(found[i]["label"]) for i in range(4)]
+        assert labels == ([0, 1, 2, 0] if label else [0] * 4)
+        np.testing.assert_array_equal(found[3]["image"], images[3])
+    if label:
+        with pytest.raises(ValueError, match="^name = 'plain' has the label .* how many classes"):
+            open_dataset("plain", str(directory), "train")
+        config = make_config(tmp_path / "2", "unused", source="plain", dir=str(directory))
+        config.model.num_classes = 2
+        with pytest.raises(ValueError, match="image 2 of plain.* has label 2, there are 2 classes"):
+            run(config)
+
+
+def test_a_name_with_a_slash_may_be_a_config_of_a_tfds_data_set(tmp_path):
+    features = tfds.features.FeaturesDict(
+        {"image": GREY, "label": tfds.features.ClassLabel(num_classes=3)}
+    )
+    examples = [{"image": np.full((16, 16, 1), i, np.uint8), "label": i} for i in range(3)]
+    directory = tmp_path / "tfds"
+    write_tfds(directory / "resized" / "16x16", features, examples, "resized")
+    config = make_config(
+        tmp_path, "unused", source="resized/16x16", dir=str(directory), split="train[1:]"
+    )
+    run(config)
+    prepared = open_dataset("prepared", config.data.dir, "train")
+    assert [int(prepared[i]["label"]) for i in range(len(prepared))] == [1, 2]
+    assert len(open_dataset("resized/16x16", str(directory), "train[:2]")) == 2
+    config.prepare.source = "resized/8x8"
+    message = "^prepare.source = 'resized/8x8' is no folder, and no data set of the directory"
+    with pytest.raises(FileNotFoundError, match=message):
+        run(config)
+
+
+def test_a_second_preparation_of_the_same_set_is_refused_and_told_the_owner(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.0)
+    config = make_config(tmp_path, folder)
+    place = tmp_path / "data" / "prepared"
+    with workdir_lock.lock_folder(place, "", ""):
+        message = f"^the data set {place} is in use by process {os.getpid()} on .*another data.name"
+        with pytest.raises(ValueError, match=message):
+            run(config)
+        assert not (place / VERSION).exists()
+        config.data.name = "other"
+        run(config)

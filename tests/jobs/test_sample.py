@@ -6,15 +6,18 @@ Neither the batch, nor the devices, nor an interruption changes an image.
 import json
 import shutil
 
+import full_disk
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
 from lit_jax.models import param_shapes
+from lit_jax.runtime import workdir_lock
 
 COUNT = 50
 
@@ -235,3 +238,29 @@ def test_rows_of_a_batch_are_handed_out_once():
     assert sorted(rows) == list(range(16))
     for row, value in rows.items():
         np.testing.assert_array_equal(value, [2 * row, 2 * row + 1])
+
+
+def test_a_second_sampling_in_the_folder_is_refused_and_told_the_owner(
+    config, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.0)
+    folder = tmp_path / "samples"
+    with workdir_lock.lock_folder(folder, "", ""):
+        with pytest.raises(ValueError, match=f"^{folder} is in use by process .*another --workdir"):
+            sample.run(config, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    path = epath.Path(tmp_path) / "000000.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    with full_disk.full_disk(), pytest.raises(OSError, match=f"^{path} {full_disk.MESSAGE}"):
+        sample.save_image(path, noise)
+    assert not list(tmp_path.iterdir())
+    sample.save_image(path, noise)
+    npz = epath.Path(tmp_path) / "samples.npz"
+    npz.write_text("the old one")
+    with full_disk.full_disk(), pytest.raises(OSError, match=f"^{npz} {full_disk.MESSAGE}"):
+        sample.write_npz(npz, [path], {}, {})
+    assert npz.read_text() == "the old one"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.png", "samples.npz"]

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, sharding
+from lit_jax import checkpoint, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import train
@@ -444,3 +445,19 @@ def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
     for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
         assert part in error
     assert not (folder / "too_large").exists()
+
+
+def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):
+    """As a full disk or a power failure left it; it is drawn again on resume."""
+    path = epath.Path(tmp_path) / "step_0000001.png"
+    assert train.is_missing(path)
+    pictures.save_picture(path, Image.new("RGB", (8, 8)))
+    assert not train.is_missing(path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole[1:]):
+        path.write_bytes(content)
+        assert train.is_missing(path)
+    scores = epath.Path(tmp_path) / "evaluation_0000001.json"
+    assert train.is_missing(scores)
+    scores.write_text("{}")
+    assert not train.is_missing(scores)

@@ -413,6 +413,16 @@ STATES = {
         set_key("pos_embed", torch.zeros(1, 15, 48)),
         "15 positions, the grid is unknown",
     ),
+    # Its computed table would have 4 million rows of 40,000.
+    "pos_embed_without_end": (
+        lambda s: s.update(
+            {
+                "pos_embed": torch.zeros(1, 2000**2, 1, dtype=torch.float16),
+                "x_embedder.proj.weight": torch.zeros(40_000, 4, 2, 2, dtype=torch.float16),
+            }
+        ),
+        r"pos_embed is \(1, 4000000, 1\) .* needs \(1, 4000000, 40000\)",
+    ),
     "narrow_pos_embed": (set_key("pos_embed", torch.zeros(1, 16, 40)), "needs"),
     "output_channels": (
         set_key("final_layer.linear.weight", torch.zeros(48, 48)),

@@ -366,6 +366,16 @@ def test_pickles_of_arrays_that_lie_are_refused(tmp_path, content, message):
     refuse(tmp_path / "a.pickle", content, message)
 
 
+@pytest.mark.parametrize("unit", [b"}", b"\x94", b"}b", b"NNN\x87"], ids=str)
+def test_a_pickle_has_a_largest_number_of_opcodes(tmp_path, monkeypatch, unit):
+    """Dicts, entries of the memo, states, tuples: each byte makes up to 100 of memory."""
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 1000)
+    content = b"\x80\x02}" + unit * 1000 + b"."
+    for name, form in (("a.pt", archive), ("b.pt", legacy), ("c.pickle", bytes)):
+        (tmp_path / name).mkdir()
+        refuse(tmp_path / name / name, form(content), "the pickle has more than 1000 opcodes")
+
+
 def test_a_pickle_of_arrays_has_a_largest_size(tmp_path):
     with (tmp_path / "a.pickle").open("wb") as file:
         file.write(b"\x80\x04}.")

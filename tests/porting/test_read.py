@@ -18,7 +18,7 @@ from torch_checkpoints import (
 
 from configs import debug
 from lit_jax import sharding
-from lit_jax.checkpoint import Checkpointer, save_params
+from lit_jax.checkpoint import Checkpointer, SavedParams, save_params
 from lit_jax.experiment import Experiment
 from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import load_params, read_checkpoint
@@ -215,7 +215,9 @@ def test_metadata_of_an_orbax_checkpoint_that_lie_are_refused(tmp_path, stored, 
         ({"x_embedder/proj/kernel": None}, "not a DiT or LiT checkpoint: x_embedder.proj.weight"),
     ],
 )
-def test_trees_that_are_no_dit_are_refused(tmp_path, change, message):
+def test_trees_that_are_no_dit_are_refused_before_a_value_is_read(
+    tmp_path, monkeypatch, change, message
+):
     params = load_params(read_checkpoint(save(make_torch(), tmp_path / "a.pt")).params)
     flat = flatten_dict(params, sep="/")
     for path, shape in change.items():
@@ -223,6 +225,7 @@ def test_trees_that_are_no_dit_are_refused(tmp_path, change, message):
         if shape:
             flat[path] = jnp.zeros(shape)
     save_params(tmp_path / "b", unflatten_dict(flat, sep="/"), {})
+    monkeypatch.setattr(SavedParams, "read", lambda saved: pytest.fail("a value was read"))
     with pytest.raises(PortingError, match=message):
         read_checkpoint(tmp_path / "b")
 

@@ -301,6 +301,11 @@ def _grid_huge(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 10**6}))
 
 
+def _config_large(folder):
+    write_diffusers(folder)
+    os.truncate(folder / "config.json", 9 << 20)
+
+
 def _long_key(folder):
     write_diffusers(folder)
     edit(folder, set_key("k" * 10**5, torch.zeros(1)))
@@ -338,6 +343,7 @@ FOLDERS = {
     _index_link_out: "index.json: a link to",
     _variant: "diffusion_pytorch_model.fp16.safetensors is a variant",
     _grid_huge: "grid of 500000x500000 positions, the limit is",
+    _config_large: "config.json: not valid JSON: larger than 8388608 bytes",
     _long_key: r"unexpected: k{77}\.\.\.$",
 }
 

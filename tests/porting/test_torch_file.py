@@ -262,6 +262,7 @@ SAFETENSORS = {
         r"a: shape \(0, 4611686018427387904\) of "
         r"F32 needs 2\^63 bytes",
     ),
+    "a_header_of_9_megabytes": (header(b" " * (9 << 20)), "the limit is 8388608"),
     "a_long_name": (header({"k" * 10**5: 1}), ": k{80}: the entry"),
     "offsets_past_the_end": (
         header({"a": entry(shape=(4,), offsets=(0, 16))}, bytes(8)),
@@ -430,9 +431,13 @@ ZIPS = {
         lambda: archive(GOOD).replace(GOOD, GOOD[:-3] + b"!" + GOOD[-2:]),
         "'archive/data.pkl' is damaged: its CRC-32 is",
     ),
-    "a_pickle_of_32_megabytes": (
-        lambda: archive(b"\x80\x02" + b"}0" * (1 << 24) + b"}."),
-        "the limit is 16777216",
+    "a_pickle_of_5_megabytes": (
+        lambda: archive(b"\x80\x02" + b"}0" * (5 << 19) + b"}."),
+        "the limit is 4194304",
+    ),
+    "a_directory_of_10_megabytes": (
+        lambda: archive(GOOD, {"archive/" + "x" * 60_000 + str(i): b"" for i in range(160)}),
+        "a.pt: a directory of 96[0-9]{5} bytes, the limit is 8388608",
     ),
 }
 
@@ -515,6 +520,25 @@ def test_views_of_old_storages_start_where_they_say(tmp_path):
         legacy(tensor_pickle(shape=(2,), strides=(1,), view=(1, 3)), data=data)
     )
     np.testing.assert_array_equal(torch_file.read_torch(tmp_path / "a.pt").tensors["a"], [11, 12])
+
+
+@pytest.mark.parametrize("element", [0, 1, 2])
+@pytest.mark.parametrize("shape, strides", [((2, 2), (2, 1)), ((3,), (1,)), ((2, 1), (3, 99))])
+def test_a_tensor_ends_where_its_storage_ends(tmp_path, shape, strides, element):
+    """The last element may be the storage's last, and no tensor is read past it."""
+    last = element + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    # Beyond the storage the file goes on, so that reading too far would succeed.
+    beyond = {"archive/data/1": bytes(64)}
+    for numel in (last, last + 1):
+        data = np.arange(numel, dtype=np.float32).tobytes()
+        pickled = tensor_pickle(shape, strides, element, numel)
+        (tmp_path / "a.pt").write_bytes(archive(pickled, {"archive/data/0": data} | beyond))
+        if numel == last:
+            with pytest.raises(TensorFileError, match=f"does not fit in its .* of {numel} elem"):
+                torch_file.read_torch(tmp_path / "a.pt")
+            continue
+        read = torch_file.read_torch(tmp_path / "a.pt").tensors["a"]
+        assert read.shape == shape and read.flat[0] == element and read.flat[-1] == last
 
 
 def test_no_damage_to_a_good_file_gives_anything_but_a_clear_error(tmp_path):

@@ -5,6 +5,7 @@ import logging
 import pathlib
 
 import command
+import full_disk
 import jax
 import numpy as np
 import object_store
@@ -265,3 +266,28 @@ def test_a_run_leaves_its_files_there_and_goes_on_from_them(
     }
     assert [path.name for path in (bucket / "run" / "checkpoints").iterdir()] == ["4"]
     assert json.loads((bucket / "run" / "config.json").read_text())["train"]["steps"] == 4
+
+
+# Files are replaced as a whole.
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    path = epath.Path(tmp_path) / "file.json"
+    storage.replace_text(path, "old")
+    with full_disk.full_disk(), pytest.raises(OSError, match=f"^{path} {full_disk.MESSAGE}"):
+        storage.replace_text(path, "new" * 1000)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "file.json"]
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    path = epath.Path(tmp_path) / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), storage.replacing(path) as file:
+        file.write(b"half of it")
+        file.flush()
+        assert path.read_text() == "old"
+        raise KeyError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "file"]
+    with storage.replacing(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "new"

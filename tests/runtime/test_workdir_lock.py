@@ -64,3 +64,15 @@ def test_a_folder_without_locks_is_used_with_a_note(tmp_path, monkeypatch, caplo
     with caplog.at_level(logging.INFO, logger="absl"), workdir_lock.lock_workdir(tmp_path):
         pass
     assert f"{tmp_path}/lock cannot be locked (Operation not supported)" in caplog.text
+
+
+def test_a_folder_is_made_and_named_as_the_caller_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir_lock, "WAIT_SECONDS", 0.0)
+    place = tmp_path / "new" / "set"
+    with workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"):
+        message = f"^the data set {place} is in use by process .* or use another data.name$"
+        with (
+            pytest.raises(ValueError, match=message),
+            workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"),
+        ):
+            pass
