@@ -167,9 +167,18 @@ class GaussianDiffusion:
 
     # ---- Sampling --------------------------------------------------------------------------------
 
+    def signal_power(self, timesteps: np.ndarray) -> np.ndarray:
+        """alphas_cumprod at timesteps of a sampler, float64; those between two are interpolated.
+
+        The logarithm is linear between whole timesteps, as in the code of DPM-Solver.
+        """
+        if np.issubdtype(timesteps.dtype, np.integer):
+            return self.alphas_cumprod[timesteps]
+        return np.exp(np.interp(timesteps, np.arange(self.num_steps), np.log(self.alphas_cumprod)))
+
     def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """a and b, (S',) float64, of x_start = a x_t + b output at the timesteps of a sampler."""
-        alphas_cumprod = self.alphas_cumprod[timesteps]
+        alphas_cumprod = self.signal_power(timesteps)
         return np.sqrt(1.0 / alphas_cumprod), -np.sqrt(1.0 / alphas_cumprod - 1.0)
 
     def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str:

@@ -73,6 +73,12 @@ def naming(group: str, **names: str) -> Iterator[None]:
         raise kind(field + rest) from error
 
 
+def check_exists(field: str, path: epath.PathLike, advice: str) -> None:
+    """Raises FileNotFoundError naming the field whose file or folder is not there."""
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(f"{field} = {path}: no such file or folder; {advice}")
+
+
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
     """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
     names = [field.name for field in dataclasses.fields(EvaluationSettings)]
@@ -151,6 +157,13 @@ class Experiment:
         channels = (self.model_config.in_channels, self.model_config.out_channels)
         variance = self.process.choose_variance(settings.variance, *channels)
         samplers.make_grid(self.process, dataclasses.replace(settings, variance=variance))
+        low, high = settings.cfg_interval
+        last = self.process.num_steps - 1
+        if settings.cfg_scale != 1 and (low > last or high < 0):
+            raise ValueError(
+                f"cfg_interval = ({low}, {high}) holds none of the timesteps 0 to {last}, so "
+                f"nothing would be guided; set sample.cfg_scale=1 for that"
+            )
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
@@ -387,6 +400,7 @@ class Experiment:
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
             return None, None
+        check_exists("autoencoder.checkpoint", wanted.checkpoint, "it is a download")
         with naming("autoencoder"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
@@ -633,10 +647,6 @@ def _dtype(name: str) -> Any:
 
 def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(
-            f"{field} = {path}: no such file or folder; it is what another training or download "
-            f"leaves"
-        )
+    check_exists(field, path, "it is what another training or download leaves")
     with naming(field.split(".")[0]):
         return read_checkpoint(path, weights=weights, overrides=overrides)

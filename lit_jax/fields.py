@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
+from lit_jax.runtime import storage
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -93,6 +94,40 @@ RANGES = {
     "plan.programs": NAMES,
     "report.num_images": between(0, 1_000_000),
 }
+
+
+# Where a user names a file or a folder; some of them may hold another word instead.
+PATHS = (
+    "compilation_cache",
+    "teacher.checkpoint",
+    "student.init",
+    "data.dir",
+    "autoencoder.checkpoint",
+    "prepare.source",
+    "prepare.dir",
+    "sample.checkpoint",
+    "port.source",
+    "port.target",
+    "evaluate.weights",
+    "evaluate.samples",
+    "evaluate.reference",
+    "evaluate.compare",
+)
+
+
+def resolve_paths(config: ConfigDict) -> None:
+    """Puts the home folder for ~ in all path fields.
+
+    Raises: ValueError naming the field that is a URL of a kind that is not known.
+    """
+    for field in PATHS:
+        value = _read(config, field)
+        group, _, name = field.rpartition(".")
+        section = config[group] if group else config
+        if isinstance(value, str):
+            section[name] = storage.resolve(value, field)
+        elif isinstance(value, tuple | list):
+            section[name] = tuple(storage.resolve(str(path), field) for path in value)
 
 
 def check(config: ConfigDict) -> None:

@@ -23,7 +23,7 @@ from lit_jax.conditions import Condition
 from lit_jax.diffusion import GaussianDiffusion, respaced_timesteps
 
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
-SPACINGS = ("respaced", "leading", "trailing", "linspace")
+SPACINGS = ("respaced", "leading", "trailing", "linspace", "time_uniform")
 CFG_CHANNELS = ("3", "all")
 INTERVAL = ranges.Range(
     "two numbers, the first not above the second",
@@ -40,7 +40,7 @@ class SamplerSettings:
 
     sampler: str = "ddpm"  # ddpm, ddim, dpm++
     steps: int = 250  # model evaluations an image
-    spacing: str = ""  # timesteps: respaced, leading, trailing, linspace; "": the sampler's own
+    spacing: str = ""  # timesteps: one of SPACINGS; "": the sampler's own
     variance: str = ""  # ddpm's noise: one of VARIANCES; "": the model's if it predicts one
     eta: float = 0.0  # ddim's noise: 0 none, 1 as much as ddpm
     order: int = 2  # of dpm++: 1 to 3
@@ -72,7 +72,9 @@ class SamplerSettings:
 class Grid:
     """What a sampler does at each of its S steps, most noise first; NumPy float64 unless said."""
 
-    timesteps: np.ndarray  # (S,) int32, what the model is shown
+    timesteps: (
+        np.ndarray
+    )  # (S,) int32 or, between the process's steps, float32: what the model sees
     x_start_from_x: np.ndarray  # (S,) x_start = x_start_from_x x + x_start_from_output output
     x_start_from_output: np.ndarray  # (S,)
     x_coef: np.ndarray  # (S,) weight of the current image
@@ -99,12 +101,13 @@ def space_timesteps(
 
     "respaced" is DiT's rule: a fractional stride from 0 to the last timestep, each value rounded.
     "leading", "trailing" and "linspace" are those of arXiv 2305.08891, table 2, rounded as
-    diffusers rounds them.
+    diffusers rounds them. "time_uniform" is that of PixArt's DPM-Solver++: equal strides, which end
+    on timestep 0 and not on the clean image, with timesteps between whole ones.
 
     Args:
       skip_zero: lays out steps + 1 values and leaves timestep 0 out of "leading" and "linspace",
         as DPM-Solver's last stride goes to the clean image itself.
-    Returns: (steps,) int32, strictly decreasing.
+    Returns: (steps,) int32, strictly decreasing; float64 for "time_uniform".
     Raises: ValueError for an unknown spacing, or when the schedule has too few timesteps.
     """
     points = steps + 1 if skip_zero and spacing in ("leading", "linspace") else steps
@@ -118,6 +121,8 @@ def space_timesteps(
         timesteps = np.linspace(0, num_train - 1, points).round()
     elif spacing == "leading":
         timesteps = np.arange(points) * (num_train // points)
+    elif spacing == "time_uniform":
+        return np.linspace(num_train - 1, 0, steps + 1)[:-1]
     elif spacing == "trailing":
         timesteps = (num_train - np.arange(points) * (num_train / points)).round()[::-1] - 1
     else:
@@ -125,17 +130,20 @@ def space_timesteps(
     return timesteps[points - steps :][::-1].astype(np.int32)
 
 
-def _signal_powers(process, timesteps):
-    """alphas_cumprod at the timesteps and at those they lead to: all end on the clean image."""
-    alphas_cumprod = process.alphas_cumprod[timesteps]
-    return alphas_cumprod, np.append(alphas_cumprod[1:], 1.0)
+def _signal_powers(process, settings, timesteps):
+    """alphas_cumprod at the timesteps and at those they lead to; the last one is an image's."""
+    alphas_cumprod = process.signal_power(timesteps)
+    # PixArt's DPM-Solver++ leaves the noise of timestep 0 in the image; the others end without.
+    is_uniform = settings.spacing == "time_uniform"
+    end = process.signal_power(np.zeros(1, np.int32))[0] if is_uniform else 1.0
+    return alphas_cumprod, np.append(alphas_cumprod[1:], end)
 
 
 def _ddpm(process, settings, timesteps):
     """Posterior of the respaced chain: arXiv 2006.11239 (7), learned variance 2102.09672 (15)."""
     if len(timesteps) < 2:
         raise ValueError("steps = 1, but sampler = ddpm needs at least 2")
-    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, settings, timesteps)
     betas = 1.0 - alphas_cumprod / next_alphas_cumprod
     spaced = GaussianDiffusion(betas[::-1])  # a process counts from the clean image
     upper = np.log(spaced.betas)
@@ -158,7 +166,7 @@ def _ddpm(process, settings, timesteps):
 
 def _ddim(process, settings, timesteps):
     """arXiv 2010.02502 (12) and (16), with eps written as a combination of x and x_start."""
-    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, settings, timesteps)
     noise_scale = (
         settings.eta
         * np.sqrt((1.0 - next_alphas_cumprod) / (1.0 - alphas_cumprod))
@@ -174,11 +182,12 @@ def _dpm_solver(process, settings, timesteps):
 
     The first steps build up to `order`. The last step ends on the clean image, where log SNR is
     infinite and only the first order is defined. With fewer than 15 steps the third order drops to
-    two one step earlier, as in the reference.
+    two one step earlier, as in diffusers; on PixArt's grid it always does, as in its code.
     """
-    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, timesteps)
+    alphas_cumprod, next_alphas_cumprod = _signal_powers(process, settings, timesteps)
     order = settings.order
     steps = len(alphas_cumprod)
+    drops_early = steps < 15 or settings.spacing == "time_uniform"
     with np.errstate(divide="ignore"):  # log SNR of the clean image
         log_snr = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
         next_log_snr = 0.5 * (np.log(next_alphas_cumprod) - np.log1p(-next_alphas_cumprod))
@@ -186,7 +195,7 @@ def _dpm_solver(process, settings, timesteps):
     sigma = np.sqrt(1.0 - next_alphas_cumprod)
     x_start_coefs = np.zeros((steps, order))
     for s in range(steps):
-        left = steps - s if steps < 15 or s == steps - 1 else order
+        left = steps - s if drops_early or s == steps - 1 else order
         step_order = min(order, s + 1, left)
         h = next_log_snr[s] - log_snr[s]
         phi_1 = np.expm1(-h)
@@ -250,9 +259,12 @@ def make_grid(
     if timesteps is None:
         spacing = settings.spacing or row.spacing
         timesteps = space_timesteps(num_train, steps, spacing, skip_zero=row.skips_zero)
-    timesteps = np.asarray(timesteps, np.int32)
+    timesteps = np.asarray(timesteps)
+    # float32 holds them to 3e-5; bfloat16 would round 999 to 1000.
+    is_whole = (timesteps == timesteps.round()).all()
+    timesteps = timesteps.astype(np.int32 if is_whole else np.float32)
     # JAX would clamp an index outside the schedule without a word.
-    is_inside = timesteps.min() >= 0 and timesteps.max() < num_train
+    is_inside = timesteps.min() >= 0 and timesteps.max() <= num_train - 1
     if len(timesteps) != steps or not is_inside or (np.diff(timesteps) >= 0).any():
         raise ValueError(
             f"timesteps must be {steps} decreasing ones in [0, {num_train - 1}], "
@@ -332,7 +344,7 @@ def sample(
     The image is float32 from first to last, whatever type the model works in.
 
     Args:
-      model_fn: (x (B, h, w, C) float32, t (B,) int32, condition, drop (B,) bool) to an output of
+      model_fn: (x (B, h, w, C) float32, t (B,), condition, drop (B,) bool) to an output of
         the process. It sees 2B images at the steps that are guided.
       rng_keys: (B,) keys, one an image: fold_in(root, the image's number).
       condition: arrays (B, ...). shape: (h, w, C) of one image.

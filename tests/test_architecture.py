@@ -27,6 +27,7 @@ FLOORS = (
         "checkpoint",
         "inherit",
         "pictures",
+        "text",
     ),
     ("models", "samplers", "losses", "came"),
     (

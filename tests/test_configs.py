@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from lit_jax import fields
 from lit_jax.experiment import Experiment
 from lit_jax.models import param_shapes
 from lit_jax.models.dit import DiTConfig
@@ -281,6 +282,15 @@ def test_steps_that_a_sampler_cannot_make_are_named_before_anything_is_read(
         Experiment(config)
 
 
+def test_an_interval_without_timesteps_is_refused():
+    config = load("default")
+    config.sample.cfg_interval = (2000.0, 3000.0)
+    with pytest.raises(ValueError, match="^sample.cfg_interval = .* none of the timesteps 0 to"):
+        Experiment(config)
+    config.sample.cfg_scale = 1.0
+    Experiment(config)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
     Experiment(load(name))
@@ -317,6 +327,24 @@ def test_values_at_the_ends_of_their_ranges(field, good, bad):
         (config[group] if group else config)[name] = value
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             Experiment(config)
+
+
+def test_the_home_folder_is_meant_in_every_path_field(monkeypatch):
+    """A shell replaces no ~ in --config.data.dir=~/data, and a folder called ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/of")
+    config = load("default")
+    for field in fields.PATHS:
+        group, _, name = field.rpartition(".")
+        section = config[group] if group else config
+        section[name] = ("~/a",) if isinstance(section[name], tuple) else "~/a"
+    fields.resolve_paths(config)
+    resolved = {field for field, value in leaves(config).items() if "/home/of/a" in str(value)}
+    assert resolved == set(fields.PATHS)
+    # Fields with these names say where something lies.
+    places = {"checkpoint", "dir", "source", "target", "weights", "samples", "reference", "compare"}
+    named = {field for field in DEFAULTS if field.rpartition(".")[2] in places}
+    which = {"teacher.weights", "student.weights", "port.weights"}  # ema or model
+    assert named - which <= set(fields.PATHS)
 
 
 def test_a_misspelt_field_fails_at_once():

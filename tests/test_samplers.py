@@ -337,3 +337,67 @@ def test_unknown_guided_channels_and_a_missing_variance_are_named():
         run(make_grid("ddim", 2), cfg_channels="2")
     with pytest.raises(ValueError, match="8 output channels for 4 input channels, the model has 4"):
         run(make_grid("ddpm", 2), model_fn=lambda x, t, condition, drop: x)
+
+
+# PixArt's grid. -----------------------------------------------------------------------------------
+
+
+def pixart_dpm_solver(eps_fn, x, steps):
+    """PixArt-Sigma's sampler, step by step in float64: DPM-Solver++ 2M on a uniform time T.
+
+    Written from arXiv 2211.01095, algorithm 2, with the continuous schedule of its authors' code.
+    """
+    log_alphas = 0.5 * np.log(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)))
+    times = np.linspace(1.0, 1e-3, steps + 1)
+    log_alpha = np.interp(times, np.arange(1, 1001) / 1000, log_alphas)
+    alpha, sigma = np.exp(log_alpha), np.sqrt(1.0 - np.exp(2.0 * log_alpha))
+    snr = np.log(alpha / sigma)
+    past = None
+    for s in range(steps):
+        x_start = (x - sigma[s] * eps_fn(x, 1000 * (times[s] - 1e-3), alpha[s])) / alpha[s]
+        h = snr[s + 1] - snr[s]
+        mixed = x_start
+        if s and s < steps - 1:  # the last update is of the first order
+            ratio = (snr[s] - snr[s - 1]) / h
+            mixed = x_start + (x_start - past) / (2 * ratio)
+        x = sigma[s + 1] / sigma[s] * x - alpha[s + 1] * np.expm1(-h) * mixed
+        past = x_start
+    return x
+
+
+@pytest.mark.parametrize("steps", [14, 20])
+def test_pixarts_grid_is_its_dpm_solver(steps):
+    """Given the same outputs, those of images near -1 or 1."""
+    grid = make_grid("dpm++", steps, spacing="time_uniform")
+    expected = 999.0 - 999.0 / steps * np.arange(steps)
+    np.testing.assert_allclose(grid.timesteps, expected, rtol=1e-6)
+    assert grid.timesteps.dtype == np.float32
+    seen = []
+
+    def exact_eps(x, t, alpha):
+        seen.append(t)
+        variance = 0.04 * alpha**2 + 1.0 - alpha**2
+        x_start = np.tanh(alpha * x / variance)
+        return (x - alpha * x_start) / np.sqrt(1.0 - alpha**2)
+
+    log_alphas = jnp.asarray(0.5 * np.log(PROCESS.alphas_cumprod), jnp.float32)
+
+    def model(x, t, condition, drop):
+        alpha = jnp.exp(jnp.interp(t, jnp.arange(1000.0), log_alphas))[:, None, None, None]
+        variance = 0.04 * alpha**2 + 1.0 - alpha**2
+        x_start = jnp.tanh(alpha * x / variance)
+        return (x - alpha * x_start) / jnp.sqrt(1.0 - alpha**2)
+
+    noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    actual = run(grid, 2, model, noise=noise)
+    wanted = pixart_dpm_solver(exact_eps, noise.astype(np.float64), steps)
+    # The logarithm of alpha in float32 moves x_start of the first steps by 1e-5.
+    np.testing.assert_allclose(actual, wanted, atol=2e-4)
+    np.testing.assert_allclose(seen, expected, rtol=1e-9)
+    # It ends on timestep 0, whose noise stays in the image; the clean image would have none of x.
+    assert grid.x_coef[-1] > 1e-3
+
+
+def test_a_grid_between_timesteps_is_refused_outside_the_schedule():
+    with pytest.raises(ValueError, match="decreasing ones"):
+        make_grid("dpm++", 2, timesteps=np.array([999.5, 3.0]))

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from lit_jax import pictures
 from lit_jax.evaluation import npz, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
-from lit_jax.experiment import evaluation_settings, naming
+from lit_jax.experiment import check_exists, evaluation_settings, naming
 
 # What the published scores of ADM's samples were made by.
 SELF_CHECK = ("inception_adm", 50_000)
@@ -59,6 +59,9 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
     # ---- Samples: the header alone, so that mistakes are found at once ----
     samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
+    check_exists("evaluate.samples", samples_file, "--mode=sample writes WORKDIR/samples.npz")
+    if wanted.weights:
+        check_exists("evaluate.weights", wanted.weights, "docs/evaluation.md says where it is from")
     available, *shape = npz.image_shape(samples_file)
     num_images = wanted.num_images or available
     if num_images > available:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lit_jax import conditions, pictures, sampling, sharding
-from lit_jax.experiment import Experiment, naming
+from lit_jax.experiment import Experiment, check_exists, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
 
@@ -50,6 +50,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- The model and its checkpoint, still on disk ---------------------------------------------
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
+    field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
+    check_exists(field, path, "it is what training or --mode=port leaves")
     checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
     sampler = experiment.sampler()

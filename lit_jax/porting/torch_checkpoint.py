@@ -17,7 +17,9 @@ from lit_jax.porting import torch_file
 from lit_jax.porting.untrusted import is_remote, one_line, unique_keys
 
 WEIGHTS = ("ema", "model")  # of a training checkpoint
-_STEM = "diffusion_pytorch_model"  # of the weights in a diffusers folder
+# The weights in a folder of each library. safetensors first, as they choose.
+DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 # In a training checkpoint the report repeats what these arguments were.
 _ARGUMENTS = ("model", "image_size", "resolution", "num_classes", "vae")
 
@@ -74,17 +76,22 @@ class TorchCheckpoint:
 def open_torch_checkpoint(
     path: epath.PathLike,
     weights: str,
+    *,
+    files: Sequence[str] = DIFFUSERS_FILES,
 ) -> TorchCheckpoint:
     """The tensors of a file, a diffusers folder, or the pipeline folder above it.
 
-    Args: weights: "ema" or "model", where a training checkpoint has both.
+    Args:
+        weights: "ema" or "model", where a training checkpoint has both.
+        files: what the weights in a folder may be called; the first that is there,
+            whole or as shards with an index, is taken.
     Raises: PortingError for what is no checkpoint, or whose parts contradict
       each other; TensorFileError for a damaged or hostile file;
       FileNotFoundError.
     """
     path = epath.Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, files)
     file = _open_file(path)
     tensors, notes = _state_dict(file, weights)
     stored = _stored_architecture(file)
@@ -98,7 +105,7 @@ def any_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """
     path = epath.Path(path)
     if path.is_dir():
-        return _open_folder(path).tensors
+        return _open_folder(path, DIFFUSERS_FILES).tensors
     file = _open_file(path)
     weights = "ema" if isinstance(file.tensors.get("ema"), dict) else "model"
     return _state_dict(file, weights)[0]
@@ -192,19 +199,18 @@ def _stored_architecture(file):
 # ---- A folder ------------------------------------------------------------------------------------
 
 
-def _open_folder(path):
-    """A diffusers model folder, or the `transformer` of a pipeline folder."""
+def _open_folder(path, names):
+    """A model folder with a config.json, or the `transformer` of a pipeline folder."""
     path = component(path, "transformer")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path}: neither an Orbax checkpoint nor a diffusers folder (no config.json)"
         )
     config = _read_json(_inside(path, "config.json", path))
-    # safetensors first, as diffusers chooses where both are there.
 
-    for suffix in (".safetensors", ".bin"):
-        index = path / f"{_STEM}{suffix}.index.json"
-        whole = path / f"{_STEM}{suffix}"
+    for name in names:
+        index = path / f"{name}.index.json"
+        whole = path / name
         if index.is_file():
             tensors, files = _open_shards(path, index)
             return TorchCheckpoint(path, tensors, {}, config, [], files)
@@ -215,9 +221,9 @@ def _open_folder(path):
 
     # The Hub's files in half precision have a longer name, and are not taken
     # unless they are renamed.
-    patterns = (f"{_STEM}.*.safetensors", f"{_STEM}.*.bin")
+    patterns = [name.replace(".", "*.") for name in names]
     found = [file.name for pattern in patterns for file in path.glob(pattern)]
-    text = f"{path}: no {_STEM}.safetensors or .bin, single or with an index"
+    text = f"{path}: no {' or '.join(names)}, single or with an index"
     if found:
         names = abridged(sorted(found))
         text += f"; {names} is a variant or a shard, rename it to take it"

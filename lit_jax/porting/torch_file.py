@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -61,6 +62,8 @@ _SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# Their numbers mean nothing without scales, which each tool keeps in its own way.
+_QUANTISED = "quantised weights, which are not read; take the file in float32, bfloat16 or float16"
 # What the first two pickles of a file before torch 1.6 hold.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -206,6 +209,8 @@ def _safetensors_entry(entry, data_bytes, fail):
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         fail("the entry is not {dtype, shape, data_offsets}")
     name = entry["dtype"]
+    if isinstance(name, str) and re.match(r"F[468]_", name):
+        fail(f"dtype {describe(name)}: {_QUANTISED}")
     if not isinstance(name, str) or name not in _SAFETENSORS_DTYPES:
         fail(f"dtype {describe(name)} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
     dtype = _SAFETENSORS_DTYPES[name]
@@ -251,6 +256,8 @@ def read_torch(path: epath.PathLike) -> TensorFile:
         value, records = _read_zip(buffer, fail)
     elif start[:1] == b"\x80":
         value = _read_legacy(buffer, fail)
+    elif start == b"GGUF":
+        fail(f"a GGUF file: {_QUANTISED}")
     else:
         fail(f"not a torch file: it starts with {start!r}")
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ converted and written one at a time.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -13,7 +14,7 @@ from etils import epath
 from lit_jax.checkpoint import save_params
 from lit_jax.porting.read import KEY_TABLES, AutoencoderCheckpoint, Checkpoint, load_params
 from lit_jax.porting.torch_checkpoint import PortingError
-from lit_jax.porting.torch_file import write_safetensors, write_torch
+from lit_jax.porting.torch_file import NewTensor, write_safetensors, write_torch
 
 
 def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epath.Path]:
@@ -78,15 +79,23 @@ def export_diffusers(params: Any, path: epath.PathLike, config: Any) -> None:
     family.check_diffusers(config)
     tensors = family.diffusers_tensors(params, config)
     fields = family.diffusers_config(config)
+    write_folder(path, fields, "diffusion_pytorch_model.safetensors", tensors)
 
-    # The folder appears as a whole, or not at all.
+
+def write_folder(
+    path: epath.PathLike, config: dict[str, Any], name: str, tensors: Sequence[NewTensor]
+) -> None:
+    """Writes a folder of config.json and the weights, as a whole or not at all.
+
+    Args: name: of the .safetensors file in it.
+    """
+    path = epath.Path(path)
     partial = path.with_name(f".{path.name}.partial")
     partial.rmtree(missing_ok=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        weights = partial / "diffusion_pytorch_model.safetensors"
-        write_safetensors(weights, tensors, {"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(partial / name, tensors, {"format": "pt"})
         if path.is_dir():
             path.rmdir()  # only an empty one goes
         partial.rename(path)

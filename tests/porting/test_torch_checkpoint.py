@@ -323,7 +323,7 @@ FOLDERS = {
     _index_without_map: "no weight_map",
     _index_not_json: "not valid JSON",
     _duplicate_key_in_index: "appears twice",
-    _no_weights: "no diffusion_pytorch_model.safetensors or .bin",
+    _no_weights: "no diffusion_pytorch_model.safetensors or",
     _no_config: "no config.json",
     _config_a_list: "a list, not an object",
     _shard_is_a_pointer: "Git LFS pointer",
