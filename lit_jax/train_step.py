@@ -198,6 +198,11 @@ class StepSettings:
             variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
         )
 
+    def ema_of_start(self, steps: int) -> float:
+        """The share that the first parameters have in the EMA after `steps` steps."""
+        # The decays of a warm-up multiply to 1/2002 in five steps.
+        return 0.0 if self.ema_warmup else self.ema_decay**steps
+
     @property
     def distillation_weights(self) -> dict[str, float]:
         """The weight of each distillation term. A process with another part needs another."""

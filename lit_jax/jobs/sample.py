@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lit_jax import conditions, pictures, sampling, sharding
+from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.experiment import Experiment, check_exists, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
@@ -54,6 +55,13 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     check_exists(field, path, "it is what training or --mode=port leaves")
     checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
+    if settings.cfg_scale != 1 and never_dropped(path):
+        logging.warning(
+            "%s was trained with train.label_dropout = 0, so no step trained the null class that "
+            "sample.cfg_scale = %g guides away from; sample.cfg_scale=1 draws without guidance",
+            path,
+            settings.cfg_scale,
+        )
     sampler = experiment.sampler()
     index = np.arange(settings.num_images)
     with naming("sample"):
@@ -121,6 +129,14 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         len(index),
         folder,
     )
+
+
+def never_dropped(path: epath.PathLike) -> bool:
+    """Whether a checkpoint's metadata say that it was trained without dropping conditions."""
+    if not is_checkpoint(epath.Path(path)):
+        return False
+    fields = open_params(path).metadata.get("fields")
+    return isinstance(fields, dict) and fields.get("train.label_dropout") == 0
 
 
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
