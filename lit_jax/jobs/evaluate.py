@@ -14,9 +14,11 @@ docs/evaluation.md.
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -93,7 +95,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     )
     # The network's speed: neither reference nor scores are part of it.
     start = time.monotonic()
-    samples = evaluator.collect(batches)
+    samples = evaluator.collect(noting_equal(batches, samples_file))
     images_per_second = num_images / (time.monotonic() - start)
     scores = evaluator.score(samples)
 
@@ -117,6 +119,20 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
     # After the report is written: it holds the table of both scores.
     check_passed(result.get("self_check", []))
+
+
+def noting_equal(batches: Iterable[np.ndarray], file: epath.Path) -> Iterator[np.ndarray]:
+    """Hands on the batches; a warning at their end says where all images are equal."""
+    first = None
+    count = 0
+    equal = True
+    for batch in batches:
+        first = batch[:1] if first is None else first
+        count += len(batch)
+        equal = equal and bool((batch == first).all())
+        yield batch
+    if equal and count > 1:
+        logging.warning("the %d images of %s are all equal: its model may be broken", count, file)
 
 
 def read_speed(samples_file: epath.Path) -> dict[str, Any]:
