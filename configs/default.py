@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # The model that is trained, sampled and evaluated: the student, where there is a teacher.
     config.model = ConfigDict(
         dict(
-            family="dit",  # a name in lit_jax/models/__init__.py: dit
+            family="dit",  # a name in lit_jax/models/__init__.py: dit or pixart
             # Ti, S, B, L or XL: gives depth, width and heads (lit_jax/models/dit.py).
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
@@ -49,6 +49,15 @@ def get_config() -> ConfigDict:
             conv_size=5,
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
+            # Of pixart alone; None: that of PixArt-Sigma, at 512 pixels.
+            cross_heads=ml_collections.config_dict.placeholder(int),  # of the caption's attention
+            caption_channels=ml_collections.config_dict.placeholder(int),  # 4096: T5-XXL's
+            caption_length=ml_collections.config_dict.placeholder(int),  # 300 tokens at most
+            # Positions span position_base / position_scale: 16, 32, 64, 128 and 0.5, 1, 2, 4 for
+            # 256, 512, 1024 and 2048 pixels.
+            position_base=ml_collections.config_dict.placeholder(int),
+            position_scale=ml_collections.config_dict.placeholder(float),
+            # Of dit alone, as num_classes above.
             timestep_freq_shift=0,  # 0: official DiT; 1: diffusers
             mlp_norm_epsilon=1e-6,  # 1e-6: official DiT; 1e-5: diffusers
             dtype="bfloat16",  # of activations and matmuls: bfloat16 or float32
@@ -143,13 +152,23 @@ def get_config() -> ConfigDict:
         dict(
             # A TFDS data set of images, or a folder that has one folder of images for each
             # class. A name with a slash is a folder where there is one.
+            # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
+            # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
             source="imagenet2012",
-            dir="",  # TFDS directory of prepare.source; empty: data.dir
+            # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
+            # empty: the folder InternImgs beside its own, or its own.
+            dir="",
             # Split of prepare.source, slices such as train[:1000] too; empty: data.split.
             split="",
-            # Pixels after the crop: height = width, or (height, width).
+            # Pixels after the crop: height = width, or (height, width). With captions: the side
+            # of the square bucket.
             image_size=ml_collections.FieldReference(256, field_type=object),
+            # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
+            # ("16x16",): squares alone.
+            buckets=("all",),
+            # How the captions' features are stored: bfloat16, or int8 with a scale a token.
+            caption_dtype="bfloat16",
             # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
             # shows the colours that a program left in invisible pixels.
             background="white",
@@ -231,13 +250,32 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # The text encoder, for models that are told a caption.
+    config.text = ConfigDict(
+        dict(
+            # A pipeline's folder with text_encoder/ and tokenizer/, or the folder of a T5.
+            # Empty: there is none.
+            checkpoint="",
+            tokenizer="",  # a spiece.model, or its folder; empty: the one in text.checkpoint
+            # What is done to a prompt: none (PixArt-Sigma's training), lower, or clean (as
+            # diffusers does where it can). Features of another cleaning are refused.
+            cleaning="none",
+            max_length=300,  # tokens, the end of the text among them; longer prompts are cut
+            batch_size=16,  # prompts at once, over all devices
+            dtype="bfloat16",  # of parameters and features: bfloat16 or float32
+            # Training: the probability of an image's first caption; its others share the rest.
+            caption_ratio=0.5,
+        )
+    )
+
     # The sampler, and --mode=sample.
     config.sample = ConfigDict(
         dict(
             checkpoint="",  # what --mode=sample reads; empty: the workdir
             sampler="ddpm",  # ddpm, ddim or dpm++
             steps=250,  # model evaluations an image
-            # Timesteps: respaced, leading, trailing or linspace; empty: the sampler's default.
+            # Timesteps: respaced, leading, trailing, linspace or time_uniform (PixArt's).
+            # Empty: the sampler's default.
             spacing="",
             # Variance of ddpm's noise: learned_range, fixed_small or fixed_large.
             # Empty: learned_range, or fixed_large if the model has no variance head.
@@ -250,6 +288,19 @@ def get_config() -> ConfigDict:
             cfg_channels="3",  # leading channels that are guided: 3 (as in DiT), or all
             cfg_interval=(0.0, 1000.0),  # guided where low <= t <= high, in training timesteps
             labels="random",  # random (DiT's protocol) or balanced over the classes
+            # For models that are told a caption: what they are asked for, in brackets.
+            prompts=(),
+            # In place of prompts: a file of one prompt a line, GenEval's metadata (.jsonl, or
+            # "geneval" for its own 553), whose images go into the folders that its scorer reads.
+            prompt_file="",
+            # Height and width of the images in pixels; (): those of model.input_size.
+            size=(),
+            images_per_prompt=1,  # image i is of prompt i // images_per_prompt
+            # Which tokens the model sees of nothing: prompt (as many as the prompt has, as in
+            # PixArt) or own (the one of the empty prompt, as in diffusers).
+            null_mask="prompt",
+            # True: text encoder, model and autoencoder are in memory one after the other.
+            offload=False,
             clip_denoised=False,  # clip the predicted image to [-1, 1]: for pixels
         )
     )
@@ -266,6 +317,9 @@ def get_config() -> ConfigDict:
             # 0: what it tells, or the published number of its size.
             num_heads=0,
             num_classes=0,  # resize the label table to so many classes; 0: keep it
+            # Of a PixArt that lacks it: the features of "", as .npy, .safetensors or .pth, or a
+            # pipeline's folder whose text encoder makes them.
+            null_caption="",
             # Recompute the position table for this size, or (height, width); 0: keep it.
             input_size=ml_collections.FieldReference(0, field_type=object),
             # Of an autoencoder whose checkpoint does not tell it; 0: what the checkpoint tells.

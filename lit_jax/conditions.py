@@ -5,6 +5,7 @@ for which the model uses its own "nothing" (DiT's null class). So the samplers, 
 the data know of no null.
 
     {"label": (B,) int32}    a class-conditional DiT or LiT
+    {"caption": (B, S, C), "caption_mask": (B, S) bool}    a PixArt, told a caption's features
 """
 
 from typing import Any
@@ -55,11 +56,28 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
             f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
         )
+    if "caption" in wanted:
+        _check_captions(model_config, dataset)
     # JAX would clamp a label outside the table without a word.
     if "label" in wanted and dataset.num_classes != model_config.num_classes:
         raise ValueError(
             f"num_classes = {model_config.num_classes}, but the data set {dataset.name} has "
             f"{dataset.num_classes} classes"
+        )
+
+
+def _check_captions(model_config: Any, dataset: Any) -> None:
+    width = dataset.text["width"]
+    if width != model_config.caption_channels:
+        raise ValueError(
+            f"caption_channels = {model_config.caption_channels}, but the features of the "
+            f"captions of {dataset.name} have {width} channels"
+        )
+    longest = dataset.text["max_length"]
+    if longest > model_config.caption_length:
+        raise ValueError(
+            f"caption_length = {model_config.caption_length}, but the captions of "
+            f"{dataset.name} have up to {longest} tokens"
         )
 
 

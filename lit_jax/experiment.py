@@ -10,15 +10,17 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, ranges, samplers, sharding
-from lit_jax.data import dataset, pipeline
+from lit_jax import conditions, fields, inherit, ranges, samplers, sharding, text
+from lit_jax.data import caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
@@ -32,6 +34,8 @@ from lit_jax.porting.read import (
     read_autoencoder,
     read_checkpoint,
 )
+from lit_jax.porting.t5 import read_text_encoder
+from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.samplers import SamplerSettings
 from lit_jax.sampling import Sampler
 from lit_jax.train_step import (
@@ -108,6 +112,7 @@ class Experiment:
                 steps=config.train.steps, **config.optimizer
             )
         self.unscaled_step_settings = self._make_step_settings()
+        self.text_settings = self._text_settings()
         self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
@@ -190,11 +195,24 @@ class Experiment:
         port = self.config.port
         overrides = KEY_TABLES[type(self.model_config)].Overrides
         names = {field.name for field in dataclasses.fields(overrides)}
-        known = {name: port[name] for name in names & set(port)}
-        # A side of 0 keeps the table that the checkpoint has.
+        # A side of 0 keeps the table that the checkpoint has; a null caption is read by the job.
         sides = ranges.sides(port.input_size) if port.input_size else None
+        asked = dict(port) | {"input_size": sides, "seed": self.config.seed, "null_caption": None}
+        for table in KEY_TABLES.values():
+            for field in dataclasses.fields(table.Overrides):
+                if field.name not in names and field.name in port and port[field.name]:
+                    raise ValueError(
+                        f"port.{field.name} = {port[field.name]}, but model.family = "
+                        f"{self.config.model.family} has no {field.name}"
+                    )
         with naming("port"):
-            return overrides(**known | {"input_size": sides, "seed": self.config.seed})
+            return overrides(**{name: asked[name] for name in names})
+
+    def _text_settings(self) -> text.TextSettings:
+        settings = self.config.text
+        names = [field.name for field in dataclasses.fields(text.TextSettings)]
+        with naming("text"):
+            return text.TextSettings(**{name: settings[name] for name in names})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -276,7 +294,7 @@ class Experiment:
             theirs = getattr(found, name)
             if ours != theirs:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
-        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
+        return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
@@ -385,9 +403,12 @@ class Experiment:
     # ---- Data ------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def dataset(self) -> dataset.Dataset:
+    def dataset(self) -> Any:
+        """What training reads: a `Dataset`, or a `BucketedDataset` of images with captions."""
         data = self.config.data
         with naming("data"):
+            if self.is_told_captions:
+                return caption_records.open_captions(data.name, data.dir, data.split)
             return dataset.open_dataset(
                 data.name,
                 data.dir,
@@ -401,7 +422,7 @@ class Experiment:
         if not wanted.checkpoint:
             return None, None
         check_exists("autoencoder.checkpoint", wanted.checkpoint, "it is a download")
-        with naming("autoencoder"):
+        with naming("autoencoder", path="autoencoder.checkpoint"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
         if channels != self.model_config.in_channels:
@@ -436,6 +457,28 @@ class Experiment:
         }
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """(h, w) of the images or latents that are drawn: of config.sample.size, or as trained."""
+        sides = tuple(self.config.sample.size)
+        if not sides:
+            return self.input_size
+        cell = self.autoencoder_factor * self.model_config.patch_size
+        if any(side % cell for side in sides):
+            raise ValueError(
+                f"sample.size = {sides}: its sides must be multiples of the {cell} pixels "
+                f"of a token"
+            )
+        return sides[0] // self.autoencoder_factor, sides[1] // self.autoencoder_factor
+
+    @property
+    def autoencoder_factor(self) -> int:
+        """Pixels of an image along each side of a cell of the model's input."""
+        if self.autoencoder:
+            return self.autoencoder.module.factor
+        # As many channels as a picture has are pixels; a latent's cell has 8.
+        return 1 if self.model_config.in_channels in (1, 3) else 8
+
+    @property
     def autoencoder(self) -> Autoencoder | None:
         """Its parameters on every device of the mesh; None: the model works on pixels."""
         return self._autoencoder[0]
@@ -450,15 +493,115 @@ class Experiment:
         config = self.config
         # A process reads the rows that its own devices hold, so no batch crosses the network.
         rows = sharding.process_rows(sharding.batch_sharding(self.mesh), config.train.batch_size)
+        common: dict[str, Any] = dict(
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            rows=rows,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
         with naming("train"):
-            return pipeline.make_batches(
-                self.dataset,
-                batch_size=config.train.batch_size,
-                seed=config.seed,
-                flip=config.data.flip,
-                rows=rows,
-                num_threads=config.data.num_threads,
-                prefetch=config.data.prefetch,
+            if isinstance(self.dataset, caption_records.BucketedDataset):
+                return pipeline.make_bucket_batches(
+                    self.dataset, caption_ratio=config.text.caption_ratio, **common
+                )
+            return pipeline.make_batches(self.dataset, flip=config.data.flip, **common)
+
+    def batch_shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The shapes of the batches: one, or one a bucket, the largest picture first."""
+        B = self.config.train.batch_size
+        rows = sharding.batch_sharding(self.mesh)
+        if not isinstance(self.dataset, caption_records.BucketedDataset):
+            return [pipeline.batch_shapes(self.dataset, B, rows)]
+        shapes = pipeline.bucket_shapes(self.dataset, B, rows)
+        picture = "mean" if self.dataset.autoencoder else "image"
+        return sorted(shapes, key=lambda batch: -batch[picture].size)
+
+    # ---- Text ------------------------------------------------------------------------------------
+
+    @property
+    def is_told_captions(self) -> bool:
+        return "caption" in self.model_config.condition_shapes(1)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """What config.sample asks of a model that is told a caption."""
+        sample = self.config.sample
+        with naming("sample"):
+            return choose_prompts(sample.prompts, sample.prompt_file, sample.images_per_prompt)
+
+    def load_text_encoder(self, path: str = "") -> text.TextEncoder:
+        """The text encoder on the mesh. Who drops it frees its memory, 10 GB for T5-XXL.
+
+        Args: path: in place of text.checkpoint.
+        Raises: ValueError where the config names none, or one of another width.
+        """
+        settings = self.config.text
+        path = path or settings.checkpoint
+        if not path:
+            raise ValueError(
+                "text.checkpoint is empty, but the model is told a caption; name the folder of its "
+                "text encoder"
+            )
+        with naming("text", path="text.checkpoint"):
+            encoder = text.load_text_encoder(
+                path,
+                self.text_settings,
+                tokenizer=settings.tokenizer,
+                dtype=settings.dtype,
+                mesh=self.mesh,
+            )
+        channels = self.model_config.caption_channels
+        if encoder.config.width != channels:
+            raise ValueError(
+                f"model.caption_channels = {channels}, but the features of text.checkpoint = "
+                f"{path} have {encoder.config.width}"
+            )
+        longest = self.model_config.caption_length
+        if settings.max_length > longest:
+            raise ValueError(
+                f"text.max_length = {settings.max_length}, but model.caption_length = {longest}"
+            )
+        return encoder
+
+    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The condition of prompts, and what tells their text encoder from others.
+
+        The encoder is loaded for it and dropped.
+        """
+        encoder = self.load_text_encoder()
+        found = encoder(prompts)
+        for prompt, cut in zip(prompts, found.cut):
+            if cut:
+                logging.warning(
+                    "the last %d tokens of a prompt are cut, text.max_length is %d: %.60s...",
+                    cut,
+                    self.text_settings.max_length,
+                    prompt,
+                )
+            if unknown := encoder.tokenizer.unknown(prompt):
+                logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        identity = encoder.identity() | {"dtype": self.config.text.dtype}
+        return to_condition(found, self.config.sample.null_mask), identity
+
+    @functools.cached_property
+    def prompt_condition(self) -> dict[str, np.ndarray]:
+        """The condition of each prompt in config.sample, (n, ...)."""
+        return self.encode(self.prompts.texts)[0]
+
+    def conditions(self, index: np.ndarray, labels: str) -> dict[str, np.ndarray]:
+        """What the model is told of pictures for people, by their numbers.
+
+        Prompts that are fewer than the pictures begin again.
+
+        Args: labels: how classes are chosen, see `conditions.for_images`.
+        """
+        if self.is_told_captions:
+            rows = index % len(self.prompts.texts)
+            return {name: value[rows] for name, value in self.prompt_condition.items()}
+        with naming("sample"):
+            return conditions.for_images(
+                self.model_config, index, seed=self.config.seed, labels=labels
             )
 
     # ---- The step and its state ------------------------------------------------------------------
@@ -502,7 +645,7 @@ class Experiment:
                 seed=self.config.seed,
                 process=self.process,
                 mesh=self.mesh,
-                size=self.input_size,
+                size=self.sample_size,
                 autoencoder=self.autoencoder if decodes else None,
             )
 
@@ -541,8 +684,8 @@ class Experiment:
         data = self.dataset
         identity = self.autoencoder_identity
         wanted = (*self.input_size, self.model_config.in_channels)
-        # Read off the records' class: a data set of latents says which autoencoder made them.
-        is_latent = isinstance(data, dataset.LatentDataset)
+        # A data set of latents says which autoencoder made them.
+        is_latent = getattr(data, "autoencoder", None) is not None
         if data.image_shape != wanted:
             raise ValueError(
                 f"model.input_size and model.in_channels make images of {wanted}, the "
@@ -551,8 +694,10 @@ class Experiment:
             )
         with naming("model"):
             conditions.check_dataset(self.model_config, data)
+        if isinstance(data, caption_records.BucketedDataset):
+            self._check_captions(data)
         checkpoint = config.autoencoder.checkpoint
-        if not isinstance(data, dataset.LatentDataset):
+        if not is_latent:
             if identity:
                 raise ValueError(
                     f"autoencoder.checkpoint = {checkpoint}, but data.name = {data.name} holds "
@@ -585,6 +730,34 @@ class Experiment:
             raise ValueError(
                 f"report.read_labels needs images, but data.name = {data.name} holds latents"
             )
+
+    def _check_captions(self, data: caption_records.BucketedDataset) -> None:
+        """Raises ValueError where the features are not those of the config's text encoder."""
+        config = self.config
+        if config.data.flip:
+            raise ValueError(
+                "data.flip = True, but captions say left and right; set data.flip=False"
+            )
+        asked: dict[str, Any] = {
+            "cleaning": config.text.cleaning,
+            "max_length": config.text.max_length,
+        }
+        checkpoint = config.text.checkpoint
+        tokenizer = config.text.tokenizer or checkpoint
+        with naming("text"):
+            if tokenizer:
+                asked["tokenizer"] = text.Tokenizer(tokenizer).sha256
+            if checkpoint:
+                asked["weights"] = read_text_encoder(checkpoint).report.checksum
+        # The hashes are of the files that two fields name.
+        fields = {"weights": f"checkpoint ({checkpoint})", "tokenizer": f"tokenizer ({tokenizer})"}
+        for name, value in asked.items():
+            if value != data.text[name]:
+                raise ValueError(
+                    f"text.{fields.get(name, name)} = {value}, but the captions of data.name = "
+                    f"{data.name} were encoded with {name} = {data.text[name]}; features of two "
+                    f"kinds must not mix: prepare them again, or set the field"
+                )
 
     def check_checkpoint(self, checkpoint: Checkpoint, path: str) -> None:
         """Raises ValueError naming the first field in which a checkpoint is of another model."""
@@ -622,6 +795,8 @@ class Experiment:
             "teacher.num_heads": config.teacher.num_heads,
             "teacher.dtype": config.teacher.dtype,
         }
+        if isinstance(self.dataset, caption_records.BucketedDataset):
+            decisive["text.caption_ratio"] = config.text.caption_ratio
         for group in ("model", "distill", "optimizer", "ema"):
             for name, value in config[group].items():
                 if name != "implementation":
@@ -648,5 +823,5 @@ def _dtype(name: str) -> Any:
 def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
     check_exists(field, path, "it is what another training or download leaves")
-    with naming(field.split(".")[0]):
+    with naming(field.split(".")[0], input_size="port.input_size"):
         return read_checkpoint(path, weights=weights, overrides=overrides)

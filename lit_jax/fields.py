@@ -9,8 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
-from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, Range, between, one_of
+from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 from lit_jax.runtime import storage
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
@@ -30,7 +31,12 @@ IMAGES = between(1, 10_000_000)
 BATCH = between(1, 1_000_000)
 DEVICES = between(0, 256)  # JAX aborts the process where there are thousands
 SECONDS = between(1, 10_000_000)  # a timer of C takes no more than about 300 years
+PIXELS = Range(
+    "(), or height and width",
+    lambda x: len(x) in (0, 2) and all(isinstance(side, int) and 0 < side < 10**5 for side in x),
+)
 DTYPE = one_of("bfloat16", "float32")
+DTYPE_OF_CAPTIONS = one_of("bfloat16", "int8")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
@@ -50,7 +56,11 @@ RANGES = {
     "autoencoder.dtype": one_of("float32", "bfloat16"),
     "autoencoder.slice_size": AT_LEAST_0,
     "autoencoder.tile_size": TILE,
+    "text.caption_ratio": UNIT,
     "prepare.image_size": SIDES,
+    "prepare.buckets": NAMES,
+    "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
+    "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
@@ -72,6 +82,11 @@ RANGES = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
+    "text.dtype": DTYPE,
+    "sample.prompts": NAMES,
+    "sample.size": PIXELS,
+    "sample.images_per_prompt": between(1, 10_000),
+    "sample.null_mask": one_of("prompt", "own"),
     "sample.num_images": IMAGES,
     "sample.batch_size": BATCH,
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
@@ -105,9 +120,13 @@ PATHS = (
     "autoencoder.checkpoint",
     "prepare.source",
     "prepare.dir",
+    "text.checkpoint",
+    "text.tokenizer",
     "sample.checkpoint",
+    "sample.prompt_file",
     "port.source",
     "port.target",
+    "port.null_caption",
     "evaluate.weights",
     "evaluate.samples",
     "evaluate.reference",

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from lit_jax.runtime import metric_writer, storage
 
 LOSS_TERMS = ("loss", "mse", "vb", "kd_noise", "kd_variance")
 GAP = 2  # pixels between two images of a grid
+CAPTION_WIDTH = 160  # pixels that a captioned image has at least
+CAPTION_LINES = 3
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 # The last chunk: no content, its name, its CRC.
@@ -126,8 +128,35 @@ def image_grid(
     return picture
 
 
-def square_grid(images: np.ndarray) -> Image.Image:
-    """One picture of all images (n, h, w, C), as square as possible."""
+def square_grid(images: np.ndarray, captions: Sequence[str] = ()) -> Image.Image:
+    """One picture of all images (n, h, w, C), as square as possible.
+
+    Args: captions: a text below each image; () for none.
+    """
     columns = math.ceil(math.sqrt(len(images)))
+    if captions:
+        images = np.stack([_with_caption(*each) for each in zip(images, captions)])
     starts = range(0, len(images), columns)
-    return image_grid([images[i : i + columns] for i in starts])
+    return image_grid([images[i : i + columns] for i in starts], scale=1 if captions else 0)
+
+
+def _with_caption(image: np.ndarray, caption: str) -> np.ndarray:
+    """An image (h, w, C), enlarged where it is small, with a text on white below it."""
+    picture = image_grid([image[None]], scale=max(1, math.ceil(CAPTION_WIDTH / image.shape[1])))
+    font = ImageFont.load_default(12)
+    lines: list[str] = []
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= picture.width - 4:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " ..."]
+    # All tiles of a grid are of one size, however long their texts are.
+    tile = Image.new("RGB", (picture.width, picture.height + 15 * CAPTION_LINES), "white")
+    tile.paste(picture, (0, 0))
+    text = ImageDraw.Draw(tile)
+    for number, line in enumerate(lines):
+        text.text((2, picture.height + 15 * number), line, fill="black", font=font)
+    return np.asarray(tile)

@@ -146,6 +146,12 @@ class Sampler:
 
         The rows after those repeat the last one: there is one compiled shape.
         """
+        return self.decode(self.draw_latents(params, index, condition))
+
+    def draw_latents(
+        self, params: Any, index: np.ndarray, condition: Mapping[str, np.ndarray]
+    ) -> jax.Array:
+        """As `draw`, but in the model's space: for an autoencoder that is loaded later."""
         fill = self.batch_size - len(index)
 
         def put(rows):
@@ -153,8 +159,11 @@ class Sampler:
             return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
 
         placed = {name: put(rows) for name, rows in condition.items()}
-        out = self.draw_batch(params, put(index), placed)
-        return self._decode(self._autoencoder.params, out) if self._autoencoder else out
+        return self.draw_batch(params, put(index), placed)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images of what `draw_latents` returned: the same, where there is no autoencoder."""
+        return self._decode(self._autoencoder.params, latents) if self._autoencoder else latents
 
     def are_finite(self, images: jax.Array) -> np.ndarray:
         """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.

@@ -205,6 +205,10 @@ def record_ids(path: str, batches: int) -> None:
 
 
 def serve() -> None:
+    # Everything that a life would load, before it is forked.
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
     import lit_jax.jobs.train  # noqa: F401
 
     for line in sys.stdin:

@@ -1,5 +1,6 @@
 """Weight inheritance: what a student takes from its teacher leaf by leaf, and what it refuses."""
 
+import functools
 import json
 
 import jax
@@ -14,6 +15,7 @@ from lit_jax.models import param_shapes
 from lit_jax.models.dit import DiTConfig
 
 D, L = 32, 2
+shapes_of = functools.cache(param_shapes)  # most of these tests' time is tracing
 ATTENTION = {"q", "kv", "proj", "dwc"}
 
 
@@ -31,7 +33,7 @@ def make_params(attention="linear", seed=0, **overrides):
         )
         | overrides
     )
-    shapes = param_shapes(DiTConfig(**fields))
+    shapes = shapes_of(DiTConfig(**fields))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 

@@ -165,11 +165,15 @@ class LatentDataset(Dataset):
         records = [self[i] for i in range(min(DEVIATION_RECORDS, len(self)))]
         mean = np.stack([r["mean"][0] for r in records])  # (n, h, w, C)
         log_variance = np.stack([r["log_variance"][0] for r in records])
+        return channel_deviation(mean, log_variance) * self.scaling_factor
 
-        # float64: the variance exp(20), which an autoencoder may give, overflows float16.
-        mean = mean.astype(np.float64)
-        noise = np.exp(log_variance.astype(np.float64)).mean(axis=(0, 1, 2))
-        return np.sqrt(mean.var(axis=(0, 1, 2)) + noise) * self.scaling_factor
+
+def channel_deviation(mean: np.ndarray, log_variance: np.ndarray) -> np.ndarray:
+    """Standard deviation of each channel of draws from posteriors (n, h, w, C), (C,) float64."""
+    # float64: the variance exp(20), which an autoencoder may give, overflows float16.
+    mean = mean.astype(np.float64)
+    noise = np.exp(log_variance.astype(np.float64)).mean(axis=(0, 1, 2))
+    return np.sqrt(mean.var(axis=(0, 1, 2)) + noise)
 
 
 def array_reader(dtype: type[np.generic], shape: tuple[int, ...]) -> Reader:
@@ -311,7 +315,7 @@ def open_dataset(
     """
     builder = find_builder(name, directory)
     features = builder.info.features
-    records = _records(builder, split)
+    records = records_of(builder, split)
 
     if {"mean", "log_variance"} <= set(features):
         about = epath.Path(builder.data_dir) / PREPARED
@@ -358,7 +362,7 @@ class Unlabelled:
         return self.records[index] | {"label": 0}
 
 
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+def records_of(builder: tfds.core.DatasetBuilder, split: str) -> Any:
     """The records of a split, or of a part or sum of splits, by number."""
     try:
         return builder.as_data_source(split=split)

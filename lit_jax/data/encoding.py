@@ -45,25 +45,30 @@ def make_features(images: RawImages, autoencoder: Autoencoder | None) -> tfds.fe
     return tfds.features.FeaturesDict(features)
 
 
-def make_encoder(autoencoder: Autoencoder | None, mesh: jax.sharding.Mesh) -> Encode:
+def make_encoder(
+    autoencoder: Autoencoder | None, mesh: jax.sharding.Mesh, *, mirrored: bool = True
+) -> Encode:
     """The function from a batch of images to the arrays of their records.
 
     Without an autoencoder they are "image", the pixels. Latents are "mean" and
     "log_variance" (B, 2, h, w, C) float16, of each image and its mirror: each device
-    encodes a part of the batch. The call returns before they are computed.
+    encodes a part of the batch. Not `mirrored`: (B, h, w, C), of the image alone. The call
+    returns before they are computed.
     """
     if autoencoder is None:
         return lambda images: {"image": images}
 
     def moments(params, images):
         x = images.astype(jnp.float32) / 127.5 - 1.0
-        both = jnp.stack([x, x[:, :, ::-1]], axis=1)  # (b, 2, H, W, C)
-        B = len(x)
         # The parameters are an argument: closed over, they would be constants of the
         # program, a copy for each.
         encoder = dataclasses.replace(autoencoder, params=params)
-        encoded = encoder.encode(both.reshape(2 * B, *x.shape[1:]))
         # float16, as on the disk: half as much is copied to the host.
+        if not mirrored:
+            return [part.astype(jnp.float16) for part in encoder.encode(x)]
+        both = jnp.stack([x, x[:, :, ::-1]], axis=1)  # (b, 2, H, W, C)
+        B = len(x)
+        encoded = encoder.encode(both.reshape(2 * B, *x.shape[1:]))
         return [part.reshape(B, 2, *part.shape[1:]).astype(jnp.float16) for part in encoded]
 
     run = sharding.map_rows(moments, mesh)

@@ -5,14 +5,17 @@ rows of each global batch that its devices hold. So neither the number of proces
 devices nor a restart changes what the step sees.
 """
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
+from lit_jax.data.buckets import BucketOrder, stream_seeds
+from lit_jax.data.caption_records import BucketedDataset, choose_caption
 from lit_jax.data.dataset import Dataset
 
 Record = dict[str, Any]
@@ -104,14 +107,97 @@ def batch_shapes(
     dataset: Dataset, batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What `DeviceIterator` hands out of `make_batches`, as shapes, read off the first record."""
+    return _shapes_of(_no_flip(dataset[0]), batch_size, sharding)
+
+
+def _shapes_of(
+    record: Record, batch_size: int, sharding: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(
             (batch_size, *np.shape(value)),
             jax.dtypes.canonicalize_dtype(value.dtype),
             sharding=sharding,
         )
-        for name, value in _no_flip(dataset[0]).items()
+        for name, value in record.items()
     }
+
+
+# ---- Buckets: a batch has one shape --------------------------------------------------------------
+
+
+class _BucketRows(grain.MapDataset):
+    """The rows of each global batch that one process reads, of a stream of records a bucket."""
+
+    def __init__(self, streams: Sequence[grain.MapDataset], order: BucketOrder, rows: np.ndarray):
+        super().__init__(streams)
+        self._order = order
+        self._rows = rows
+
+    def __len__(self) -> int:
+        # The streams are repeated without an end.
+        records = min(map(len, self._parents))
+        return records // self._order.batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        step, row = divmod(index, len(self._rows))
+        bucket, number = self._order.batch(step)
+        return self._parents[bucket][number * self._order.batch_size + int(self._rows[row])]
+
+
+def make_bucket_batches(
+    dataset: BucketedDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    caption_ratio: float,
+    rows: np.ndarray | None = None,
+    num_threads: int = 4,
+    prefetch: int = 64,
+) -> grain.IterDataset:
+    """Endless batches of this process's rows, each of one bucket: see `buckets.BucketOrder`.
+
+    As `make_batches`, with {"caption" (B, S, C) bfloat16, "caption_mask" (B, S) bool}; which
+    caption it is depends on the seed and the record's place in the order alone.
+
+    Args: caption_ratio: the probability of an image's first caption.
+    Raises: ValueError when there are fewer records than a batch needs.
+    """
+    if batch_size > len(dataset):
+        raise ValueError(
+            f"batch_size = {batch_size} exceeds the {len(dataset)} records of {dataset.name}, "
+            f"split {dataset.split}"
+        )
+    if rows is None:
+        rows = np.arange(batch_size)
+    choose = functools.partial(
+        choose_caption, ratio=caption_ratio, max_length=dataset.text["max_length"]
+    )
+    seeds = stream_seeds(seed, len(dataset.buckets))
+    streams = [
+        # After the shuffle: the draw is by the place in the order.
+        grain.MapDataset.source(bucket).seed(seed).shuffle().repeat().random_map(choose)
+        for bucket, seed in zip(dataset.buckets, seeds, strict=True)
+    ]
+    order = BucketOrder(tuple(map(len, dataset.buckets)), batch_size, seed)
+    batches = _BucketRows(streams, order, rows).batch(len(rows))
+    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return batches.to_iter_dataset(reading)
+
+
+def bucket_shapes(
+    dataset: BucketedDataset, batch_size: int, sharding: jax.sharding.Sharding
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """As `batch_shapes`, for each bucket."""
+    rng = np.random.default_rng(0)
+    most = dataset.text["max_length"]
+    records = [
+        choose_caption(bucket[0], rng, ratio=1.0, max_length=most) for bucket in dataset.buckets
+    ]
+    return [_shapes_of(record, batch_size, sharding) for record in records]
+
+
+# ---- On the devices ------------------------------------------------------------------------------
 
 
 class DeviceIterator:

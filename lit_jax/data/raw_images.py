@@ -108,19 +108,20 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     while image.width >= 2 * w and image.height >= 2 * h:
         width = image.width // 2
         height = image.height // 2
-        image = _resize(image, width, height, Image.Resampling.BOX)
+        image = resize(image, width, height, Image.Resampling.BOX)
 
     scale = max(w / image.width, h / image.height)
     width = round(image.width * scale)
     height = round(image.height * scale)
-    image = _resize(image, width, height, Image.Resampling.BICUBIC)
+    image = resize(image, width, height, Image.Resampling.BICUBIC)
 
     left = (width - w) // 2
     top = (height - h) // 2
     return image.crop((left, top, left + w, top + h))
 
 
-def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+    """The image in width x height pixels, the same ones with every Pillow."""
     # Width first, then height, with pixels rounded between: what Pillow did in one call
     # before version 13. Since then it takes the height first where that is less work,
     # and pixels differ by a grey level or more.
@@ -134,6 +135,19 @@ def to_pixels(
     """Decodes and crops an image that Pillow has opened.
 
     Returns: (h, w, channels) uint8, and in words what was done besides.
+    Raises: as `decode`.
+    """
+    decoded, treated = decode(image, settings, channels)
+    cropped = center_crop(decoded, settings.size)
+    return np.asarray(cropped).reshape(*settings.sides, channels), treated
+
+
+def decode(
+    image: Image.Image, settings: ImageSettings, channels: int
+) -> tuple[Image.Image, list[str]]:
+    """An image that Pillow has opened, upright, opaque, in grey or RGB, of any size.
+
+    Returns: it, and in words what was done to it.
     Raises: ValueError, or what Pillow raises, for an image that has no such pixels.
     """
     pixels = image.width * image.height
@@ -159,9 +173,15 @@ def to_pixels(
             treated.append(f"transparent, put on {settings.background}")
             ground = Image.new("RGBA", image.size, settings.background)
             image = Image.alpha_composite(ground, image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    cropped = center_crop(image, settings.size)
-    return np.asarray(cropped).reshape(*settings.sides, channels), treated
+    return image.convert("L" if channels == 1 else "RGB"), treated
+
+
+def upright_sides(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:
+    """(height, width) that `decode` gives an image, from its header alone."""
+    # The values above 4 turn it by a quarter.
+    if settings.exif_orientation and _orientation(image) > 4:
+        return image.width, image.height
+    return image.height, image.width
 
 
 def _orientation(image: Image.Image) -> int:
@@ -400,27 +420,27 @@ def _open_folder(folder: epath.Path, split: str, settings: ImageSettings) -> Raw
     files = []  # (name within the folder, label)
     empty = []
     for label, class_name in enumerate(classes):
-        names = sorted(_image_files(folder / class_name, skipped))
+        names = sorted(image_files(folder / class_name, skipped))
         files += [(f"{class_name}/{name}", label) for name in names]
         if not names:
-            empty.append(_printable(class_name))
+            empty.append(printable(class_name))
     if not files:
         # One class, without a name: those of two splits are the same.
         classes = []
         empty = []
         skipped.clear()
-        files = [(name, 0) for name in sorted(_image_files(folder, skipped))]
+        files = [(name, 0) for name in sorted(image_files(folder, skipped))]
     if not files:
         kinds = ", ".join(IMAGE_FILES)
         raise ValueError(f"name = {str(folder)!r} holds no class folders of images ({kinds})")
-    _log_folder(folder, files, [_printable(name) for name in classes], empty, skipped)
+    _log_folder(folder, files, [printable(name) for name in classes], empty, skipped)
 
     def read(index):
         name, label = files[index]
-        return _from_bytes((folder / name).read_bytes()), label, _printable(name)
+        return _from_bytes((folder / name).read_bytes()), label, printable(name)
 
     # With the sizes: other images under the same names are another listing.
-    listing = [(name, label, _bytes(folder / name)) for name, label in files]
+    listing = [(name, label, file_bytes(folder / name)) for name, label in files]
     return RawImages(
         name=folder.name,
         split=split,
@@ -428,15 +448,15 @@ def _open_folder(folder: epath.Path, split: str, settings: ImageSettings) -> Raw
         listing=hash_of(listing),
         count=len(files),
         num_classes=len(classes) or 1,
-        class_names=tuple(map(_printable, classes)) or None,
+        class_names=tuple(map(printable, classes)) or None,
         settings=settings,
         channels=settings.channels or 3,
         read=read,
-        file_of=lambda index: _printable(files[index][0]),
+        file_of=lambda index: printable(files[index][0]),
     )
 
 
-def _image_files(
+def image_files(
     folder: epath.Path, skipped: Counter[str], above: tuple[str, ...] = ()
 ) -> Iterator[str]:
     """Names within a folder of the images in it and in its folders; counts what is left out."""
@@ -449,7 +469,7 @@ def _image_files(
         elif _is_image(path):
             yield path.name
         elif path.is_dir():
-            for name in _image_files(path, skipped, (*above, here)):
+            for name in image_files(path, skipped, (*above, here)):
                 yield f"{path.name}/{name}"
         else:
             skipped["other"] += 1
@@ -493,13 +513,14 @@ def _log_folder(
         logging.warning(text, folder, skipped["other"], ", ".join(IMAGE_FILES))
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as text: bytes that are no UTF-8 as \\xNN, line breaks as spaces."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return " ".join(text.splitlines())
 
 
-def _bytes(path: epath.Path) -> int:
+def file_bytes(path: epath.Path) -> int:
+    """The size of a file."""
     # epath's stat asks for the name of the owner too, and fails where there is none, as
     # on network disks.
     if storage.is_object_store(path):

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -178,9 +178,13 @@ class Shards:
                 )
 
     def finish(self, features: tfds.features.FeaturesDict, about: dict[str, Any]) -> None:
-        """Describes all finished splits for TFDS, then this one in prepared.json.
+        """Describes the split; see `finish_splits`."""
+        finish_splits([self], features, about)
 
-        Raises: ValueError when shards of this split are missing.
+    def entries(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """{"count", "sha256"} of every shard, and what they leave out.
+
+        Raises: ValueError when shards are missing, or are not of all images.
         """
         finished = self.finished()
         missing = [shard for shard in range(self.count) if shard not in finished]
@@ -202,51 +206,71 @@ class Shards:
             )
         if not count:
             raise ValueError(f"{self.folder}: none of the images of {self.split} can be read")
+        return entries, skipped
 
-        before = read_about(self.folder)
-        splits = before["splits"]
-        splits[self.split]["shards"] = [
+    def split_info(self, split: dict[str, Any]) -> tfds.core.SplitInfo:
+        """What TFDS keeps of a split. Args: split: what prepared.json says of it."""
+        files = [self.path(shard) for shard in range(self.count)]
+        return tfds.core.SplitInfo(
+            name=self.split,
+            shard_lengths=[count for count, _ in split["shards"]],
+            num_bytes=sum(os.path.getsize(file) for file in files),
+        )
+
+
+def finish_splits(
+    written: Sequence[Shards], features: tfds.features.FeaturesDict, about: dict[str, Any]
+) -> None:
+    """Describes all finished splits for TFDS, then those that were written in prepared.json.
+
+    Args: written: splits of one folder.
+    Raises: ValueError when shards of theirs are missing.
+    """
+    folder = written[0].folder
+    before = read_about(folder)
+    splits = before["splits"]
+    left_out = {}
+    for shards in written:
+        entries, left_out[shards.split] = shards.entries()
+        splits[shards.split]["shards"] = [
             # Two values, not a dict: there may be thousands of shards.
             [entry["count"], entry["sha256"]]
             for entry in entries
         ]
-        # TFDS keeps one list of splits: without the others' infos they would be gone.
-        infos = [
-            self._split_info(name, split)
-            for name, split in splits.items()
-            if "shards" in split  # else it is not finished
-        ]
-        if skipped:
-            splits[self.split]["skipped"] = skipped
-        about = before | about
-        with storage.naming_file(self.folder / "dataset_info.json"):
-            tfds.folder_dataset.write_metadata(
-                data_dir=str(self.folder),
-                features=features,
-                split_infos=infos,
-                check_data=False,  # it would count the records of every shard again
-                version=VERSION,
-                supervised_keys=("mean" if about["autoencoder"] else "image", "label"),
-                description=_description(about),
+
+    # TFDS keeps one list of splits: without the others' infos they would be gone.
+    infos = []
+    for name, split in splits.items():
+        if "shards" in split:  # else it is not finished
+            shards = dataclasses.replace(
+                written[0], split=name, num_records=split["records"], size=split["shard_records"]
             )
-        write_about(self.folder, about | {"splits": splits})
-        # Last: until prepared.json has the hashes, only the journals do.
-        for journal in self.journals():
+            infos.append(shards.split_info(split))
+    for name, skipped in left_out.items():
+        if skipped:
+            splits[name]["skipped"] = skipped
+    about = before | about
+    with storage.naming_file(folder / "dataset_info.json"):
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(folder),
+            features=features,
+            split_infos=infos,
+            check_data=False,  # it would count the records of every shard again
+            version=VERSION,
+            supervised_keys=_supervised_keys(features),
+            description=_description(about),
+        )
+    write_about(folder, about | {"splits": splits})
+    # Last: until prepared.json has the hashes, only the journals do.
+    for shards in written:
+        for journal in shards.journals():
             journal.unlink()
 
-    def _split_info(self, name: str, split: dict[str, Any]) -> tfds.core.SplitInfo:
-        shards = dataclasses.replace(
-            self,
-            split=name,
-            num_records=split["records"],
-            size=split["shard_records"],
-        )
-        files = [shards.path(shard) for shard in range(shards.count)]
-        return tfds.core.SplitInfo(
-            name=name,
-            shard_lengths=[count for count, _ in split["shards"]],
-            num_bytes=sum(os.path.getsize(file) for file in files),
-        )
+
+def _supervised_keys(features: tfds.features.FeaturesDict) -> tuple[str, str] | None:
+    if "label" not in features:
+        return None
+    return ("mean" if "mean" in features else "image", "label")
 
 
 def _description(about: dict[str, Any]) -> str:
@@ -257,13 +281,14 @@ def _description(about: dict[str, Any]) -> str:
     sources = [split.get("source", about.get("source")) for split in about["splits"].values()]
     names = " and ".join(dict.fromkeys(filter(None, sources)))
     text = f"{names}, ADM centre crop to {size} pixels"
+    of_what = "image and mirror"
+    if about.get("text"):
+        text = f"{names}, in aspect buckets of {size} pixels, with the features of their captions"
+        of_what = "each image"
     if not about["autoencoder"]:
         return f"{text}."
     name = about["autoencoder"]["name"]
-    return (
-        f"{text}, encoded by {name}: "
-        f"posterior mean and log-variance, unscaled, of image and mirror."
-    )
+    return f"{text}, encoded by {name}: posterior mean and log-variance, unscaled, of {of_what}."
 
 
 def read_about(folder: epath.Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 from etils import epath
 
 from lit_jax.evaluation import pretrained
-from lit_jax.porting import torch_file
 
 INPUT_SIZE = 224
 NUM_CLASSES = 1000
@@ -227,8 +226,9 @@ def load_params(path: epath.PathLike) -> dict:
       FileNotFoundError.
     """
     flat = {}
-    for key, value in torch_file.read_torch(path).tensors.items():
-        *parents, module, name = key.split(".")
+    for key, value in pretrained.read_tensors(path).items():
+        place, _, name = key.rpartition(".")
+        *parents, module = place.split(".")
         # A counter of training.
         if name == "num_batches_tracked":
             continue
@@ -240,7 +240,7 @@ def load_params(path: epath.PathLike) -> dict:
 
 def _rename(parents: list[str], module: str) -> str:
     """["_blocks", "3"], "_bn1" -> "blocks_3/depthwise/bn" """
-    block = f"blocks_{parents[1]}/" if parents else ""
+    block = f"blocks_{'/'.join(parents[1:])}/" if parents else ""
     norms = BLOCK_NORMS if block else TOP_NORMS
     if module in CONVS:
         return f"{block}{CONVS[module]}/conv"

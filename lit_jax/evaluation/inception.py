@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from lit_jax.evaluation import pretrained
-from lit_jax.porting import pickles, torch_file
+from lit_jax.porting import pickles
+from lit_jax.porting.untrusted import TensorFileError
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
@@ -239,7 +240,7 @@ def load_params(path: epath.PathLike) -> dict:
     if path.suffix in (".pickle", ".pkl"):
         flat = _read_flax_pickle(path)
     else:
-        flat = _from_torch(torch_file.read_torch(path).tensors)
+        flat = _from_torch(pretrained.read_tensors(path))
     return pretrained.build_params(flat, InceptionV3(), INPUT_SIZE, path)
 
 
@@ -247,7 +248,7 @@ def _from_torch(state_dict):
     """Keys of torchvision's Inception3 are ours, with dots."""
     flat = {}
     for key, value in state_dict.items():
-        module, name = key.rsplit(".", 1)
+        module, _, name = key.rpartition(".")
         # A counter of training, and a bias that no score reads.
         if name == "num_batches_tracked" or key == "fc.bias":
             continue
@@ -268,7 +269,9 @@ def _read_flax_pickle(path):
     def flatten(node, prefix):
         # A pickle may refer to one dict in many places, and so make a tree without end.
         if id(node) in seen:
-            raise ValueError(f"{path}: the dict {prefix[:80]} is in the file at another place too")
+            raise TensorFileError(
+                f"{path}: the dict {prefix[:80]} is in the file at another place too"
+            )
         seen.add(id(node))
         for name, value in node.items():
             if isinstance(value, Mapping):
@@ -276,8 +279,8 @@ def _read_flax_pickle(path):
             elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                 flat[f"{prefix}{name}"] = value
             elif value is not None:
-                raise ValueError(
-                    f"{path}: {prefix}{name} is a {type(value).__name__}, "
+                raise TensorFileError(
+                    f"{path}: {f'{prefix}{name}'[:120]} is a {type(value).__name__}, "
                     "expected an array of floats"
                 )
 

@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from lit_jax.porting import torch_file
+from lit_jax.porting.untrusted import TensorFileError, describe
+
 
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation by stored statistics.
@@ -32,6 +35,22 @@ class FrozenBatchNorm(nn.Module):
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
         centred = x - mean.reshape(shape)
         return centred * multiplier.reshape(shape) + bias.reshape(shape)
+
+
+def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a torch or safetensors file, compared with its checksums.
+
+    Raises: ValueError for a file of something else; FileNotFoundError.
+    """
+    file = torch_file.read_tensors(path)
+    for key, value in file.tensors.items():
+        if not isinstance(key, str) or not isinstance(value, np.ndarray):
+            raise TensorFileError(
+                f"{path}: {describe(key)} is a {type(value).__name__}, not a named tensor; "
+                "the file must hold the state_dict of a feature network alone"
+            )
+    file.verify(file.tensors.values())
+    return file.tensors
 
 
 # torch's names of a batch normalisation's tensors, and ours.
@@ -94,9 +113,10 @@ def build_params(
     if problems:
         # A file of another network has hundreds of them.
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"{path} does not hold the weights of {type(network).__name__}: "
-            f"{'; '.join(problems[:8])}{more}"
+        listed = "; ".join(problem[:120] for problem in problems[:8])
+        # The names are a stranger's, and the error escapes them.
+        raise TensorFileError(
+            f"{path} does not hold the weights of {type(network).__name__}: {listed}{more}"
         )
 
     params: dict = {}

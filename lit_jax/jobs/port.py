@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import sharding
 from lit_jax.experiment import Experiment, naming
+from lit_jax.porting import pixart
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
     AutoencoderCheckpoint,
@@ -33,9 +34,6 @@ from lit_jax.porting.write import export_diffusers, export_official, export_orba
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
-# The checkpoint says how its own code computes; the config's model need not
-# compute so.
-NOT_COMPARED = ("timestep_freq_shift", "mlp_norm_epsilon")
 # A source with another attention than the config's model is its teacher.
 OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function")
 
@@ -91,7 +89,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
             checkpoint = read_checkpoint(
                 source,
                 weights=port.weights,
-                overrides=experiment.port_overrides,
+                overrides=_overrides(experiment),
             )
     if isinstance(checkpoint, Checkpoint) and port.check_model:
         _check_model(experiment, checkpoint)
@@ -132,6 +130,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     return report
 
 
+def _overrides(experiment):
+    """Those of the config, with the null caption that it names."""
+    overrides = experiment.port_overrides
+    source = experiment.config.port.null_caption
+    if not source:
+        return overrides
+    if not epath.Path(source).is_dir():
+        return dataclasses.replace(overrides, null_caption=pixart.read_null_caption(source))
+    # Two rows tell all: the end of the text, and one of padding.
+    encoder = experiment.load_text_encoder(source)
+    return dataclasses.replace(overrides, null_caption=encoder.null_features(2))
+
+
 def _path(value, field):
     if not value:
         raise ValueError(f"{field} is empty; name a file or folder")
@@ -153,7 +164,14 @@ def _check_model(experiment, checkpoint):
     """Raises ValueError naming a field in which the checkpoint is another model."""
     expected = experiment.port_overrides.of_model(experiment.model_config)
     found = checkpoint.config
-    skipped: tuple[str, ...] = NOT_COMPARED
+    if type(found) is not type(expected):
+        raise ValueError(
+            f"{checkpoint.report.source} holds a {type(found).__name__.removesuffix('Config')}, "
+            f"model.family is {experiment.config.model.family}; name its family, or set "
+            "port.check_model=False"
+        )
+    # The checkpoint says how its own code computes; the config's model need not compute so.
+    skipped: tuple[str, ...] = found.conventions
     if found.attention != expected.attention:
         skipped += OF_ATTENTION
     for field in dataclasses.fields(found):

@@ -1,8 +1,10 @@
-"""Writes the data set that training reads: images cropped as ADM does, or their latents.
+"""Writes the data set that training reads: cropped images or their latents, and their conditions.
 
 Any TFDS image data set or folder of class folders becomes a TFDS data set of ArrayRecord
 shards, without TensorFlow: posterior mean and log-variance of each image and of its
 mirror, float16 and unscaled, or the cropped pixels when no autoencoder is configured.
+For a model that is told captions, images go into aspect buckets, each a split, without
+mirrors and with the text encoder's features.
 Records keep the order of the images. An interrupted run goes on where it stopped.
 """
 
@@ -12,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -25,8 +27,17 @@ from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lit_jax import conditions, sharding
+from lit_jax.data import caption_records
+from lit_jax.data.buckets import Buckets, name_of, split_of
+from lit_jax.data.caption_records import (
+    BucketImages,
+    Survey,
+    add_caption_features,
+    survey_images,
+)
+from lit_jax.data.captions import CaptionedImages, is_list, open_captioned
 from lit_jax.data.dataset import PREPARED
-from lit_jax.data.encoding import Encode, encode_batches, make_encoder, make_features
+from lit_jax.data.encoding import Encode, Record, encode_batches, make_encoder, make_features
 from lit_jax.data.raw_images import (
     BrokenImageError,
     ImageSettings,
@@ -35,7 +46,7 @@ from lit_jax.data.raw_images import (
     open_images,
     own_pixel_limit,
 )
-from lit_jax.data.shards import VERSION, Shards, read_about, write_about
+from lit_jax.data.shards import VERSION, Shards, finish_splits, read_about, write_about
 from lit_jax.experiment import Experiment, naming
 from lit_jax.runtime import storage, workdir_lock
 from lit_jax.runtime.progress import progress
@@ -61,23 +72,122 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     with naming("prepare"):
         sharding.check_batch(prepare.batch_size, sharding.make_mesh())
 
-    # ---- Autoencoder and images ------------------------------------------------------------------
+    # ---- Images and models -----------------------------------------------------------------------
     # Each process encodes its shards alone, whatever mesh the config has for training.
     experiment.mesh = sharding.make_mesh(devices=jax.local_devices())
-    autoencoder = experiment.autoencoder
-    source_names = {
-        "name": "prepare.source",
-        "size": "prepare.image_size",
-        "directory": "prepare.dir",
+    folder = epath.Path(target.dir) / target.name / VERSION
+    # Beside the folder, which TFDS reads: another split may be prepared in it.
+    place = folder.parent
+    if experiment.is_told_captions:
+        plan = plan_captions(experiment, place)
+    else:
+        plan = plan_classes(experiment)
+
+    # ---- The folder: new, or of an interrupted run -----------------------------------------------
+    splits = {
+        Shards(
+            folder=folder,
+            name=target.name,
+            split=split,
+            num_records=len(images),
+            size=prepare.shard_records,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ): images
+        for split, images in plan.splits.items()
     }
-    with naming("prepare", **source_names):
-        settings = ImageSettings(
+    with workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"):
+        for shards, images in splits.items():
+            enter_folder(shards, images, plan.about)
+
+        # ---- The shards of this process that are missing -----------------------------------------
+        broken = dict(plan.broken)
+        for shards, images in splits.items():
+            write_shards(
+                shards,
+                images,
+                plan.features,
+                plan.encode,
+                batch_size=prepare.batch_size // jax.process_count(),
+                num_threads=target.num_threads,
+                skip_broken=prepare.skip_broken,
+                also_broken=frozenset(broken),
+                add=plan.add,
+            )
+            broken |= shards.skipped()
+
+        # ---- All shards, read back and described -------------------------------------------------
+        for shards in splits:
+            shards.verify()
+        multihost_utils.sync_global_devices("shards verified")
+        # Each process counted its own.
+        for shards in splits:
+            broken |= shards.skipped()
+        if len(broken) > prepare.skip_broken:
+            raise ValueError(
+                f"{len(broken)} images cannot be read, prepare.skip_broken = "
+                f"{prepare.skip_broken}; the first: {next(iter(broken.values()))}"
+            )
+        if jax.process_index() == 0:
+            finish_splits(list(splits), plan.features, plan.about)
+            logging.info(
+                "%s: %d records of %s in %d verified shards; train on it with data.name=%s",
+                folder,
+                sum(map(len, splits.values())) + len(plan.broken) - len(broken),
+                prepare.source,
+                sum(shards.count for shards in splits),
+                target.name,
+            )
+            for why, count in plan.left_out.items():
+                logging.warning("%d images %s and are left out", count, why)
+            for text in plan.broken.values():
+                logging.warning("%s", text)
+            if count := len(broken) - len(plan.broken):
+                text = "%d images cannot be read and are left out; %s names them"
+                logging.warning(text, count, folder / PREPARED)
+        # No process ends, and no training begins, before the metadata is there.
+        multihost_utils.sync_global_devices("prepared")
+
+
+# ---- What is prepared ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The images of each split that is written, and what is made of them."""
+
+    splits: Mapping[str, RawImages | BucketImages]
+    features: tfds.features.FeaturesDict  # of a record
+    encode: Encode
+    about: dict[str, Any]  # by the keys of prepared.json, which folders that are there have
+    add: Callable[[list[Record]], list[Record]] = lambda records: records
+    # Images of no split: {name: what is wrong with it}, and {why: how many} of them all.
+    broken: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def image_settings(experiment: Experiment) -> ImageSettings:
+    """How a file becomes pixels. Raises: ValueError for sides that the autoencoder cannot take."""
+    prepare = experiment.config.prepare
+    autoencoder = experiment.autoencoder
+    with naming("prepare", size="prepare.image_size"):
+        return ImageSettings(
             size=prepare.image_size,
             channels=autoencoder.module.in_channels if autoencoder else 0,
             background=prepare.background,
             exif_orientation=prepare.exif_orientation,
             max_pixels=prepare.max_pixels,
         )
+
+
+def plan_classes(experiment: Experiment) -> Plan:
+    """Images with labels, one square or rectangle for all."""
+    config = experiment.config
+    prepare = config.prepare
+    target = config.data
+    autoencoder = experiment.autoencoder
+    settings = image_settings(experiment)
+    with naming("prepare", name="prepare.source", directory="prepare.dir"):
         images = open_images(
             prepare.source,
             prepare.dir or target.dir,
@@ -92,61 +202,107 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"{factor} pixels of a latent of "
             f"autoencoder.checkpoint = {config.autoencoder.checkpoint}"
         )
-
-    # ---- The folder: new, or of an interrupted run -----------------------------------------------
-    shards = Shards(
-        folder=epath.Path(target.dir) / target.name / VERSION,
-        name=target.name,
-        split=target.split,
-        num_records=len(images),
-        size=prepare.shard_records,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    return Plan(
+        splits={target.split: images},
+        features=make_features(images, autoencoder),
+        encode=make_encoder(autoencoder, experiment.mesh),
+        about={"crop": "adm", **images.about(), "autoencoder": experiment.autoencoder_identity},
     )
-    # By the keys of prepared.json, which folders that are there have.
-    about = {"crop": "adm", **images.about(), "autoencoder": experiment.autoencoder_identity}
-    # Beside the folder, which TFDS reads: another split may be prepared in it.
-    place = shards.folder.parent
-    with workdir_lock.lock_folder(place, f"the data set {place}", "another data.name"):
-        enter_folder(shards, images, about)
 
-        # ---- The shards of this process that are missing -----------------------------------------
-        features = make_features(images, autoencoder)
-        write_shards(
-            shards,
-            images,
-            features,
-            make_encoder(autoencoder, experiment.mesh),
-            batch_size=prepare.batch_size // jax.process_count(),
-            num_threads=target.num_threads,
-            skip_broken=prepare.skip_broken,
-        )
 
-        # ---- All shards, read back and described -------------------------------------------------
-        shards.verify()
-        multihost_utils.sync_global_devices("shards verified")
-        # Each process counted its own.
-        skipped = shards.skipped()
-        if len(skipped) > prepare.skip_broken:
+def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
+    """Images with captions, a split for each aspect bucket that has images.
+
+    Args: folder: where the sizes of the images are kept for an interrupted run.
+    """
+    config = experiment.config
+    prepare = config.prepare
+    target = config.data
+    model = experiment.model_config
+
+    # ---- Buckets, images, autoencoder, text encoder ----------------------------------------------
+    with naming("prepare", size="prepare.image_size", names="prepare.buckets"):
+        buckets = Buckets(prepare.image_size, tuple(prepare.buckets))
+    settings = image_settings(experiment)
+    with naming("prepare", name="prepare.source", directory="prepare.dir"):
+        # Paths of a list start beside it, unless the user says where.
+        directory = prepare.dir or ("" if is_list(prepare.source) else target.dir)
+        images = open_captioned(prepare.source, directory, prepare.split or target.split)
+    autoencoder = experiment.autoencoder
+    # A token of the model is a patch of latents.
+    multiple = model.patch_size * (autoencoder.module.factor if autoencoder else 1)
+    for bucket, shape in enumerate(buckets.shapes):
+        if any(side % multiple for side in buckets.sides(bucket)):
             raise ValueError(
-                f"{len(skipped)} images cannot be read, prepare.skip_broken = "
-                f"{prepare.skip_broken}; the first: {next(iter(skipped.values()))}"
+                f"prepare.image_size = {prepare.image_size} makes pictures of "
+                f"{buckets.sides(bucket)} pixels in the bucket {name_of(shape)}, which are no "
+                f"multiples of the {multiple} pixels of a token"
             )
-        if jax.process_index() == 0:
-            shards.finish(features, about)
-            logging.info(
-                "%s: %d records of %s in %d verified shards; train on it with data.name=%s",
-                shards.folder,
-                len(images) - len(skipped),
-                images.name,
-                shards.count,
-                target.name,
-            )
-            if skipped:
-                text = "%d images cannot be read and are left out; %s names them"
-                logging.warning(text, len(skipped), shards.folder / PREPARED)
-        # No process ends, and no training begins, before the metadata is there.
-        multihost_utils.sync_global_devices("prepared")
+    encoder = experiment.load_text_encoder()
+    width = encoder.config.width
+
+    # ---- The sizes of the images, and their buckets ----------------------------------------------
+    survey = read_sizes(experiment, images, settings, folder)
+    splits = {}
+    for bucket, rows in enumerate(survey.assign(buckets)):
+        if len(rows):
+            cut = dataclasses.replace(settings, size=buckets.sides(bucket))
+            split = split_of(target.split, buckets.shapes[bucket])
+            splits[split] = BucketImages(images, rows, cut, settings.channels or 3)
+    left_out = {**images.left_out, **survey.left_out()}
+    if not splits:
+        reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        raise ValueError(f"prepare.source = {prepare.source} leaves no image: {reasons}")
+
+    channels = autoencoder.module.latent_channels if autoencoder else settings.channels or 3
+    return Plan(
+        splits=splits,
+        features=caption_records.make_features(
+            channels, autoencoder is not None, width, prepare.caption_dtype
+        ),
+        encode=make_encoder(autoencoder, experiment.mesh, mirrored=False),
+        add=functools.partial(
+            add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
+        ),
+        about={
+            "crop": "bucket",
+            "image_size": buckets.size,
+            "buckets": list(buckets.names),
+            "background": settings.background,
+            "exif_orientation": settings.exif_orientation,
+            "autoencoder": experiment.autoencoder_identity,
+            "text": encoder.identity() | {"dtype": config.text.dtype, "width": width},
+            "caption_dtype": prepare.caption_dtype,
+        },
+        broken=survey.broken,
+        left_out=left_out,
+    )
+
+
+def read_sizes(
+    experiment: Experiment, images: CaptionedImages, settings: ImageSettings, folder: epath.Path
+) -> Survey:
+    """The sizes of all images; process 0 reads them, once, into a file of the folder."""
+    config = experiment.config
+    path = folder / f"sizes-{config.data.split}.npz"
+    key = f"{images.listing} {len(images)} {settings.exif_orientation}"
+    if jax.process_index() == 0 and Survey.read(path, key) is None:
+        with own_pixel_limit(), progress("reading sizes of", len(images)) as advance:
+            with naming("prepare"):
+                survey = survey_images(
+                    images,
+                    settings,
+                    num_threads=config.data.num_threads,
+                    skip_broken=config.prepare.skip_broken,
+                    advance=advance,
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        survey.write(path, key)
+    multihost_utils.sync_global_devices("sizes read")
+    found = Survey.read(path, key)
+    if found is None:
+        raise ValueError(f"{path} is missing; do all processes see the same folder?")
+    return found
 
 
 # ---- What is refused before anything is read -----------------------------------------------------
@@ -179,14 +335,14 @@ def check_target(config: ConfigDict) -> None:
     if "/" in prepare.source:
         storage.user_path(prepare.source, "prepare.source")
     if prepare.split:
+        is_file = is_list(prepare.source) or prepare.source.endswith(".tar")
         with naming("prepare", name="prepare.source"):
-            folder = find_folder(prepare.source, prepare.dir or target.dir)
-        if folder is not None:
-            raise ValueError(
-                f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "
-                f"{prepare.source} is an image folder, all of which becomes data.split = "
-                f"{target.split}"
-            )
+            if is_file or find_folder(prepare.source, prepare.dir or target.dir) is not None:
+                raise ValueError(
+                    f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "
+                    f"{prepare.source} is {'a file' if is_file else 'an image folder'}, all of "
+                    f"which becomes data.split = {target.split}"
+                )
 
 
 def check_name(name: str, directory: epath.Path) -> None:
@@ -215,7 +371,7 @@ def check_name(name: str, directory: epath.Path) -> None:
 # ---- What goes into the folder -------------------------------------------------------------------
 
 
-def enter_folder(shards: Shards, images: RawImages, about: dict[str, Any]) -> None:
+def enter_folder(shards: Shards, images: RawImages | BucketImages, about: dict[str, Any]) -> None:
     """Notes in the folder what is prepared there, or checks it against an earlier note.
 
     Args: about: what is true of all splits of the data set.
@@ -258,13 +414,15 @@ def enter_folder(shards: Shards, images: RawImages, about: dict[str, Any]) -> No
 
 def write_shards(
     shards: Shards,
-    images: RawImages,
+    images: RawImages | BucketImages,
     features: tfds.features.FeaturesDict,
     encode: Encode,
     *,
     batch_size: int,
     num_threads: int,
     skip_broken: int = 0,
+    also_broken: frozenset[str] = frozenset(),
+    add: Callable[[list[Record]], list[Record]] = lambda records: records,
 ) -> None:
     """Writes what is missing of this process's shards.
 
@@ -274,10 +432,12 @@ def write_shards(
       batch_size: images encoded at once.
       num_threads: that read and crop images.
       skip_broken: how many broken images may be left out.
+      also_broken: those of other splits, which count too.
+      add: gives encoded records what is not of their pixels.
     Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
-    tally = Tally(skip_broken, set(shards.skipped()))
+    tally = Tally(skip_broken, also_broken | set(shards.skipped()))
     missing = [shard for shard in shards.mine if shard not in finished]
     if len(missing) < len(shards.mine):
         there = len(shards.mine) - len(missing)
@@ -294,7 +454,7 @@ def write_shards(
         for shard in missing
         for start in range(0, len(shards.rows(shard)), batch_size)
     ]
-    batches = encode_batches(iter(reader), sizes, encode)
+    batches = map(add, encode_batches(iter(reader), sizes, encode))
 
     total = sum(len(shards.rows(shard)) for shard in shards.mine)
     # Images are held to prepare.max_pixels.
@@ -336,7 +496,7 @@ class Tally:
         return False
 
 
-def read_image(images: RawImages, index: int) -> dict[str, Any]:
+def read_image(images: RawImages | BucketImages, index: int) -> dict[str, Any]:
     """Record `index`; of a broken image {"broken": what is wrong, "name": of which}."""
     try:
         return images[index]

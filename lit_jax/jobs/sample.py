@@ -6,11 +6,12 @@ Leaves samples/ (PNG files), samples.png (a grid) and samples.npz, which evaluat
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lit_jax import conditions, pictures, sampling, sharding
+from lit_jax import pictures, sampling, sharding
 from lit_jax.checkpoint import is_checkpoint, open_params
+from lit_jax.evaluation import geneval
 from lit_jax.experiment import Experiment, check_exists, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
@@ -53,7 +55,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     path = settings.checkpoint or str(workdir)
     field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
     check_exists(field, path, "it is what training or --mode=port leaves")
-    checkpoint = read_checkpoint(path)
+    with naming("sample", path="sample.checkpoint", input_size="port.input_size"):
+        checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
     if settings.cfg_scale != 1 and never_dropped(path):
         logging.warning(
@@ -63,18 +66,16 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             settings.cfg_scale,
         )
     sampler = experiment.sampler()
-    index = np.arange(settings.num_images)
-    with naming("sample"):
-        condition = conditions.for_images(
-            experiment.model_config, index, seed=config.seed, labels=settings.labels
-        )
+    asked = what_is_asked(experiment)
+    index = np.arange(asked.num_images)
 
     # ---- What is missing -------------------------------------------------------------------------
     folder = workdir / "samples"
     # Its own lock: a run may be training in the workdir.
     stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
-    claim_folder(folder, protocol_of(experiment, checkpoint.report.checksum))
-    missing = np.array([not pictures.is_whole(image_path(folder, i)) for i in index], np.int32)
+    claim_folder(folder, protocol_of(experiment, checkpoint.report.checksum) | asked.protocol)
+    paths = [asked.path(folder, i) for i in range(asked.num_images)]
+    missing = np.array([not pictures.is_whole(path) for path in paths], np.int32)
     # One list for all processes: they draw a batch together.
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
 
@@ -82,16 +83,27 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     params = load_params(
         checkpoint.params, sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
     )
+    batches = [todo[i : i + settings.batch_size] for i in range(0, len(todo), settings.batch_size)]
+    latents: list[jax.Array] = []
+    if settings.offload:
+        # All latents first: the model's memory is the decoder's afterwards.
+        with progress.progress("latents", len(todo)) as advance:
+            for batch in batches:
+                drawn = sampler.draw_latents(params, batch, asked.condition(batch))
+                latents.append(jax.block_until_ready(drawn))
+                advance(len(batch))
+        del params
     untimed = 0  # images of the first batch, whose time is that of compilation
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
     with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
-        for start in range(0, len(todo), settings.batch_size):
-            batch = todo[start : start + settings.batch_size]
-            rows = {name: value[batch] for name, value in condition.items()}
-            images = sampler.draw(params, batch, rows)
+        for number, batch in enumerate(batches):
+            if settings.offload:
+                images = sampler.decode(latents[number])
+            else:
+                images = sampler.draw(params, batch, asked.condition(batch))
             if pending:  # written while the device draws the next one
-                save_batch(folder, sampler, *pending)
+                save_batch(paths, sampler, *pending)
                 advance(len(pending[0]))
             elif len(batch) < len(todo):
                 # The clock starts when the first batch is there, unless it is the only one.
@@ -100,7 +112,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
                 untimed = len(batch)
             pending = (batch, images)
         if pending:
-            save_batch(folder, sampler, *pending)
+            save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
     multihost_utils.sync_global_devices("samples written")
 
@@ -109,7 +121,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         return
     about = {"protocol": json.loads((folder / "protocol.json").read_text())}
     speed = folder / "speed.json"
-    if len(todo):
+    if len(todo) and not settings.offload:  # whose clock saw the decoder alone
         measured = {
             "images_per_second": (len(todo) - untimed) / (time.monotonic() - clock),
             "device": jax.devices()[0].device_kind,
@@ -120,10 +132,11 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", measured)
     elif speed.exists() and (before := storage.read_object(speed)):  # of the run that drew them
         about["speed"] = before
-    paths = [image_path(folder, i) for i in index]
-    write_npz(workdir / "samples.npz", paths, condition, about)
+    asked.finish(folder)
+    write_npz(workdir / "samples.npz", paths, asked.names, about)
     shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
-    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown))
+    captions = asked.captions[:GRID_IMAGES]
+    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown, captions))
     logging.info(
         "%d images in %s, their grid in samples.png, all of them in samples.npz",
         len(index),
@@ -137,6 +150,71 @@ def never_dropped(path: epath.PathLike) -> bool:
         return False
     fields = open_params(path).metadata.get("fields")
     return isinstance(fields, dict) and fields.get("train.label_dropout") == 0
+
+
+# ---- What is asked of the model ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The images of a run: their number, what the model is told of each, where each is written.
+
+    Attributes:
+      condition: of images by number, (n,) to arrays (n, ...).
+      names: arrays of the npz beside the images, such as label (N,).
+      protocol: what the images depend on besides the sampler.
+      captions: a text below each image of the grid; empty: none.
+      path: of (folder, number).
+      finish: writes what belongs beside the images of a folder.
+    """
+
+    num_images: int
+    condition: Callable[[np.ndarray], dict[str, np.ndarray]]
+    names: dict[str, np.ndarray]
+    protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
+    captions: list[str] = dataclasses.field(default_factory=list)
+    path: Callable[[epath.Path, int], epath.Path] = lambda folder, i: image_path(folder, i)
+    finish: Callable[[epath.Path], None] = lambda folder: None
+
+
+def what_is_asked(experiment: Experiment) -> Asked:
+    """What config.sample asks for: images of classes, or of prompts."""
+    sample = experiment.config.sample
+    if not experiment.is_told_captions:
+        labels = experiment.conditions(np.arange(sample.num_images), sample.labels)
+
+        def of_label(index):
+            return {name: value[index] for name, value in labels.items()}
+
+        return Asked(sample.num_images, of_label, labels)
+
+    prompts = experiment.prompts
+    # The text encoder comes and goes here, before the model is loaded.
+    features, identity = experiment.encode(prompts.texts)
+
+    def of_prompt(index):
+        return {name: value[prompts.of(index)] for name, value in features.items()}
+
+    numbers = prompts.of(np.arange(prompts.num_images))
+    texts = [prompts.texts[i] for i in numbers]
+    protocol = {
+        "text": identity,
+        "prompts": prompts.sha256(),
+        "images_per_prompt": prompts.images_per_prompt,
+        "null_mask": sample.null_mask,
+        "size": list(experiment.sample_size),
+    }
+    asked = Asked(prompts.num_images, of_prompt, {"prompt": np.array(texts)}, protocol, texts)
+    if prompts.geneval is None:
+        return asked
+    lines = list(prompts.geneval)
+
+    def geneval_path(folder, i):
+        return geneval.image_path(folder, *divmod(i, prompts.images_per_prompt))
+
+    return dataclasses.replace(
+        asked, path=geneval_path, finish=lambda folder: geneval.write_metadata(folder, lines)
+    )
 
 
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
@@ -198,21 +276,21 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def save_batch(
-    folder: epath.Path, sampler: sampling.Sampler, index: np.ndarray, images: jax.Array
+    paths: Sequence[epath.Path], sampler: sampling.Sampler, index: np.ndarray, images: jax.Array
 ) -> None:
     """Writes the images of a batch that this process holds.
 
-    Row r is image index[r]; the rows beyond the index fill the batch.
+    Row r is image index[r] and goes to paths[index[r]]; the rows beyond the index fill the batch.
     Raises: ValueError, on every process, naming the images that are not finite. The others are
       written.
     """
     finite = sampler.are_finite(images)[: len(index)]
     for row, image in local_rows(images):
         if row < len(index) and finite[row]:
-            save_image(image_path(folder, index[row]), pictures.to_uint8(image))
+            save_image(paths[index[row]], pictures.to_uint8(image))
     bad = index[~finite]
     if len(bad):
-        names = ", ".join(image_path(folder, i).name for i in bad[:NAMED_IMAGES])
+        names = ", ".join(paths[i].name for i in bad[:NAMED_IMAGES])
         more = f" and {len(bad) - NAMED_IMAGES} more" if len(bad) > NAMED_IMAGES else ""
         raise ValueError(
             f"{names}{more} would hold NaN or infinite values, so nothing is written for them: "
@@ -224,6 +302,7 @@ def save_image(path: epath.Path, image: np.ndarray) -> None:
     """Writes a PNG, (h, w, 1 or 3) uint8, under its final name only when it is whole."""
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     storage.replace_bytes(path, buffer.getvalue())
 
 
@@ -242,19 +321,19 @@ def read_image(path: epath.Path) -> np.ndarray:
 def write_npz(
     path: epath.Path,
     images: list[epath.Path],
-    condition: dict[str, np.ndarray],
+    names: dict[str, np.ndarray],
     about: dict[str, dict[str, Any]],
 ) -> None:
     """Writes what the ADM evaluator reads, image by image.
 
-    arr_0 is (N, h, w, C) uint8. With it go the arrays of the condition, such as label (N,), and the
-    dicts of `about` as JSON.
+    arr_0 is (N, h, w, C) uint8. With it go the arrays of `names`, such as label (N,), and the dicts
+    of `about` as JSON.
     Raises: ValueError naming an image that cannot be read or is not of the first one's shape,
       OSError when the disk is full. The npz is then as it was.
     """
     first = read_image(images[0]).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
-    arrays = condition | {name: np.array(json.dumps(value)) for name, value in about.items()}
+    arrays = names | {name: np.array(json.dumps(value)) for name, value in about.items()}
     with (
         storage.replacing(path) as raw,
         zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,

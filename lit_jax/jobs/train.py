@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lit_jax import checkpoint, conditions, inherit, pictures, sampling, sharding
+from lit_jax import checkpoint, inherit, pictures, sampling, sharding
 from lit_jax.costs import chips
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
@@ -101,9 +101,9 @@ def train(
 
     # ---- Compile: what cannot be compiled here leaves no file ------------------------------------
     rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
-    batch_shapes = pipeline.batch_shapes(data, config.train.batch_size, rows)
-    step_program = experiment.train_step.lower(state_shapes, teacher_params, batch_shapes, rng)
-    train_step = step_program.compile()
+    train_step = StepPrograms(experiment.train_step, (state_shapes, teacher_params), rng)
+    # Of several shapes the largest, which needs most memory; the others at their first batch.
+    train_step.compile(experiment.batch_shapes()[0])
     start_up.part_ended("compilation")
 
     # ---- Resume or start -------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def train(
     jax.block_until_ready(state)
     start_up.part_ended("state")
 
-    if isinstance(data, dataset.LatentDataset):
+    if getattr(data, "autoencoder", None):
         deviation = ", ".join(f"{x:.2f}" for x in data.deviation())
         logging.info(
             "latents of %s times %g: standard deviation %s a channel, about 1 is right",
@@ -192,7 +192,7 @@ def train(
         for step in range(first_step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
             trace.before_step(step, in_flight)
-            state, metrics = train_step(state, teacher_params, next(batches), rng)
+            state, metrics = train_step(state, teacher_params, next(batches))
             window.append(metrics)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
@@ -255,6 +255,39 @@ def train(
 
 
 # ---- The parts of it that have a name ------------------------------------------------------------
+
+
+class StepPrograms:
+    """The train step, compiled once for each shape of a batch.
+
+    Args:
+      train_step: what `make_train_step` gives.
+      arguments: shapes of the state, and the teacher's parameters.
+    """
+
+    def __init__(self, train_step: Any, arguments: tuple[Any, Any], rng: jax.Array):
+        self._train_step = train_step
+        self._arguments = arguments
+        self._rng = rng
+        self._programs: dict[Any, Any] = {}
+
+    def compile(self, batch: dict[str, Any]) -> Any:
+        """The program for batches of this shape: arrays, or ShapeDtypeStructs with sharding."""
+        key = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if key not in self._programs:
+            shapes = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for name, x in batch.items()
+            }
+            lowered = self._train_step.lower(*self._arguments, shapes, self._rng)
+            self._programs[key] = lowered.compile()
+        return self._programs[key]
+
+    def __call__(
+        self, state: TrainState, teacher_params: Any, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        program = self.compile(batch)
+        return program(state, teacher_params, batch, self._rng)
 
 
 def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport | None]:
@@ -370,7 +403,7 @@ class Pictures:
 
     experiment: Experiment
     teacher_params: Any
-    previews: in_training.Previews
+    previews: in_training.Previews | None
     evaluation: in_training.PeriodicEvaluation | None
 
     @classmethod
@@ -386,11 +419,13 @@ class Pictures:
         models = {"student": experiment.model}
         if experiment.teacher:
             models = {"teacher": experiment.teacher} | models
-        previews = in_training.Previews(
-            {name: experiment.sampler(model, batch_size) for name, model in models.items()},
-            balanced(experiment, config.train.preview_images),
-            workdir / "previews",
-        )
+        previews = None
+        if config.train.preview_every:
+            previews = in_training.Previews(
+                {name: experiment.sampler(model, batch_size) for name, model in models.items()},
+                balanced(experiment, config.train.preview_images),
+                workdir / "previews",
+            )
         evaluation = None
         if config.evaluate.every:
             evaluation = make_evaluation(experiment, workdir)
@@ -411,8 +446,10 @@ class Pictures:
         """
         config = self.experiment.config
         is_last = step == config.train.steps
-        if is_due(config.train.preview_every, step, is_last) and (
-            not only_missing or is_missing(self.previews.path(step))
+        if (
+            self.previews is not None
+            and is_due(config.train.preview_every, step, is_last)
+            and (not only_missing or is_missing(self.previews.path(step)))
         ):
             params = {"teacher": self.teacher_params, "student": state.ema_params}
             log.add_picture("preview", step, self.previews.draw(params, step, stop.check))
@@ -429,9 +466,7 @@ class Pictures:
 def balanced(experiment: Experiment, num_images: int) -> dict[str, np.ndarray]:
     """The conditions of pictures for people: each class as often as the others."""
     index = np.arange(num_images)
-    return conditions.for_images(
-        experiment.model_config, index, seed=experiment.config.seed, labels="balanced"
-    )
+    return experiment.conditions(index, "balanced")
 
 
 def write_report(

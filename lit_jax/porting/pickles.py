@@ -194,7 +194,8 @@ class Unpickler:
             # Containers.
             case "EMPTY_DICT":
                 stack.append(self._new_dict())
-            case "EMPTY_LIST":
+            # Sets become lists, for what is in one may be anything here.
+            case "EMPTY_LIST" | "EMPTY_SET":
                 stack.append([])
             case "MARK":
                 stack.append(_MARK)
@@ -204,14 +205,14 @@ class Unpickler:
                 size = int(opcode[-1])
                 items = [self._pop() for _ in range(size)]
                 stack.append(tuple(items[::-1]))
-            case "LIST":
+            case "LIST" | "FROZENSET":
                 stack.append(self._pop_to_mark())
             case "DICT":
                 stack.append(self._fill(self._new_dict(), self._pop_to_mark()))
             case "APPEND":
                 value = self._pop()
                 self._top(list).append(value)
-            case "APPENDS":
+            case "APPENDS" | "ADDITEMS":
                 values = self._pop_to_mark()
                 self._top(list).extend(values)
             case "SETITEM":
@@ -313,7 +314,7 @@ class Unpickler:
         what = function.name if isinstance(function, Global) else type(function).__name__
         self._fail(
             f"asks to run {what[:120]}, which is refused: only tensors in plain containers are "
-            "read (save the state_dict alone)"
+            "read; save the state_dict alone: torch.save(model.state_dict(), FILE)"
         )
 
     # ---- States ----------------------------------------------------------------------------------
@@ -417,12 +418,32 @@ class Unpickler:
         is_tuple = len(arguments) == 1 and isinstance(arguments[0], tuple)
         return arguments[0] if is_tuple else None
 
+    def _set(self, arguments):
+        items = arguments[0] if arguments else []
+        if len(arguments) > 1 or not isinstance(items, list):
+            return None
+        self._spend(len(items))
+        return list(items)
+
     def _path(self, arguments):
+        return self._joined(pathlib.PurePosixPath, arguments)
+
+    def _windows_path(self, arguments):
+        return self._joined(pathlib.PureWindowsPath, arguments)
+
+    def _joined(self, kind, arguments):
         self._spend(len(arguments))
         if not all(isinstance(argument, str) for argument in arguments):
             return None
         self._spend(sum(map(len, arguments)))
-        return str(pathlib.PurePosixPath(*arguments))
+        return str(kind(*arguments))
+
+    def _device(self, arguments):
+        kind, *index = arguments if arguments else (None,)
+        if not isinstance(kind, str) or len(index) > 1 or not all(map(is_size, index)):
+            return None
+        self._spend(len(kind))
+        return ":".join([kind, *map(str, index)])
 
     def _parameter(self, arguments):
         is_tensor = bool(arguments) and isinstance(arguments[0], Tensor)
@@ -458,6 +479,16 @@ class Unpickler:
             )
         return _DType(code)
 
+    def _scalar(self, arguments):
+        """A number of NumPy's, as Python's own."""
+        if len(arguments) != 2 or not isinstance(arguments[0], _DType):
+            return None
+        dtype = np.dtype(arguments[0].byte_order + arguments[0].code)
+        data = arguments[1]
+        if not isinstance(data, bytes) or len(data) != dtype.itemsize:
+            self._fail(f"a scalar of type {dtype} without its {dtype.itemsize} bytes")
+        return np.frombuffer(data, dtype)[0].item()
+
     def _encoded(self, arguments):
         # Protocol 2 has no bytes: Python 3 writes text there, and asks for its
         # Latin-1.
@@ -476,13 +507,27 @@ class Unpickler:
         "collections.defaultdict": _default_dict,
         "argparse.Namespace": _namespace,
         "torch.Size": _size,
+        "torch.device": _device,
+        # Of protocol 2; builtins has them in the later ones.
+        "__builtin__.set": _set,
+        "__builtin__.frozenset": _set,
+        "builtins.set": _set,
+        "builtins.frozenset": _set,
         "pathlib.PosixPath": _path,
         "pathlib.PurePosixPath": _path,
+        "pathlib._local.PosixPath": _path,  # Python 3.13
+        "pathlib._local.PurePosixPath": _path,
+        "pathlib.WindowsPath": _windows_path,
+        "pathlib.PureWindowsPath": _windows_path,
+        "pathlib._local.WindowsPath": _windows_path,
+        "pathlib._local.PureWindowsPath": _windows_path,
         "torch._utils._rebuild_parameter": _parameter,
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "numpy.core.multiarray._reconstruct": _empty_array,
         "numpy._core.multiarray._reconstruct": _empty_array,
+        "numpy.core.multiarray.scalar": _scalar,
+        "numpy._core.multiarray.scalar": _scalar,
         "numpy.dtype": _dtype,
         "_codecs.encode": _encoded,
         "__builtin__.bytes": _no_bytes,  # of an empty array, in protocol 2

@@ -9,11 +9,13 @@ micro-conditions is the same model, with shorter captions.
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
@@ -21,7 +23,9 @@ from lit_jax.models import param_shapes
 from lit_jax.models.architecture import SIZES
 from lit_jax.models.dit import position_embedding
 from lit_jax.models.pixart import PixArtConfig
+from lit_jax.porting.dit import LIT_TORCH
 from lit_jax.porting.matching import (
+    FLOATS,
     INDEX,
     Entry,
     Parts,
@@ -36,6 +40,8 @@ from lit_jax.porting.matching import (
 from lit_jax.porting.torch_checkpoint import (
     PortingError,
     TorchCheckpoint,
+    abridged,
+    any_state_dict,
     check_diffusers_class,
     check_diffusers_config,
     is_count,
@@ -263,6 +269,39 @@ def override(
         return dataclasses.replace(config, **changes)
     except ValueError as error:
         raise PortingError(str(error)) from error
+
+
+def read_null_caption(path: epath.PathLike) -> np.ndarray:
+    """The features of "" in a file: .npy, or the one float tensor of a .safetensors or .pth.
+
+    PixArt's null_embed_diffusers_300token.pth is such a file.
+
+    Returns: (n, caption_channels) float32.
+    Raises: PortingError for a file that holds something else; FileNotFoundError.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".npy":
+        try:
+            found = {path.name: np.load(path, allow_pickle=False)}
+        except (ValueError, OSError, EOFError, MemoryError) as error:
+            raise PortingError(f"{path}: no array of NumPy: {error}") from error
+    else:
+        found = any_state_dict(path)
+    floats = {
+        name: array
+        for name, array in found.items()
+        # Some files have the axis of a batch of one.
+        if array.dtype in FLOATS and array.ndim in (2, 3) and array.shape[:-2] in ((), (1,))
+    }
+    if len(floats) != 1:
+        raise PortingError(
+            f"{path}: one float tensor of (n, channels) was expected, found "
+            f"{abridged(f'{name} {array.shape}' for name, array in found.items())}"
+        )
+    (array,) = floats.values()
+    return np.array(array, np.float32).reshape(array.shape[-2:])
 
 
 def _null_table(rows, length, channels):
@@ -504,9 +543,9 @@ def check_official(config: PixArtConfig) -> None:
     _need_heads(config)
 
 
-def torch_module(config: PixArtConfig) -> None:
-    """The PyTorch module to go with an export: none yet is needed by official code."""
-    return None
+def torch_module(config: PixArtConfig) -> pathlib.Path | None:
+    """The PyTorch module to go with an export; None: official code can read it."""
+    return LIT_TORCH if config.attention == "linear" else None
 
 
 def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:

@@ -14,9 +14,23 @@ import numpy as np
 from etils import epath
 
 from lit_jax.porting import torch_file
-from lit_jax.porting.untrusted import is_remote, one_line, unique_keys
+from lit_jax.porting.untrusted import describe, is_remote, is_size, one_line, unique_keys
 
 WEIGHTS = ("ema", "model")  # of a training checkpoint
+# Where a file has them, in this order. Lightning and others have one state
+# dict, whichever weights it holds; PixArt names its average state_dict_ema.
+_NAMES = {
+    "ema": ("ema", "ema_state_dict", "state_dict_ema", "state_dict", "model_state_dict"),
+    "model": ("model", "state_dict", "model_state_dict"),
+}
+# Averages keep the weights below one of these names.
+_INNER = ("shadow", "shadow_params", "state_dict")
+# Numbers that averages keep among the weights: torch's AveragedModel, timm.
+_COUNTERS = ("n_averaged", "num_updates", "decay")
+# DataParallel, compile, Lightning and wrappers rename all parameters, each
+# around the others.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+_MAX_PREFIXES = 6
 # The weights in a folder of each library. safetensors first, as they choose.
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -66,8 +80,7 @@ class TorchCheckpoint:
         Raises: TensorFileError for a record that is not what was written.
         """
         arrays = self.tensors.values()
-        # Of the formats a zip archive alone has checksums.
-        count = sum(file.verify(arrays) for file in self.files if file.records)
+        count = sum(file.verify(arrays) for file in self.files)
         if count:
             note = f"the CRC-32 of {count} records is that of the archive"
             self.notes.append(note)
@@ -92,7 +105,7 @@ def open_torch_checkpoint(
     path = epath.Path(path)
     if path.is_dir():
         return _open_folder(path, files)
-    file = _open_file(path)
+    file = torch_file.read_tensors(path)
     tensors, notes = _state_dict(file, weights)
     stored = _stored_architecture(file)
     return TorchCheckpoint(path, tensors, stored, None, notes, [file])
@@ -106,7 +119,7 @@ def any_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     path = epath.Path(path)
     if path.is_dir():
         return _open_folder(path, DIFFUSERS_FILES).tensors
-    file = _open_file(path)
+    file = torch_file.read_tensors(path)
     weights = "ema" if isinstance(file.tensors.get("ema"), dict) else "model"
     return _state_dict(file, weights)[0]
 
@@ -114,16 +127,14 @@ def any_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 def component(path: epath.PathLike, *names: str) -> epath.Path:
     """The first of some models in a pipeline's folder; another path as it is."""
     path = epath.Path(path)
-    for inside in (path, *(path / name for name in names)):
-        if (inside / "config.json").is_file():
-            return inside
+    if (path / "config.json").is_file():
+        return path
+    for name in names:
+        if (path / name / "config.json").is_file():
+            # A pipeline from a stranger could lead to a folder of the user's.
+            _check_link(path, path / name)
+            return path / name
     return path
-
-
-def _open_file(path):
-    if path.suffix == ".safetensors":
-        return torch_file.read_safetensors(path)
-    return torch_file.read_torch(path)
 
 
 def _state_dict(file, weights):
@@ -132,8 +143,12 @@ def _state_dict(file, weights):
     notes = []
     if not tree:
         raise PortingError(f"{file.path}: no tensors")
-    if not all(isinstance(value, np.ndarray) for value in tree.values()):
+    if any(isinstance(value, dict) for value in tree.values()):
         tree, notes = _chosen_weights(file, weights)
+    counters = [name for name in _COUNTERS if _is_number(tree.get(name))]
+    if counters:
+        tree = {key: value for key, value in tree.items() if key not in counters}
+        notes.append(f"left {abridged(counters)}, which the average counts by")
     for key, value in tree.items():
         if not isinstance(key, str) or not isinstance(value, np.ndarray):
             kind = type(value).__name__
@@ -142,45 +157,55 @@ def _state_dict(file, weights):
     if not tree:
         raise PortingError(f"{file.path}: no tensors")
 
-    # DataParallel and compile rename all parameters, each around the other.
-    for prefix in ("module.", "_orig_mod.", "module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in tree):
-            size = len(prefix)
-            tree = {key[size:]: value for key, value in tree.items()}
-            notes.append(f"removed the prefix {prefix!r} of every key")
+    # A key may be long, and each round copies all of them.
+    for _ in range(_MAX_PREFIXES):
+        shared = [each for each in _PREFIXES if all(key.startswith(each) for key in tree)]
+        if not shared:
+            break
+        size = len(shared[0])
+        tree = {key[size:]: value for key, value in tree.items()}
+        notes.append(f"removed the prefix {shared[0]!r} of every key")
     return tree, notes
+
+
+def _is_number(value):
+    is_scalar = isinstance(value, np.ndarray) and value.size == 1
+    return is_scalar or isinstance(value, int | float)
 
 
 def _chosen_weights(file, weights):
     """The state dict in a training checkpoint, and notes of what was left."""
     tree = file.tensors
     dicts = [name for name, value in tree.items() if isinstance(value, dict)]
-    # PixArt's files have the average under this name, where they have one.
-    names = (weights, "state_dict_ema") if weights == "ema" else (weights,)
-    # Lightning has one state dict, under this name.
-    wanted = [name for name in (*names, "state_dict") if name in dicts]
+    wanted = [name for name in _NAMES[weights] if name in dicts]
     if not wanted:
-        offered = [name for name in WEIGHTS if name in dicts]
+        offered = [each for each in WEIGHTS if set(_NAMES[each]) & set(dicts)]
         advice = f"; choose weights={offered[0]}" if offered else ""
         raise PortingError(
             f"weights = {weights}, but {file.path} has no such weights, only "
-            f"{abridged(map(repr, tree))}{advice}"
+            f"{abridged(map(describe, tree))}{advice}"
         )
     chosen = wanted[0]
     # The optimizer's state among them: two thirds of the file.
-    left = abridged((repr(name) for name in tree if name != chosen), 8)
-    notes = [f"took {chosen!r} from a training checkpoint and left {left}"]
+    left = abridged((describe(name) for name in tree if name != chosen), 8)
+    notes = [f"took {chosen!r} from a training checkpoint and left {left or 'nothing'}"]
 
     arguments = tree.get("args")
     if isinstance(arguments, dict):
         told = []
         for name in _ARGUMENTS:
             value = arguments.get(name)
-            if isinstance(value, str | int):
-                told.append(f"{name}={value}")
+            if isinstance(value, str) or is_size(value):
+                told.append(f"{name}={str(value)[:80]}")
         if told:
             notes.append(f"its training arguments: {', '.join(told)}")
-    return tree[chosen], notes
+
+    state = tree[chosen]
+    inner = [name for name in _INNER if isinstance(state.get(name), dict)]
+    if inner:
+        state = state[inner[0]]
+        notes.append(f"of {chosen!r} the weights are {inner[0]!r}")
+    return state, notes
 
 
 def _stored_architecture(file):
@@ -215,7 +240,7 @@ def _open_folder(path, names):
             tensors, files = _open_shards(path, index)
             return TorchCheckpoint(path, tensors, {}, config, [], files)
         if whole.exists():
-            file = _open_file(_inside(path, whole.name, path))
+            file = torch_file.read_tensors(_inside(path, whole.name, path))
             tensors, _ = _state_dict(file, "model")
             return TorchCheckpoint(path, tensors, {}, config, [], [file])
 
@@ -246,7 +271,7 @@ def _open_shards(folder, index):
     tensors: dict[str, np.ndarray] = {}
     files = []
     for name in sorted(keys_of):
-        files.append(_open_file(_inside(folder, name, index)))
+        files.append(torch_file.read_tensors(_inside(folder, name, index)))
         shard, _ = _state_dict(files[-1], "model")
         # A key in two shards, or in another than the index says, would be a
         # weight of unknown origin.
@@ -261,7 +286,7 @@ def _inside(folder, name, index):
     """The file `name` of a folder; neither name nor link may lead out of it."""
     # Another file of the user's would be read, and perhaps published as
     # weights.
-    is_plain = isinstance(name, str) and name not in ("", ".", "..")
+    is_plain = isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256
     if not is_plain or any(character in name for character in "/\\\0"):
         what = f"{name!r:.80}, which is not a plain file name"
         raise PortingError(f"{index}: names the file {what}")
@@ -270,20 +295,27 @@ def _inside(folder, name, index):
     local = pathlib.Path(folder)
     is_file = path.is_file() if is_remote(path) else (local / name).is_file()
     if not is_file:
-        what = f"{name}, which is not in the folder"
+        what = f"{describe(name)}, which is not in the folder"
         raise FileNotFoundError(f"{index}: names {what}")
-    if is_remote(path):
-        return path  # an object store has no links
+    _check_link(folder, path)
+    return path
 
-    target = (local / name).resolve()
+
+def _check_link(folder, path):
+    """Raises PortingError for a link that leads out of its folder."""
+    if is_remote(path):
+        return  # an object store has no links
+    local = pathlib.Path(folder)
+    target = pathlib.Path(path).resolve()
     roots = [local.resolve()]
     # The Hub's cache links from snapshots/REVISION to blobs.
     above = local.absolute().parents
     snapshots = [each for each in above if each.name == "snapshots"]
     roots += [each.parent.resolve() / "blobs" for each in snapshots]
     if not any(target.is_relative_to(root) for root in roots):
-        raise PortingError(f"{path}: a link to {target}, outside the folder")
-    return path
+        raise PortingError(
+            f"{path}: a link to {target}, outside the folder; name that itself to take it"
+        )
 
 
 def _read_json(path):

@@ -62,6 +62,8 @@ _SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_ZIP_START = b"PK\x03\x04"
+_PICKLE_START = b"\x80\x02"
 # Their numbers mean nothing without scales, which each tool keeps in its own way.
 _QUANTISED = "quantised weights, which are not read; take the file in float32, bfloat16 or float16"
 # What the first two pickles of a file before torch 1.6 hold.
@@ -119,6 +121,8 @@ class TensorFile:
         Returns: how many records have one.
         Raises: TensorFileError naming the first record that is not what was written.
         """
+        if not self.records:  # of the formats a zip archive alone has checksums
+            return 0
         # An array does not know its record, but its address tells its place in
         # the map.
         base = np.frombuffer(self.map, np.uint8).ctypes.data
@@ -141,6 +145,21 @@ class TensorFile:
 # ---- safetensors ---------------------------------------------------------------------------------
 
 
+def read_tensors(path: epath.PathLike) -> TensorFile:
+    """Opens a file of either format. Its first bytes tell which, whatever its name.
+
+    Raises: as `read_safetensors` and `read_torch`.
+    """
+    path = epath.Path(path)
+    buffer = map_file(path)
+    # After the header's length its JSON; torch's files have a signature there
+    # or, the legacy ones, the end of a number.
+    is_torch = buffer[:4] == _ZIP_START or buffer[:2] == _PICKLE_START
+    if buffer[8:9] == b"{" or (path.suffix == ".safetensors" and not is_torch):
+        return _open_safetensors(path, buffer)
+    return _open_torch(path, buffer)
+
+
 def read_safetensors(path: epath.PathLike) -> TensorFile:
     """Opens a .safetensors file: the header's length, the header in JSON, the tensors.
 
@@ -148,7 +167,10 @@ def read_safetensors(path: epath.PathLike) -> TensorFile:
       does not hold. FileNotFoundError.
     """
     path = epath.Path(path)
-    buffer = map_file(path)
+    return _open_safetensors(path, map_file(path))
+
+
+def _open_safetensors(path, buffer):
     fail = failure(path)
     header, start = _safetensors_header(buffer, fail)
     metadata = header.pop("__metadata__", {})
@@ -248,11 +270,14 @@ def read_torch(path: epath.PathLike) -> TensorFile:
       plain containers. FileNotFoundError.
     """
     path = epath.Path(path)
-    buffer = map_file(path)
+    return _open_torch(path, map_file(path))
+
+
+def _open_torch(path, buffer):
     fail = failure(path)
     start = buffer[:4]
     records: tuple[Record, ...] = ()
-    if start == b"PK\x03\x04":
+    if start == _ZIP_START:
         value, records = _read_zip(buffer, fail)
     elif start[:1] == b"\x80":
         value = _read_legacy(buffer, fail)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_inception
 
-from lit_jax.evaluation import features, inception
+from lit_jax.evaluation import efficientnet_lite0, features, inception
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,27 @@ def test_dicts_nested_too_deep_are_refused(tmp_path):
         inception.load_params(path)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"pos_embed": np.zeros(2), "a.b": np.zeros(2)}, "InceptionV3: missing .* and [0-9]+ more"),
+        ({"model": {"pos_embed": np.zeros(2)}}, "'model' is a dict, not a named tensor; the file"),
+        ({7: np.zeros(2)}, "7 is a ndarray, not a named tensor"),
+        ({"\x1b[2J" + "n" * 5000: [1.0]}, "is a list, not a named tensor"),
+    ],
+)
+def test_files_of_another_model_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"weights.pth.*{message}") as caught:
+        inception.load_params(path)
+    text = str(caught.value)
+    assert "\n" not in text and "\x1b" not in text and len(text) < 1500
+    if "pos_embed" in content:
+        with pytest.raises(ValueError, match="weights.pth does not hold the weights of Efficient"):
+            efficientnet_lite0.load_params(path)
+
+
 def test_incomplete_weights_are_listed(params, tmp_path):
     broken = jax.tree.map(lambda x: x, params)
     del broken["Mixed_5b"]["branch1x1"]["conv"]["kernel"]
@@ -137,5 +158,7 @@ def test_incomplete_weights_are_listed(params, tmp_path):
         "Mixed_5c/branch1x1/bn/var has shape (7,), expected (64,)",
     ):
         assert text in str(error.value)
+    with pytest.raises(FileNotFoundError, match="^weights = .*nowhere.pth: no such file"):
+        features.make_extractor("inception_adm", tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError, match="nowhere.pth not found"):
         inception.load_params(tmp_path / "nowhere.pth")

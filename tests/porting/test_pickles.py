@@ -77,7 +77,9 @@ def attacks(folder):
         "a_list": ([1], "holds a list, not a dict"),
         "bytearray": ({"a": bytearray(b"x")}, "asks to run|opcode BYTEARRAY8"),
         "complex": ({"a": 1j}, "asks to run (builtins|__builtin__).complex"),
-        "a_set": ({"a": {1}}, "asks to run|opcode EMPTY_SET"),
+        "a_set_of_calls": ({"a": {Run(os.system, f"touch {canary}")}}, "posix.system"),
+        "a_device_of_no_name": ({"a": Run(torch.device, b"cuda")}, "asks to run torch.device"),
+        "a_set_of_a_dict": ({"a": Run(set, {})}, "asks to run (builtins|__builtin__).set"),
     }
 
 
@@ -309,6 +311,7 @@ def encoded_again_and_again():
     return b"\x80\x02](" + call + b"h\2h\1h\3\x86R" * 99 + b"e."
 
 
+SCALAR = np.float32(1).__reduce__()[0]
 ARRAYS = {
     "objects": (np.array([None], object), "an array of type 'O8', which is not one of f2"),
     "an_attack_in_an_array": (np.array([Run(os.system, "touch canary")], object), "type 'O8'"),
@@ -335,7 +338,10 @@ ARRAYS = {
     "no_state": (Run(RECONSTRUCT, np.ndarray, (0,), b"b"), "a: an array without content"),
     "another_class": (Run(RECONSTRUCT, dict, (0,), b"b"), "asks to run numpy.*_reconstruct"),
     "as_a_key": ({Array(): 1}, "uses a _Array as a key"),
-    "a_scalar": (np.float32(1), "asks to run numpy.*multiarray.scalar"),
+    "a_scalar_of_objects": (Run(SCALAR, np.dtype(object), b"x" * 8), "an array of type 'O8'"),
+    "a_scalar_too_short": (Run(SCALAR, np.dtype("f8"), b"x" * 7), "float64 without its 8 bytes"),
+    "a_scalar_of_text": (Run(SCALAR, np.dtype("f8"), "x" * 8), "float64 without its 8 bytes"),
+    "a_scalar_of_no_type": (Run(SCALAR, "f8", b"x" * 8), "asks to run numpy.*multiarray.scalar"),
     "numpy_load": (Run(np.load, "x"), "asks to run numpy.*load"),
     "another_codec": (Run(codecs.encode, "x", "rot13"), "asks to run _codecs.encode"),
     "no_codec": (Run(codecs.encode, "x"), "asks to run _codecs.encode"),
@@ -364,6 +370,44 @@ def test_arrays_that_lie_are_refused(tmp_path, monkeypatch, name, protocol):
 )
 def test_pickles_of_arrays_that_lie_are_refused(tmp_path, content, message):
     refuse(tmp_path / "a.pickle", content, message)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_values_beside_the_weights_are_read(tmp_path, protocol):
+    """As trainers leave them in their arguments and counters."""
+    values = {
+        "steps": np.int64(5),
+        "loss": np.float32(0.5),
+        "done": np.bool_(True),
+        "device": torch.device("cuda", 1),
+        "cpu": torch.device("cpu"),
+        "tags": {"a"},
+        "frozen": frozenset([7]),
+        "raw": b"abc",
+        "place": pathlib.PureWindowsPath("C:/a") / "b",
+    }
+    torch.save(values, tmp_path / "a.pt", pickle_protocol=protocol)
+    expected = dict(
+        steps=5,
+        loss=0.5,
+        done=True,
+        device="cuda:1",
+        cpu="cpu",
+        tags=["a"],
+        frozen=[7],
+        raw=b"abc",
+        place="C:\\a\\b",
+    )
+    read = torch_file.read_torch(tmp_path / "a.pt").tensors
+    assert read == expected
+    assert [type(read[name]) for name in ("steps", "loss", "done")] == [int, float, bool]
+
+
+def test_paths_of_other_pythons_are_read(tmp_path):
+    """Python 3.13 moved its classes of paths."""
+    content = b"\x80\x02}X\1\0\0\0acpathlib._local\nPosixPath\nX\1\0\0\0bX\1\0\0\0c\x86Rs."
+    (tmp_path / "a.pickle").write_bytes(content)
+    assert pickles.read_pickle(tmp_path / "a.pickle") == {"a": "b/c"}
 
 
 @pytest.mark.parametrize("unit", [b"}", b"\x94", b"}b", b"NNN\x87"], ids=str)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch_checkpoints import (
@@ -26,9 +27,7 @@ from lit_jax.porting.torch_checkpoint import PortingError
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
-)
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "_orig_mod.module.", "net.module."])
 def test_training_checkpoints_give_ema_or_model(tmp_path, prefix, legacy):
     model, ema = make_torch(seed=1), make_torch(seed=2)
     content = training_checkpoint(model, ema)
@@ -44,6 +43,82 @@ def test_training_checkpoints_give_ema_or_model(tmp_path, prefix, legacy):
         assert any("model=DiT-S/2" in note for note in checkpoint.report.notes)
     with pytest.raises(ValueError, match="weights must be ema or model; got 'best'"):
         read_checkpoint(tmp_path / "a.pt", weights="best")
+
+
+def prefixed(state, prefix="module."):
+    return {prefix + key: value for key, value in state.items()}
+
+
+# What trainers make of a state dict, for weights=ema and weights=model alike where they
+# keep one alone.
+FORMS = {
+    "prefix": lambda state: prefixed(state, "model."),
+    "lightning": lambda state: {"state_dict": prefixed(state, "model."), "epoch": 3},
+    "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 3},
+    "ema_state_dict": lambda state: {"ema_state_dict": state, "model_state_dict": {}},
+    "shadow": lambda state: {"ema": {"decay": 0.999, "shadow": state}, "model": {}},
+    "counted_shadow": lambda state: {
+        "ema": {"decay": torch.tensor(0.9), "num_updates": 7, "shadow_params": state}
+    },
+    "num_updates": lambda state: {"ema": state | {"num_updates": torch.tensor(7)}},
+    "averaged_model": lambda state: prefixed(state) | {"n_averaged": torch.tensor(7)},
+    "averaged_model_in": lambda state: {"ema": prefixed(state) | {"n_averaged": torch.tensor(7)}},
+    "a_scalar_beside": lambda state: {"model": {}, "ema": state, "steps": np.int64(5)},
+    "an_array_beside": lambda state: {"model": {}, "ema": state, "losses": np.arange(3.0)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_found_where_trainers_keep_them(tmp_path, form):
+    model = make_torch()
+    torch.save(FORMS[form](model.state_dict()), tmp_path / "a.pt")
+    expected = read_checkpoint(save(model, tmp_path / "b.pt")).report
+    report = read_checkpoint(tmp_path / "a.pt").report
+    assert report.checksum == expected.checksum and len(report.keys) == len(expected.keys)
+
+
+def test_a_prefix_without_end_is_refused(tmp_path):
+    state = prefixed(make_torch().state_dict(), "module." * 7)
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(PortingError, match="x_embedder.proj.weight is missing .*: module.blocks"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_the_first_bytes_tell_the_format_and_not_the_name(tmp_path):
+    model = make_torch()
+    expected = read_checkpoint(save(model, tmp_path / "a.safetensors")).report.checksum
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
+    assert read_checkpoint(tmp_path / "b.ckpt").report.checksum == expected
+    for legacy in (False, True):
+        torch.save(
+            model.state_dict(),
+            tmp_path / "c.safetensors",
+            _use_new_zipfile_serialization=not legacy,
+        )
+        assert read_checkpoint(tmp_path / "c.safetensors").report.checksum == expected
+
+
+def test_a_whole_module_says_what_to_save(tmp_path):
+    torch.save({"model": make_torch()}, tmp_path / "a.pt")
+    message = (
+        r"asks to run torch_dit.DiT, .*save the state_dict alone: torch.save\(model.state_dict"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_arguments_are_repeated_in_one_short_line(tmp_path):
+    """They are a stranger's: numbers of any length, texts of megabytes, control characters."""
+    args = argparse.Namespace(num_classes=10**10_000, model="x" * 10**6, vae="\x1b[2J\nfine")
+    state = make_torch().state_dict()
+    torch.save({"ema": state, "args": args, "\x1b" * 5000: 1}, tmp_path / "a.pt")
+    summary = read_checkpoint(tmp_path / "a.pt").report.summary()
+    assert len(summary) < 2000 and "\x1b" not in summary and "num_classes=" not in summary
+    assert "vae=\\x1b[2J\\nfine" in summary
+    with pytest.raises(PortingError, match="has no such weights") as caught:
+        torch.save({"a": {}, "\x1b" * 5000: 1}, tmp_path / "b.pt")
+        read_checkpoint(tmp_path / "b.pt")
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_a_checkpoint_without_ema_says_what_to_choose(tmp_path):
@@ -301,6 +376,24 @@ def _grid_huge(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 10**6}))
 
 
+def _shard_of_a_bad_name(folder):
+    index, content = sharded(folder)
+    first = next(iter(content["weight_map"]))
+    content["weight_map"][first] = "\x1b[2J" + "n" * 200
+    index.write_text(json.dumps(content))
+
+
+def _shard_of_a_long_name(folder):
+    index, content = sharded(folder)
+    content["weight_map"][next(iter(content["weight_map"]))] = "\x1b" * 5000
+    index.write_text(json.dumps(content))
+
+
+def _transformer_link_out(folder):
+    write_diffusers(folder.parent / f"{folder.name}_outside")
+    (folder / "transformer").symlink_to(folder.parent / f"{folder.name}_outside")
+
+
 def _config_large(folder):
     write_diffusers(folder)
     os.truncate(folder / "config.json", 9 << 20)
@@ -343,6 +436,9 @@ FOLDERS = {
     _index_link_out: "index.json: a link to",
     _variant: "diffusion_pytorch_model.fp16.safetensors is a variant",
     _grid_huge: "grid of 500000x500000 positions, the limit is",
+    _shard_of_a_bad_name: r"index.json: names '.{1,90}, which is not in the folder$",
+    _shard_of_a_long_name: r"names the file .{1,90}, which is not a plain file name$",
+    _transformer_link_out: "transformer: a link to .*, outside the folder; name that itself",
     _config_large: "config.json: not valid JSON: larger than 8388608 bytes",
     _long_key: r"unexpected: k{77}\.\.\.$",
 }
@@ -354,7 +450,7 @@ def test_hostile_folders_are_refused(tmp_path, fault):
     before = sorted(os.listdir(tmp_path.parent)), sorted(os.listdir(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=FOLDERS[fault]) as caught:
         read_checkpoint(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert (sorted(os.listdir(tmp_path.parent)), sorted(os.listdir(tmp_path))) == before
 
 

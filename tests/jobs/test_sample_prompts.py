@@ -1,0 +1,176 @@
+"""Images of prompts: which prompt an image is of, GenEval's folder, sizes, and memory in turns."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_autoencoder import write_autoencoder
+from tiny_text import write_text_encoder
+
+from configs import debug
+from lit_jax import checkpoint
+from lit_jax.experiment import Experiment
+from lit_jax.jobs import port, sample
+from lit_jax.models import param_shapes
+from lit_jax.porting.pixart import Overrides, read_null_caption
+from lit_jax.porting.read import read_checkpoint
+from lit_jax.porting.torch_checkpoint import PortingError
+
+PROMPTS = ("a red cat, left of the tree", "a blue dog")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A random PixArt of latents, with a random text encoder and a random autoencoder."""
+    folder = tmp_path_factory.mktemp("models")
+    config = debug.get_config()
+    config.model.update(
+        family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+        input_size=8, patch_size=2, in_channels=4, caption_channels=16, caption_length=20,
+        position_base=4, cross_heads=2, dtype="float32",
+    )  # fmt: skip
+    config.text.update(
+        checkpoint=str(write_text_encoder(folder)), dtype="float32", max_length=20, batch_size=8
+    )
+    config.autoencoder.update(checkpoint=str(write_autoencoder(folder / "autoencoder")))
+    config.sample.update(
+        sampler="dpm++", spacing="time_uniform", steps=2, cfg_scale=4.5, cfg_channels="all",
+        batch_size=8, prompts=PROMPTS, images_per_prompt=3,
+        checkpoint=str(folder / "params"),
+    )  # fmt: skip
+    architecture = Experiment(config).model_config
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    checkpoint.save_params(folder / "params", params, {"model": architecture.to_json()})
+    return config
+
+
+def draw(config, workdir, **change):
+    config = config.copy_and_resolve_references()
+    config.sample.update(change)
+    sample.run(config, workdir)
+    return workdir / "samples"
+
+
+@pytest.fixture(scope="module")
+def drawn(config, tmp_path_factory):
+    return draw(config, tmp_path_factory.mktemp("drawn"))
+
+
+def images(folder, pattern="*.png"):
+    return [path.read_bytes() for path in sorted(folder.glob(pattern))]
+
+
+def test_an_image_depends_on_its_number_and_its_prompt(config, drawn, tmp_path):
+    """Other prompts beside it, other batches and an interruption change nothing."""
+    six = images(drawn)
+    assert len(set(six)) == 6
+    others = draw(config, tmp_path / "a", prompts=(PROMPTS[0], "a green house"))
+    assert images(others)[:3] == six[:3]
+    assert images(others)[3] != six[3]
+    (others / "000001.png").unlink()
+    draw(config, tmp_path / "a", prompts=(PROMPTS[0], "a green house"))
+    assert images(others)[:3] == six[:3]
+
+
+def test_model_and_decoder_can_take_turns(config, drawn, tmp_path):
+    assert images(draw(config, tmp_path, offload=True)) == images(drawn)
+
+
+def test_the_folder_says_what_its_images_depend_on(config, drawn, tmp_path):
+    protocol = json.loads((drawn / "protocol.json").read_text())
+    assert protocol["text"].keys() == {"tokenizer", "weights", "cleaning", "max_length", "dtype"}
+    assert protocol["null_mask"] == "prompt" and protocol["images_per_prompt"] == 3
+    with np.load(drawn.parent / "samples.npz") as archive:
+        assert list(archive["prompt"]) == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    with pytest.raises(ValueError, match="drawn with null_mask = prompt, this run has own"):
+        draw(config, drawn.parent, null_mask="own")
+    with pytest.raises(ValueError, match="drawn with prompts = "):
+        draw(config, drawn.parent, prompts=("a dog",))
+    assert images(draw(config, tmp_path, null_mask="own")) != images(drawn)
+
+
+def test_a_size_is_that_of_the_images(config, tmp_path):
+    """The tiny autoencoder halves the side, and a token is of 2 x 2 latents."""
+    folder = draw(config, tmp_path, size=(8, 20), prompts=PROMPTS[:1], images_per_prompt=1)
+    assert Image.open(folder / "000000.png").size == (20, 8)
+    with pytest.raises(ValueError, match=r"sample.size = \(8, 18\): .* multiples of the 4 pixels"):
+        draw(config, tmp_path / "b", size=(8, 18))
+
+
+def test_genevals_metadata_make_genevals_folder(config, drawn, tmp_path):
+    lines = [json.dumps({"tag": "colors", "prompt": prompt}) for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    change = dict(prompts=(), prompt_file=str(tmp_path / "prompts.jsonl"))
+    folder = draw(config, tmp_path, **change)
+    assert images(folder, "0*/samples/*.png") == images(drawn)
+    assert (folder / "00001" / "metadata.jsonl").read_text() == lines[1]
+    (folder / "00001" / "samples" / "0002.png").unlink()
+    draw(config, tmp_path, **change)
+    assert images(folder, "0*/samples/*.png") == images(drawn)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(prompts=()), r"^sample.prompts = \(\), but the model is told a caption"),
+        (dict(prompt_file="nowhere.txt"), "^sample.prompt_file = nowhere.txt, but there are 2"),
+        (dict(prompts=(), prompt_file="nowhere.txt"), "^sample.prompt_file = nowhere.txt: no such"),
+    ],
+)
+def test_prompts_that_are_not_there_are_named(config, tmp_path, change, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        draw(config, tmp_path, **change)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_text_encoder_of_another_width_is_named(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.model.caption_channels = 15
+    with pytest.raises(ValueError, match="caption_channels = 15, but the checkpoint"):
+        sample.run(config, tmp_path)
+    config.model.caption_channels = 16
+    config.text.max_length = 21
+    with pytest.raises(ValueError, match="text.max_length = 21, but model.caption_length = 20"):
+        sample.run(config, tmp_path)
+
+
+# ---- The null caption from a file ----------------------------------------------------------------
+
+
+def test_the_null_caption_is_read_from_files(tmp_path, config):
+    rows = np.random.default_rng(0).standard_normal((1, 3, 16)).astype(np.float32)
+    np.save(tmp_path / "null.npy", rows)
+    np.testing.assert_array_equal(read_null_caption(tmp_path / "null.npy"), rows[0])
+    asked = Overrides(null_caption=read_null_caption(tmp_path / "null.npy"))
+    read = read_checkpoint(config.sample.checkpoint, overrides=asked)
+    table = np.asarray(read.params["y_embedder"]["y_embedding"])
+    np.testing.assert_array_equal(table[:3], rows[0])
+    np.testing.assert_array_equal(table[3:], np.broadcast_to(rows[0, 2], (17, 16)))
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "whole.npy", np.zeros((3, 16), int))
+    for name in ("objects", "whole"):
+        with pytest.raises(PortingError, match=f"{name}.npy"):
+            read_null_caption(tmp_path / f"{name}.npy")
+
+
+def test_a_port_makes_the_null_caption_with_the_text_encoder(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.port.update(
+        source=config.sample.checkpoint,
+        target=str(tmp_path / "ported"),
+        null_caption=config.text.checkpoint,
+    )
+    port.run(config, tmp_path)
+    table = read_checkpoint(tmp_path / "ported").params["y_embedder"]["y_embedding"]
+    expected = Experiment(config).load_text_encoder().null_features(20)
+    np.testing.assert_array_equal(np.asarray(table), expected)
+    config.model.update(family="dit", num_classes=10, timestep_freq_shift=0, mlp_norm_epsilon=1e-6)
+    for name in ("caption_channels", "caption_length", "position_base", "cross_heads"):
+        setattr(config.model, name, None)
+    with pytest.raises(ValueError, match="port.null_caption = .*family = dit has no null_caption"):
+        port.run(config, tmp_path)
