@@ -234,6 +234,25 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     assert "mnist_digits" in code and "train" in code and "record" in code
 
 
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--mode=sample", "sample.checkpoint=no/such"], ["sample.checkpoint = no/such"]),
+        (["--mode=sample"], ["sample.checkpoint is empty; --workdir = "]),
+        (["autoencoder.checkpoint=no/such"], ["autoencoder.checkpoint = no/such"]),
+        (["--mode=evaluate", "evaluate.samples=no/such.npz"], ["evaluate.samples = no/such.npz"]),
+        (["--mode=benchmark", "benchmark.what=('data',)", "data.name=none"], ["data.name", "none"]),
+        (["data.dir=gcs://bucket/x"], ["data.dir=gcs://bucket/x", "gs://"]),
+        (["port.target=~no_such_user/x"], ["port.target=~no_such_user/x", "./~no_such_user"]),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_files_that_are_not_there_are_named_with_their_field(monkeypatch, folder, arguments, parts):
+    options = [a if a.startswith("--") else f"--config.{a}" for a in arguments]
+    teacher = folder / "teacher.safetensors"
+    expect_error(monkeypatch, folder, command.debug_arguments(folder, teacher, *options), *parts)
+
+
 def test_a_workdir_that_is_a_file(monkeypatch, folder):
     (folder / "file").write_text("")
     expect_error(
