@@ -738,6 +738,10 @@ class Experiment:
             raise ValueError(
                 "data.flip = True, but captions say left and right; set data.flip=False"
             )
+        if config.report.read_labels:
+            raise ValueError(
+                f"report.read_labels = True, but data.name = {data.name} has captions, not labels"
+            )
         asked: dict[str, Any] = {
             "cleaning": config.text.cleaning,
             "max_length": config.text.max_length,

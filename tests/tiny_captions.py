@@ -57,7 +57,7 @@ def make_config(folder, data, text="", autoencoder=""):
     )
     config.student.init = "random"
     config.train.update(batch_size=8, steps=4, preview_every=0)
-    config.report.num_images = 0
+    config.report.update(num_images=0, read_labels=False)
     return config
 
 

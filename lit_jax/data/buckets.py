@@ -19,15 +19,35 @@ from lit_jax.ranges import Range
 
 # Sides are counted in sixteenths of the nominal size: 64 pixels at 1024.
 UNITS = 16
-# (height, width) from the widest to the tallest.
-TABLE = tuple(
-    tuple(map(int, name.split("x")))
-    for name in (
-        "8x32 8x31 8x30 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x19 "
-        "13x18 14x18 14x17 15x17 15x16 16x16 16x15 17x15 17x14 18x14 18x13 19x13 20x12 21x12 "
-        "22x11 23x11 24x10 25x10 26x9 27x9 28x9 29x8 30x8 31x8 32x8"
-    ).split()
+# Heights from the widest to the tallest, each with its widths.
+_ROWS = (
+    (8, (32, 31, 30, 29)),
+    (9, (28, 27, 26)),
+    (10, (25, 24)),
+    (11, (23, 22, 21)),
+    (12, (21, 20)),
+    (13, (19, 18)),
+    (14, (18, 17)),
+    (15, (17, 16)),
+    (16, (16, 15)),
+    (17, (15, 14)),
+    (18, (14, 13)),
+    (19, (13,)),
+    (20, (12,)),
+    (21, (12,)),
+    (22, (11,)),
+    (23, (11,)),
+    (24, (10,)),
+    (25, (10,)),
+    (26, (9,)),
+    (27, (9,)),
+    (28, (9,)),
+    (29, (8,)),
+    (30, (8,)),
+    (31, (8,)),
+    (32, (8,)),
 )
+TABLE = tuple((h, w) for h, widths in _ROWS for w in widths)
 # Taller images are left out, as in PixArt-Sigma. Wide ones are not: it takes them all.
 MAX_RATIO = 4.5
 

@@ -336,8 +336,9 @@ def _members(tar: epath.Path) -> Iterator[tuple[str, _Part]]:
     """The names and places of the plain files in a tar file."""
     end = file_bytes(tar)
     with tar.open("rb") as file:
+        careful: Any = _Careful(file)
         try:
-            with tarfile.open(fileobj=_Careful(file), mode="r:") as archive:
+            with tarfile.open(fileobj=careful, mode="r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # it keeps them all
                     if not member.isreg() or member.issparse():

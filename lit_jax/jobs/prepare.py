@@ -437,7 +437,7 @@ def write_shards(
     Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
-    tally = Tally(skip_broken, set(shards.skipped()) | also_broken)
+    tally = Tally(skip_broken, {*also_broken, *shards.skipped()})
     missing = [shard for shard in shards.mine if shard not in finished]
     if len(missing) < len(shards.mine):
         there = len(shards.mine) - len(missing)
