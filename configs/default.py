@@ -354,6 +354,8 @@ def get_config() -> ConfigDict:
             self_check=False,  # compare the scores with those that ADM published
             compare=(),  # evaluation_*.json files: print them in one table and score nothing
             compare_across=("samples.cfg_scale",),  # protocol fields that may differ there
+            # The result file of GenEval's scorer: print its table and score nothing.
+            geneval="",
         )
     )
 

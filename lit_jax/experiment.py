@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, ranges, sharding, text
+from lit_jax import conditions, fields, inherit, ranges, samplers, sharding, text
 from lit_jax.data import caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
@@ -77,6 +77,12 @@ def naming(group: str, **names: str) -> Iterator[None]:
         raise kind(field + rest) from error
 
 
+def check_exists(field: str, path: epath.PathLike, advice: str) -> None:
+    """Raises FileNotFoundError naming the field whose file or folder is not there."""
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(f"{field} = {path}: no such file or folder; {advice}")
+
+
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
     """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
     names = [field.name for field in dataclasses.fields(EvaluationSettings)]
@@ -100,6 +106,7 @@ class Experiment:
         with naming("sample"):
             names = [field.name for field in dataclasses.fields(SamplerSettings)]
             self.sampler_settings = SamplerSettings(**{n: config.sample[n] for n in names})
+            self._check_grid()
         with naming("optimizer", steps="train.steps"):
             self.optimizer_settings = OptimizerSettings(
                 steps=config.train.steps, **config.optimizer
@@ -148,6 +155,20 @@ class Experiment:
         for group, names in known.items():
             with naming(group):
                 ranges.check(self.config[group], implementation=ranges.one_of(None, *names))
+
+    def _check_grid(self) -> None:
+        """Raises ValueError for steps that the sampler's timesteps cannot be."""
+        settings = self.sampler_settings
+        channels = (self.model_config.in_channels, self.model_config.out_channels)
+        variance = self.process.choose_variance(settings.variance, *channels)
+        samplers.make_grid(self.process, dataclasses.replace(settings, variance=variance))
+        low, high = settings.cfg_interval
+        last = self.process.num_steps - 1
+        if settings.cfg_scale != 1 and (low > last or high < 0):
+            raise ValueError(
+                f"cfg_interval = ({low}, {high}) holds none of the timesteps 0 to {last}, so "
+                f"nothing would be guided; set sample.cfg_scale=1 for that"
+            )
 
     def _make_step_settings(self) -> StepSettings:
         config = self.config
@@ -273,7 +294,7 @@ class Experiment:
             theirs = getattr(found, name)
             if ours != theirs:
                 raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
-        return self._as_teacher(dataclasses.replace(found, num_heads=num_heads))
+        return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""
@@ -367,7 +388,7 @@ class Experiment:
         ours = self.model_config
         if source is None or source.config.attention != ours.attention:
             return ()
-        for name in ("num_heads", "kernel_function", "conv_size"):
+        for name in ("num_heads", *ATTENTIONS[ours.attention].fields):
             value = getattr(ours, name)
             theirs = getattr(source.config, name)
             # A file of softmax attention may not tell its heads.
@@ -377,7 +398,7 @@ class Experiment:
                     f"inherits its attention from, has {theirs}; set model.{name}={theirs}, or "
                     f"name the parts that it takes: inherit.load=() for none"
                 )
-        return tuple(part for part in inherit.PARTS if part != "conv" or ours.conv_size)
+        return inherit.parts_of(self.state_shapes.params)
 
     # ---- Data ------------------------------------------------------------------------------------
 
@@ -400,7 +421,8 @@ class Experiment:
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
             return None, None
-        with naming("autoencoder"):
+        check_exists("autoencoder.checkpoint", wanted.checkpoint, "it is a download")
+        with naming("autoencoder", path="autoencoder.checkpoint"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
         if channels != self.model_config.in_channels:
@@ -804,10 +826,6 @@ def _dtype(name: str) -> Any:
 
 def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
     """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(
-            f"{field} = {path}: no such file or folder; it is what another training or download "
-            f"leaves"
-        )
-    with naming(field.split(".")[0]):
+    check_exists(field, path, "it is what another training or download leaves")
+    with naming(field.split(".")[0], input_size="port.input_size"):
         return read_checkpoint(path, weights=weights, overrides=overrides)

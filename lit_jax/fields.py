@@ -9,8 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
+from lit_jax.runtime import storage
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
 TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
@@ -24,6 +26,11 @@ NAMES = Range(
     "a tuple of names, such as ('a', 'b')",
     lambda x: isinstance(x, tuple | list) and all(isinstance(name, str) for name in x),
 )
+# What memory and files are made for. Anything larger is a slip of the finger.
+IMAGES = between(1, 10_000_000)
+BATCH = between(1, 1_000_000)
+DEVICES = between(0, 256)  # JAX aborts the process where there are thousands
+SECONDS = between(1, 10_000_000)  # a timer of C takes no more than about 300 years
 PIXELS = Range(
     "(), or height and width",
     lambda x: len(x) in (0, 2) and all(isinstance(side, int) and 0 < side < 10**5 for side in x),
@@ -53,54 +60,93 @@ RANGES = {
     "prepare.image_size": SIDES,
     "prepare.buckets": NAMES,
     "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
+    "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
-    "prepare.shard_records": AT_LEAST_1,
+    "prepare.shard_records": IMAGES,
     # The devices have to divide it too: Experiment.check_batches, once the mesh is known.
-    "train.batch_size": AT_LEAST_1,
+    "train.batch_size": BATCH,
     "train.remat": one_of(*REMAT_POLICIES),
     "train.log_every": AT_LEAST_1,
     "train.preview_every": AT_LEAST_0,
-    "train.preview_images": AT_LEAST_1,
-    "train.watchdog": NOT_NEGATIVE,
+    "train.preview_images": BATCH,
+    "train.watchdog": between(0, 10_000_000),
     "train.profile": STEPS,
     "train.stop_after_bad_steps": AT_LEAST_1,
     "mesh.data": SIZE,
     "mesh.fsdp": SIZE,
-    "mesh.cpu_devices": AT_LEAST_0,
-    "mesh.join_timeout": AT_LEAST_1,
-    "mesh.heartbeat": AT_LEAST_1,
+    "mesh.cpu_devices": DEVICES,
+    "mesh.join_timeout": SECONDS,
+    "mesh.heartbeat": SECONDS,
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
     "text.dtype": DTYPE,
     "sample.prompts": NAMES,
     "sample.size": PIXELS,
-    "sample.images_per_prompt": AT_LEAST_1,
+    "sample.images_per_prompt": between(1, 10_000),
     "sample.null_mask": one_of("prompt", "own"),
-    "sample.num_images": AT_LEAST_1,
-    "sample.batch_size": AT_LEAST_1,
+    "sample.num_images": IMAGES,
+    "sample.batch_size": BATCH,
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "evaluate.every": AT_LEAST_0,
-    "evaluate.every_images": AT_LEAST_1,
+    "evaluate.every_images": BATCH,
     "evaluate.num_images": AT_LEAST_0,
-    "evaluate.batch_size": AT_LEAST_1,
+    "evaluate.batch_size": BATCH,
     "evaluate.num_neighbour_images": AT_LEAST_1,
     "evaluate.neighbours": AT_LEAST_1,
     "evaluate.split_size": AT_LEAST_1,
     "evaluate.compare": NAMES,
     "evaluate.compare_across": NAMES,
     "benchmark.what": NAMES,
-    "benchmark.attention_tokens": AT_LEAST_1,
-    "benchmark.model_tokens": AT_LEAST_1,
-    "benchmark.repeats": AT_LEAST_1,
-    "plan.slices": AT_LEAST_1,
+    "benchmark.attention_tokens": between(1, 10**9),
+    "benchmark.model_tokens": between(1, 10**9),
+    "benchmark.repeats": between(1, 10_000),
+    "plan.slices": between(1, 1_024),
     "plan.programs": NAMES,
-    "report.num_images": AT_LEAST_0,
+    "report.num_images": between(0, 1_000_000),
 }
+
+
+# Where a user names a file or a folder; some of them may hold another word instead.
+PATHS = (
+    "compilation_cache",
+    "teacher.checkpoint",
+    "student.init",
+    "data.dir",
+    "autoencoder.checkpoint",
+    "prepare.source",
+    "prepare.dir",
+    "text.checkpoint",
+    "text.tokenizer",
+    "sample.checkpoint",
+    "sample.prompt_file",
+    "port.source",
+    "port.target",
+    "port.null_caption",
+    "evaluate.weights",
+    "evaluate.samples",
+    "evaluate.reference",
+    "evaluate.compare",
+)
+
+
+def resolve_paths(config: ConfigDict) -> None:
+    """Puts the home folder for ~ in all path fields.
+
+    Raises: ValueError naming the field that is a URL of a kind that is not known.
+    """
+    for field in PATHS:
+        value = _read(config, field)
+        group, _, name = field.rpartition(".")
+        section = config[group] if group else config
+        if isinstance(value, str):
+            section[name] = storage.resolve(value, field)
+        elif isinstance(value, tuple | list):
+            section[name] = tuple(storage.resolve(str(path), field) for path in value)
 
 
 def check(config: ConfigDict) -> None:

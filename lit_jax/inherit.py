@@ -134,6 +134,14 @@ def plan_merge(
     return plan, MergeReport(inherited, at_init, left_behind)
 
 
+def parts_of(params: Any) -> tuple[str, ...]:
+    """The parts of attention that a tree of parameters has."""
+    paths = flatten_dict(params, sep="/")
+    modules = {path.removeprefix(ATTENTION).split("/")[0] for path in paths}
+    known = attention.PARTS.items()
+    return tuple(part for module, parts in known if module in modules for part in parts)
+
+
 def _check_names(target, load, keep_init):
     unknown = [part for part in load if part not in PARTS]
     if unknown:

@@ -45,8 +45,9 @@ RUN_BY_SEVERAL = (
 
 # What takes less memory, where a job has run out of it.
 MEMORY_ADVICE = {
-    "train": "a smaller train.batch_size, train.accumulation, mesh.fsdp over more devices and "
-    "train.remat=full need less; --mode=plan says what a TPU slice would need",
+    "train": "a smaller train.batch_size, or sample.batch_size for pictures, train.accumulation, "
+    "mesh.fsdp over more devices and train.remat=full need less; --mode=plan says what a TPU "
+    "slice would need",
     "sample": "a smaller sample.batch_size, mesh.fsdp over more devices and, with an autoencoder, "
     "autoencoder.slice_size and autoencoder.tile_size need less",
     "evaluate": "a smaller evaluate.batch_size and evaluate.num_neighbour_images need less",
@@ -73,9 +74,11 @@ def main(argv: list[str]) -> None:
     # Here: JAX and the data libraries take seconds to load, and a wrong flag has failed by now.
     import jax
 
+    from lit_jax import fields
     from lit_jax.experiment import Experiment
     from lit_jax.runtime import cluster, exit_status, preemption, storage
 
+    fields.resolve_paths(config)
     Experiment(config)  # checks all settings, whatever the job needs of them
 
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])

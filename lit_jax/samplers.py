@@ -141,6 +141,8 @@ def _signal_powers(process, settings, timesteps):
 
 def _ddpm(process, settings, timesteps):
     """Posterior of the respaced chain: arXiv 2006.11239 (7), learned variance 2102.09672 (15)."""
+    if len(timesteps) < 2:
+        raise ValueError("steps = 1, but sampler = ddpm needs at least 2")
     alphas_cumprod, next_alphas_cumprod = _signal_powers(process, settings, timesteps)
     betas = 1.0 - alphas_cumprod / next_alphas_cumprod
     spaced = GaussianDiffusion(betas[::-1])  # a process counts from the clean image

@@ -250,8 +250,8 @@ class TextSettings:
         ranges.check(
             self,
             cleaning=ranges.one_of(*CLEANINGS),
-            max_length=ranges.AT_LEAST_1,
-            batch_size=ranges.AT_LEAST_1,
+            max_length=ranges.between(1, 65_536),
+            batch_size=ranges.between(1, 65_536),
         )
 
     @property

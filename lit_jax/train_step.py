@@ -79,7 +79,7 @@ class OptimizerSettings:
     def __post_init__(self):
         ranges.check(
             self,
-            steps=ranges.AT_LEAST_1,
+            steps=ranges.between(1, 2**31 - 2),  # the state counts them in int32
             name=ranges.one_of("adamw", "came"),
             learning_rate=ranges.NOT_NEGATIVE,
             b1=ranges.BELOW_1,
@@ -197,6 +197,11 @@ class StepSettings:
             variance_weight=ranges.NOT_NEGATIVE,
             variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
         )
+
+    def ema_of_start(self, steps: int) -> float:
+        """The share that the first parameters have in the EMA after `steps` steps."""
+        # The decays of a warm-up multiply to 1/2002 in five steps.
+        return 0.0 if self.ema_warmup else self.ema_decay**steps
 
     @property
     def distillation_weights(self) -> dict[str, float]:

@@ -28,6 +28,7 @@ FLOORS = (
         "inherit",
         "pictures",
         "text",
+        "prompts",
     ),
     ("models", "samplers", "losses", "came"),
     (

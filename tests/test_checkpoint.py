@@ -10,6 +10,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 import types
 
 import full_disk
@@ -150,6 +151,30 @@ def test_saving_copies_before_it_returns(tmp_path):
     _, items, _, _ = run.restore(shapes_of(make_state()))
     assert_same(items, kept)
     run.close()
+
+
+def test_the_wait_for_the_step_is_not_counted_as_the_save(tmp_path, monkeypatch, caplog):
+    """A step that still runs when `save` is called ends before the clock starts."""
+    clock = {"now": 0.0}
+    waited = []
+    fake = types.SimpleNamespace(monotonic=lambda: clock["now"], sleep=time.sleep)
+    monkeypatch.setattr(checkpoint, "time", fake)
+
+    wait = jax.block_until_ready
+
+    def slow_step(tree):
+        waited.append(tree)
+        clock["now"] += 100.0
+        return wait(tree)
+
+    monkeypatch.setattr(jax, "block_until_ready", slow_step)
+    items = dict.fromkeys(checkpoint.ARRAY_ITEMS, {"a": jnp.zeros(2)})
+    run = open_run(tmp_path)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        run.save(1, items, data={}, metadata={})
+    run.wait()
+    run.close()
+    assert items in waited and "the loop stood still for 0.00 s" in caplog.text
 
 
 # Damage. ------------------------------------------------------------------------------------------

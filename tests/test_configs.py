@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from lit_jax import fields
 from lit_jax.experiment import Experiment
 from lit_jax.models import param_shapes
 from lit_jax.models.dit import DiTConfig
@@ -54,7 +55,9 @@ def test_a_config_has_the_fields_of_the_default_and_no_others(name):
     assert set(config) == set(DEFAULTS)
     for field, value in config.items():
         default = DEFAULTS[field]
-        assert default is None or isinstance(value, type(default)), (
+        # None: a field of another family.
+        unset = default is None or (value is None and field.startswith("model."))
+        assert unset or isinstance(value, type(default)), (
             f"{field} = {value!r}, the default is {default!r}"
         )
 
@@ -100,7 +103,7 @@ def test_one_train_step_of_every_config_traces(name):
     B = config.train.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((B, size, size, C), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((B,), jnp.int32),
+        **experiment.model_config.condition_shapes(B),
     }
     new, metrics = jax.eval_shape(
         train_step, state, teacher_shapes, batch, jax.eval_shape(lambda: jax.random.key(0))
@@ -224,6 +227,72 @@ def test_every_number_has_a_range(field):
         Experiment(config)
 
 
+# Large values of these mean "never" or "all", or are compared with what is there.
+MAY_BE_LARGE = {
+    "autoencoder.slice_size",
+    "autoencoder.tile_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "evaluate.every",
+    "evaluate.neighbours",
+    "evaluate.num_images",
+    "evaluate.num_neighbour_images",
+    "evaluate.split_size",
+    "port.num_classes",
+    "port.num_heads",
+    "prepare.max_pixels",
+    "prepare.skip_broken",
+    "teacher.num_heads",
+    "train.accumulation",
+    "train.log_every",
+    "train.preview_every",
+    "train.stop_after_bad_steps",
+}
+COUNTS = [name for name in NUMBERS if isinstance(DEFAULTS[name], int)]
+
+
+@pytest.mark.parametrize("field", sorted(set(COUNTS) - MAY_BE_LARGE))
+def test_a_size_beyond_reason_is_refused(field):
+    """It would end in an abort, a hang, or an error of memory after hours."""
+    config = load("default")
+    group, _, name = field.rpartition(".")
+    (config[group] if group else config)[name] = 10**12
+    with pytest.raises(ValueError, match=f"{field} (must be|= 1000000000000)"):
+        experiment = Experiment(config)
+        experiment.mesh  # noqa: B018  builds it
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, spacing",
+    [
+        ("ddpm", 1, ""),
+        ("ddpm", 1, "trailing"),
+        ("ddim", 1, ""),
+        ("ddpm", 1001, ""),
+        ("ddim", 1001, "leading"),
+        ("dpm++", 1000, ""),
+        ("dpm++", 2000, ""),
+    ],
+)
+def test_steps_that_a_sampler_cannot_make_are_named_before_anything_is_read(
+    sampler, steps, spacing
+):
+    config = load("default")
+    config.sample.update(sampler=sampler, steps=steps, spacing=spacing)
+    with pytest.raises(ValueError, match=f"^sample.steps = {steps}"):
+        Experiment(config)
+
+
+def test_an_interval_without_timesteps_is_refused():
+    config = load("default")
+    config.sample.cfg_interval = (2000.0, 3000.0)
+    with pytest.raises(ValueError, match="^sample.cfg_interval = .* none of the timesteps 0 to"):
+        Experiment(config)
+    config.sample.cfg_scale = 1.0
+    Experiment(config)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
     Experiment(load(name))
@@ -260,6 +329,36 @@ def test_values_at_the_ends_of_their_ranges(field, good, bad):
         (config[group] if group else config)[name] = value
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             Experiment(config)
+
+
+def test_the_home_folder_is_meant_in_every_path_field(monkeypatch):
+    """A shell replaces no ~ in --config.data.dir=~/data, and a folder called ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/of")
+    config = load("default")
+    for field in fields.PATHS:
+        group, _, name = field.rpartition(".")
+        section = config[group] if group else config
+        section[name] = ("~/a",) if isinstance(section[name], tuple) else "~/a"
+    fields.resolve_paths(config)
+    resolved = {field for field, value in leaves(config).items() if "/home/of/a" in str(value)}
+    assert resolved == set(fields.PATHS)
+    # Fields with these names say where something lies.
+    places = {
+        "checkpoint",
+        "dir",
+        "source",
+        "target",
+        "weights",
+        "samples",
+        "reference",
+        "compare",
+        "tokenizer",
+        "prompt_file",
+        "null_caption",
+    }
+    named = {field for field in DEFAULTS if field.rpartition(".")[2] in places}
+    which = {"teacher.weights", "student.weights", "port.weights"}  # ema or model
+    assert named - which <= set(fields.PATHS)
 
 
 def test_a_misspelt_field_fails_at_once():

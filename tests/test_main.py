@@ -120,6 +120,13 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
         (["model.width=30"], ["model.width", "30"]),
         # what the models and the data disagree on
         (["model.input_size=32"], ["model.input_size", "(32, 32, 1)", "(28, 28, 1)"]),
+        (["model.input_size=(28, 56)"], ["model.input_size", "(28, 56, 1)", "(28, 28, 1)"]),
+        (["model.input_size=(28, 27)"], ["model.patch_size = 4", "model.input_size = (28, 27)"]),
+        (["model.input_size=(28,)"], ["model.input_size must be a side", "(28,)"]),
+        (["model.input_size=large"], ["model.input_size", "large"]),
+        (["prepare.image_size=10000000"], ["prepare.image_size must be a side", "10000000"]),
+        (["prepare.background=whit"], ["prepare.background must be a colour", "'whit'"]),
+        (["data.prefetch=1000000000"], ["data.prefetch must be in [0, 10,000]", "1000000000"]),
         (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
         (["model.in_channels=3"], ["model.in_channels", "3", "1"]),
         (["model.learn_sigma=False"], ["model.learn_sigma", "False", "True"]),
@@ -159,6 +166,8 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
         (["distill.variance_target=sigma"], ["distill.variance_target", "'sigma'", "raw"]),
         (["sample.sampler=euler"], ["sample.sampler", "'euler'", "ddpm"]),
         (["sample.cfg_channels=five"], ["sample.cfg_channels", "'five'", "all"]),
+        (["autoencoder.checkpoint=no/vae"], ["autoencoder.checkpoint = no/vae: no such file"]),
+        (["data.split=validation"], ["data.split = 'validation' is not one of", "train, test"]),
         (["evaluate.every=1"], ["evaluate.reference"]),
         (
             ["evaluate.every=1", "evaluate.reference=no/such.npz"],
@@ -223,6 +232,25 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     )
     assert code.startswith("error: ") and "\n" not in code
     assert "mnist_digits" in code and "train" in code and "record" in code
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--mode=sample", "sample.checkpoint=no/such"], ["sample.checkpoint = no/such"]),
+        (["--mode=sample"], ["sample.checkpoint is empty; --workdir = "]),
+        (["autoencoder.checkpoint=no/such"], ["autoencoder.checkpoint = no/such"]),
+        (["--mode=evaluate", "evaluate.samples=no/such.npz"], ["evaluate.samples = no/such.npz"]),
+        (["--mode=benchmark", "benchmark.what=('data',)", "data.name=none"], ["data.name", "none"]),
+        (["data.dir=gcs://bucket/x"], ["data.dir=gcs://bucket/x", "gs://"]),
+        (["port.target=~no_such_user/x"], ["port.target=~no_such_user/x", "./~no_such_user"]),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_files_that_are_not_there_are_named_with_their_field(monkeypatch, folder, arguments, parts):
+    options = [a if a.startswith("--") else f"--config.{a}" for a in arguments]
+    teacher = folder / "teacher.safetensors"
+    expect_error(monkeypatch, folder, command.debug_arguments(folder, teacher, *options), *parts)
 
 
 def test_a_workdir_that_is_a_file(monkeypatch, folder):

@@ -10,7 +10,15 @@ The label num_classes is the null class of guidance.
 The first C output channels are the predicted noise.
 The other C, if any, are the interpolation weights of the variance.
 
+An export of a text-to-image LiT is told a caption in place of a label:
+
+    output = model(x, t, caption, mask, drop)
+
+caption is (B, S, channels), features of the text encoder; mask (B, S) bool, true for tokens;
+drop (B,) bool, the images of guidance that see the null caption.
+
 LiT: Wang et al., arXiv 2501.12976. DiT: Peebles and Xie, arXiv 2212.09748.
+PixArt-Sigma: Chen et al., arXiv 2403.04692.
 """
 
 import dataclasses
@@ -51,20 +59,48 @@ class Architecture:
     mlp_norm_epsilon: float
 
 
-def position_table(grid: Grid, width: int) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class CaptionArchitecture:
+    """What an export says of a model that is told a caption."""
+
+    attention: str  # softmax is PixArt-Sigma, linear is LiT
+    depth: int
+    width: int
+    num_heads: int
+    patch_size: int
+    in_channels: int
+    learn_sigma: bool
+    qkv_bias: bool
+    conv_size: int
+    kernel_function: str
+    grid: Grid
+    cross_heads: int  # of the attention to the caption
+    caption_channels: int
+    caption_length: int
+    position_base: int  # positions span base / scale on both axes
+    position_scale: float
+
+
+def position_table(grid: Grid, width: int, base: int | None = None, scale: float = 1.0) -> Tensor:
     """(1, h * w, width) float32: sines and cosines of column, then of row.
 
-    The angles are float64, as in DiT's NumPy code.
+    The angles are float64, as in DiT's NumPy code. With a base both axes span base / scale,
+    as in PixArt-Sigma, which rounds positions to float32.
     """
     index = torch.arange(width // 4, dtype=torch.float64)
     frequencies = 10000.0 ** (-index / (width // 4))
     h, w = grid
-    rows = torch.arange(h).repeat_interleave(w)
-    columns = torch.arange(w).repeat(h)
+
+    def positions(count: int) -> Tensor:
+        whole = torch.arange(count, dtype=torch.float32)
+        return whole if base is None else whole / (count / base) / scale
+
+    rows = positions(h).repeat_interleave(w)
+    columns = positions(w).repeat(h)
 
     parts = []
     for position in (columns, rows):
-        angle = position[:, None] * frequencies
+        angle = position[:, None].double() * frequencies
         parts += [torch.sin(angle), torch.cos(angle)]
     return torch.cat(parts, dim=1).float()[None]
 
@@ -118,7 +154,7 @@ class LabelEmbedder(nn.Module):
 class SoftmaxAttention(nn.Module):
     """DiT's attention on x (B, T, D)."""
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture | CaptionArchitecture):
         super().__init__()
         D = arch.width
         self.num_heads = arch.num_heads
@@ -145,7 +181,7 @@ class LinearAttention(nn.Module):
     the weights are.
     """
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture | CaptionArchitecture):
         super().__init__()
         D = arch.width
         H = D // arch.num_heads
@@ -311,7 +347,150 @@ class LiT(nn.Module):
         return x.reshape(-1, C_out, h * p, w * p)
 
 
-def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT:
+# ---- With a caption ----
+
+
+class CaptionEmbedder(nn.Module):
+    """caption (B, S, channels) and drop (B,) bool -> (B, S, D)."""
+
+    y_embedding: Tensor
+
+    def __init__(self, arch: CaptionArchitecture):
+        super().__init__()
+        D = arch.width
+        layers = {"fc1": nn.Linear(arch.caption_channels, D), "fc2": nn.Linear(D, D)}
+        self.y_proj = nn.ModuleDict(layers)
+        # The features of the empty prompt.
+        self.register_buffer("y_embedding", torch.zeros(arch.caption_length, arch.caption_channels))
+
+    def forward(self, caption: Tensor, drop: Tensor) -> Tensor:
+        null = self.y_embedding
+        caption = torch.where(drop[:, None, None], null[: caption.shape[1]], caption.to(null))
+        x = F.gelu(self.y_proj["fc1"](caption), approximate="tanh")
+        return self.y_proj["fc2"](x)
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B, T, D) to the caption (B, S, D), where the mask (B, S) is true."""
+
+    def __init__(self, arch: CaptionArchitecture):
+        super().__init__()
+        D = arch.width
+        self.num_heads = arch.cross_heads
+        self.q_linear = nn.Linear(D, D)
+        self.kv_linear = nn.Linear(D, 2 * D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        B, T, D = x.shape
+        N = self.num_heads
+        q = self.q_linear(x).reshape(B, T, N, D // N).transpose(1, 2)
+        kv = self.kv_linear(caption).reshape(B, -1, 2, N, D // N)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, N, S, H)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class CaptionBlock(nn.Module):
+    """Self-attention, attention to the caption, MLP; t0 (B, 6, D) is one for all blocks."""
+
+    def __init__(self, arch: CaptionArchitecture):
+        super().__init__()
+        D = arch.width
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        softmax = arch.attention == "softmax"
+        self.attn = SoftmaxAttention(arch) if softmax else LinearAttention(arch)
+        self.cross_attn = CrossAttention(arch)
+        self.mlp = Mlp(D)
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, D))
+
+    def forward(self, x: Tensor, caption: Tensor, t0: Tensor, mask: Tensor, grid: Grid) -> Tensor:
+        attn, mlp = (self.scale_shift_table + t0).chunk(2, dim=1)
+
+        shift, scale, gate = attn.unbind(1)
+        out = self.attn(modulate(self.norm(x), shift, scale), grid)
+        x = x + gate[:, None] * out
+
+        # Without norm and gate, as PixArt's.
+        x = x + self.cross_attn(x, caption, mask)
+
+        shift, scale, gate = mlp.unbind(1)
+        out = self.mlp(modulate(self.norm(x), shift, scale))
+        return x + gate[:, None] * out
+
+
+class CaptionFinalLayer(nn.Module):
+    """Modulated norm and the projection to patches; reads the embedded t (B, D) itself."""
+
+    def __init__(self, width: int, features: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, features)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, width))
+
+    def forward(self, x: Tensor, embedded_t: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + embedded_t[:, None]).unbind(1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class CaptionLiT(nn.Module):
+    """PixArt-Sigma or its LiT, under the official checkpoints' names."""
+
+    def __init__(self, arch: CaptionArchitecture):
+        super().__init__()
+        D = arch.width
+        p = arch.patch_size
+        C = arch.in_channels
+        self.patch_size = p
+        self.out_channels = 2 * C if arch.learn_sigma else C
+        self.position = (D, arch.position_base, arch.position_scale)
+
+        self.x_embedder = PatchEmbed(p, C, D)
+        self.t_embedder = TimestepEmbedder(D, freq_shift=0)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.y_embedder = CaptionEmbedder(arch)
+        # Of the nominal size; the table of other sizes is computed.
+        side = arch.position_base
+        self.register_buffer("pos_embed", position_table((side, side), *self.position))
+        self.blocks = nn.ModuleList(CaptionBlock(arch) for _ in range(arch.depth))
+        self.final_layer = CaptionFinalLayer(D, p * p * self.out_channels)
+
+    def forward(
+        self, x: Tensor, t: Tensor, caption: Tensor, mask: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
+        """The model's output.
+
+        Args:
+          x: (B, C, h, w), noisy latents of any size that the patch size divides.
+          t: (B,), timesteps from 0 to 999, whole or not; never in half precision.
+          caption: (B, S, channels), features of the text encoder.
+          mask: (B, S) bool, true for tokens.
+          drop: (B,) bool, images that see the null caption; None: no image.
+
+        Returns: (B, C_out, h, w) in the dtype of the parameters.
+        """
+        p = self.patch_size
+        h, w = x.shape[2] // p, x.shape[3] // p
+        if drop is None:
+            drop = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        x = self.x_embedder(x)
+        x = x + position_table((h, w), *self.position).to(x)
+        embedded_t = self.t_embedder(t)
+        t0 = self.t_block(embedded_t).reshape(len(x), 6, -1)
+        y = self.y_embedder(caption, drop)
+        for block in self.blocks:
+            x = block(x, y, t0, mask, (h, w))
+
+        C_out = self.out_channels
+        x = self.final_layer(x, embedded_t).reshape(-1, h, w, p, p, C_out)
+        x = torch.einsum("nhwpqc->nchpwq", x)
+        return x.reshape(-1, C_out, h * p, w * p)
+
+
+# ---- Files ----
+
+
+def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | CaptionLiT:
     """The model of a .safetensors or .pt export, in evaluation mode.
 
     Raises: RuntimeError, listing the keys, if the tensors do not fit.
@@ -330,6 +509,10 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT:
         fields = json.loads(beside.read_text())["architecture"]
         tensors = torch.load(path, map_location=device, weights_only=True)
 
-    model = LiT(Architecture(**fields)).to(device)
+    model: LiT | CaptionLiT
+    if "caption_channels" in fields:
+        model = CaptionLiT(CaptionArchitecture(**fields)).to(device)
+    else:
+        model = LiT(Architecture(**fields)).to(device)
     model.load_state_dict(tensors)
     return model.eval()

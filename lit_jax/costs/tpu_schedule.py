@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import math
 import os
 import pickle
 import re
@@ -42,6 +43,7 @@ from lit_jax.kernels.linear_attention_case import Case
 PIXELS_PER_TOKEN = 16  # an autoencoder of 8x, patches of 2
 PASSES = ("forward", "backward")
 KERNEL = "tpu_custom_call"  # what a Pallas kernel is called in a compiled program
+MAX_CHIPS = 16_384  # more than any pod has
 
 
 # ---- TPUs that are not there -------------------------------------------------
@@ -60,6 +62,15 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     if not topology:  # libtpu would take it for its oldest chip
         raise ValueError(
             "topology must name a TPU slice, for example v5e:2x4 or v5p:2x2x2; it is empty"
+        )
+    # libtpu divides by each side, and ends the process where one is 0.
+    layout = re.search(r"[=_:](\d[\dx]*)", topology)
+    sides = layout[1].split("x") if layout else []
+    chips_asked = math.prod(int(side) for side in sides if side)
+    if not 1 <= chips_asked * slices <= MAX_CHIPS:
+        raise ValueError(
+            f"topology = {topology!r} in {slices} slices names {chips_asked * slices} chips; it "
+            f"must be 1 to {MAX_CHIPS}"
         )
     # Nothing is loaded onto a chip. So libtpu may be loaded twice, and need not ask
     # who and where it is: any answer will do.

@@ -227,11 +227,14 @@ def finish_splits(
     Raises: ValueError when shards of theirs are missing.
     """
     folder = written[0].folder
+    # First what is missing: a folder that was never entered has no splits.
     found = {shards.split: shards.entries() for shards in written}
     before = read_about(folder)
     splits = before["splits"]
-    for name, (entries, _) in found.items():
-        splits[name]["shards"] = [
+    left_out = {}
+    for shards in written:
+        entries, left_out[shards.split] = found[shards.split]
+        splits[shards.split]["shards"] = [
             # Two values, not a dict: there may be thousands of shards.
             [entry["count"], entry["sha256"]]
             for entry in entries
@@ -245,7 +248,7 @@ def finish_splits(
                 written[0], split=name, num_records=split["records"], size=split["shard_records"]
             )
             infos.append(shards.split_info(split))
-    for name, (_, skipped) in found.items():
+    for name, skipped in left_out.items():
         if skipped:
             splits[name]["skipped"] = skipped
     about = before | about

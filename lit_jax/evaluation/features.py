@@ -77,6 +77,8 @@ def make_extractor(name: str, weights: epath.PathLike = "") -> Extractor:
       FileNotFoundError.
     """
     check_name(name)
+    if weights and not epath.Path(weights).is_file():
+        raise FileNotFoundError(f"weights = {weights}: no such file")
     if name == "efficientnet_lite0":
         path = weights or efficientnet_lite0.find_weights()
         return make_efficientnet_extractor(efficientnet_lite0.load_params(path))

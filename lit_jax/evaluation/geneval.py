@@ -134,9 +134,12 @@ def summarise(path: epath.PathLike) -> Scores:
 
     Raises: ValueError naming the line that is none, or the tasks that are missing.
     """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"geneval = {path}: no such file")
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     by_prompt: dict[str, dict[str, bool]] = {task: {} for task in TASKS}
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             result = json.loads(line)
             task, correct, prompt = (result[name] for name in ("tag", "correct", "prompt"))

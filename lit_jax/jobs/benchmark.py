@@ -83,14 +83,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in itertools.chain.from_iterable(jobs):
         logging.info("%s", row)
         rows.append(row)
         # After each row: a program that does not fit
         # must not take the times of the others with it.
+        # A config that cannot be timed fails before the first one, and leaves no folder.
         if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
             report = {"machine": machine, "rows": rows}
             (workdir / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(f"{machine}\n{table(rows)}\n")

@@ -13,18 +13,22 @@ that it depends on, and scores of unequal protocols refuse to be compared. See
 docs/evaluation.md.
 """
 
+import json
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import pictures
-from lit_jax.evaluation import npz, protocol, reports
+from lit_jax.evaluation import geneval, npz, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
-from lit_jax.experiment import evaluation_settings, naming
+from lit_jax.experiment import check_exists, evaluation_settings, naming
+from lit_jax.runtime import storage
 
 # What the published scores of ADM's samples were made by.
 SELF_CHECK = ("inception_adm", 50_000)
@@ -35,7 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluates samples, or with evaluate.compare compares evaluations.
 
     Leaves evaluation_SAMPLES.json, .md and .png in the workdir, or
-    comparison.json, .md and .png.
+    comparison.json, .md and .png; with evaluate.geneval geneval.json.
     Raises: ValueError or FileNotFoundError, before anything is written, for a
       config that cannot be run; ValueError after all is written where the
       self-check fails.
@@ -48,8 +52,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     with naming("evaluate"):
         if config.evaluate.compare:
             compare(config.evaluate, workdir)
+        elif config.evaluate.geneval:
+            summarise_geneval(config.evaluate.geneval, workdir)
         else:
             evaluate(config, workdir)
+
+
+def summarise_geneval(results: str, workdir: epath.Path) -> None:
+    """The table of a result file of GenEval's scorer, in the log and in geneval.json."""
+    scores = geneval.summarise(results)
+    workdir.mkdir(parents=True, exist_ok=True)
+    storage.replace_text(workdir / "geneval.json", json.dumps(scores._asdict(), indent=1) + "\n")
+    logging.info("GenEval, %d images of %s:\n%s", scores.images, results, scores.table())
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
@@ -59,6 +73,9 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
     # ---- Samples: the header alone, so that mistakes are found at once ----
     samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
+    check_exists("evaluate.samples", samples_file, "--mode=sample writes WORKDIR/samples.npz")
+    if wanted.weights:
+        check_exists("evaluate.weights", wanted.weights, "docs/evaluation.md says where it is from")
     available, *shape = npz.image_shape(samples_file)
     num_images = wanted.num_images or available
     if num_images > available:
@@ -90,7 +107,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     )
     # The network's speed: neither reference nor scores are part of it.
     start = time.monotonic()
-    samples = evaluator.collect(batches)
+    samples = evaluator.collect(noting_equal(batches, samples_file))
     images_per_second = num_images / (time.monotonic() - start)
     scores = evaluator.score(samples)
 
@@ -114,6 +131,20 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
     # After the report is written: it holds the table of both scores.
     check_passed(result.get("self_check", []))
+
+
+def noting_equal(batches: Iterable[np.ndarray], file: epath.Path) -> Iterator[np.ndarray]:
+    """Hands on the batches; a warning at their end says where all images are equal."""
+    first = None
+    count = 0
+    equal = True
+    for batch in batches:
+        first = batch[:1] if first is None else first
+        count += len(batch)
+        equal = equal and bool((batch == first).all())
+        yield batch
+    if equal and count > 1:
+        logging.warning("the %d images of %s are all equal: its model may be broken", count, file)
 
 
 def read_speed(samples_file: epath.Path) -> dict[str, Any]:

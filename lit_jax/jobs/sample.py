@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lit_jax import pictures, sampling, sharding
+from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.evaluation import geneval
-from lit_jax.experiment import Experiment
+from lit_jax.experiment import Experiment, check_exists, naming
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
 
@@ -52,8 +53,18 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- The model and its checkpoint, still on disk ---------------------------------------------
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
-    checkpoint = read_checkpoint(path)
+    field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
+    check_exists(field, path, "it is what training or --mode=port leaves")
+    with naming("sample", path="sample.checkpoint", input_size="port.input_size"):
+        checkpoint = read_checkpoint(path)
     experiment.check_checkpoint(checkpoint, path)
+    if settings.cfg_scale != 1 and never_dropped(path):
+        logging.warning(
+            "%s was trained with train.label_dropout = 0, so no step trained the null class that "
+            "sample.cfg_scale = %g guides away from; sample.cfg_scale=1 draws without guidance",
+            path,
+            settings.cfg_scale,
+        )
     sampler = experiment.sampler()
     asked = what_is_asked(experiment)
     index = np.arange(asked.num_images)
@@ -131,6 +142,14 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         len(index),
         folder,
     )
+
+
+def never_dropped(path: epath.PathLike) -> bool:
+    """Whether a checkpoint's metadata say that it was trained without dropping conditions."""
+    if not is_checkpoint(epath.Path(path)):
+        return False
+    fields = open_params(path).metadata.get("fields")
+    return isinstance(fields, dict) and fields.get("train.label_dropout") == 0
 
 
 # ---- What is asked of the model ------------------------------------------------------------------

@@ -39,6 +39,7 @@ from lit_jax.train_step import TrainState, make_optimizer, new_state
 
 # Steps in flight. Two keep the device busy; more would only delay an answer to SIGTERM or a hang.
 STEPS_AHEAD = 2
+MOST_OF_START = 0.1  # of the EMA at the end, without a warning
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -73,6 +74,16 @@ def train(
     experiment.check_inheritance()
     experiment.check_platform()
     state_shapes = experiment.sharded_state_shapes
+
+    share = experiment.unscaled_step_settings.ema_of_start(config.train.steps)
+    if share > MOST_OF_START:
+        logging.warning(
+            "ema.decay = %g leaves %.0f %% of the first parameters in the EMA after train.steps = "
+            "%d, and the EMA is what is sampled; set ema.warmup=True",
+            config.ema.decay,
+            100 * share,
+            config.train.steps,
+        )
 
     # ---- Data ------------------------------------------------------------------------------------
     data = experiment.dataset

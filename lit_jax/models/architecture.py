@@ -167,6 +167,10 @@ class Architecture:
         """Fields that a teacher has as its student, as long as no checkpoint says otherwise."""
         return ("patch_size", "qkv_bias", *self.conventions, *self.shared_with_teacher)
 
+    def with_heads(self, num_heads: int) -> Self:
+        """The same with the heads that a checkpoint did not tell."""
+        return dataclasses.replace(self, num_heads=num_heads)
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with `learn_sigma`."""

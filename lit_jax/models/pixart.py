@@ -88,6 +88,11 @@ class PixArtConfig(Architecture):
         heads = found.cross_heads or SIZES[size][2]
         return dataclasses.replace(found, cross_heads=heads)
 
+    def with_heads(self, num_heads: int) -> Self:
+        """The same with the heads that a checkpoint did not tell: the caption's too."""
+        cross_heads = self.cross_heads or num_heads
+        return dataclasses.replace(self, num_heads=num_heads, cross_heads=cross_heads)
+
     def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the model is told of each image: its caption's features, and which are there.
 

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
 from lit_jax.models import param_shapes
-from lit_jax.models.architecture import SIZES
+from lit_jax.models.architecture import MAX_COUNT, SIZES
 from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
@@ -140,7 +140,7 @@ class Overrides:
         ranges.check(
             self,
             num_heads=ranges.AT_LEAST_0,
-            num_classes=ranges.AT_LEAST_0,
+            num_classes=ranges.between(0, MAX_COUNT),
             input_size=_SIDES,
             timestep_freq_shift=ranges.Range("0 or 1", lambda x: x in (None, 0, 1)),
             mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
@@ -330,9 +330,10 @@ def override(
     except ValueError as error:
         raise PortingError(str(error)) from error
     if math.prod(config.grid or ()) > MAX_POSITIONS:
+        size = overrides.input_size
+        whose = f"input_size = {plain(size)}" if size else str(report.source)
         raise PortingError(
-            f"{report.source}: a grid of {plain(config.grid)} positions, "
-            f"the limit is {MAX_POSITIONS}"
+            f"{whose}: a grid of {plain(config.grid)} positions, the limit is {MAX_POSITIONS}"
         )
     return config
 
@@ -618,7 +619,8 @@ def _with_stored_grid(config, positions, overrides, path):
     if grid is None or math.prod(grid) != positions:
         name = "unknown" if grid is None else f"{grid[0]} x {grid[1]}"
         raise PortingError(
-            f"{path}: pos_embed has {positions} positions, the grid is {name}; name the input size"
+            f"input_size must be named: pos_embed of {path} has {positions} positions, "
+            f"the grid is {name}"
         )
     return dataclasses.replace(config, grid=grid)
 

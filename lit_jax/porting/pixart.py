@@ -9,6 +9,7 @@ micro-conditions is the same model, with shorter captions.
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from lit_jax.models import param_shapes
 from lit_jax.models.architecture import SIZES
 from lit_jax.models.dit import position_embedding
 from lit_jax.models.pixart import PixArtConfig
+from lit_jax.porting.dit import LIT_TORCH
 from lit_jax.porting.matching import (
     FLOATS,
     INDEX,
@@ -541,9 +543,9 @@ def check_official(config: PixArtConfig) -> None:
     _need_heads(config)
 
 
-def torch_module(config: PixArtConfig) -> None:
-    """The PyTorch module to go with an export: none yet is needed by official code."""
-    return None
+def torch_module(config: PixArtConfig) -> pathlib.Path | None:
+    """The PyTorch module to go with an export; None: official code can read it."""
+    return LIT_TORCH if config.attention == "linear" else None
 
 
 def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:

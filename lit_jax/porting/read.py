@@ -98,6 +98,7 @@ def read_checkpoint(
         family = _family_of(source.tensors)
         params, config = family.read_torch(source, report, overrides or family.Overrides())
         report.checksum = _checked_values(params, report)
+    # Every value is read for the checksum, so that is not done twice in vain.
     of_source = dict(params)
     config = family.override(params, config, overrides or family.Overrides(), report)
     if any(params[name] is not of_source.get(name) for name in params):
@@ -195,7 +196,7 @@ def _existing(path, weights):
         raise ValueError(f"weights must be {' or '.join(WEIGHTS)}; got {weights!r}")
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(f"path = {path}: no such file or folder")
     return path
 
 

@@ -157,12 +157,14 @@ def _state_dict(file, weights):
     if not tree:
         raise PortingError(f"{file.path}: no tensors")
 
+    # A key may be long, and each round copies all of them.
     for _ in range(_MAX_PREFIXES):
-        prefix = next((each for each in _PREFIXES if all(key.startswith(each) for key in tree)), "")
-        if not prefix:
+        shared = [each for each in _PREFIXES if all(key.startswith(each) for key in tree)]
+        if not shared:
             break
-        tree = {key.removeprefix(prefix): value for key, value in tree.items()}
-        notes.append(f"removed the prefix {prefix!r} of every key")
+        size = len(shared[0])
+        tree = {key[size:]: value for key, value in tree.items()}
+        notes.append(f"removed the prefix {shared[0]!r} of every key")
     return tree, notes
 
 
@@ -177,7 +179,7 @@ def _chosen_weights(file, weights):
     dicts = [name for name, value in tree.items() if isinstance(value, dict)]
     wanted = [name for name in _NAMES[weights] if name in dicts]
     if not wanted:
-        offered = [each for each in WEIGHTS if any(name in dicts for name in _NAMES[each])]
+        offered = [each for each in WEIGHTS if set(_NAMES[each]) & set(dicts)]
         advice = f"; choose weights={offered[0]}" if offered else ""
         raise PortingError(
             f"weights = {weights}, but {file.path} has no such weights, only "

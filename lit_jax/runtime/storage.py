@@ -20,16 +20,9 @@ SCHEMES = ("gs", "s3", "az", "hf")  # those that etils.epath knows
 def user_path(name: str, argument: str) -> epath.Path:
     """The path that a user gives as `argument`, which the error names.
 
-    Raises: ValueError when it is a URL that cannot be opened here.
+    Raises: ValueError when it is a URL that cannot be opened here, or in no home folder.
     """
-    scheme, separator, _ = name.partition("://")
-    # Without this check, file://x and a misspelt gcs://bucket would become
-    # local folders.
-    if separator and scheme not in SCHEMES:
-        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise ValueError(f"{argument}={name} is neither a local folder nor one of {known}")
-
-    path = epath.Path(name)
+    path = epath.Path(resolve(name, argument))
     try:
         path.exists()
     # Each store has errors of its own, for credentials, the network, names,
@@ -41,6 +34,24 @@ def user_path(name: str, argument: str) -> epath.Path:
             problem = "needs a further package"
         raise ValueError(f"{argument}={name} {problem}: {reason}") from error
     return path
+
+
+def resolve(name: str, argument: str) -> str:
+    """The name with the home folder for a leading ~, which only a shell would replace.
+
+    Raises: ValueError for a URL of a kind that is not known, and for a home that is not there.
+    """
+    scheme, separator, _ = name.partition("://")
+    # Without this check, file://x and a misspelt gcs://bucket would become
+    # local folders.
+    if separator and scheme not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ValueError(f"{argument}={name} is neither a local folder nor one of {known}")
+
+    home = os.path.expanduser(name)
+    if home.startswith("~"):
+        raise ValueError(f"{argument}={name} is in no home folder; write ./{name} for that name")
+    return home
 
 
 def is_object_store(path: epath.PathLike) -> bool:

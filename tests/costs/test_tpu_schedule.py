@@ -31,6 +31,7 @@ def test_a_loop_over_chunks_counts_as_often_as_it_turns_and_bands_move_more_than
         (["--width=1000", "--heads=3"], "--heads=3 does not divide --width=1000"),
         (["--tokens=-5"], "--tokens=-5"),
         (["--topology=v5e:3x7"], "topology = 'v5e:3x7'"),
+        (["--topology=v5e:0x2"], "names 0 chips; it must be 1 to 16384"),
     ],
 )
 def test_bad_flags_of_the_estimate_are_one_line(monkeypatch, capsys, flags, message):

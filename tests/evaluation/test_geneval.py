@@ -6,7 +6,9 @@ import json
 import pytest
 from etils import epath
 
+from configs import debug
 from lit_jax.evaluation import geneval
+from lit_jax.jobs import evaluate
 
 
 def test_the_prompts_are_the_published_file():
@@ -74,3 +76,17 @@ def test_a_missing_task_is_named(tmp_path):
     path = results(tmp_path / "results.jsonl", {"colors": [[True]]})
     with pytest.raises(ValueError, match="no result of single_object, two_object"):
         geneval.summarise(path)
+
+
+def test_the_evaluation_job_leaves_the_summary(tmp_path):
+    config = debug.get_config()
+    config.evaluate.geneval = str(
+        results(tmp_path / "results.jsonl", dict.fromkeys(geneval.TASKS, [[True, False]]))
+    )
+    evaluate.run(config, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert written["overall"] == 0.5 and written["images"] == 12
+    config.evaluate.geneval = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="^evaluate.geneval = .*nowhere: no such file"):
+        evaluate.run(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

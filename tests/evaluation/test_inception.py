@@ -158,5 +158,7 @@ def test_incomplete_weights_are_listed(params, tmp_path):
         "Mixed_5c/branch1x1/bn/var has shape (7,), expected (64,)",
     ):
         assert text in str(error.value)
+    with pytest.raises(FileNotFoundError, match="^weights = .*nowhere.pth: no such file"):
+        features.make_extractor("inception_adm", tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError, match="nowhere.pth not found"):
         inception.load_params(tmp_path / "nowhere.pth")

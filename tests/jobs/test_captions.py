@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -20,7 +19,7 @@ from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import make_encoder
 from lit_jax.data.shards import VERSION, Shards, finish_splits
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare, train
+from lit_jax.jobs import prepare
 
 
 @pytest.fixture(scope="module")

@@ -383,3 +383,15 @@ def test_what_training_shows_may_be_in_an_object_store(bucket):
         "report.json",
         "samples.png",
     }
+
+
+def test_images_that_are_all_equal_are_warned_of(caplog):
+    grey = np.full((6, 4, 4, 3), 128, np.uint8)
+    other = grey.copy()
+    other[5, 0, 0, 0] = 129
+    for images, warned in ((grey, 1), (other, 0), (grey[:1], 0)):
+        caplog.clear()
+        handed_on = list(evaluate.noting_equal([images[:4], images[4:]], "samples.npz"))
+        np.testing.assert_array_equal(np.concatenate(handed_on), images)
+        assert len(caplog.messages) == warned
+        assert not warned or "the 6 images of samples.npz are all equal" in caplog.text

@@ -79,8 +79,9 @@ def test_the_job_ports_an_autoencoder(tmp_path):
         (dict(layout="dit"), "is written as .safetensors or .pt, not ''"),
         (dict(num_heads=-3), "port.num_heads must be at least 0; got -3"),
         (dict(num_heads=5), "port.num_heads = 5 does not divide the width 48"),
-        (dict(num_classes=-1), "port.num_classes must be at least 0; got -1"),
-        (dict(input_size=-8), "port.input_size must be at least 0; got .-8, -8."),
+        (dict(num_classes=-1), r"port.num_classes must be in \[0, 1,000,000\]; got -1"),
+        (dict(num_classes=10**13), r"port.num_classes must be in \[0, 1,000,000\]; got 10{13}$"),
+        (dict(input_size=-8), "port.input_size must be 0, or a side in .*; got -8$"),
         (dict(timestep_freq_shift=2), "port.timestep_freq_shift must be 0 or 1; got 2"),
         (dict(mlp_norm_epsilon=0.0), "port.mlp_norm_epsilon must be between 0 and 1; got 0.0"),
         (

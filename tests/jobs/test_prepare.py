@@ -13,6 +13,7 @@ import struct
 import sys
 import zlib
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -22,13 +23,14 @@ from PIL import Image
 from tiny_autoencoder import FACTOR, write_autoencoder
 
 from configs import debug
-from lit_jax import sharding
+from lit_jax import checkpoint, sharding
+from lit_jax.data import pipeline
 from lit_jax.data.dataset import PREPARED, ImageDataset, LatentDataset, open_dataset
 from lit_jax.data.encoding import make_encoder, make_features
 from lit_jax.data.raw_images import ImageSettings, center_crop, open_images
 from lit_jax.data.shards import VERSION, Shards, write_about
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare
+from lit_jax.jobs import prepare, sample
 from lit_jax.runtime import exit_status, preemption, workdir_lock
 
 SIZE = 16
@@ -643,3 +645,53 @@ def test_a_second_preparation_of_the_same_set_is_refused_and_told_the_owner(
         assert not (place / VERSION).exists()
         config.data.name = "other"
         run(config)
+
+
+# Images that are not square.
+
+
+def test_rectangular_images_are_prepared_trained_on_and_sampled(folder, tmp_path):
+    config = make_config(tmp_path, folder, image_size=(8, 16))
+    config.model.update(input_size=(8, 16), depth=1, width=8, num_heads=1, attention="softmax")
+    config.student.init = "random"
+    config.train.update(batch_size=8, preview_every=0)
+    config.report.update(num_images=0, read_labels=False)
+    config.sample.update(steps=1, num_images=3, batch_size=8, cfg_scale=1.0)
+    out = run(config)
+    about = json.loads((out / PREPARED).read_text())
+    assert about["image_size"] == [8, 16]
+    experiment = Experiment(config)
+    images = experiment.dataset
+    assert images.image_shape == (8, 16, 3)
+    path = sorted(folder.glob("n01/*.*g"))[1]
+    expected = center_crop(Image.open(path).convert("RGB"), (8, 16))
+    np.testing.assert_array_equal(images[1]["image"], np.asarray(expected))
+
+    # A step on them, by its shapes.
+    experiment.check_data()
+    rows = sharding.batch_sharding(experiment.mesh)
+    batch = pipeline.batch_shapes(images, 8, rows)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    state = experiment.state_shapes
+    after, _ = jax.eval_shape(experiment.train_step, state, None, batch, rng)
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
+
+    # Samples, of a checkpoint that says what it was trained on.
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), state.params)
+    architecture = experiment.model_config.to_json()
+    assert architecture["grid"] == [2, 4]
+    checkpoint.save_params(tmp_path / "params", params, {"model": architecture})
+    config.sample.checkpoint = str(tmp_path / "params")
+    sample.run(config, tmp_path / "run")
+    with np.load(tmp_path / "run" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 8, 16, 3)
+        assert json.loads(str(archive["protocol"]))["input_size"] == [8, 16]
+
+
+def test_rectangular_images_make_rectangular_latents(folder, autoencoder, tmp_path):
+    config = make_config(tmp_path, folder, autoencoder, image_size=(16, 24))
+    run(config)
+    latents = open_dataset("prepared", config.data.dir, "train")
+    assert latents.image_shape == (16 // FACTOR, 24 // FACTOR, 4)
+    with pytest.raises(ValueError, match=r"prepare.image_size = \(16, 25\) is not a multiple of"):
+        run(make_config(tmp_path / "other", folder, autoencoder, image_size=(16, 25)))

@@ -230,6 +230,21 @@ def test_a_damaged_protocol_is_named_and_a_damaged_speed_left_out(config, drawn,
         draw(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "dropout, cfg_scale, warned", [(0.0, 4.0, 1), (0.1, 4.0, 0), (0.0, 1.0, 0)]
+)
+def test_guidance_by_a_null_class_that_was_never_trained_is_warned_of(
+    config, drawn, tmp_path, caplog, dropout, cfg_scale, warned
+):
+    params, metadata = checkpoint.restore_params(config.sample.checkpoint)
+    about = {"model": metadata["model"], "fields": {"train.label_dropout": dropout}}
+    checkpoint.save_params(tmp_path / "params", params, about)
+    path = str(tmp_path / "params")
+    draw(config, tmp_path / "drawn", checkpoint=path, num_images=1, cfg_scale=cfg_scale)
+    message = f"{path} was trained with train.label_dropout = 0"
+    assert sum(message in text for text in caplog.messages) == warned
+
+
 def test_rows_of_a_batch_are_handed_out_once():
     batch = jax.device_put(
         np.arange(32).reshape(16, 2), sharding.batch_sharding(sharding.make_mesh(4, 2))

@@ -12,7 +12,7 @@ from tiny_text import write_text_encoder
 from configs import debug
 from lit_jax import checkpoint
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import sample
+from lit_jax.jobs import port, sample
 from lit_jax.models import param_shapes
 from lit_jax.porting.pixart import Overrides, read_null_caption
 from lit_jax.porting.read import read_checkpoint
@@ -156,3 +156,21 @@ def test_the_null_caption_is_read_from_files(tmp_path, config):
     for name in ("objects", "whole"):
         with pytest.raises(PortingError, match=f"{name}.npy"):
             read_null_caption(tmp_path / f"{name}.npy")
+
+
+def test_a_port_makes_the_null_caption_with_the_text_encoder(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.port.update(
+        source=config.sample.checkpoint,
+        target=str(tmp_path / "ported"),
+        null_caption=config.text.checkpoint,
+    )
+    port.run(config, tmp_path)
+    table = read_checkpoint(tmp_path / "ported").params["y_embedder"]["y_embedding"]
+    expected = Experiment(config).load_text_encoder().null_features(20)
+    np.testing.assert_array_equal(np.asarray(table), expected)
+    config.model.update(family="dit", num_classes=10, timestep_freq_shift=0, mlp_norm_epsilon=1e-6)
+    for name in ("caption_channels", "caption_length", "position_base", "cross_heads"):
+        setattr(config.model, name, None)
+    with pytest.raises(ValueError, match="port.null_caption = .*family = dit has no null_caption"):
+        port.run(config, tmp_path)

@@ -1,5 +1,6 @@
 """The whole command, end to end, with configs/debug.py: inherit, distil, resume, report, sample."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -107,6 +108,16 @@ def test_pictures_show_teacher_over_student(first_run):
     assert (rows[0] != rows[1]).any()
     assert Image.open(workdir / "samples.png").size == (3 * 58 + 2, 3 * 58 + 2)
     assert Image.open(workdir / "curves.png").size[0] > 1000
+
+
+def test_an_ema_that_is_mostly_the_start_is_warned_of(first_run):
+    _, logged = first_run
+    assert "of the first parameters" not in logged  # it has a warm-up
+    settings = Experiment(debug.get_config()).unscaled_step_settings
+    usual = dataclasses.replace(settings, ema_decay=0.9999, ema_warmup=False)
+    assert usual.ema_of_start(1000) == pytest.approx(0.905, abs=1e-3)
+    assert usual.ema_of_start(400_000) < 1e-9
+    assert dataclasses.replace(usual, ema_warmup=True).ema_of_start(1000) == 0
 
 
 def test_the_report_adds_up(first_run):
@@ -285,7 +296,7 @@ def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
     np.testing.assert_array_equal(mlp["fc1"]["kernel"][1], expected.astype("bfloat16"))
 
 
-def test_plain_training_needs_no_teacher(folder):
+def test_plain_training_needs_no_teacher(folder, caplog):
     assert (
         run_debug(
             folder,
@@ -294,11 +305,14 @@ def test_plain_training_needs_no_teacher(folder):
             "--config.student.init=random",
             "--config.model.attention=softmax",
             "--config.train.steps=2",
+            "--config.ema.warmup=False",
             workdir="plain",
         )
         is None
     )
     assert not (folder / "plain" / "inheritance.json").exists()
+    # 0.98 ** 2 is 0.96.
+    assert "ema.decay = 0.98 leaves 96 % of the first parameters in the EMA" in caplog.text
     assert not any("kd_noise" in name for line in read_lines(folder / "plain") for name in line)
 
 

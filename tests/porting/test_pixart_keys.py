@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 
 import diffusers
 import jax
@@ -16,6 +17,7 @@ from oracles import assert_close
 from safetensors.torch import save_file
 from torch_dit import randomise_
 
+from lit_jax.assets import lit_torch
 from lit_jax.models.pixart import PixArt
 from lit_jax.porting.pixart import Overrides
 from lit_jax.porting.read import load_params, read_checkpoint
@@ -149,6 +151,19 @@ def test_padded_features_and_their_length_change_nothing(tmp_path):
     short = {name: value[:, :4] for name, value in condition.items()}
     cut = run_ours(checkpoint, x, t, short, drop)
     assert_close(cut[:2], plain[:2], **PARITY)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_the_torch_module_of_an_export_computes_the_same(tmp_path, attention):
+    heads = {"softmax": 4, "linear": 3}[attention]
+    source = save(make_torch(attention), tmp_path / "a.safetensors", num_heads=heads)
+    checkpoint = read_checkpoint(source)
+    written = export_official(checkpoint.params, tmp_path / "b.safetensors", checkpoint.config)
+    # A softmax model is official code's; a LiT brings the module that runs it.
+    assert (tmp_path / "lit_torch.py" in map(pathlib.Path, written)) == (attention == "linear")
+    model = lit_torch.load(tmp_path / "b.safetensors")
+    arguments = inputs((3, 5))
+    assert_close(run_ours(checkpoint, *arguments), run_torch(model, *arguments), **PARITY)
 
 
 # ---- Round trips ---------------------------------------------------------------------------------

@@ -166,6 +166,27 @@ def test_a_run_chooses_ema_or_raw(tmp_path):
         assert run.init_checkpoint.report.checksum == expected[other]
 
 
+@pytest.mark.parametrize("field", ["teacher.checkpoint", "student.init", "autoencoder.checkpoint"])
+def test_a_checkpoint_that_is_not_there_is_named_with_its_field(tmp_path, field):
+    path = str(tmp_path / "nowhere.pt")
+    run = Experiment(training_config(**{field: path}))
+    read = {
+        "teacher.checkpoint": lambda: run.teacher_checkpoint,
+        "student.init": lambda: run.init_checkpoint,
+        "autoencoder.checkpoint": lambda: run.autoencoder,
+    }
+    with pytest.raises(FileNotFoundError, match=f"^{field} = {path}: no such file or folder"):
+        read[field]()
+
+
+def test_a_table_of_no_square_names_the_field_that_tells_its_grid(tmp_path):
+    fields = dict(depth=2, width=32, num_heads=2, patch_size=4, in_channels=1, grid=(3, 5))
+    save(make_torch(**fields), tmp_path / "a.pt")
+    settings = training_config(**{"teacher.checkpoint": str(tmp_path / "a.pt")})
+    with pytest.raises(ValueError, match="^port.input_size must be named: pos_embed of .* has 15"):
+        _ = Experiment(settings).teacher_checkpoint
+
+
 def test_a_run_inherits_no_convention_unseen(tmp_path):
     """Weights of a diffusers folder are for other timestep frequencies than the student's."""
     make_diffusers(
