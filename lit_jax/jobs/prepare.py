@@ -11,8 +11,10 @@ Records keep the order of the images. An interrupted run goes on where it stoppe
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -74,7 +76,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     # ---- Images and models -----------------------------------------------------------------------
     # Each process encodes its shards alone, whatever mesh the config has for training.
-    experiment.mesh = sharding.make_mesh(devices=jax.local_devices())
+    local = jax.local_devices()
+    shared_by = config.mesh.fsdp if config.mesh.fsdp > 0 else len(local)
+    experiment.mesh = sharding.make_mesh(-1, math.gcd(shared_by, len(local)), local)
     folder = epath.Path(target.dir) / target.name / VERSION
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = folder.parent
@@ -102,8 +106,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
         # ---- The shards of this process that are missing -----------------------------------------
         broken = dict(plan.broken)
+        written = 0
+        start = time.monotonic(), time.process_time()
         for shards, images in splits.items():
-            write_shards(
+            written += write_shards(
                 shards,
                 images,
                 plan.features,
@@ -115,6 +121,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 add=plan.add,
             )
             broken |= shards.skipped()
+        if written:
+            seconds = time.monotonic() - start[0]
+            core_seconds = time.process_time() - start[1]
+            logging.info(
+                "this process wrote %d records: %.2f a second, %.2f a core second",
+                written,
+                written / seconds,
+                written / core_seconds,
+            )
 
         # ---- All shards, read back and described -------------------------------------------------
         for shards in splits:
@@ -423,7 +438,7 @@ def write_shards(
     skip_broken: int = 0,
     also_broken: frozenset[str] = frozenset(),
     add: Callable[[list[Record]], list[Record]] = lambda records: records,
-) -> None:
+) -> int:
     """Writes what is missing of this process's shards.
 
     Args:
@@ -434,6 +449,7 @@ def write_shards(
       skip_broken: how many broken images may be left out.
       also_broken: those of other splits, which count too.
       add: gives encoded records what is not of their pixels.
+    Returns: how many images that were.
     Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
@@ -467,6 +483,7 @@ def write_shards(
             shards.write(shard, records, tally.skipped)
     for words, count in sorted(tally.treated.items()):
         logging.info("%d images are %s", count, words)
+    return len(rows)
 
 
 @dataclasses.dataclass
