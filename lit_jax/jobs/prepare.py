@@ -253,8 +253,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
                 f"{buckets.sides(bucket)} pixels in the bucket {name_of(shape)}, which are no "
                 f"multiples of the {multiple} pixels of a token"
             )
-    encoder = experiment.load_text_encoder()
-    width = encoder.config.width
+    encoder = experiment.load_text_encoder() if prepare.captions == "features" else None
 
     # ---- The sizes of the images, and their buckets ----------------------------------------------
     survey = read_sizes(experiment, images, settings, folder)
@@ -273,12 +272,17 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
     return Plan(
         splits=splits,
         features=caption_records.make_features(
-            channels, autoencoder is not None, width, prepare.caption_dtype
+            channels,
+            autoencoder is not None,
+            encoder.config.width if encoder else 0,
+            prepare.caption_dtype,
         ),
         encode=make_encoder(autoencoder, experiment.mesh, mirrored=False),
         add=functools.partial(
             add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
-        ),
+        )
+        if encoder
+        else lambda records: records,
         about={
             "crop": "bucket",
             "image_size": buckets.size,
@@ -286,7 +290,8 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
             "background": settings.background,
             "exif_orientation": settings.exif_orientation,
             "autoencoder": experiment.autoencoder_identity,
-            "text": encoder.identity() | {"dtype": config.text.dtype, "width": width},
+            "text": encoder
+            and encoder.identity() | {"dtype": config.text.dtype, "width": encoder.config.width},
             "caption_dtype": prepare.caption_dtype,
         },
         broken=survey.broken,
