@@ -362,7 +362,7 @@ def get_config() -> ConfigDict:
     # --mode=benchmark: times on this machine, and estimates for a TPU.
     config.benchmark = ConfigDict(
         dict(
-            what=("attention", "model"),  # any of attention, model, data
+            what=("attention", "model"),  # any of attention, model, data, image
             pixels=(256, 512, 1024),  # image sizes, of latents whose cells are 8 pixels wide
             attention_tokens=32_768,  # B * T of a batch for attention alone
             model_tokens=16_384,  # B * T of a batch for a model, on each device
