@@ -459,7 +459,7 @@ def _time_model(config, mesh, subject: _Subject):
 
 
 def time_images(config: ConfigDict) -> Iterator[Row]:
-    """One image from noise to pixels, by the linear and by the softmax model.
+    """One image a device from noise to pixels, by the linear and by the softmax model.
 
     The sampler is config.sample's. Weights are random, and so are the features of
     a caption: what the text encoder costs is not in it. The decoder of
@@ -476,19 +476,20 @@ def time_images(config: ConfigDict) -> Iterator[Row]:
 
 def _time_image(experiment, name, model: Model, pixels, size) -> Row:
     params = jax.jit(lambda rng: init_params(model, rng))(jax.random.key(0))
+    B = experiment.mesh.size
     sampler = Sampler(
         model,
         experiment.sampler_settings,
-        batch_size=1,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        batch_size=B,
+        mesh=experiment.mesh,
         size=size,
         autoencoder=experiment.autoencoder,
     )
     condition = {
         key: np.ones(leaf.shape, leaf.dtype)
-        for key, leaf in model.config.condition_shapes(1).items()
+        for key, leaf in model.config.condition_shapes(B).items()
     }
-    index = np.zeros(1, np.int32)
+    index = np.arange(B, dtype=np.int32)
     start = time.monotonic()
     program = sampler.draw_batch.lower(params, index, condition).compile()
     compiled = time.monotonic()
