@@ -38,9 +38,7 @@ PIXELS = Range(
 )
 ASPECT = Range(
     "empty, or width:height such as 16:9",
-    lambda x: (
-        x == "" or (isinstance(x, str) and bool(re.fullmatch(r"[1-9]\d{0,4}:[1-9]\d{0,4}", x)))
-    ),
+    lambda x: isinstance(x, str) and bool(re.fullmatch(r"([1-9]\d{0,4}:[1-9]\d{0,4})?", x)),
 )
 DTYPE = one_of("bfloat16", "float32")
 DTYPE_OF_CAPTIONS = one_of("bfloat16", "int8")

@@ -106,7 +106,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     # ---- The largest batch ---------------------------------------------------
     found = {f"{program} {bucket}".strip(): e for (bucket, program), e in zip(wanted, estimates)}
     largest = {}
-    for (bucket, program), (name, estimate) in zip(wanted, found.items()):
+    for (bucket, _), (name, estimate) in zip(wanted, found.items()):
         if estimate.fits and not plan.largest_batch:
             continue
         size = planners[bucket].largest_batch(estimate)
