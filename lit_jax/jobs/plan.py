@@ -7,6 +7,7 @@ roofline of these, not a measurement.
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import json
 import re
@@ -142,7 +143,8 @@ def of_bucket(config: ConfigDict, name: str) -> ConfigDict:
     with naming("plan", size="model.input_size", names="plan.buckets"):
         # Sides are counted in the cells of the model's input here, not in pixels.
         sides = Buckets(nominal, (name,)).sides(0)
-    changed = ConfigDict(config.to_dict())
+    # Not of a resolved copy, whose sides would be one whole number.
+    changed = copy.deepcopy(config)
     changed.model.input_size = sides
     return changed
 
