@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, fields, inherit, ranges, samplers, sharding, text
-from lit_jax.data import caption_records, dataset, pipeline
+from lit_jax.data import buckets, caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
@@ -459,7 +459,16 @@ class Experiment:
     @property
     def sample_size(self) -> tuple[int, int]:
         """(h, w) of the images or latents that are drawn: of config.sample.size, or as trained."""
-        sides = tuple(self.config.sample.size)
+        sample = self.config.sample
+        sides = tuple(sample.size)
+        if sample.aspect:
+            if sides:
+                raise ValueError(f"sample.size = {sides}, but sample.aspect = {sample.aspect} too")
+            width, height = map(int, sample.aspect.split(":"))
+            # The sides of a bucket are multiples of a token's, at every size.
+            with naming("sample", size="model.input_size"):
+                nominal = buckets.Buckets(max(self.input_size))
+            return nominal.sides(nominal.choose(height, width))
         if not sides:
             return self.input_size
         cell = self.autoencoder_factor * self.model_config.patch_size
