@@ -335,7 +335,7 @@ class CaptionDataset(Dataset):
 
     @property
     def text(self) -> dict[str, Any] | None:
-        """What made the features: see `TextEncoder.identity`, with "width"; None: there are none."""
+        """What made the features, see `TextEncoder.identity`, with "width"; None: no features."""
         return self.about["text"]
 
     @property

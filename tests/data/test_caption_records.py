@@ -12,7 +12,6 @@ from lit_jax import sharding
 from lit_jax.data import pipeline
 from lit_jax.data.caption_records import choose_caption, pack, stored_caption, unpack
 
-
 READ = functools.partial(stored_caption, max_length=5)
 
 
