@@ -50,6 +50,8 @@ from lit_jax.train_step import (
 
 # Where the attentions that are written for one kind of device run.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+# How far, relative to their length, a text encoder's features of "" may be from the model's.
+NULL_DISTANCE = 0.1
 # Fields of config.model that are not of the architecture.
 NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
 
@@ -608,10 +610,14 @@ class Experiment:
             )
         return encoder
 
-    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def encode(self, prompts: Sequence[str], null_caption: Any = None) -> tuple[Any, Any]:
         """The condition of prompts, and what tells their text encoder from others.
 
         The encoder is loaded for it and dropped.
+
+        Args: null_caption: that of the model's checkpoint, (n, C). The encoder's is compared with
+          it, for nothing else tells a wrong encoder from the right one.
+        Returns: arrays (n, ...) by name, and JSON values by name.
         """
         encoder = self.load_text_encoder()
         found = encoder(prompts)
@@ -625,6 +631,20 @@ class Experiment:
                 )
             if unknown := encoder.tokenizer.unknown(prompt):
                 logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        if null_caption is not None:
+            ours = np.asarray(encoder.null_features(2), np.float32)
+            theirs = np.asarray(null_caption[:2], np.float32)
+            length = max(float(np.linalg.norm(theirs)), 1e-30)
+            distance = float(np.linalg.norm(ours - theirs)) / length
+            # bfloat16 moves it by less than 0.02.
+            if distance > NULL_DISTANCE:
+                logging.warning(
+                    'text.checkpoint = %s: its features of "" are %.2f of their length away from '
+                    "those in the model's checkpoint; it is another text encoder or tokenizer than "
+                    "the model was trained with, and pictures will not follow the prompts",
+                    self.config.text.checkpoint,
+                    distance,
+                )
         identity = encoder.identity() | {"dtype": self.config.text.dtype}
         return to_condition(found, self.config.sample.null_mask), identity
 

@@ -102,6 +102,18 @@ def test_a_size_is_that_of_the_images(config, tmp_path):
         draw(config, tmp_path / "b", size=(8, 18))
 
 
+def test_another_text_encoder_than_the_models_is_told(config, tmp_path, caplog):
+    """The random null caption of these weights is no encoder's; a ported one is its own's."""
+    config = config.copy_and_resolve_references()
+    experiment = Experiment(config)
+    null = experiment.load_text_encoder().null_features(20)
+    with caplog.at_level("WARNING"):
+        experiment.encode(PROMPTS[1:], null)
+        assert not caplog.records
+        experiment.encode(PROMPTS[1:], null[::-1] * 0.5)
+    assert "another text encoder or tokenizer than the model was trained with" in caplog.text
+
+
 def test_an_aspect_is_the_nearest_bucket(config):
     """Of 16 latents, whose buckets are in sixteenths: 16:9 is 12 x 21 of them."""
     config = config.copy_and_resolve_references()
