@@ -163,6 +163,9 @@ def test_pixels_int8_and_broken_images(sources, tmp_path, caplog):
     config.text.max_length = 6  # shorter than the captions
     with pytest.raises(ValueError, match="04.png: .*; prepare.skip_broken = 1: a larger number"):
         run(config)
+    config.prepare.skip_broken = 0
+    with pytest.raises(ValueError, match="^prepare.skip_broken = 0 leaves out fewer images than"):
+        run(config)
     config.prepare.skip_broken = 2
     with caplog.at_level("INFO", "absl"):
         out = run(config)
