@@ -57,7 +57,7 @@ def make_config(folder, data, text="", autoencoder=""):
         source=f"{folder}/", image_size=16, buckets=BUCKETS, batch_size=8, shard_records=5
     )
     config.student.init = "random"
-    config.train.update(batch_size=8, steps=4, preview_every=0)
+    config.train.update(batch_size=8, steps=4, preview_every=0, remat="none")
     config.report.update(num_images=0, read_labels=False)
     return config
 

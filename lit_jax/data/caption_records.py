@@ -138,8 +138,8 @@ def survey_images(
             broken[record["name"]] = record["broken"]
             if len(broken) > skip_broken:
                 raise ValueError(
-                    f"{record['broken']}; skip_broken = {skip_broken}: a larger number leaves "
-                    f"out so many broken images"
+                    f"skip_broken = {skip_broken} leaves out fewer images than are broken: "
+                    f"{record['broken']}"
                 )
         elif not record["captions"]:
             silent += 1

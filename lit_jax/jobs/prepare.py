@@ -277,7 +277,13 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
             encoder.config.width if encoder else 0,
             prepare.caption_dtype,
         ),
-        encode=make_encoder(autoencoder, experiment.mesh, mirrored=False),
+        # Each bucket compiles a program, and must not compile one more for its last batch.
+        encode=make_encoder(
+            autoencoder,
+            experiment.mesh,
+            mirrored=False,
+            batch_size=prepare.batch_size // jax.process_count(),
+        ),
         add=functools.partial(
             add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
         )

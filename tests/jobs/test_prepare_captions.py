@@ -163,6 +163,9 @@ def test_pixels_int8_and_broken_images(sources, tmp_path, caplog):
     config.text.max_length = 6  # shorter than the captions
     with pytest.raises(ValueError, match="04.png: .*; prepare.skip_broken = 1: a larger number"):
         run(config)
+    config.prepare.skip_broken = 0
+    with pytest.raises(ValueError, match="^prepare.skip_broken = 0 leaves out fewer images than"):
+        run(config)
     config.prepare.skip_broken = 2
     with caplog.at_level("INFO", "absl"):
         out = run(config)
@@ -260,9 +263,49 @@ def train_to(config, workdir, steps):
     train.run(config, workdir)
 
 
-def test_training_on_three_buckets_resumes_bit_for_bit(prepared, tmp_path):
-    config = prepared[0].copy_and_resolve_references()
+@pytest.fixture(scope="module")
+def texts_alone(sources, tmp_path_factory):
+    """A preparation that leaves the text encoder to training."""
+    config = make_config(data=tmp_path_factory.mktemp("texts"), **sources)
+    config.prepare.captions = "text"
+    config.text.dtype = "bfloat16"
+    return config, run(config)
+
+
+def test_texts_alone_are_encoded_in_training(prepared, texts_alone):
+    """The same pictures in the same order, with the features that would have been stored."""
+    config, out = texts_alone
+    assert json.loads((out / PREPARED).read_text())["text"] is None
+    experiment = Experiment(config)
+    experiment.check_data()
+    rows = sharding.batch_sharding(experiment.mesh)
+    batches = pipeline.DeviceIterator(experiment.batches(), rows)
+    promised = [shapes_of(batch) for batch in experiment.batch_shapes()]
+    for _, wanted in zip(range(3), iter(Experiment(prepared[0]).batches())):
+        batch = experiment.encode_captions(next(batches))
+        assert shapes_of(batch) in promised
+        for name in ("mean", "caption_mask", "index"):
+            np.testing.assert_array_equal(batch[name], wanted[name])
+        ours = np.asarray(batch["caption"], np.float32)
+        # Two layers in bfloat16.
+        np.testing.assert_allclose(ours, wanted["caption"].astype(np.float32), atol=0.1)
+        assert not ours[~wanted["caption_mask"]].any()
+    # Another text encoder would be another run.
+    features = experiment.decisive_fields()["text.features"]
+    assert features == experiment.load_text_encoder().identity() | {"dtype": "bfloat16"}
+
+    config = config.copy_and_resolve_references()
     config.text.checkpoint = ""
+    with pytest.raises(ValueError, match="^text.checkpoint is empty, but the model is told"):
+        Experiment(config).batches()
+
+
+def shapes_of(batch):
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+
+def test_training_on_three_buckets_resumes_bit_for_bit(texts_alone, tmp_path):
+    config = texts_alone[0].copy_and_resolve_references()
     config.optimizer.schedule = "constant"
     config.train.log_every = 1
     taken = [b["mean"].shape[1:3] for _, b in zip(range(STEPS), iter(Experiment(config).batches()))]
@@ -277,39 +320,3 @@ def test_training_on_three_buckets_resumes_bit_for_bit(prepared, tmp_path):
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train/loss"] for line in lines]
     assert len(losses) == STEPS and np.isfinite(losses).all()
-
-
-def test_texts_alone_are_encoded_in_training(prepared, sources, tmp_path):
-    """The same pictures in the same order, with the features that would have been stored."""
-    config = make_config(data=tmp_path / "data", **sources)
-    config.prepare.captions = "text"
-    config.text.dtype = "bfloat16"
-    out = run(config)
-    assert json.loads((out / PREPARED).read_text())["text"] is None
-    experiment = Experiment(config)
-    experiment.check_data()
-    rows = sharding.batch_sharding(experiment.mesh)
-    batches = pipeline.DeviceIterator(experiment.batches(), rows)
-    shapes = experiment.batch_shapes()
-    for _, wanted in zip(range(3), iter(Experiment(prepared[0]).batches())):
-        batch = experiment.encode_captions(next(batches))
-        given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-        assert given in [
-            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shape.items()}
-            for shape in shapes
-        ]
-        for name in ("mean", "caption_mask", "index"):
-            np.testing.assert_array_equal(batch[name], wanted[name])
-        ours = np.asarray(batch["caption"], np.float32)
-        # Two layers in bfloat16.
-        np.testing.assert_allclose(ours, wanted["caption"].astype(np.float32), atol=0.1)
-        assert not ours[~wanted["caption_mask"]].any()
-    features = experiment.decisive_fields()["text.features"]
-    assert features["cleaning"] == "none" and features["weights"]
-
-    train_to(config, tmp_path / "run", 2)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert np.isfinite(json.loads(lines[-1])["train/loss"])
-    config.text.checkpoint = ""
-    with pytest.raises(ValueError, match="^text.checkpoint is empty, but the model is told"):
-        train_to(config, tmp_path / "run", 3)
