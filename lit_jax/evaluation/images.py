@@ -45,7 +45,7 @@ class NpzImages:
         return npz.image_batches(self.path, num_images, batch_size)
 
     def about(self, name: str) -> dict[str, Any]:
-        """What the sampling job wrote as `name`; {}: the file is from elsewhere."""
+        """What the sampling job wrote as `name`; {}: it did not."""
         return npz.read_json(self.path, name)
 
     def content_hash(self) -> str:
@@ -62,7 +62,7 @@ class _Header(NamedTuple):
 
 
 class FolderImages:
-    """The image files of a folder and of the folders in it, in the order of their paths.
+    """The images of a folder and of the folders in it, ordered by their paths.
 
     Attributes:
       count: the number of images.
@@ -80,50 +80,53 @@ class FolderImages:
         if not self._files:
             kinds = ", ".join(raw_images.IMAGE_FILES)
             raise ValueError(f"{path} holds no images ({kinds})")
-        if skipped["hidden"]:
-            logging.info("%s: %d hidden files and folders are skipped", path, skipped["hidden"])
+        if hidden := skipped["hidden"]:
+            text = "%s: %d hidden files and folders are skipped"
+            logging.info(text, path, hidden)
 
         # One pass over all bytes: a file of another size is found before the
         # network runs, and the hash needs the bytes as well.
-        digest = hashlib.sha256()
-        is_grey = True
-        size = None
         with ThreadPoolExecutor(READERS) as pool:
-            for file, header in zip(self._files, pool.map(self._read_header, self._files)):
-                size = size or header.size
-                if header.size != size:
-                    raise ValueError(
-                        f"{path} holds images of different sizes: "
-                        f"{_called(self._files[0], size)}, {_called(file, header.size)}"
-                    )
-                is_grey = is_grey and header.is_grey
-                digest.update(header.digest)
-        assert size is not None
-        width, height = size
+            headers = list(pool.map(self._read_header, self._files))
+        size = headers[0].size
+        digest = hashlib.sha256()
+        for file, header in zip(self._files, headers):
+            if header.size != size:
+                both = f"{_called(self._files[0], size)}, {_called(file, header.size)}"
+                raise ValueError(f"{path} holds images of different sizes: {both}")
+            digest.update(header.digest)
         self._digest = digest.hexdigest()[:16]
+
+        width, height = size
+        is_grey = all(header.is_grey for header in headers)
         self.count = len(self._files)
         self.shape = (height, width, 1 if is_grey else 3)
         # Upright by the file's own rows: the usual evaluators ignore EXIF.
-        self._settings = raw_images.ImageSettings((height, width), exif_orientation=False)
+        self._settings = raw_images.ImageSettings(
+            size=(height, width),
+            exif_orientation=False,
+        )
 
     def batches(self, num_images: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Yields the first images in the order of their paths, (B, H, W, C) uint8.
+        """Yields the first images in their order, (B, H, W, C) uint8.
 
         Raises: ValueError naming a file that is damaged.
         """
         treated: Counter[str] = Counter()
+        # Pillow decodes outside Python's lock, so threads help.
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, num_images, batch_size):
                 stop = min(start + batch_size, num_images)
-                decoded = list(pool.map(self._read_pixels, self._files[start:stop]))
+                files = self._files[start:stop]
+                decoded = list(pool.map(self._read_pixels, files))
                 for _, words in decoded:
                     treated.update(words)
                 yield np.stack([pixels for pixels, _ in decoded])
-        for words, count in sorted(treated.items()):
-            logging.warning("%s: %d images are %s", self.path, count, words)
+        for what, count in sorted(treated.items()):
+            logging.warning("%s: %d images are %s", self.path, count, what)
 
     def about(self, name: str) -> dict[str, Any]:
-        """What the sampling job left as NAME.json; {}: the folder is from elsewhere."""
+        """What the sampling job left as NAME.json; {}: it did not."""
         path = self.path / f"{name}.json"
         if not path.is_file():
             return {}
@@ -144,23 +147,25 @@ class FolderImages:
             content = (self.path / file).read_bytes()
             with Image.open(io.BytesIO(content)) as image:
                 is_grey = Image.getmodebase(image.mode) == "L"
-                return _Header(image.size, is_grey, hashlib.sha256(content).digest())
+                digest = hashlib.sha256(content).digest()
+                return _Header(image.size, is_grey, digest)
 
     def _read_pixels(self, file: str) -> tuple[np.ndarray, list[str]]:
         with self._naming(file):
             content = io.BytesIO((self.path / file).read_bytes())
             with Image.open(content) as image:
-                decoded, treated = raw_images.decode(image, self._settings, self.shape[-1])
+                channels = self.shape[-1]
+                decoded, treated = raw_images.decode(image, self._settings, channels)
                 return np.asarray(decoded).reshape(self.shape), treated
 
     @contextlib.contextmanager
     def _naming(self, file: str) -> Iterator[None]:
         try:
             yield
-        # Pillow raises errors of many types for damage.
+        # For damage Pillow raises errors of many types.
         except Exception as error:
-            name = raw_images.printable(file)
-            raise ValueError(f"{self.path}: {name} cannot be read: {first_line(error)}") from error
+            which = f"{self.path}: {raw_images.printable(file)}"
+            raise ValueError(f"{which} cannot be read: {first_line(error)}") from error
 
 
 def open_images(path: epath.Path) -> NpzImages | FolderImages:
@@ -173,7 +178,7 @@ def open_images(path: epath.Path) -> NpzImages | FolderImages:
 
 @contextlib.contextmanager
 def naming_path(argument: str, path: epath.PathLike) -> Iterator[None]:
-    """Begins errors with `ARGUMENT = PATH`, whichever module found what is wrong with it."""
+    """Begins the errors of the block with `ARGUMENT = PATH`."""
     value = str(path)
     try:
         yield
@@ -184,16 +189,18 @@ def naming_path(argument: str, path: epath.PathLike) -> Iterator[None]:
             text = f": {text}"
         # Not type(error): subclasses such as JSONDecodeError are made from
         # more than a text.
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        is_missing = isinstance(error, FileNotFoundError)
+        kind = FileNotFoundError if is_missing else ValueError
         raise kind(f"{argument} = {value}{text}") from error
 
 
 def _without_overviews(files: list[str]) -> Iterable[str]:
-    """Leaves out PROMPT/grid.png beside PROMPT/samples, GenEval's overview of the images there."""
+    """Leaves out PROMPT/grid.png, GenEval's picture of all in PROMPT/samples."""
+    # With one image a prompt it is of the same size, and would count twice.
     paths = [pathlib.PurePosixPath(file) for file in files]
-    sampled = {path.parent.parent for path in paths if path.parent.name == "samples"}
+    prompts = {path.parents[1] for path in paths if path.parent.name == "samples"}
     for file, path in zip(files, paths):
-        if path.name != "grid.png" or path.parent not in sampled:
+        if path.name != "grid.png" or path.parent not in prompts:
             yield file
 
 

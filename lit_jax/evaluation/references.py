@@ -306,8 +306,9 @@ def _read_statistics(archive: npz.Archive, extractor: features.Extractor) -> Sta
 def _image_shape(identity: Any) -> tuple[int, ...]:
     """That of the images behind statistics, whose file may say anything."""
     shape = identity.get("image_shape") if isinstance(identity, dict) else None
-    is_shape = isinstance(shape, list) and all(isinstance(side, int) for side in shape)
-    return tuple(shape) if is_shape else ()
+    if isinstance(shape, list) and all(isinstance(side, int) for side in shape):
+        return tuple(shape)
+    return ()
 
 
 # ---- Reference files ----

@@ -27,7 +27,12 @@ from ml_collections import ConfigDict
 from lit_jax import pictures
 from lit_jax.evaluation import geneval, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
-from lit_jax.evaluation.images import FolderImages, NpzImages, naming_path, open_images
+from lit_jax.evaluation.images import (
+    FolderImages,
+    NpzImages,
+    naming_path,
+    open_images,
+)
 from lit_jax.experiment import check_exists, evaluation_settings, naming
 from lit_jax.runtime import storage
 
@@ -63,8 +68,16 @@ def summarise_geneval(results: str, workdir: epath.Path) -> None:
     """The table of a result file of GenEval's scorer, in the log and in geneval.json."""
     scores = geneval.summarise(results)
     workdir.mkdir(parents=True, exist_ok=True)
-    storage.replace_text(workdir / "geneval.json", json.dumps(scores._asdict(), indent=1) + "\n")
-    logging.info("GenEval, %d images of %s:\n%s", scores.images, results, scores.table())
+    storage.replace_text(
+        workdir / "geneval.json",
+        json.dumps(scores._asdict(), indent=1) + "\n",
+    )
+    logging.info(
+        "GenEval, %d images of %s:\n%s",
+        scores.images,
+        results,
+        scores.table(),
+    )
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
@@ -76,7 +89,11 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     path = epath.Path(wanted.samples or workdir / "samples.npz")
     check_exists("evaluate.samples", path, "--mode=sample writes WORKDIR/samples.npz")
     if wanted.weights:
-        check_exists("evaluate.weights", wanted.weights, "docs/evaluation.md says where it is from")
+        check_exists(
+            "evaluate.weights",
+            wanted.weights,
+            "docs/evaluation.md says where it is from",
+        )
     with naming_path("samples", path):
         images = open_images(path)
     num_images = wanted.num_images or images.count
