@@ -295,6 +295,7 @@ def get_config() -> ConfigDict:
             prompt_file="",
             # Height and width of the images in pixels; (): those of model.input_size.
             size=(),
+            aspect="",  # in place of it: width:height such as 16:9, the nearest of the buckets
             images_per_prompt=1,  # image i is of prompt i // images_per_prompt
             # Which tokens the model sees of nothing: prompt (as many as the prompt has, as in
             # PixArt) or own (the one of the empty prompt, as in diffusers).
@@ -362,7 +363,7 @@ def get_config() -> ConfigDict:
     # --mode=benchmark: times on this machine, and estimates for a TPU.
     config.benchmark = ConfigDict(
         dict(
-            what=("attention", "model"),  # any of attention, model, data
+            what=("attention", "model"),  # any of attention, model, data, image
             pixels=(256, 512, 1024),  # image sizes, of latents whose cells are 8 pixels wide
             attention_tokens=32_768,  # B * T of a batch for attention alone
             model_tokens=16_384,  # B * T of a batch for a model, on each device
@@ -378,6 +379,9 @@ def get_config() -> ConfigDict:
             slices=1,  # how many such slices, joined by the data center's network
             # Any of distill (the step with a teacher), plain (the step without), sample.
             programs=("distill", "plain", "sample"),
+            # Of images with captions: plan these buckets of aspects, such as ("16x16", "8x32").
+            # Empty: model.input_size.
+            buckets=(),
             # Search for the largest batch that fits even where the config's batch fits.
             largest_batch=False,
         )

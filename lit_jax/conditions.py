@@ -4,7 +4,9 @@ A condition is a dict of arrays with a leading batch axis. With it goes `drop`, 
 for which the model uses its own "nothing" (DiT's null class). So the samplers, the train step and
 the data know of no null.
 
-    {"label": (B,) int32}    a class-conditional DiT or LiT
+    {"label": (B,) int32}                  a class-conditional DiT or LiT
+    {"caption": (B, S, C),                 a PixArt or its LiT: features of the text encoder,
+     "caption_mask": (B, S) bool}          and which of them are tokens
     {"caption": (B, S, C), "caption_mask": (B, S) bool}    a PixArt, told a caption's features
 """
 

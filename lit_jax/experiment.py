@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, fields, inherit, ranges, samplers, sharding, text
-from lit_jax.data import caption_records, dataset, pipeline
+from lit_jax.data import buckets, caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
@@ -50,6 +50,8 @@ from lit_jax.train_step import (
 
 # Where the attentions that are written for one kind of device run.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+# How far, relative to their length, a text encoder's features of "" may be from the model's.
+NULL_DISTANCE = 0.1
 # Fields of config.model that are not of the architecture.
 NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
 
@@ -459,7 +461,16 @@ class Experiment:
     @property
     def sample_size(self) -> tuple[int, int]:
         """(h, w) of the images or latents that are drawn: of config.sample.size, or as trained."""
-        sides = tuple(self.config.sample.size)
+        sample = self.config.sample
+        sides = tuple(sample.size)
+        if sample.aspect:
+            if sides:
+                raise ValueError(f"sample.size = {sides}, but sample.aspect = {sample.aspect} too")
+            width, height = map(int, sample.aspect.split(":"))
+            # The sides of a bucket are multiples of a token's, at every size.
+            with naming("sample", size="model.input_size"):
+                nominal = buckets.Buckets(max(self.input_size))
+            return nominal.sides(nominal.choose(height, width))
         if not sides:
             return self.input_size
         cell = self.autoencoder_factor * self.model_config.patch_size
@@ -564,10 +575,14 @@ class Experiment:
             )
         return encoder
 
-    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def encode(self, prompts: Sequence[str], null_caption: Any = None) -> tuple[Any, Any]:
         """The condition of prompts, and what tells their text encoder from others.
 
         The encoder is loaded for it and dropped.
+
+        Args: null_caption: that of the model's checkpoint, (n, C). The encoder's is compared with
+          it, for nothing else tells a wrong encoder from the right one.
+        Returns: arrays (n, ...) by name, and JSON values by name.
         """
         encoder = self.load_text_encoder()
         found = encoder(prompts)
@@ -581,6 +596,20 @@ class Experiment:
                 )
             if unknown := encoder.tokenizer.unknown(prompt):
                 logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        if null_caption is not None:
+            ours = np.asarray(encoder.null_features(2), np.float32)
+            theirs = np.asarray(null_caption[:2], np.float32)
+            length = max(float(np.linalg.norm(theirs)), 1e-30)
+            distance = float(np.linalg.norm(ours - theirs)) / length
+            # bfloat16 moves it by less than 0.02.
+            if distance > NULL_DISTANCE:
+                logging.warning(
+                    'text.checkpoint = %s: its features of "" are %.2f of their length away from '
+                    "those in the model's checkpoint; it is another text encoder or tokenizer than "
+                    "the model was trained with, and pictures will not follow the prompts",
+                    self.config.text.checkpoint,
+                    distance,
+                )
         identity = encoder.identity() | {"dtype": self.config.text.dtype}
         return to_condition(found, self.config.sample.null_mask), identity
 

@@ -5,6 +5,7 @@ fields that no such class has. What depends on the mesh, a checkpoint or the dat
 those are known: experiment.py.
 """
 
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,6 +35,10 @@ SECONDS = between(1, 10_000_000)  # a timer of C takes no more than about 300 ye
 PIXELS = Range(
     "(), or height and width",
     lambda x: len(x) in (0, 2) and all(isinstance(side, int) and 0 < side < 10**5 for side in x),
+)
+ASPECT = Range(
+    "empty, or width:height such as 16:9",
+    lambda x: isinstance(x, str) and bool(re.fullmatch(r"([1-9]\d{0,4}:[1-9]\d{0,4})?", x)),
 )
 DTYPE = one_of("bfloat16", "float32")
 DTYPE_OF_CAPTIONS = one_of("bfloat16", "int8")
@@ -85,6 +90,7 @@ RANGES = {
     "text.dtype": DTYPE,
     "sample.prompts": NAMES,
     "sample.size": PIXELS,
+    "sample.aspect": ASPECT,
     "sample.images_per_prompt": between(1, 10_000),
     "sample.null_mask": one_of("prompt", "own"),
     "sample.num_images": IMAGES,
@@ -107,6 +113,7 @@ RANGES = {
     "benchmark.repeats": between(1, 10_000),
     "plan.slices": between(1, 1_024),
     "plan.programs": NAMES,
+    "plan.buckets": NAMES,
     "report.num_images": between(0, 1_000_000),
 }
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from lit_jax.experiment import Experiment, naming
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import Model, init_params
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
+from lit_jax.sampling import Sampler
 from lit_jax.train_step import (
     images_to_model,
     make_optimizer,
@@ -36,7 +38,7 @@ from lit_jax.train_step import (
     state_shapes,
 )
 
-WHAT = ("attention", "model", "data")
+WHAT = ("attention", "model", "data", "image")
 Row = dict[str, Any]
 
 
@@ -55,8 +57,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"it may name {', '.join(WHAT)}"
         )
     on_models = {"attention", "model"} & set(wanted.what)
+    on_pixels = on_models | ({"image"} & set(wanted.what))
     whole = [isinstance(n, int) and n >= 1 and n % token == 0 for n in wanted.pixels]
-    if on_models and not (whole and all(whole)):
+    if on_pixels and not (whole and all(whole)):
         raise ValueError(
             f"benchmark.pixels = {tuple(wanted.pixels)} must be multiples of a token's "
             f"{token} pixels"
@@ -75,6 +78,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             jobs.append(time_models(config))
     if "data" in wanted.what:
         jobs.append(time_data(config))
+    if "image" in wanted.what:
+        jobs.append(time_images(config))
 
     # ---- Rows ----------------------------------------------------------------
     machine = {
@@ -448,6 +453,60 @@ def _time_model(config, mesh, subject: _Subject):
     guide = teacher.config.forward_flops(size) if teacher else 0.0
     what = "distillation step" if teacher else "training step"
     yield subject.row(what, timing, train_step_flops(flops, guide))
+
+
+# ---- One image ---------------------------------------------------------------
+
+
+def time_images(config: ConfigDict) -> Iterator[Row]:
+    """One image a device from noise to pixels, by the linear and by the softmax model.
+
+    The sampler is config.sample's. Weights are random, and so are the features of
+    a caption: what the text encoder costs is not in it. The decoder of
+    autoencoder.checkpoint is, where there is one. The peak is of this process so
+    far: the linear model comes first.
+    """
+    experiment = Experiment(config)
+    dit, lit = make_models(config)
+    for pixels in config.benchmark.pixels:
+        side = pixels // experiment.autoencoder_factor
+        for name, model in (("linear", lit), ("softmax", dit)):
+            yield _time_image(experiment, name, model, pixels, (side, side))
+
+
+def _time_image(experiment, name, model: Model, pixels, size) -> Row:
+    params = jax.jit(lambda rng: init_params(model, rng))(jax.random.key(0))
+    B = experiment.mesh.size
+    sampler = Sampler(
+        model,
+        experiment.sampler_settings,
+        batch_size=B,
+        mesh=experiment.mesh,
+        size=size,
+        autoencoder=experiment.autoencoder,
+    )
+    condition = {
+        key: np.ones(leaf.shape, leaf.dtype)
+        for key, leaf in model.config.condition_shapes(B).items()
+    }
+    index = np.arange(B, dtype=np.int32)
+    start = time.monotonic()
+    program = sampler.draw_batch.lower(params, index, condition).compile()
+    compiled = time.monotonic()
+    latents = jax.block_until_ready(program(params, index, condition))
+    drawn = time.monotonic()
+    jax.block_until_ready(sampler.decode(latents))
+    # Linux counts in KiB.
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "what": f"image, {name}",
+        "pixels": pixels,
+        "steps": experiment.sampler_settings.steps,
+        "compile s": compiled - start,
+        "draw s": drawn - compiled,
+        "decode s": time.monotonic() - drawn,
+        "peak GB": peak / 1e9,
+    }
 
 
 # ---- The input pipeline ------------------------------------------------------

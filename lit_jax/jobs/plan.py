@@ -7,6 +7,7 @@ roofline of these, not a measurement.
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import json
 import re
@@ -26,6 +27,7 @@ from lit_jax.costs import chips, hlo
 from lit_jax.costs.chips import GB, TPU, GiB
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
+from lit_jax.data.buckets import Buckets
 from lit_jax.experiment import Experiment, naming
 from lit_jax.models import Model, param_shapes
 from lit_jax.models.attention import make_attention
@@ -89,42 +91,62 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         )
     with naming("plan"):
         devices = topology_devices(plan.topology, plan.slices)
-    planner = Planner(config, devices)
+    planners = {name: Planner(of_bucket(config, name), devices) for name in plan.buckets or ("",)}
 
     # ---- Compile -------------------------------------------------------------
     started = time.monotonic()
+    wanted = [(name, program) for name in planners for program in plan.programs]
     # Two at a time: the compiler lets go of the interpreter.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        estimates = list(pool.map(planner.estimate, plan.programs))
-    _show(planner.heading())
-    for estimate in estimates:
+        estimates = list(pool.map(lambda each: planners[each[0]].estimate(each[1]), wanted))
+    for (bucket, program), estimate in zip(wanted, estimates):
+        if program == plan.programs[0]:
+            _show((f"bucket {bucket}: " if bucket else "") + planners[bucket].heading())
         _show(describe(estimate))
 
     # ---- The largest batch ---------------------------------------------------
-    too_large = [e for e in estimates if not e.fits]
-    wanted = estimates if plan.largest_batch else too_large
-    largest = {e.program: planner.largest_batch(e) for e in wanted}
-    for program, size in largest.items():
-        found = f"the largest batch found to fit is {size}"
+    found = {f"{program} {bucket}".strip(): e for (bucket, program), e in zip(wanted, estimates)}
+    largest = {}
+    for (bucket, _), (name, estimate) in zip(wanted, found.items()):
+        if estimate.fits and not plan.largest_batch:
+            continue
+        size = planners[bucket].largest_batch(estimate)
+        largest[name] = size
+        text = f"the largest batch found to fit is {size}"
         if not size:
-            found = (
+            text = (
                 "not even the smallest batch fits: take more chips, mesh.fsdp, or train.remat=full"
             )
-        _show(f"{program}: {found}")
+        _show(f"{name}: {text}")
     _show(f"planned in {time.monotonic() - started:.0f} s")
 
     # ---- Report --------------------------------------------------------------
     report = {
         "topology": plan.topology,
         "slices": plan.slices,
-        "mesh": dict(planner.mesh.shape),
+        "mesh": dict(planners[wanted[0][0]].mesh.shape),
         "largest_batch": largest,
-        "programs": {e.program: dataclasses.asdict(e) for e in estimates},
+        "programs": {name: dataclasses.asdict(e) for name, e in found.items()},
     }
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
+    too_large = [e for e in estimates if not e.fits]
     if too_large:
         raise ValueError("; ".join(_shortfall(e, plan.topology) for e in too_large))
+
+
+def of_bucket(config: ConfigDict, name: str) -> ConfigDict:
+    """The config with the images of a bucket of aspects; an empty name: as it is."""
+    if not name:
+        return config
+    nominal = config.model.input_size
+    with naming("plan", size="model.input_size", names="plan.buckets"):
+        # Sides are counted in the cells of the model's input here, not in pixels.
+        sides = Buckets(nominal, (name,)).sides(0)
+    # Not of a resolved copy, whose sides would be one whole number.
+    changed = copy.deepcopy(config)
+    changed.model.input_size = sides
+    return changed
 
 
 def _shortfall(e: Estimate, topology: str) -> str:

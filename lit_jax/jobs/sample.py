@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
@@ -68,7 +69,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             settings.cfg_scale,
         )
     sampler = experiment.sampler()
-    asked = what_is_asked(experiment)
+    asked = what_is_asked(experiment, checkpoint.params)
     index = np.arange(asked.num_images)
 
     # ---- What is missing -----------------------------------------------------
@@ -193,8 +194,11 @@ class Asked:
     finish: Callable[[epath.Path], None] = lambda folder: None
 
 
-def what_is_asked(experiment: Experiment) -> Asked:
-    """What config.sample asks for: images of classes, or of prompts."""
+def what_is_asked(experiment: Experiment, params: Any) -> Asked:
+    """What config.sample asks for: images of classes, or of prompts.
+
+    Args: params: the model's, still on disk. A text encoder is compared with their null caption.
+    """
     sample = experiment.config.sample
     if not experiment.is_told_captions:
         labels = experiment.conditions(np.arange(sample.num_images), sample.labels)
@@ -206,7 +210,8 @@ def what_is_asked(experiment: Experiment) -> Asked:
 
     prompts = experiment.prompts
     # The text encoder comes and goes here, before the model is loaded.
-    features, identity = experiment.encode(prompts.texts)
+    null_caption = flatten_dict(params, sep="/")[experiment.model_config.frozen[0]]
+    features, identity = experiment.encode(prompts.texts, null_caption)
 
     def of_prompt(index):
         return {name: value[prompts.of(index)] for name, value in features.items()}

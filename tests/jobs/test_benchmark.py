@@ -10,6 +10,8 @@ import types
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from tiny_autoencoder import write_autoencoder
 
 from configs import debug
 from lit_jax.costs import chips
@@ -225,3 +227,15 @@ def test_a_static_estimate_is_of_the_configs_model_on_the_whole_chip(
         assert row["x floor"] == pytest.approx(
             row["us"] / row["floor us"]
         )  # far above what memory takes
+
+
+def test_an_image_is_drawn_by_both_models_and_decoded(tmp_path):
+    config = tiny_config(input_size=4)
+    config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "autoencoder"))
+    config.benchmark.update(what=("image",), pixels=(16,))
+    config.sample.update(sampler="ddim", steps=2, variance="")
+    benchmark.run(config, epath.Path(tmp_path))
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["image, linear", "image, softmax"]
+    for row in rows:
+        assert row["steps"] == 2 and row["draw s"] > 0 and row["peak GB"] > 0.1

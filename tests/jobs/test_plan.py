@@ -378,3 +378,13 @@ def test_an_unknown_topology_is_one_clear_line(tmp_path, topology, message):
     config.plan.topology = topology
     with pytest.raises(ValueError, match=message):
         plan.run(config, tmp_path)
+
+
+def test_a_bucket_is_planned_at_its_own_sides():
+    """In cells of the model's input: 64 latents a side are sixteen units of four."""
+    config = tiny_config()
+    config.model.input_size = 64
+    assert plan.of_bucket(config, "8x32").model.input_size == (32, 128)
+    assert plan.of_bucket(config, "").model.input_size == 64
+    with pytest.raises(ValueError, match="^plan.buckets must be .*got"):
+        plan.of_bucket(config, "3x3")

@@ -102,6 +102,29 @@ def test_a_size_is_that_of_the_images(config, tmp_path):
         draw(config, tmp_path / "b", size=(8, 18))
 
 
+def test_another_text_encoder_than_the_models_is_told(config, tmp_path, caplog):
+    """The random null caption of these weights is no encoder's; a ported one is its own's."""
+    config = config.copy_and_resolve_references()
+    experiment = Experiment(config)
+    null = experiment.load_text_encoder().null_features(20)
+    with caplog.at_level("WARNING"):
+        experiment.encode(PROMPTS[1:], null)
+        assert not caplog.records
+        experiment.encode(PROMPTS[1:], null[::-1] * 0.5)
+    assert "another text encoder or tokenizer than the model was trained with" in caplog.text
+
+
+def test_an_aspect_is_the_nearest_bucket(config):
+    """Of 16 latents, whose buckets are in sixteenths: 16:9 is 12 x 21 of them."""
+    config = config.copy_and_resolve_references()
+    config.model.update(input_size=64, position_base=32)
+    config.sample.aspect = "16:9"
+    assert Experiment(config).sample_size == (48, 84)
+    config.sample.size = (8, 8)
+    with pytest.raises(ValueError, match=r"sample.size = \(8, 8\), but sample.aspect = 16:9 too"):
+        _ = Experiment(config).sample_size
+
+
 def test_genevals_metadata_make_genevals_folder(config, drawn, tmp_path):
     lines = [json.dumps({"tag": "colors", "prompt": prompt}) for prompt in PROMPTS]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")

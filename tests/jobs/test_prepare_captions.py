@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -19,7 +20,7 @@ from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import make_encoder
 from lit_jax.data.shards import VERSION, Shards, finish_splits
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare
+from lit_jax.jobs import prepare, train
 
 
 @pytest.fixture(scope="module")
