@@ -167,7 +167,10 @@ def get_config() -> ConfigDict:
             # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
             # ("16x16",): squares alone.
             buckets=("all",),
-            # How the captions' features are stored: bfloat16, or int8 with a scale a token.
+            # features: the text encoder's, 8 KB a token of T5-XXL; text: the captions alone, which
+            # training encodes at every step.
+            captions="features",
+            # How features are stored: bfloat16, or int8 with a scale a token.
             caption_dtype="bfloat16",
             # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
             # shows the colours that a program left in invisible pixels.

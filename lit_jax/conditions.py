@@ -58,7 +58,8 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
             f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
         )
-    if "caption" in wanted:
+    # Texts become features of whatever kind the model is told.
+    if "caption" in wanted and dataset.text:
         _check_captions(model_config, dataset)
     # JAX would clamp a label outside the table without a word.
     if "label" in wanted and dataset.num_classes != model_config.num_classes:

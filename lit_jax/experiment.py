@@ -514,7 +514,10 @@ class Experiment:
         with naming("train"):
             if isinstance(self.dataset, caption_records.BucketedDataset):
                 return pipeline.make_bucket_batches(
-                    self.dataset, caption_ratio=config.text.caption_ratio, **common
+                    self.dataset,
+                    caption_ratio=config.text.caption_ratio,
+                    read_caption=self._read_caption(),
+                    **common,
                 )
             return pipeline.make_batches(self.dataset, flip=config.data.flip, **common)
 
@@ -524,9 +527,41 @@ class Experiment:
         rows = sharding.batch_sharding(self.mesh)
         if not isinstance(self.dataset, caption_records.BucketedDataset):
             return [pipeline.batch_shapes(self.dataset, B, rows)]
-        shapes = pipeline.bucket_shapes(self.dataset, B, rows)
+        shapes = pipeline.bucket_shapes(self.dataset, B, rows, self._read_caption())
         picture = "mean" if self.dataset.autoencoder else "image"
-        return sorted(shapes, key=lambda batch: -batch[picture].size)
+        shapes.sort(key=lambda batch: -batch[picture].size)
+        if encoder := self.caption_encoder:
+            for batch in shapes:
+                shape = (*batch.pop("caption_ids").shape, encoder.config.width)
+                batch["caption"] = jax.ShapeDtypeStruct(shape, encoder.dtype, sharding=rows)
+        return shapes
+
+    @functools.cached_property
+    def caption_encoder(self) -> text.TextEncoder | None:
+        """What makes features of the records' captions in training; None: they have them."""
+        data = self.dataset
+        if not isinstance(data, caption_records.BucketedDataset) or data.text:
+            return None
+        return self.load_text_encoder()
+
+    def _read_caption(self) -> caption_records.ReadCaption:
+        """How a batch gets one of a record's captions."""
+        if self.caption_encoder is None:
+            longest = self.dataset.text["max_length"]
+            return functools.partial(caption_records.stored_caption, max_length=longest)
+        return functools.partial(
+            caption_records.tokens_of_caption,
+            tokenizer=self.caption_encoder.tokenizer,
+            settings=self.text_settings,
+        )
+
+    def encode_captions(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """A batch on the mesh with features where it has tokens."""
+        if "caption_ids" not in batch or self.caption_encoder is None:
+            return batch
+        ids = batch["caption_ids"]
+        rest = {name: value for name, value in batch.items() if name != "caption_ids"}
+        return rest | {"caption": self.caption_encoder.encode_tokens(ids, rest["caption_mask"])}
 
     # ---- Text ------------------------------------------------------------------------------------
 
@@ -771,6 +806,8 @@ class Experiment:
             raise ValueError(
                 f"report.read_labels = True, but data.name = {data.name} has captions, not labels"
             )
+        if data.text is None:  # the texts alone, which this run encodes
+            return
         asked: dict[str, Any] = {
             "cleaning": config.text.cleaning,
             "max_length": config.text.max_length,
@@ -830,6 +867,8 @@ class Experiment:
         }
         if isinstance(self.dataset, caption_records.BucketedDataset):
             decisive["text.caption_ratio"] = config.text.caption_ratio
+            if encoder := self.caption_encoder:
+                decisive["text.features"] = encoder.identity() | {"dtype": config.text.dtype}
         for group in ("model", "distill", "optimizer", "ema"):
             for name, value in config[group].items():
                 if name != "implementation":

@@ -64,6 +64,7 @@ RANGES = {
     "text.caption_ratio": UNIT,
     "prepare.image_size": SIDES,
     "prepare.buckets": NAMES,
+    "prepare.captions": one_of("features", "text"),
     "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
     "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,

@@ -192,7 +192,8 @@ def train(
         for step in range(first_step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
             trace.before_step(step, in_flight)
-            state, metrics = train_step(state, teacher_params, next(batches))
+            batch = experiment.encode_captions(next(batches))
+            state, metrics = train_step(state, teacher_params, batch)
             window.append(metrics)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)

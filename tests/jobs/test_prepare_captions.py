@@ -13,7 +13,7 @@ from tiny_captions import BUCKETS, COUNT, make_config, picture, texts, write_fol
 from tiny_text import spiece_model, write_text_encoder
 
 from lit_jax import checkpoint, sharding
-from lit_jax.data import caption_records
+from lit_jax.data import caption_records, pipeline
 from lit_jax.data.buckets import Buckets, crop_to
 from lit_jax.data.caption_records import open_captions
 from lit_jax.data.dataset import PREPARED
@@ -277,3 +277,39 @@ def test_training_on_three_buckets_resumes_bit_for_bit(prepared, tmp_path):
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train/loss"] for line in lines]
     assert len(losses) == STEPS and np.isfinite(losses).all()
+
+
+def test_texts_alone_are_encoded_in_training(prepared, sources, tmp_path):
+    """The same pictures in the same order, with the features that would have been stored."""
+    config = make_config(data=tmp_path / "data", **sources)
+    config.prepare.captions = "text"
+    config.text.dtype = "bfloat16"
+    out = run(config)
+    assert json.loads((out / PREPARED).read_text())["text"] is None
+    experiment = Experiment(config)
+    experiment.check_data()
+    rows = sharding.batch_sharding(experiment.mesh)
+    batches = pipeline.DeviceIterator(experiment.batches(), rows)
+    shapes = experiment.batch_shapes()
+    for _, wanted in zip(range(3), iter(Experiment(prepared[0]).batches())):
+        batch = experiment.encode_captions(next(batches))
+        given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        assert given in [
+            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shape.items()}
+            for shape in shapes
+        ]
+        for name in ("mean", "caption_mask", "index"):
+            np.testing.assert_array_equal(batch[name], wanted[name])
+        ours = np.asarray(batch["caption"], np.float32)
+        # Two layers in bfloat16.
+        np.testing.assert_allclose(ours, wanted["caption"].astype(np.float32), atol=0.1)
+        assert not ours[~wanted["caption_mask"]].any()
+    features = experiment.decisive_fields()["text.features"]
+    assert features["cleaning"] == "none" and features["weights"]
+
+    train_to(config, tmp_path / "run", 2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite(json.loads(lines[-1])["train/loss"])
+    config.text.checkpoint = ""
+    with pytest.raises(ValueError, match="^text.checkpoint is empty, but the model is told"):
+        train_to(config, tmp_path / "run", 3)
