@@ -139,6 +139,7 @@ PATHS = (
     "evaluate.samples",
     "evaluate.reference",
     "evaluate.compare",
+    "evaluate.geneval",
 )
 
 
