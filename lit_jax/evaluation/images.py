@@ -92,8 +92,9 @@ class FolderImages:
         digest = hashlib.sha256()
         for file, header in zip(self._files, headers):
             if header.size != size:
-                both = f"{_called(self._files[0], size)}, {_called(file, header.size)}"
-                raise ValueError(f"{path} holds images of different sizes: {both}")
+                first = _called(self._files[0], size)
+                other = _called(file, header.size)
+                raise ValueError(f"{path} holds images of different sizes: {first}, {other}")
             digest.update(header.digest)
         self._digest = digest.hexdigest()[:16]
 

@@ -7,6 +7,8 @@
         --config.evaluate.features=inception_adm \\
         --config.evaluate.weights=pt_inception-2015-12-05-6726825d.pth
 
+Both may be folders of images too.
+
 The name of a score says what it measures, by which features and on how many
 images (`fid_adm_50k`). The file that it is written to holds everything else
 that it depends on, and scores of unequal protocols refuse to be compared. See

@@ -358,8 +358,20 @@ def test_the_job_reads_and_writes_an_object_store(bucket, tiny_features, tmp_pat
     files = tuple(f"{bucket}/{run}/evaluation_samples.json" for run in ("a", "b"))
     evaluate.run(make_config(compare=files), bucket / "both")
     assert files_in(bucket / "both") == {"comparison.json", "comparison.md", "comparison.png"}
-    with pytest.raises(FileNotFoundError, match="evaluate.reference = gs://.*x.npz not found"):
-        evaluate.run(make_config(reference=f"{bucket}/x.npz"), bucket / "a")
+    for name in ("x.npz", "x"):
+        message = f"evaluate.reference = gs://.*/{name} not found"
+        with pytest.raises(FileNotFoundError, match=message):
+            evaluate.run(make_config(reference=f"{bucket}/{name}"), bucket / "a")
+
+    # Folders of images
+    for folder, count in (("drawn", 9), ("drawn/more", 2), ("reference", 20)):
+        for i, image in enumerate(random_images(count)):
+            (bucket / folder).mkdir(parents=True, exist_ok=True)
+            sample.save_image(bucket / folder / f"{i}.png", image)
+    fields = dict(reference=f"{bucket}/reference", samples=f"{bucket}/drawn")
+    evaluate.run(make_config(**fields), bucket / "folder")
+    written = json.loads((bucket / "folder" / "evaluation_drawn.json").read_text())
+    assert written["protocol"]["num_images"] == 11
     assert not list(tmp_path.iterdir())  # no folder called "gs:"
 
 
