@@ -77,7 +77,7 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     [
         ("def get_config(:", ["SyntaxError", "line 1"]),
         ("import no_such_module", ["no_such_module"]),
-        ("def get_config():\n    return {}", ["no field seed", "configs/default.py"]),
+        ("def get_config():\n    return {}", ["no field compilation_cache", "configs/default.py"]),
         (
             "from configs import default\n\ndef get_config():\n"
             "    config = default.get_config()\n    config.train.stepss = 9\n"
