@@ -16,9 +16,10 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, pictures, sharding
+from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
+from lit_jax.jobs import sample as sample_job
 from lit_jax.jobs import train
 from lit_jax.models import init_params, param_shapes
 from lit_jax.train_step import TrainState
@@ -420,6 +421,30 @@ def test_the_steps_draw_from_the_key_of_the_seed(folder, monkeypatch):
     with pytest.raises(Compiled) as seen:
         train.run(config, epath.Path(folder / "seed"))
     np.testing.assert_array_equal(seen.value.args[0], jax.random.key_data(jax.random.key(7)))
+
+
+def test_data_labels_and_images_are_drawn_from_the_configs_seed(folder, monkeypatch):
+    """Each is a function of a seed that is given, and other tests hold it: 7 must come there."""
+    config = debug.get_config()
+    config.seed = 7
+    config.data.dir = str(folder / "data")
+    experiment = Experiment(config)
+    index = np.arange(64)
+    own = {"seed": 7, "labels": "random"}
+    labels = conditions.for_images(experiment.model_config, index, **own)["label"]
+    np.testing.assert_array_equal(experiment.conditions(index, "random")["label"], labels)
+    assert sample_job.protocol_of(experiment, "weights")["seed"] == 7
+
+    seeds = []
+
+    def record(*_, seed, **fields):
+        seeds.append(seed)
+
+    monkeypatch.setattr("lit_jax.experiment.Sampler", record)
+    monkeypatch.setattr("lit_jax.experiment.pipeline.make_batches", record)
+    experiment.sampler()
+    experiment.batches()
+    assert seeds == [7, 7]
 
 
 def ema_state():
