@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import types
 
 import command
 import jax
@@ -17,9 +18,10 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, pictures, sharding
+from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
+from lit_jax.jobs import sample as sample_job
 from lit_jax.jobs import train
 from lit_jax.models import init_params, param_shapes
 from lit_jax.runtime import exit_status
@@ -414,6 +416,100 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     keys = {tuple(jax.random.key_data(key).tolist()) for key in drawn_from}
     assert tuple(jax.random.key_data(own).tolist()) not in keys
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+
+
+def test_the_steps_draw_from_the_key_of_the_seed(folder, monkeypatch):
+    class Compiled(Exception):
+        """The step would be compiled now."""
+
+    def programs(train_step, arguments, rng):
+        raise Compiled(jax.random.key_data(rng))
+
+    monkeypatch.setattr(train, "StepPrograms", programs)
+    config = debug.get_config()
+    config.seed = 7
+    config.student.init = "random"
+    config.data.dir = str(folder / "data")
+    with pytest.raises(Compiled) as seen:
+        train.run(config, epath.Path(folder / "seed"))
+    np.testing.assert_array_equal(seen.value.args[0], jax.random.key_data(jax.random.key(7)))
+
+
+def test_data_labels_and_images_are_drawn_from_the_configs_seed(folder, monkeypatch):
+    """Each is a function of a seed that is given, and other tests hold it: 7 must come there."""
+    config = debug.get_config()
+    config.seed = 7
+    config.data.dir = str(folder / "data")
+    experiment = Experiment(config)
+    index = np.arange(64)
+    own = {"seed": 7, "labels": "random"}
+    labels = conditions.for_images(experiment.model_config, index, **own)["label"]
+    np.testing.assert_array_equal(experiment.conditions(index, "random")["label"], labels)
+    assert sample_job.protocol_of(experiment, "weights")["seed"] == 7
+
+    seeds = []
+
+    def record(*_, seed, **fields):
+        seeds.append(seed)
+
+    monkeypatch.setattr("lit_jax.experiment.Sampler", record)
+    monkeypatch.setattr("lit_jax.experiment.pipeline.make_batches", record)
+    experiment.sampler()
+    experiment.batches()
+    assert seeds == [7, 7]
+
+
+def ema_state():
+    """A state whose raw parameters no picture may be drawn from."""
+    return TrainState(0, 0, 0, params=None, ema_params={"w": np.ones(3)}, opt_state=None)
+
+
+def test_previews_and_scores_are_of_the_ema(tmp_path):
+    drawn_from = {}
+
+    class Recorder(types.SimpleNamespace):
+        def path(self, step):
+            return epath.Path(tmp_path) / f"{step}.png"
+
+        def draw(self, params, step, on_batch):
+            drawn_from["preview"] = params["student"]
+
+        def score(self, params, step, on_batch):
+            drawn_from["scores"] = params
+
+        def no_log(self, *_):
+            pass
+
+        add_picture = write_scores = start = no_log
+
+    config = debug.get_config()
+    config.train.preview_every = config.evaluate.every = 1
+    experiment = types.SimpleNamespace(config=config)
+    state = ema_state()
+    pictures_due = train.Pictures(experiment, None, Recorder(), Recorder())
+    pictures_due.draw(state, 1, Recorder(), types.SimpleNamespace(check=None))
+    assert drawn_from == {"preview": state.ema_params, "scores": state.ema_params}
+
+
+def test_the_report_is_of_the_ema(tmp_path):
+    drawn_from = []
+
+    def draw(params, index, condition, on_batch):
+        drawn_from.append(params)
+        return np.zeros((len(index), 4, 4, 1), np.float32)
+
+    config = debug.get_config()
+    config.report.read_labels = False
+    experiment = types.SimpleNamespace(
+        config=config,
+        teacher=None,
+        sampler=lambda: draw,
+        conditions=lambda index, labels: {"label": index},
+    )
+    state = ema_state()
+    stop = types.SimpleNamespace(check=None)
+    train.write_report(experiment, state, None, epath.Path(tmp_path), stop)
+    assert drawn_from == [state.ema_params]
 
 
 def fine_tuned(source, tmp_path, **model):
