@@ -7,7 +7,6 @@ the data know of no null.
     {"label": (B,) int32}                  a class-conditional DiT or LiT
     {"caption": (B, S, C),                 a PixArt or its LiT: features of the text encoder,
      "caption_mask": (B, S) bool}          and which of them are tokens
-    {"caption": (B, S, C), "caption_mask": (B, S) bool}    a PixArt, told a caption's features
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
-from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lit_jax.models.autoencoder import Autoencoder, AutoencoderSettings, make_autoencoder
 from lit_jax.porting.read import (
     KEY_TABLES,
     Checkpoint,
@@ -115,6 +115,8 @@ class Experiment:
             )
         self.unscaled_step_settings = self._make_step_settings()
         self.text_settings = self._text_settings()
+        self.autoencoder_settings = self._autoencoder_settings()
+        evaluation_settings(config)
         self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
@@ -215,6 +217,12 @@ class Experiment:
         names = [field.name for field in dataclasses.fields(text.TextSettings)]
         with naming("text"):
             return text.TextSettings(**{name: settings[name] for name in names})
+
+    def _autoencoder_settings(self) -> AutoencoderSettings:
+        settings = self.config.autoencoder
+        names = [field.name for field in dataclasses.fields(AutoencoderSettings)]
+        with naming("autoencoder"):
+            return AutoencoderSettings(**{name: settings[name] for name in names})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -444,9 +452,7 @@ class Experiment:
             built = make_autoencoder(
                 load_params(checkpoint.params, everywhere),
                 checkpoint.architecture,
-                dtype=wanted.dtype,
-                slice_size=wanted.slice_size,
-                tile_size=wanted.tile_size,
+                self.autoencoder_settings,
             )
         return built, {
             "name": epath.Path(wanted.checkpoint).name,

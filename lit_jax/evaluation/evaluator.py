@@ -41,7 +41,8 @@ class EvaluationSettings:
         features.check_name(self.features)
         ranges.check(
             self,
-            batch_size=ranges.AT_LEAST_1,
+            # More at once are a mistake, and JAX would only say so when it allocates.
+            batch_size=ranges.between(1, 1_000_000),
             num_neighbour_images=ranges.AT_LEAST_1,
             neighbours=ranges.AT_LEAST_1,
             split_size=ranges.AT_LEAST_1,

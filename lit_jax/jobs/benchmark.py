@@ -128,11 +128,11 @@ def _cell_pixels(config):
 
 
 def make_models(config: ConfigDict) -> tuple[Model, Model]:
-    """The config's model with softmax and with linear attention: DiT and LiT.
+    """The config's model with softmax attention and with its linear one: DiT and LiT.
 
-    One of them is the config's own. The other has the heads and the
-    implementation of config.teacher if it is softmax, and the heads of its size
-    if it is linear.
+    One of them is the config's own; the linear one of a softmax config is LiT's.
+    The other has the heads and the implementation of config.teacher if it is
+    softmax, and the heads of its size if it is linear.
     """
 
     def build(attention, num_heads, implementation):
@@ -148,13 +148,18 @@ def make_models(config: ConfigDict) -> tuple[Model, Model]:
 
     teacher = config.teacher
     dit = build("softmax", teacher.num_heads, teacher.implementation)
-    lit = build("linear", 0, None)
+    own = config.model.attention
+    lit = build(own if own != "softmax" else "linear", 0, None)
     return dit, lit
 
 
 def _linear(lit: Model) -> LinearAttention:
     attention = make_attention(lit.config, dtype=lit.dtype, parent=None)
-    assert isinstance(attention, LinearAttention)
+    if not isinstance(attention, LinearAttention):
+        raise ValueError(
+            f"benchmark.what names attention, whose kernels are LiT's; model.attention = "
+            f"{lit.config.attention} is timed in its model: benchmark.what=('model',)"
+        )
     return attention
 
 

@@ -31,6 +31,7 @@ def make_config(**evaluate_fields):
         split_size=5000,
         self_check=False,
         compare=(),
+        geneval="",
         compare_across=("samples.cfg_scale",),
     )
     return ml_collections.ConfigDict(
@@ -243,8 +244,12 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        (dict(), FileNotFoundError, "workdir/samples.npz not found"),
-        (dict(samples="nowhere.npz"), FileNotFoundError, "nowhere.npz not found"),
+        (dict(), FileNotFoundError, "evaluate.samples = .*workdir/samples.npz: no such file"),
+        (
+            dict(samples="nowhere.npz"),
+            FileNotFoundError,
+            "evaluate.samples = nowhere.npz: no such file",
+        ),
         (
             dict(samples="SAMPLES", num_images=50),
             ValueError,

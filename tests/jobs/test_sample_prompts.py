@@ -26,11 +26,12 @@ def config(tmp_path_factory):
     """A random PixArt of latents, with a random text encoder and a random autoencoder."""
     folder = tmp_path_factory.mktemp("models")
     config = debug.get_config()
-    config.model.update(
-        family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
-        input_size=8, patch_size=2, in_channels=4, caption_channels=16, caption_length=20,
-        position_base=4, cross_heads=2, dtype="float32",
-    )  # fmt: skip
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+            input_size=8, patch_size=2, in_channels=4, caption_channels=16, caption_length=20,
+            position_base=4, cross_heads=2, dtype="float32",
+        )  # fmt: skip
     config.text.update(
         checkpoint=str(write_text_encoder(folder)), dtype="float32", max_length=20, batch_size=8
     )
