@@ -136,17 +136,22 @@ def survey_images(
     for index, record in enumerate(found):
         if "broken" in record:
             broken[record["name"]] = record["broken"]
-            if len(broken) > skip_broken:
-                raise ValueError(
-                    f"skip_broken = {skip_broken} leaves out fewer images than are broken: "
-                    f"{record['broken']}"
-                )
+            check_broken(broken, skip_broken)
         elif not record["captions"]:
             silent += 1
         else:
             sizes[index] = record["sides"]
         advance(1)
     return Survey(sizes, broken, silent)
+
+
+def check_broken(broken: Mapping[str, str], skip_broken: int) -> None:
+    """Raises ValueError, naming the last image, where more are broken than may be left out."""
+    if len(broken) > skip_broken:
+        raise ValueError(
+            f"skip_broken = {skip_broken} leaves out fewer images than are broken: "
+            f"{list(broken.values())[-1]}"
+        )
 
 
 def _open(images, index):

@@ -35,6 +35,7 @@ from lit_jax.data.caption_records import (
     BucketImages,
     Survey,
     add_caption_features,
+    check_broken,
     survey_images,
 )
 from lit_jax.data.captions import CaptionedImages, is_list, open_captioned
@@ -328,6 +329,9 @@ def read_sizes(
     found = Survey.read(path, key)
     if found is None:
         raise ValueError(f"{path} is missing; do all processes see the same folder?")
+    with naming("prepare"):
+        # An earlier run, which read them, may have left out more.
+        check_broken(found.broken, config.prepare.skip_broken)
     return found
 
 
