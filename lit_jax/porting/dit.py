@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
 from lit_jax.models import param_shapes
-from lit_jax.models.architecture import MAX_COUNT, SIZES
+from lit_jax.models.architecture import MAX_COUNT
 from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
@@ -34,6 +34,14 @@ from lit_jax.porting.matching import (
     plain,
     shape_of,
     tree_entries,
+)
+from lit_jax.porting.told import (
+    agreeing,
+    checked_depth,
+    checked_fields,
+    make_config,
+    published_heads,
+    told_by_shapes,
 )
 from lit_jax.porting.torch_checkpoint import (
     PortingError,
@@ -101,11 +109,11 @@ DIFFUSERS_CONVENTIONS: dict[str, Any] = {
     "mlp_norm_epsilon": 1e-5,
 }
 
+WHAT = "a DiT or LiT checkpoint"
 LABEL_TABLE = "y_embedder/embedding_table/embedding"
 LABEL_STD = 0.02  # of new label rows, as DiT draws them
 # A stranger's checkpoint may name any size, and lists of keys and tables are
 # made of it.
-MAX_DEPTH = 10_000
 MAX_POSITIONS = 1 << 20  # of a grid: images of 16384 x 16384 at 16 pixels a patch
 # Of the stored position table, whose values are up to 1. DiT's EMA averages the
 # frozen table too, which drifts by 2e-4; bfloat16 rounds it by 2e-3.
@@ -213,16 +221,16 @@ def read_torch(
 
     # What the tensors tell stands. The rest is assumed until the checkpoint
     # says more.
-    stored = _checked(source.stored, path)
+    stored = checked_fields(DiTConfig, source.stored, path)
     told = _told(shapes, stored, path)
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
-    told["depth"] = _checked_depth(depth, path)
+    told["depth"] = checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
-        fields |= _agreeing(told, says, path, "config.json")
-    fields |= _agreeing(told, stored, path, "its metadata")
-    config = _make_config(fields, path)
+        fields |= agreeing(told, says, path, "config.json")
+    fields |= agreeing(told, stored, path, "its metadata")
+    config = make_config(DiTConfig, fields, path)
     report.notes += _notes_of_guesses(config, stored, source)
 
     # The position table is computed, not loaded: the stored one must be the
@@ -275,14 +283,14 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
                 raise PortingError(f"{path}: {name} has shape {shape}")
             shapes[f"{official.format(0)}.{theirs}"] = entry.torch_shape
 
-    stored = _checked(stored, path)
+    stored = checked_fields(DiTConfig, stored, path)
     told = _told(shapes, stored, path)
     blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
     depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
-    told["depth"] = _checked_depth(max(depths, default=0), path)
+    told["depth"] = checked_depth(max(depths, default=0), path)
     fields = _assumed(told, shapes, path) | told
-    fields |= _agreeing(told, stored, path, "its metadata")
-    config = _make_config(fields, path)
+    fields |= agreeing(told, stored, path, "its metadata")
+    config = make_config(DiTConfig, fields, path)
     check_tree(flat, entries(config), report)
     return config
 
@@ -440,104 +448,28 @@ def _official_name(key, layer, part, leaf):
 
 
 def _told(shapes, stored, path):
-    """The fields that the shapes of official keys tell, but for the depth.
-
-    Args: stored: what the checkpoint names itself. Designs with the same leaves differ in it.
-    """
-
-    def shape(key, ndim):
-        return shape_of(shapes, key, ndim, path, "a DiT or LiT checkpoint")
-
-    D, C, p, _ = shape("x_embedder.proj.weight", 4)
+    """The fields that the shapes of official keys tell, but for the depth."""
+    told = told_by_shapes(shapes, stored, path, WHAT)
     # The last row is the null class.
-    rows = shape("y_embedder.embedding_table.weight", 2)[0]
+    rows = shape_of(shapes, "y_embedder.embedding_table.weight", 2, path, WHAT)[0]
     if rows < 2:
         raise PortingError(
             f"{path}: a label table of {rows} row has no room for a class and the null class"
         )
-    # A patch of the predicted noise, and perhaps another of the variance.
-    features = shape("final_layer.linear.weight", 2)[0]
-    patch = p * p * C
-    if features not in (patch, 2 * patch):
-        raise PortingError(
-            f"{path}: final_layer.linear has {features} outputs; patch {p} and {C} channels "
-            f"need {patch}, or {2 * patch} with learned variance"
-        )
-    is_linear = "blocks.0.attn.q.weight" in shapes
-    attention = "linear" if is_linear else "softmax"
-    # Another design than these two is taken by its name. All leaves must then be its own.
-    if stored.get("attention", attention) not in ("softmax", "linear"):
-        attention = stored["attention"]
-    first = "q" if is_linear else "qkv"
-    told = {
-        "attention": attention,
-        "width": D,
-        "patch_size": p,
-        "in_channels": C,
-        "num_classes": rows - 1,
-        "learn_sigma": features == 2 * patch,
-        "qkv_bias": f"blocks.0.attn.{first}.bias" in shapes,
-        "conv_size": 0,
-    }
-    if is_linear and "blocks.0.attn.dwc.weight" in shapes:
-        # There is a filter for each channel of a head, so their number tells
-        # the heads.
-        H, _, _, K = shape("blocks.0.attn.dwc.weight", 4)
-        if D % H or K % 2 == 0:
-            raise PortingError(
-                f"{path}: {H} filters of size {K} in the convolution: the filters "
-                f"must divide the width {D}, the size must be odd"
-            )
-        told |= {"conv_size": K, "num_heads": D // H}
-    return told
+    return told | {"num_classes": rows - 1}
 
 
 def _assumed(told, shapes, path):
     """The fields that no shape tells, as they are unless the checkpoint says more."""
     # Depth and width are those of a published size, or the heads are not known.
-    heads = None
-    if told["attention"] == "softmax":
-        published = {size[:2]: size[2] for size in SIZES.values()}
-        heads = published.get((told["depth"], told["width"]))
+    heads = published_heads(told) if told["attention"] == "softmax" else None
     grid = None
     if "pos_embed" in shapes:
-        T = shape_of(shapes, "pos_embed", 3, path, "a DiT or LiT checkpoint")[1]
+        T = shape_of(shapes, "pos_embed", 3, path, WHAT)[1]
         side = math.isqrt(T)
         grid = (side, side) if side**2 == T else None
     guesses = {"num_heads": heads, "kernel_function": "relu", "grid": grid}
     return OFFICIAL_CONVENTIONS | guesses
-
-
-def _agreeing(told, says, path, who):
-    """What the checkpoint says of itself, which must agree with its tensors."""
-    for field, value in says.items():
-        if told.get(field, value) != value:
-            raise PortingError(
-                f"{path}: {who} says {field} = {plain(value)}, the tensors say {told[field]}"
-            )
-    return says
-
-
-def _checked(stored, path):
-    """The fields that a checkpoint names itself, without those it does not know."""
-    try:
-        fields = DiTConfig.check_fields(stored)
-    except ValueError as error:
-        raise PortingError(f"{path}: its metadata: {error}") from error
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _checked_depth(depth, path):
-    if depth > MAX_DEPTH:
-        raise PortingError(f"{path}: {depth} blocks, the limit is {MAX_DEPTH}")
-    return depth
-
-
-def _make_config(fields, path):
-    try:
-        return DiTConfig.from_json(fields)
-    except ValueError as error:
-        raise PortingError(f"{path}: {error}") from error
 
 
 def _diffusers_conventions(source, told):

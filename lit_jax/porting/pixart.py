@@ -20,7 +20,6 @@ from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
 from lit_jax.models import param_shapes
-from lit_jax.models.architecture import SIZES
 from lit_jax.models.dit import position_embedding
 from lit_jax.models.pixart import PixArtConfig
 from lit_jax.porting.dit import LIT_TORCH
@@ -36,6 +35,14 @@ from lit_jax.porting.matching import (
     plain,
     shape_of,
     tree_entries,
+)
+from lit_jax.porting.told import (
+    agreeing,
+    checked_depth,
+    checked_fields,
+    make_config,
+    published_heads,
+    told_by_shapes,
 )
 from lit_jax.porting.torch_checkpoint import (
     PortingError,
@@ -93,7 +100,6 @@ OTHER_MODELS = {
 }
 NULL_CAPTION = "y_embedder/y_embedding"
 WHAT = "a PixArt-Sigma checkpoint"
-MAX_DEPTH = 10_000  # a stranger's checkpoint may name any, and lists of keys are made of it
 MAX_SIDE = 1 << 10  # tokens: images of 16384 pixels
 
 
@@ -186,13 +192,13 @@ def read_torch(
         named = {key: Parts((tensor,), (key,)) for key, tensor in source.tensors.items()}
     shapes = {name: parts.shape for name, parts in named.items()}
 
-    told = _told(shapes, path)
-    told["depth"] = _checked_depth(count_indices(shapes, rf"blocks\.{INDEX}\.", path), path)
-    stored = _checked(source.stored, path)
+    stored = checked_fields(PixArtConfig, source.stored, path)
+    told = _told(shapes, stored, path)
+    told["depth"] = checked_depth(count_indices(shapes, rf"blocks\.{INDEX}\.", path), path)
     fields = _assumed(told) | told
     if report.layout == "diffusers":
-        fields |= _agreeing(told, _diffusers_says(source, told), path, "config.json")
-    fields |= _agreeing(told, stored, path, "its metadata")
+        fields |= agreeing(told, _diffusers_says(source, told), path, "config.json")
+    fields |= agreeing(told, stored, path, "its metadata")
     length = fields.get("caption_length", 300)
     if "y_embedder.y_embedding" not in named:
         if (null := overrides.null_caption) is not None:
@@ -211,7 +217,7 @@ def read_torch(
         config, report.keys[table.keys[0]] = _check_pos_embed(table, fields, overrides, path)
     else:
         fields |= _nominal(fields, overrides, path)
-        config = _make_config(fields, path)
+        config = make_config(PixArtConfig, fields, path)
     for field, heads in (("num_heads", config.num_heads), ("cross_heads", config.cross_heads)):
         if heads and field not in stored and report.layout == "pixart":
             report.notes.append(
@@ -231,8 +237,8 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> PixArtCon
     # Shapes tell neither the heads nor the position table, and every checkpoint of ours
     # has had these fields.
     path = report.source
-    config = _make_config(_checked(stored, path), path)
-    _checked_depth(config.depth, path)
+    config = make_config(PixArtConfig, checked_fields(PixArtConfig, stored, path), path)
+    checked_depth(config.depth, path)
     check_tree(flat, entries(config), report)
     return config
 
@@ -362,80 +368,22 @@ def _from_diffusers(tensors):
 # ---- The architecture ----------------------------------------------------------------------------
 
 
-def _told(shapes, path):
+def _told(shapes, stored, path):
     """The fields that the shapes of official keys tell, but for the depth."""
-
-    def shape(key, ndim):
-        return shape_of(shapes, key, ndim, path, WHAT)
-
-    D, C, p, _ = shape("x_embedder.proj.weight", 4)
-    features = shape("final_layer.linear.weight", 2)[0]
-    patch = p * p * C
-    if features not in (patch, 2 * patch):
-        raise PortingError(
-            f"{path}: final_layer.linear has {features} outputs; patch {p} and {C} channels "
-            f"need {patch}, or {2 * patch} with learned variance"
-        )
-    is_linear = "blocks.0.attn.q.weight" in shapes
-    told = {
-        "attention": "linear" if is_linear else "softmax",
-        "width": D,
-        "patch_size": p,
-        "in_channels": C,
-        "learn_sigma": features == 2 * patch,
-        "qkv_bias": f"blocks.0.attn.{'q' if is_linear else 'qkv'}.bias" in shapes,
-        "conv_size": 0,
-        "caption_channels": shape("y_embedder.y_proj.fc1.weight", 2)[1],
-    }
+    told = told_by_shapes(shapes, stored, path, WHAT)
+    projection = shape_of(shapes, "y_embedder.y_proj.fc1.weight", 2, path, WHAT)
+    told["caption_channels"] = projection[1]
     if "y_embedder.y_embedding" in shapes:
-        told["caption_length"] = shape("y_embedder.y_embedding", 2)[0]
-    if is_linear and "blocks.0.attn.dwc.weight" in shapes:
-        H, _, _, K = shape("blocks.0.attn.dwc.weight", 4)
-        if D % H or K % 2 == 0:
-            raise PortingError(
-                f"{path}: {H} filters of size {K} in the convolution: the filters "
-                f"must divide the width {D}, the size must be odd"
-            )
-        told |= {"conv_size": K, "num_heads": D // H}
+        null = shape_of(shapes, "y_embedder.y_embedding", 2, path, WHAT)
+        told["caption_length"] = null[0]
     return told
 
 
 def _assumed(told):
     """The fields that no shape tells, as they are unless the checkpoint says more."""
-    published = {size[:2]: size[2] for size in SIZES.values()}
-    heads = published.get((told["depth"], told["width"]))
+    heads = published_heads(told)
     is_softmax = told["attention"] == "softmax"
     return {"num_heads": heads if is_softmax else None, "cross_heads": heads}
-
-
-def _agreeing(told, says, path, who):
-    for field, value in says.items():
-        if told.get(field, value) != value:
-            raise PortingError(
-                f"{path}: {who} says {field} = {plain(value)}, the tensors say {told[field]}"
-            )
-    return says
-
-
-def _checked(stored, path):
-    try:
-        fields = PixArtConfig.check_fields(stored)
-    except ValueError as error:
-        raise PortingError(f"{path}: its metadata: {error}") from error
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _checked_depth(depth, path):
-    if depth > MAX_DEPTH:
-        raise PortingError(f"{path}: {depth} blocks, the limit is {MAX_DEPTH}")
-    return depth
-
-
-def _make_config(fields, path):
-    try:
-        return PixArtConfig.from_json(fields)
-    except ValueError as error:
-        raise PortingError(f"{path}: {error}") from error
 
 
 def _diffusers_says(source, told):
@@ -532,7 +480,7 @@ def _check_pos_embed(table, fields, overrides, path):
         f"equal to the computed table of the {side} x {side} grid, scale {scale:g} "
         f"(largest difference {errors[scale]:.2g})"
     )
-    return _make_config(fields, path), said
+    return make_config(PixArtConfig, fields, path), said
 
 
 # ---- Writing -------------------------------------------------------------------------------------
