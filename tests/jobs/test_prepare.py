@@ -349,7 +349,7 @@ def test_bad_input_is_named(folder, autoencoder, tmp_path):
             ValueError,
             "data.name = prepared is what is written, and also prepare.source",
         ),
-        ({"shard_records": 0}, ValueError, "^prepare.shard_records must be at least 1; got 0"),
+        ({"shard_records": 0}, ValueError, "^prepare.shard_records must be in .1, .*; got 0"),
         (
             {"batch_size": 9},
             ValueError,
