@@ -341,9 +341,9 @@ def get_config() -> ConfigDict:
             features="efficientnet_lite0",
             # File of Inception weights, .pth or .pickle; empty: the EfficientNet package's.
             weights="",
-            samples="",  # npz of uint8 images; empty: workdir/samples.npz
-            reference="",  # npz, or DATASET:SPLIT of data.dir
-            num_images=50_000,  # images scored, the first of the file; 0: all
+            samples="",  # npz or folder of images of one size; empty: workdir/samples.npz
+            reference="",  # npz, folder of images, or DATASET:SPLIT of data.dir
+            num_images=50_000,  # images scored, the first of the file or folder; 0: all
             batch_size=64,  # images through the network at once
             num_neighbour_images=10_000,  # most reference images for precision and recall
             neighbours=3,  # k of precision and recall

@@ -131,6 +131,7 @@ PATHS = (
     "evaluate.samples",
     "evaluate.reference",
     "evaluate.compare",
+    "evaluate.geneval",
 )
 
 

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from lit_jax import checkpoint, sharding
 from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.runtime.exit_status import TryAgainError
 from lit_jax.train_step import TrainState, state_shapes
 
 PIXELS = dict(patch_size=4, in_channels=1, num_classes=3)
@@ -239,6 +240,26 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states
     run.wait()
     assert run.latest_step() == 6
     run.close()
+
+
+def test_one_of_several_processes_that_meets_damage_stops_after_renaming(copy, states, monkeypatch):
+    """The others may have read the same checkpoint well, and would go on from another step."""
+
+    class TwoProcesses:
+        """JAX as one of two processes sees it; only lit_jax.checkpoint does."""
+
+        process_count = staticmethod(lambda: 2)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    damage(copy / "6", "item missing")
+    run = open_run(copy)
+    monkeypatch.setattr(checkpoint, "jax", TwoProcesses())
+    with pytest.raises(TryAgainError, match="6 is damaged and set aside; run the same command"):
+        run.restore(shapes_of(states[4]), FIELDS)
+    run.close()
+    assert folders(copy) == ["2", "4", "6.damaged"]
 
 
 def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, states):

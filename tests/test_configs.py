@@ -354,6 +354,7 @@ def test_the_home_folder_is_meant_in_every_path_field(monkeypatch):
         "samples",
         "reference",
         "compare",
+        "geneval",
         "tokenizer",
         "prompt_file",
         "null_caption",

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import assert_exact
 from tiny_sampler import NULL, PROCESS, SHAPE, make_grid, make_keys, model_fn, run
 
 from lit_jax import diffusion, samplers, sharding
@@ -121,6 +122,25 @@ def test_dpm_solver_of_order_one_is_ddim():
     ddim = make_grid("ddim", 20, timesteps=timesteps)
     np.testing.assert_allclose(dpm.x_coef, ddim.x_coef, rtol=1e-9)
     np.testing.assert_allclose(dpm.x_start_coefs, ddim.x_start_coefs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps, order", [(14, 2), (15, 3), (16, 3)])
+def test_a_third_order_drops_early_with_fewer_than_15_steps(steps, order):
+    """At the last step but one; diffusers' `lower_order_final` has the same bound."""
+    coefs = make_grid("dpm++", steps, order=3).x_start_coefs
+    assert np.count_nonzero(coefs[-2]) == order
+    assert np.count_nonzero(coefs[-3]) == 3 and np.count_nonzero(coefs[-1]) == 1
+
+
+def test_estimates_are_mixed_exactly_on_every_device():
+    """The weights of a third order are large, and of both signs."""
+    grid = make_grid("dpm++", 15, order=3)
+    settings = samplers.SamplerSettings(sampler="dpm++", steps=15, order=3)
+
+    def draw(keys, labels):
+        return samplers.sample(model_fn, keys, {"label": labels}, SHAPE, grid, settings)
+
+    assert assert_exact(draw, make_keys(2), jnp.arange(2)) == 1
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)

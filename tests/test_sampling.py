@@ -111,15 +111,18 @@ def test_random_labels_belong_to_the_number_and_are_uniform():
     assert labels.dtype == np.int32
 
 
-def test_a_label_has_a_stream_of_its_own():
+@pytest.mark.parametrize("seed", [0, 9])
+def test_a_label_has_a_stream_of_its_own(seed):
     """It shares no key with a sampling step: each of those folds a small number into an image's."""
-    image_key = jax.random.fold_in(jax.random.key(0), 3)
+    image_key = jax.random.fold_in(jax.random.key(seed), 3)
     steps = jax.vmap(lambda s: jax.random.fold_in(image_key, s))(jnp.arange(1001))
     stream = jax.random.fold_in(image_key, conditions.LABEL_STREAM)
     keys = np.asarray(jax.random.key_data(steps))
     assert not (keys == np.asarray(jax.random.key_data(stream))).all(axis=1).any()
-    expected = jax.random.randint(stream, (), 0, 5)
-    assert random_labels([3])["label"] == [expected]
+    # Of many classes: another stream would seldom draw the same one.
+    config = dataclasses.replace(CONFIG, num_classes=10**6)
+    label = conditions.for_images(config, np.array([3]), seed=seed, labels="random")["label"]
+    assert label == [jax.random.randint(stream, (), 0, 10**6)]
 
 
 def test_balanced_labels_count_through_the_classes():

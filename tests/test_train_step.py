@@ -141,12 +141,13 @@ class Scalar:
         return w * jnp.broadcast_to(value[:, None, None, None], x.shape)
 
 
-def scalar_step(function, w=1.0, teacher=None, **change):
-    """A step and a state for `Scalar`, on a mesh of one device."""
+def scalar_step(model, w=1.0, teacher=None, **change):
+    """A step and a state for a `Scalar`, or that of a function, on a mesh of one device."""
+    model = Scalar(model) if isinstance(model, str) else model
     optimizer = OptimizerSettings(**OPTIMIZER)
     settings = StepSettings(**STEP | change)
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    train_step = make_train_step(Scalar(function), teacher, PROCESS, optimizer, settings, mesh)
+    train_step = make_train_step(model, teacher, PROCESS, optimizer, settings, mesh)
     return train_step, fresh_state({"w": np.float32(w)}, make_optimizer(optimizer))
 
 
@@ -247,6 +248,66 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
         for part in ("params", "ema_params", "opt_state"):
             same = jax.tree.map(np.array_equal, getattr(before, part), getattr(after, part))
             assert jax.tree.all(same) != finite, part
+
+
+class Root(Scalar):
+    """Predicts the square root of w, whose slope at 0 is infinite."""
+
+    def apply(self, variables, x, t, condition, drop):
+        root = jnp.sqrt(variables["params"]["w"])
+        return jnp.broadcast_to(root, x.shape)
+
+
+@pytest.mark.parametrize(
+    "model, w, finite",
+    [
+        (Root(""), 0.0, ["loss"]),
+        # The gradient is twice w, the loss its square.
+        ("one", 1e20, ["grad_norm"]),
+    ],
+)
+def test_either_of_loss_and_gradient_makes_a_step_a_bad_one(model, w, finite):
+    train_step, state = scalar_step(model, w=w)
+    before = jax.device_get(state)
+    state, metrics = train_step(state, None, make_images(8), RNG)
+    assert [name for name in ("loss", "grad_norm") if np.isfinite(metrics[name])] == finite
+    assert state.skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
+
+
+@flax.struct.dataclass
+class Witness(Scalar):
+    """Appends what the model is given to `seen`."""
+
+    seen: list = flax.struct.field(pytree_node=False, default_factory=list)
+
+    def apply(self, variables, x, t, condition, drop):
+        jax.debug.callback(lambda *given: self.seen.append(given), x, t, drop)
+        return super().apply(variables, x, t, condition, drop)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_each_draw_has_its_own_part_of_the_steps_key(number):
+    """In this order. Two draws of one key would be tied: a latent's own noise, say, to t's.
+
+    A run that goes on finds the same keys, with a newer version too.
+    """
+    model = Witness("one")
+    train_step, state = scalar_step(model, dropout=0.5)
+    shape = (64, 2, 2, 1)
+    zeros = np.zeros(shape, np.float16)
+    batch = {"mean": zeros, "log_variance": zeros, "label": np.zeros(64, np.int32)}
+    train_step(state.replace(step=jnp.int32(number)), None, batch, RNG)
+    jax.effects_barrier()
+    ((x_t, t, drop),) = model.seen
+
+    keys = jax.random.split(jax.random.fold_in(RNG, number), 4)
+    expected_t = PROCESS.draw_t(keys[0], 64)
+    noise = jax.random.normal(keys[1], shape)
+    x_start = jax.random.normal(keys[3], shape)  # of mean 0 and variance 1
+    np.testing.assert_array_equal(t, expected_t)
+    np.testing.assert_array_equal(drop, jax.random.bernoulli(keys[2], 0.5, (64,)))
+    assert_close(x_t, PROCESS.perturb(x_start, expected_t, noise))
 
 
 @pytest.mark.parametrize("sees_dropped", [False, True])

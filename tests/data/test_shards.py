@@ -118,6 +118,11 @@ def test_a_shard_that_is_there_is_replaced_as_a_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         shards.write(1, records())
     assert shards.path(1).read_bytes() == before
+
+    # Whoever has the old one open reads it to its end: the new one is another file.
+    with open(shards.path(1), "rb") as file:
+        shards.write(1, [b"another record"] * 5)
+        assert file.read() == before != shards.path(1).read_bytes()
     shards.write(1, [b"another record"])
     reader = ArrayRecordReader(str(shards.path(1)))
     assert reader.read_all() == [b"another record"]

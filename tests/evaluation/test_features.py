@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jaxprs import assert_exact
 from PIL import Image
 from tiny_extractor import make_extractor
 
-from lit_jax.evaluation import features
+from lit_jax.evaluation import efficientnet_lite0, features, inception
 
 
 def resize_tf1_oracle(image, size):
@@ -122,6 +123,30 @@ def test_extractors_preprocess_as_their_protocol_says():
         oracles.assert_close(seen[suffix], expected_input(name, images), factor=64.0, what=name)
     for other in ("pytorch_fid", "clean"):
         assert np.abs(seen["adm"] - seen[other]).max() > 0.1
+
+
+def test_efficientnets_images_are_antialiased():
+    """As PIL resizes images of floats, which takes all pixels below a bigger one."""
+    images = np.random.default_rng(0).integers(0, 256, (1, 600, 500, 3), dtype=np.uint8)
+    actual = features.make_efficientnet_extractor({}).preprocess(jnp.asarray(images))
+    for c in range(3):
+        channel = Image.fromarray(images[0, :, :, c].astype(np.float32))
+        channel = channel.resize((224, 224), Image.Resampling.BILINEAR)
+        expected = (np.asarray(channel, np.float64) - 127) / 128
+        # A position near 600 is known to 2^-15 in float32, as above.
+        oracles.assert_close(actual[0, :, :, c], expected, factor=512.0, what=f"channel {c}")
+
+
+@pytest.mark.parametrize("name, count", [("inception", 95), ("efficientnet", 34)])
+def test_products_of_the_networks_are_exact_on_every_device(name, count):
+    networks = {
+        "inception": (inception.InceptionV3(), 299),
+        "efficientnet": (efficientnet_lite0.EfficientNetLite0(), 224),
+    }
+    network, size = networks[name]
+    x = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), x)
+    assert assert_exact(network.apply, params, x) == count
 
 
 def test_extract_drops_padding_and_repeats_grey_images():

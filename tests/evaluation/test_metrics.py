@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from jaxprs import assert_exact
 
 from lit_jax.evaluation import metrics
 
@@ -177,6 +178,12 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
     points = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
     assert metrics.precision_recall(points, points) == (1.0, 1.0)
     assert metrics.precision_recall(points, points + 100.0) == (0.0, 0.0)
+
+
+def test_distances_are_exact_on_every_device():
+    """The squared distance of neighbours is a small difference of large numbers."""
+    features = np.zeros((4, 8), np.float32)
+    assert assert_exact(metrics._squared_distances, features, features) == 1
 
 
 def test_the_boundary_of_a_ball_is_inside():

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import signal
+import types
 
 import command
 import jax
@@ -15,11 +18,13 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, pictures, sharding
+from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
+from lit_jax.jobs import sample as sample_job
 from lit_jax.jobs import train
 from lit_jax.models import init_params, param_shapes
+from lit_jax.runtime import exit_status
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -27,6 +32,15 @@ QUIET = [
     "--config.train.preview_every=0",
     "--config.report.num_images=0",
     "--config.optimizer.schedule=constant",
+]
+# One step without a teacher, which compiles soonest.
+PLAIN = [
+    *QUIET,
+    "--config.student.init=random",
+    "--config.model.attention=softmax",
+    "--config.teacher.checkpoint=",
+    "--config.train.steps=1",
+    "--config.optimizer.warmup=0",
 ]
 
 
@@ -404,6 +418,100 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
 
 
+def test_the_steps_draw_from_the_key_of_the_seed(folder, monkeypatch):
+    class Compiled(Exception):
+        """The step would be compiled now."""
+
+    def programs(train_step, arguments, rng):
+        raise Compiled(jax.random.key_data(rng))
+
+    monkeypatch.setattr(train, "StepPrograms", programs)
+    config = debug.get_config()
+    config.seed = 7
+    config.student.init = "random"
+    config.data.dir = str(folder / "data")
+    with pytest.raises(Compiled) as seen:
+        train.run(config, epath.Path(folder / "seed"))
+    np.testing.assert_array_equal(seen.value.args[0], jax.random.key_data(jax.random.key(7)))
+
+
+def test_data_labels_and_images_are_drawn_from_the_configs_seed(folder, monkeypatch):
+    """Each is a function of a seed that is given, and other tests hold it: 7 must come there."""
+    config = debug.get_config()
+    config.seed = 7
+    config.data.dir = str(folder / "data")
+    experiment = Experiment(config)
+    index = np.arange(64)
+    own = {"seed": 7, "labels": "random"}
+    labels = conditions.for_images(experiment.model_config, index, **own)["label"]
+    np.testing.assert_array_equal(experiment.conditions(index, "random")["label"], labels)
+    assert sample_job.protocol_of(experiment, "weights")["seed"] == 7
+
+    seeds = []
+
+    def record(*_, seed, **fields):
+        seeds.append(seed)
+
+    monkeypatch.setattr("lit_jax.experiment.Sampler", record)
+    monkeypatch.setattr("lit_jax.experiment.pipeline.make_batches", record)
+    experiment.sampler()
+    experiment.batches()
+    assert seeds == [7, 7]
+
+
+def ema_state():
+    """A state whose raw parameters no picture may be drawn from."""
+    return TrainState(0, 0, 0, params=None, ema_params={"w": np.ones(3)}, opt_state=None)
+
+
+def test_previews_and_scores_are_of_the_ema(tmp_path):
+    drawn_from = {}
+
+    class Recorder(types.SimpleNamespace):
+        def path(self, step):
+            return epath.Path(tmp_path) / f"{step}.png"
+
+        def draw(self, params, step, on_batch):
+            drawn_from["preview"] = params["student"]
+
+        def score(self, params, step, on_batch):
+            drawn_from["scores"] = params
+
+        def no_log(self, *_):
+            pass
+
+        add_picture = write_scores = start = no_log
+
+    config = debug.get_config()
+    config.train.preview_every = config.evaluate.every = 1
+    experiment = types.SimpleNamespace(config=config)
+    state = ema_state()
+    pictures_due = train.Pictures(experiment, None, Recorder(), Recorder())
+    pictures_due.draw(state, 1, Recorder(), types.SimpleNamespace(check=None))
+    assert drawn_from == {"preview": state.ema_params, "scores": state.ema_params}
+
+
+def test_the_report_is_of_the_ema(tmp_path):
+    drawn_from = []
+
+    def draw(params, index, condition, on_batch):
+        drawn_from.append(params)
+        return np.zeros((len(index), 4, 4, 1), np.float32)
+
+    config = debug.get_config()
+    config.report.read_labels = False
+    experiment = types.SimpleNamespace(
+        config=config,
+        teacher=None,
+        sampler=lambda: draw,
+        conditions=lambda index, labels: {"label": index},
+    )
+    state = ema_state()
+    stop = types.SimpleNamespace(check=None)
+    train.write_report(experiment, state, None, epath.Path(tmp_path), stop)
+    assert drawn_from == [state.ema_params]
+
+
 def fine_tuned(source, tmp_path, **model):
     """The first parameters of a student that goes on from `source`, by path."""
     config = debug.get_config()
@@ -454,11 +562,54 @@ def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
         )
 
     monkeypatch.setattr(train, "new_state", too_much)
-    error = run_debug(folder, *QUIET, workdir="too_large")
+    error = run_debug(folder, *PLAIN, workdir="too_large")
     assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
     for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
         assert part in error
     assert not (folder / "too_large").exists()
+
+
+@pytest.fixture(scope="module")
+def after_too_little_memory(folder):
+    """What a first step without memory says, and the workdir after a smaller batch in it."""
+
+    def too_much(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+        )
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train.StepPrograms, "compile", lambda self, batch: too_much)
+        error = run_debug(folder, *PLAIN, workdir="smaller")
+    smaller = [*PLAIN, "--config.train.batch_size=8"]
+    return error, run_debug(folder, *smaller, workdir="smaller"), smaller
+
+
+def test_a_first_step_without_memory_is_one_line_and_its_workdir_can_be_used_again(
+    folder, after_too_little_memory
+):
+    error, status, _ = after_too_little_memory
+    assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
+    assert error.endswith("a workdir that holds no checkpoint yet can be used again")
+    assert status is None and [line["step"] for line in read_lines(folder / "smaller")] == [1]
+
+
+def test_a_signal_while_the_report_is_drawn_is_answered(
+    folder, after_too_little_memory, monkeypatch
+):
+    """The run is done, and the same command draws the report again."""
+    arguments = [*after_too_little_memory[2], "--config.report.num_images=8"]
+    arguments.append("--config.report.read_labels=False")
+    plot = pictures.plot_curves
+
+    def plot_and_be_told(workdir):
+        plot(workdir)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as told:
+        told.setattr(pictures, "plot_curves", plot_and_be_told)
+        assert run_debug(folder, *arguments, workdir="smaller") == exit_status.EXIT_TRY_AGAIN
+    assert not (folder / "smaller" / "report.json").exists()
 
 
 def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):

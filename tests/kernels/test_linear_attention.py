@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import assert_exact, equations, products
 from oracles import assert_close
 
 from lit_jax.kernels.linear_attention import (
@@ -238,6 +239,59 @@ def test_the_gradient_of_v_is_summed_in_float32():
     # Four roundings to eight bits: of the convolution's part and of its sum with the attention's,
     # which cancels, both times.
     np.testing.assert_allclose(dv, expected.reshape(dv.shape), rtol=4 * 2**-8)
+
+
+# What a bfloat16 value may come out of: a rounded float32, or a place where it was before.
+MOVES = {
+    *("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze", "pad"),
+    *("split", "slice", "concatenate", "get", "swap", "masked_load", "masked_swap"),
+    *("jit", "custom_vjp_call", "pallas_call"),  # what they hold is looked at too
+}
+
+
+def traced(dtype, implementation, kernel_function="relu"):
+    """The op with its gradients, and arguments for it, to be traced."""
+
+    def run(do, *arrays):
+        _, vjp = jax.vjp(
+            functools.partial(
+                linear_attention,
+                num_heads=2,
+                grid=(4, 4),
+                kernel_function=kernel_function,
+                implementation=implementation,
+                interpret=implementation != "xla",
+            ),
+            *arrays,
+        )
+        return vjp(do)
+
+    *arrays, do = make_inputs(B=1, grid=(4, 4), K=3, dtype=dtype)
+    return run, (do, *arrays)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_products_of_float32_are_exact_on_every_device(implementation):
+    run, args = traced("float32", implementation)
+    assert assert_exact(run, *args) >= 6
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_bfloat16_only_stores_and_multiplies_and_sums_are_float32(implementation):
+    """The error it would make is within the tolerance of what rounding the operands makes."""
+    # The two parts of dv, the attention's and the convolution's, meet in v's own type.
+    moves = MOVES | ({"add_any"} if implementation == "xla" else set())
+    others = ("gelu", "focused", "focused_gelu") if implementation == "xla" else ()
+    for kernel_function in ("relu", *others):
+        run, args = traced("bfloat16", implementation, kernel_function)
+        found = products(run, *args)
+        assert len(found) >= 6
+        for equation in found:
+            assert equation.params["preferred_element_type"] == jnp.float32, equation
+        for equation in equations(run, *args):
+            for variable in equation.outvars:
+                if getattr(variable.aval, "dtype", None) == jnp.bfloat16:
+                    assert equation.primitive.name in moves, equation
 
 
 def test_uniform_values_pass_through_the_attention():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxprs import equations
 from oracles import assert_close
 from test_linear_attention import case_of, check, make_inputs, value_and_grads
 
@@ -253,20 +254,10 @@ def test_a_batch_that_the_devices_do_not_divide_is_named():
         )
 
 
-def _cost_estimates(jaxpr):
-    """The pl.CostEstimate of every kernel in a jaxpr."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            found.append(eqn.params["cost_estimate"])
-        else:
-            found += [
-                cost
-                for value in eqn.params.values()
-                if hasattr(value, "jaxpr")
-                for cost in _cost_estimates(value.jaxpr)
-            ]
-    return found
+def _cost_estimates(fn, args):
+    """The pl.CostEstimate of every kernel in a program."""
+    kernels = [e for e in equations(fn, *args) if e.primitive.name == "pallas_call"]
+    return [kernel.params["cost_estimate"] for kernel in kernels]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +266,7 @@ def _cost_estimates(jaxpr):
 def test_the_cost_estimate_is_the_floor_where_an_image_fits(name, arrays, products, convolutions):
     B, T, D, heads = 4, 64, 256, 2
     fn, args = tpu_schedule.attention_program(Case(D, heads, (4, 16)), B, name)
-    (cost,) = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+    (cost,) = _cost_estimates(fn, args)
     # 5 columns of 8 products make 4 rows of output. Taps and bias; taps and each core's sums of
     # their gradients.
     constants = (40 + 1 if name == "forward" else 40 + 2 * 41 * 8) * D * 4
@@ -291,7 +282,7 @@ def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, no_whole_ima
     costs = {}
     for name in ("forward", "backward"):
         fn, args = tpu_schedule.attention_program(case, B, name)
-        costs[name] = _cost_estimates(jax.make_jaxpr(fn)(*args).jaxpr)
+        costs[name] = _cost_estimates(fn, args)
     plan = linear_attention_tpu_plan.make_plan(case, backward=False)
     # 5 columns of 6 products make 2 rows.
     assert (plan.bands, plan.halo_rows, plan.outputs) == (2, 2, 2)

@@ -51,6 +51,18 @@ def test_position_table_is_that_of_its_grid(grid):
         dit.position_embedding(grid, 30)
 
 
+def test_layer_norm_rounds_once():
+    """In bfloat16 too: statistics and the division are float32. A mean of 8 costs three bits."""
+    x = jnp.asarray(8 + np.random.default_rng(0).standard_normal((4, 96)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    centred = exact - exact.mean(axis=1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6)
+    actual = dit.LayerNorm().apply({}, x)
+    assert actual.dtype == jnp.bfloat16
+    # Half a unit of eight bits. float32 has the difference to a mean of 8 to 1e-6.
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=2e-6)
+
+
 # ---- Sizes ---------------------------------------------------------------------------------------
 
 # DiT with its position table at 32 x 32 x 4 and 1,000 classes, as the official checkpoints hold it.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 
 import command
@@ -62,6 +63,25 @@ def test_a_file_is_replaced_as_a_whole(bucket, tmp_path):
         storage.replace_text(folder / "file.json", "new")
         assert [path.name for path in folder.iterdir()] == ["file.json"]
         assert (folder / "file.json").read_text() == "new"
+
+
+def test_a_power_failure_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    """The new one is on the disk before it takes the name; it is not written over the old one."""
+    path = epath.Path(tmp_path) / "file.json"
+    storage.replace_text(path, "old")
+    synced = []
+    sync = os.fsync
+
+    def record(descriptor):
+        synced.append((path.with_name("file.json.part").read_text(), path.read_text()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with path.open() as reader:
+        with storage.replacing(path) as file:
+            file.write(b"new")
+        assert reader.read() == "old"
+    assert synced == [("new", "old")] and path.read_text() == "new"
 
 
 def test_appending_to_an_object_keeps_what_is_there_and_goes_on_in_further_ones(bucket):
