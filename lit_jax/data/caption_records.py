@@ -81,6 +81,7 @@ class Survey:
     def write(self, path: epath.Path, key: str) -> None:
         """Args: key: what the survey depends on."""
         file = io.BytesIO()
+        # As text in the archive: NumPy would pickle an object.
         about = {"key": key, "broken": self.broken, "silent": self.silent}
         np.savez(file, sizes=self.sizes, about=np.array(json.dumps(about)))
         storage.replace_bytes(path, file.getvalue())
@@ -128,6 +129,7 @@ def survey_images(
                 broken = _named(images, index, error)
                 return {"broken": str(broken), "name": broken.name}
 
+    # Of network disks: many small reads wait for each other's answers.
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64)
     sizes = np.zeros((len(images), 2), np.int32)
     broken: dict[str, str] = {}
@@ -280,6 +282,7 @@ def add_caption_features(
     for record in good:
         rows = slice(start, start + len(record["captions"]))
         start = rows.stop
+        # Row by row of the mask: one caption's tokens stand behind the other's.
         record |= pack(features[rows][mask[rows]], caption_dtype)
         record["caption_lengths"] = lengths[rows]
         if not np.isfinite(features[rows].astype(np.float32)).all():
@@ -374,6 +377,7 @@ class CaptionDataset(Dataset):
         shape = (int(lengths.sum()), self.text["width"])
         bad_length = lengths.min(initial=0) < 0 or lengths.max(initial=0) > self.text["max_length"]
         scales = record.get("caption_scales", np.zeros(shape[0]))
+        # A slice beyond the end would be a shorter caption, without a word.
         if bad_length or record["caption_features"].shape != shape or len(scales) != shape[0]:
             raise ValueError(
                 f"{self.name}: record {index} of split {self.split} has captions of "

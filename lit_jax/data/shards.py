@@ -253,20 +253,42 @@ def finish_splits(
             splits[name]["skipped"] = skipped
     about = before | about
     with storage.naming_file(folder / "dataset_info.json"):
-        tfds.folder_dataset.write_metadata(
-            data_dir=str(folder),
-            features=features,
-            split_infos=infos,
-            check_data=False,  # it would count the records of every shard again
-            version=VERSION,
-            supervised_keys=_supervised_keys(features),
-            description=_description(about),
-        )
+        _write_metadata(written[0], features, infos, _description(about))
     write_about(folder, about | {"splits": splits})
     # Last: until prepared.json has the hashes, only the journals do.
     for shards in written:
         for journal in shards.journals():
             journal.unlink()
+
+
+def _write_metadata(
+    shards: Shards,
+    features: tfds.features.FeaturesDict,
+    infos: list[tfds.core.SplitInfo],
+    description: str,
+) -> None:
+    """Writes what TFDS reads of a data set."""
+    # Not by tfds.folder_dataset, which refuses a folder with files of a split that is not
+    # finished.
+    files = tfds.core.ShardedFileTemplate(
+        data_dir=shards.folder, dataset_name=shards.name, filetype_suffix="array_record"
+    )
+    identity = tfds.core.DatasetIdentity(
+        name=shards.name,
+        version=tfds.core.Version(VERSION),
+        data_dir=os.fspath(shards.folder),
+        module_name="",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features,
+        supervised_keys=_supervised_keys(features),
+        description=description,
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    protos = [split.to_proto() for split in infos]
+    info.set_splits(tfds.core.SplitDict.from_proto(protos, files))
+    info.write_to_directory(shards.folder)
 
 
 def _supervised_keys(features: tfds.features.FeaturesDict) -> tuple[str, str] | None:

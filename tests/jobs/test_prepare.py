@@ -245,6 +245,19 @@ def test_a_second_split_joins_the_first(folder, tmp_path):
         assert len(open_dataset("prepared", config.data.dir, split)) == 23
 
 
+def test_a_split_that_is_not_finished_does_not_stop_another_one(folder, tmp_path):
+    config = make_config(tmp_path, folder)
+    write_as_one_of(config, 0, 2)  # half of its shards, as a killed run leaves them
+    config.data.split = "validation"
+    run(config)
+    assert len(open_dataset("prepared", config.data.dir, "validation")) == 23
+    with pytest.raises(ValueError, match="split = 'train' is not one of the splits of prepared"):
+        open_dataset("prepared", config.data.dir, "train")
+    config.data.split = "train"
+    run(config)
+    assert len(open_dataset("prepared", config.data.dir, "train")) == 23
+
+
 def test_damage_is_found(folder, tmp_path):
     config = make_config(tmp_path, folder)
     out = run(config)
@@ -349,7 +362,7 @@ def test_bad_input_is_named(folder, autoencoder, tmp_path):
             ValueError,
             "data.name = prepared is what is written, and also prepare.source",
         ),
-        ({"shard_records": 0}, ValueError, "^prepare.shard_records must be at least 1; got 0"),
+        ({"shard_records": 0}, ValueError, "^prepare.shard_records must be in .1, .*; got 0"),
         (
             {"batch_size": 9},
             ValueError,
