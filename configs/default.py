@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             family="dit",  # a name in lit_jax/models/__init__.py: dit or pixart
-            # Ti, S, B, L or XL: gives depth, width and heads (lit_jax/models/dit.py).
+            # Ti, S, B, L or XL: gives depth, width and heads (lit_jax/models/architecture.py).
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
             width=0,  # D, channels of a token; 0: that of the size
@@ -49,15 +49,8 @@ def get_config() -> ConfigDict:
             conv_size=5,
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
-            # Of pixart alone; None: that of PixArt-Sigma, at 512 pixels.
-            cross_heads=ml_collections.config_dict.placeholder(int),  # of the caption's attention
-            caption_channels=ml_collections.config_dict.placeholder(int),  # 4096: T5-XXL's
-            caption_length=ml_collections.config_dict.placeholder(int),  # 300 tokens at most
-            # Positions span position_base / position_scale: 16, 32, 64, 128 and 0.5, 1, 2, 4 for
-            # 256, 512, 1024 and 2048 pixels.
-            position_base=ml_collections.config_dict.placeholder(int),
-            position_scale=ml_collections.config_dict.placeholder(float),
-            # Of dit alone, as num_classes above.
+            # Fields of the family dit, as num_classes above. Another family's recipe sets them to
+            # None and has its own beside them: configs/pixart_sigma_512.py.
             timestep_freq_shift=0,  # 0: official DiT; 1: diffusers
             mlp_norm_epsilon=1e-6,  # 1e-6: official DiT; 1e-5: diffusers
             dtype="bfloat16",  # of activations and matmuls: bfloat16 or float32
@@ -167,7 +160,10 @@ def get_config() -> ConfigDict:
             # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
             # ("16x16",): squares alone.
             buckets=("all",),
-            # How the captions' features are stored: bfloat16, or int8 with a scale a token.
+            # features: the text encoder's, 8 KB a token of T5-XXL; text: the captions alone, which
+            # training encodes at every step.
+            captions="features",
+            # How features are stored: bfloat16, or int8 with a scale a token.
             caption_dtype="bfloat16",
             # Colour behind transparent pixels, a name or #rrggbb. Empty: as in ADM, which
             # shows the colours that a program left in invisible pixels.
@@ -345,9 +341,9 @@ def get_config() -> ConfigDict:
             features="efficientnet_lite0",
             # File of Inception weights, .pth or .pickle; empty: the EfficientNet package's.
             weights="",
-            samples="",  # npz of uint8 images; empty: workdir/samples.npz
-            reference="",  # npz, or DATASET:SPLIT of data.dir
-            num_images=50_000,  # images scored, the first of the file; 0: all
+            samples="",  # npz or folder of images of one size; empty: workdir/samples.npz
+            reference="",  # npz, folder of images, or DATASET:SPLIT of data.dir
+            num_images=50_000,  # images scored, the first of the file or folder; 0: all
             batch_size=64,  # images through the network at once
             num_neighbour_images=10_000,  # most reference images for precision and recall
             neighbours=3,  # k of precision and recall

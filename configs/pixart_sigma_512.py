@@ -23,9 +23,15 @@ def get_config():
         family="pixart", size="XL", attention="linear", input_size=64, in_channels=4,
         # Fields of DiT that PixArt has not.
         num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
-        cross_heads=16, caption_channels=4096, caption_length=300,
-        position_base=32, position_scale=1.0,
     )  # fmt: skip
+    with config.model.unlocked():  # PixArt's own fields (lit_jax/models/pixart.py)
+        config.model.cross_heads = 16  # of the attention to the caption: the teacher's
+        config.model.caption_channels = 4096  # of T5-XXL's features
+        config.model.caption_length = 300  # tokens at most
+        # Positions span base / scale on both axes: 16, 32, 64, 128 and 0.5, 1, 2, 4 for 256, 512,
+        # 1024 and 2048 pixels.
+        config.model.position_base = 32
+        config.model.position_scale = 1.0
     # The official .pth, or the Orbax folder that --mode=port makes of a pipeline's folder.
     config.teacher.update(checkpoint="PixArt-Sigma-XL-2-512-MS.pth", size="XL")
     config.student.init = "teacher"
@@ -35,8 +41,8 @@ def get_config():
         checkpoint="pixart_sigma_sdxlvae_T5_diffusers", scaling_factor=0.13025
     )
     config.prepare.update(source="data_info.json", image_size=512)
-    # A caption says left and right.
-    config.data.update(name="text_to_image_512", dir="data", flip=False)
+    # A caption says left and right. With its padded captions a batch is a gigabyte.
+    config.data.update(name="text_to_image_512", dir="data", flip=False, prefetch=4)
     config.distill.update(noise_weight=1.0, variance_weight=0.05)
     config.optimizer.update(name="came", learning_rate=2e-5, warmup=1000, clip_norm=0.01)
     config.train.update(batch_size=384, steps=106_000, remat="full", preview_every=2_500)

@@ -7,7 +7,6 @@ the data know of no null.
     {"label": (B,) int32}                  a class-conditional DiT or LiT
     {"caption": (B, S, C),                 a PixArt or its LiT: features of the text encoder,
      "caption_mask": (B, S) bool}          and which of them are tokens
-    {"caption": (B, S, C), "caption_mask": (B, S) bool}    a PixArt, told a caption's features
 """
 
 from typing import Any
@@ -58,7 +57,8 @@ def check_dataset(model_config: Any, dataset: Any) -> None:
             f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "
             f"{dataset.name} have {', '.join(sorted(dataset.condition_fields))}"
         )
-    if "caption" in wanted:
+    # Texts become features of whatever kind the model is told.
+    if "caption" in wanted and dataset.text:
         _check_captions(model_config, dataset)
     # JAX would clamp a label outside the table without a word.
     if "label" in wanted and dataset.num_classes != model_config.num_classes:

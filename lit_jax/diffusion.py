@@ -10,11 +10,47 @@ prediction, a variance interpolated between its two bounds.
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Process(Protocol):
+    """What the train step and the samplers ask of a process."""
+
+    samplers: ClassVar[tuple[str, ...]]
+
+    @property
+    def num_steps(self) -> int:
+        """Timesteps that a sampler may visit are in [0, num_steps - 1]."""
+
+    def draw_t(self, rng: jax.Array, batch_size: int) -> jax.Array: ...
+
+    def perturb(self, x_start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array: ...
+
+    def loss(
+        self, output: jax.Array, x_start: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array
+    ) -> dict[str, jax.Array]: ...
+
+    def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:
+        """The named parts of an output, each of which is distilled."""
+
+    def log_variance(self, variance: jax.Array, t: jax.Array) -> jax.Array:
+        """Asked of a process whose outputs have the part "variance"."""
+
+    def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def signal_power(self, timesteps: np.ndarray) -> np.ndarray:
+        """Asked by the samplers that it names."""
+
+    def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str: ...
+
+    def learned_noise_scale(
+        self, output: jax.Array, log_variance_bounds: jax.Array, in_channels: int
+    ) -> jax.Array:
+        """Asked where `choose_variance` answers learned_range."""
 
 
 def linear_betas(num_steps: int = 1000) -> np.ndarray:

@@ -25,7 +25,7 @@ from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
-from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lit_jax.models.autoencoder import Autoencoder, AutoencoderSettings, make_autoencoder
 from lit_jax.porting.read import (
     KEY_TABLES,
     Checkpoint,
@@ -50,6 +50,8 @@ from lit_jax.train_step import (
 
 # Where the attentions that are written for one kind of device run.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+# How far, relative to their length, a text encoder's features of "" may be from the model's.
+NULL_DISTANCE = 0.1
 # Fields of config.model that are not of the architecture.
 NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
 
@@ -113,6 +115,8 @@ class Experiment:
             )
         self.unscaled_step_settings = self._make_step_settings()
         self.text_settings = self._text_settings()
+        self.autoencoder_settings = self._autoencoder_settings()
+        evaluation_settings(config)
         self.port_overrides = self._port_overrides()
 
     # ---- Settings --------------------------------------------------------------------------------
@@ -213,6 +217,12 @@ class Experiment:
         names = [field.name for field in dataclasses.fields(text.TextSettings)]
         with naming("text"):
             return text.TextSettings(**{name: settings[name] for name in names})
+
+    def _autoencoder_settings(self) -> AutoencoderSettings:
+        settings = self.config.autoencoder
+        names = [field.name for field in dataclasses.fields(AutoencoderSettings)]
+        with naming("autoencoder"):
+            return AutoencoderSettings(**{name: settings[name] for name in names})
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -442,9 +452,7 @@ class Experiment:
             built = make_autoencoder(
                 load_params(checkpoint.params, everywhere),
                 checkpoint.architecture,
-                dtype=wanted.dtype,
-                slice_size=wanted.slice_size,
-                tile_size=wanted.tile_size,
+                self.autoencoder_settings,
             )
         return built, {
             "name": epath.Path(wanted.checkpoint).name,
@@ -512,7 +520,10 @@ class Experiment:
         with naming("train"):
             if isinstance(self.dataset, caption_records.BucketedDataset):
                 return pipeline.make_bucket_batches(
-                    self.dataset, caption_ratio=config.text.caption_ratio, **common
+                    self.dataset,
+                    caption_ratio=config.text.caption_ratio,
+                    read_caption=self._read_caption(),
+                    **common,
                 )
             return pipeline.make_batches(self.dataset, flip=config.data.flip, **common)
 
@@ -522,9 +533,41 @@ class Experiment:
         rows = sharding.batch_sharding(self.mesh)
         if not isinstance(self.dataset, caption_records.BucketedDataset):
             return [pipeline.batch_shapes(self.dataset, B, rows)]
-        shapes = pipeline.bucket_shapes(self.dataset, B, rows)
+        shapes = pipeline.bucket_shapes(self.dataset, B, rows, self._read_caption())
         picture = "mean" if self.dataset.autoencoder else "image"
-        return sorted(shapes, key=lambda batch: -batch[picture].size)
+        shapes.sort(key=lambda batch: -batch[picture].size)
+        if encoder := self.caption_encoder:
+            for batch in shapes:
+                shape = (*batch.pop("caption_ids").shape, encoder.config.width)
+                batch["caption"] = jax.ShapeDtypeStruct(shape, encoder.dtype, sharding=rows)
+        return shapes
+
+    @functools.cached_property
+    def caption_encoder(self) -> text.TextEncoder | None:
+        """What makes features of the records' captions in training; None: they have them."""
+        data = self.dataset
+        if not isinstance(data, caption_records.BucketedDataset) or data.text:
+            return None
+        return self.load_text_encoder()
+
+    def _read_caption(self) -> caption_records.ReadCaption:
+        """How a batch gets one of a record's captions."""
+        if self.caption_encoder is None:
+            longest = self.dataset.text["max_length"]
+            return functools.partial(caption_records.stored_caption, max_length=longest)
+        return functools.partial(
+            caption_records.tokens_of_caption,
+            tokenizer=self.caption_encoder.tokenizer,
+            settings=self.text_settings,
+        )
+
+    def encode_captions(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """A batch on the mesh with features where it has tokens."""
+        if "caption_ids" not in batch or self.caption_encoder is None:
+            return batch
+        ids = batch["caption_ids"]
+        rest = {name: value for name, value in batch.items() if name != "caption_ids"}
+        return rest | {"caption": self.caption_encoder.encode_tokens(ids, rest["caption_mask"])}
 
     # ---- Text ------------------------------------------------------------------------------------
 
@@ -573,10 +616,14 @@ class Experiment:
             )
         return encoder
 
-    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def encode(self, prompts: Sequence[str], null_caption: Any = None) -> tuple[Any, Any]:
         """The condition of prompts, and what tells their text encoder from others.
 
         The encoder is loaded for it and dropped.
+
+        Args: null_caption: that of the model's checkpoint, (n, C). The encoder's is compared with
+          it, for nothing else tells a wrong encoder from the right one.
+        Returns: arrays (n, ...) by name, and JSON values by name.
         """
         encoder = self.load_text_encoder()
         found = encoder(prompts)
@@ -590,6 +637,20 @@ class Experiment:
                 )
             if unknown := encoder.tokenizer.unknown(prompt):
                 logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        if null_caption is not None:
+            ours = np.asarray(encoder.null_features(2), np.float32)
+            theirs = np.asarray(null_caption[:2], np.float32)
+            length = max(float(np.linalg.norm(theirs)), 1e-30)
+            distance = float(np.linalg.norm(ours - theirs)) / length
+            # bfloat16 moves it by less than 0.02.
+            if distance > NULL_DISTANCE:
+                logging.warning(
+                    'text.checkpoint = %s: its features of "" are %.2f of their length away from '
+                    "those in the model's checkpoint; it is another text encoder or tokenizer than "
+                    "the model was trained with, and pictures will not follow the prompts",
+                    self.config.text.checkpoint,
+                    distance,
+                )
         identity = encoder.identity() | {"dtype": self.config.text.dtype}
         return to_condition(found, self.config.sample.null_mask), identity
 
@@ -751,6 +812,8 @@ class Experiment:
             raise ValueError(
                 f"report.read_labels = True, but data.name = {data.name} has captions, not labels"
             )
+        if data.text is None:  # the texts alone, which this run encodes
+            return
         asked: dict[str, Any] = {
             "cleaning": config.text.cleaning,
             "max_length": config.text.max_length,
@@ -810,6 +873,8 @@ class Experiment:
         }
         if isinstance(self.dataset, caption_records.BucketedDataset):
             decisive["text.caption_ratio"] = config.text.caption_ratio
+            if encoder := self.caption_encoder:
+                decisive["text.features"] = encoder.identity() | {"dtype": config.text.dtype}
         for group in ("model", "distill", "optimizer", "ema"):
             for name, value in config[group].items():
                 if name != "implementation":

@@ -16,7 +16,6 @@ from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Ra
 from lit_jax.runtime import storage
 
 SIZE = Range("at least 1, or -1", lambda x: x >= 1 or x == -1)
-TILE = Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0)
 SEED = Range("in [0, 2**32)", lambda x: 0 <= x < 2**32)
 STEPS = Range(
     "(), or the first and the last step to trace",
@@ -58,12 +57,10 @@ RANGES = {
     "data.num_threads": between(0, 1024),
     "data.prefetch": between(0, 10_000),
     "autoencoder.scaling_factor": NOT_NEGATIVE,
-    "autoencoder.dtype": one_of("float32", "bfloat16"),
-    "autoencoder.slice_size": AT_LEAST_0,
-    "autoencoder.tile_size": TILE,
     "text.caption_ratio": UNIT,
     "prepare.image_size": SIDES,
     "prepare.buckets": NAMES,
+    "prepare.captions": one_of("features", "text"),
     "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
     "prepare.background": COLOUR,
     "prepare.max_pixels": AT_LEAST_1,
@@ -101,10 +98,6 @@ RANGES = {
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": BATCH,
     "evaluate.num_images": AT_LEAST_0,
-    "evaluate.batch_size": BATCH,
-    "evaluate.num_neighbour_images": AT_LEAST_1,
-    "evaluate.neighbours": AT_LEAST_1,
-    "evaluate.split_size": AT_LEAST_1,
     "evaluate.compare": NAMES,
     "evaluate.compare_across": NAMES,
     "benchmark.what": NAMES,
@@ -138,6 +131,7 @@ PATHS = (
     "evaluate.samples",
     "evaluate.reference",
     "evaluate.compare",
+    "evaluate.geneval",
 )
 
 

@@ -5,13 +5,13 @@ Each term is per sample and unweighted: {name: (B,)}. The train step weighs and 
 
 import jax
 
-from lit_jax.diffusion import GaussianDiffusion, mean_square
+from lit_jax.diffusion import Process, mean_square
 
 VARIANCE_TARGETS = ("raw", "log_variance")
 
 
 def distillation_terms(
-    process: GaussianDiffusion,
+    process: Process,
     student_output: jax.Array,
     teacher_output: jax.Array,
     t: jax.Array,

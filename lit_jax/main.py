@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 from logging import INFO, LogRecord
 
@@ -47,7 +48,7 @@ RUN_BY_SEVERAL = (
 MEMORY_ADVICE = {
     "train": "a smaller train.batch_size, or sample.batch_size for pictures, train.accumulation, "
     "mesh.fsdp over more devices and train.remat=full need less; --mode=plan says what a TPU "
-    "slice would need",
+    "slice would need; a workdir that holds no checkpoint yet can be used again",
     "sample": "a smaller sample.batch_size, mesh.fsdp over more devices and, with an autoencoder, "
     "autoencoder.slice_size and autoencoder.tile_size need less",
     "evaluate": "a smaller evaluate.batch_size and evaluate.num_neighbour_images need less",
@@ -175,6 +176,16 @@ def _config_of(argv: list[str]) -> str:
 
 def run() -> None:
     """The program: bad input ends in one line on stderr and status 1."""
+    try:
+        _run()
+    finally:
+        # The status is decided. Python takes seconds to end, in which a signal
+        # would turn a run that is done into one that was killed.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     # Before the handlers of signals are set, while the libraries are loaded.

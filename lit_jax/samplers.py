@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_jax import ranges
 from lit_jax.conditions import Condition
-from lit_jax.diffusion import GaussianDiffusion, respaced_timesteps
+from lit_jax.diffusion import GaussianDiffusion, Process, respaced_timesteps
 
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 SPACINGS = ("respaced", "leading", "trailing", "linspace", "time_uniform")
@@ -238,7 +238,7 @@ SAMPLERS = {
 
 
 def make_grid(
-    process: GaussianDiffusion, settings: SamplerSettings, *, timesteps: np.ndarray | None = None
+    process: Process, settings: SamplerSettings, *, timesteps: np.ndarray | None = None
 ) -> Grid:
     """Builds the table of a sampler from the process that the model was trained on.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax import ranges, samplers, sharding
-from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.diffusion import GaussianDiffusion, Process
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.samplers import SamplerSettings
@@ -74,7 +74,7 @@ class Sampler:
         *,
         batch_size: int,
         seed: int = 0,
-        process: GaussianDiffusion | None = None,
+        process: Process | None = None,
         mesh: jax.sharding.Mesh | None = None,
         size: tuple[int, int] | None = None,
         autoencoder: Autoencoder | None = None,

@@ -7,6 +7,7 @@ it: `TextEncoder.identity` names them.
 import dataclasses
 import hashlib
 import html
+import math
 import re
 import urllib.parse
 from collections.abc import Sequence
@@ -314,7 +315,24 @@ class TextEncoder:
         def apply(params, ids, mask):
             return model.apply({"params": params}, ids, mask)
 
-        self._apply = jax.jit(sharding.on_mesh(apply, mesh), out_shardings=self._sharding)
+        def apply_in_parts(params, ids, mask):
+            B, S = ids.shape
+            # The devices divide both, and so each part.
+            count = B // math.gcd(B, settings.batch_size)
+
+            def split(x):
+                # Every count-th row: each device keeps working on rows that it holds.
+                return x.reshape(B // count, count, S).swapaxes(0, 1)
+
+            parts = jax.lax.map(lambda rows: apply(params, *rows), (split(ids), split(mask)))
+            features = parts.swapaxes(0, 1).reshape(B, S, model.config.width)
+            return jnp.where(mask[..., None], features, 0)
+
+        def jit(fn):
+            return jax.jit(sharding.on_mesh(fn, mesh), out_shardings=self._sharding)
+
+        self._apply = jit(apply)
+        self._apply_in_parts = jit(apply_in_parts)
         self._dtype = jnp.dtype(model.dtype)
 
     def __call__(self, prompts: Sequence[str]) -> TextFeatures:
@@ -337,6 +355,18 @@ class TextEncoder:
                 features[part, :length] = self._encode(ids[part, :length], mask[part, :length])
         features[~mask[:, :S]] = 0
         return TextFeatures(features, mask[:, :S], cut)
+
+    def encode_tokens(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Features (B, S, C) of tokens (B, S) that are on the mesh; they stay there.
+
+        Zero where the mask is False. At most `batch_size` rows are encoded at once.
+        """
+        return self._apply_in_parts(self._params, ids, mask)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the features."""
+        return self._dtype
 
     def null_features(self, length: int) -> np.ndarray:
         """The features of the empty prompt, (length, C), those of its padding too.

@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax import came, losses, ranges, sharding
-from lit_jax.diffusion import GaussianDiffusion
+from lit_jax.diffusion import Process
 from lit_jax.models import Model, init_params
 from lit_jax.models.autoencoder import sample_posterior
 
@@ -180,7 +180,7 @@ class StepSettings:
     accumulation: int = 1  # microbatches a step
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay min(decay, (1 + step) / (10 + step)): for short runs
-    noise_weight: float = 0.5  # lambda_1 of the paper's hybrid loss
+    noise_weight: float = 0.5  # lambda_1 of the paper's hybrid loss: of the predicted noise
     variance_weight: float = 0.05  # lambda_2
     variance_target: str = "raw"  # see losses.distillation_terms
     teacher_sees_dropped: bool = False  # False, the paper's code: the teacher is told everything
@@ -203,10 +203,9 @@ class StepSettings:
         # The decays of a warm-up multiply to 1/2002 in five steps.
         return 0.0 if self.ema_warmup else self.ema_decay**steps
 
-    @property
-    def distillation_weights(self) -> dict[str, float]:
-        """The weight of each distillation term. A process with another part needs another."""
-        return {"kd_noise": self.noise_weight, "kd_variance": self.variance_weight}
+    def distillation_weight(self, term: str) -> float:
+        """Of a distillation term: lambda_2 for the variance, lambda_1 for all else."""
+        return self.variance_weight if term == "kd_variance" else self.noise_weight
 
 
 def images_to_model(
@@ -231,7 +230,7 @@ def images_to_model(
 def make_train_step(
     model: Model,
     teacher: Model | None,
-    process: GaussianDiffusion,
+    process: Process,
     optimizer: OptimizerSettings,
     settings: StepSettings,
     mesh: jax.sharding.Mesh,
@@ -270,7 +269,7 @@ def make_train_step(
                 variance_target=settings.variance_target,
             )
             terms |= distillation
-            weights |= {name: settings.distillation_weights[name] for name in distillation}
+            weights |= {name: settings.distillation_weight(name) for name in distillation}
         means = {name: value.mean() for name, value in terms.items()}
         loss = sum(weights[name] * value for name, value in means.items())
         return loss, {"loss": loss} | means

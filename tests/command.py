@@ -1,6 +1,7 @@
 """The real command line, run in this process, and a teacher for it whose weights are all random."""
 
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ def run(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", ["lit_jax.main", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with flagsaver.flagsaver():  # overrides define flags of their own; they go with the run
         flags.FLAGS.unparse_flags()
         try:
@@ -28,6 +30,8 @@ def run(monkeypatch, *arguments):
         except SystemExit as end:
             return end.code
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             flags.FLAGS.mark_as_parsed()
     return None
 

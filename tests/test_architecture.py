@@ -46,6 +46,18 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 JOBS = {module for module in MODULES if module.startswith("jobs.")}
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_interval_is_measured_by_a_clock_that_jumps(module):
+    """A machine's clock is set now and then; a day forward, and every timeout is over."""
+    clocks = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(parse(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    } & {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
+    # TensorBoard shows when an event was.
+    assert clocks <= ({"time.time"} if module == "runtime.metric_writer" else set())
+
+
 def room(module: str) -> str:
     """The top-level module or folder that a module belongs to."""
     return module.split(".")[0]

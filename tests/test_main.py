@@ -3,12 +3,15 @@
 The line names the flag or the field, and both values.
 """
 
+import os
+import signal
 import subprocess
 import sys
 
 import command
 import pytest
 
+from lit_jax import main
 from lit_jax.data import dataset
 
 
@@ -74,7 +77,7 @@ def test_wrong_flags(monkeypatch, folder, arguments, parts):
     [
         ("def get_config(:", ["SyntaxError", "line 1"]),
         ("import no_such_module", ["no_such_module"]),
-        ("def get_config():\n    return {}", ["no field seed", "configs/default.py"]),
+        ("def get_config():\n    return {}", ["no field compilation_cache", "configs/default.py"]),
         (
             "from configs import default\n\ndef get_config():\n"
             "    config = default.get_config()\n    config.train.stepss = 9\n"
@@ -241,6 +244,15 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
         (["--mode=sample"], ["sample.checkpoint is empty; --workdir = "]),
         (["autoencoder.checkpoint=no/such"], ["autoencoder.checkpoint = no/such"]),
         (["--mode=evaluate", "evaluate.samples=no/such.npz"], ["evaluate.samples = no/such.npz"]),
+        (
+            [
+                "--mode=evaluate",
+                "evaluate.samples=README.md",
+                "evaluate.features=inception_adm",
+                "evaluate.weights=no/such.pth",
+            ],
+            ["evaluate.weights = no/such.pth"],
+        ),
         (["--mode=benchmark", "benchmark.what=('data',)", "data.name=none"], ["data.name", "none"]),
         (["data.dir=gcs://bucket/x"], ["data.dir=gcs://bucket/x", "gs://"]),
         (["port.target=~no_such_user/x"], ["port.target=~no_such_user/x", "./~no_such_user"]),
@@ -251,6 +263,28 @@ def test_files_that_are_not_there_are_named_with_their_field(monkeypatch, folder
     options = [a if a.startswith("--") else f"--config.{a}" for a in arguments]
     teacher = folder / "teacher.safetensors"
     expect_error(monkeypatch, folder, command.debug_arguments(folder, teacher, *options), *parts)
+
+
+def test_the_home_folder_is_meant_in_the_workdir(monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    arguments = command.debug_arguments(folder, folder / "teacher.safetensors", "--mode=sample")
+    expect_error(monkeypatch, folder, [*arguments, "--workdir=~/x"], f" = {folder}/home/x: no such")
+
+
+def test_a_signal_after_the_job_does_not_change_its_status(monkeypatch):
+    """Python takes seconds to end, and a launcher would take the run for one that was killed."""
+    monkeypatch.setattr(main.app, "run", lambda *_, **__: sys.exit(0))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            main.run()
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN] * 2
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert end.value.code == 0
 
 
 def test_a_workdir_that_is_a_file(monkeypatch, folder):

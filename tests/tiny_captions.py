@@ -36,19 +36,20 @@ def write_folder(folder, count=COUNT):
 
 def make_config(folder, data, text="", autoencoder=""):
     config = debug.get_config()
-    config.model.update(
-        family="pixart",
-        input_size=8 if autoencoder else 16,
-        patch_size=2,
-        in_channels=4 if autoencoder else 3,
-        num_classes=None,
-        timestep_freq_shift=None,
-        mlp_norm_epsilon=None,
-        cross_heads=2,
-        caption_channels=CONFIG.width,
-        caption_length=20,
-        position_base=4,
-    )
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart",
+            input_size=8 if autoencoder else 16,
+            patch_size=2,
+            in_channels=4 if autoencoder else 3,
+            num_classes=None,
+            timestep_freq_shift=None,
+            mlp_norm_epsilon=None,
+            cross_heads=2,
+            caption_channels=CONFIG.width,
+            caption_length=20,
+            position_base=4,
+        )
     config.data.update(name="captioned", dir=str(data), flip=False, num_threads=2, prefetch=2)
     config.autoencoder.checkpoint = str(autoencoder)
     config.text.update(checkpoint=str(text), max_length=20, batch_size=8, dtype="float32")
@@ -56,7 +57,7 @@ def make_config(folder, data, text="", autoencoder=""):
         source=f"{folder}/", image_size=16, buckets=BUCKETS, batch_size=8, shard_records=5
     )
     config.student.init = "random"
-    config.train.update(batch_size=8, steps=4, preview_every=0)
+    config.train.update(batch_size=8, steps=4, preview_every=0, remat="none")
     config.report.update(num_images=0, read_labels=False)
     return config
 

@@ -2,7 +2,8 @@
 
 A record has the crop of its bucket, as pixels or as the posterior of an autoencoder, never
 mirrored, for captions say left and right; the texts of its captions; and the text encoder's
-features of their tokens, without padding. Each bucket is a split of its own, train_16x15.
+features of their tokens, without padding. Without features, training makes them of the texts.
+Each bucket is a split of its own, train_16x15.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from lit_jax.data.dataset import (
 )
 from lit_jax.data.raw_images import BrokenImageError, ImageSettings, decode, hash_of, upright_sides
 from lit_jax.runtime import storage
-from lit_jax.text import TextEncoder
+from lit_jax.text import TextEncoder, TextSettings, Tokenizer, clean_prompt
 
 Record = dict[str, Any]
 
@@ -40,6 +41,9 @@ Record = dict[str, Any]
 DEVIATION_RECORDS = 128
 
 CAPTION_DTYPES = ("bfloat16", "int8")
+
+# From a record and the number of one of its captions to what a batch has of it.
+ReadCaption = Callable[[Record, int], Record]
 
 
 # ---- Sizes: which bucket an image is of ----------------------------------------------------------
@@ -132,17 +136,22 @@ def survey_images(
     for index, record in enumerate(found):
         if "broken" in record:
             broken[record["name"]] = record["broken"]
-            if len(broken) > skip_broken:
-                raise ValueError(
-                    f"{record['broken']}; skip_broken = {skip_broken}: a larger number leaves "
-                    f"out so many broken images"
-                )
+            check_broken(broken, skip_broken)
         elif not record["captions"]:
             silent += 1
         else:
             sizes[index] = record["sides"]
         advance(1)
     return Survey(sizes, broken, silent)
+
+
+def check_broken(broken: Mapping[str, str], skip_broken: int) -> None:
+    """Raises ValueError, naming the last image, where more are broken than may be left out."""
+    if len(broken) > skip_broken:
+        raise ValueError(
+            f"skip_broken = {skip_broken} leaves out fewer images than are broken: "
+            f"{list(broken.values())[-1]}"
+        )
 
 
 def _open(images, index):
@@ -221,13 +230,14 @@ class BucketImages:
 
 
 def make_features(
-    channels: int, encoded: bool, caption_width: int, caption_dtype: str
+    channels: int, encoded: bool, caption_width: int = 0, caption_dtype: str = "bfloat16"
 ) -> tfds.features.FeaturesDict:
     """What a record holds, whatever its bucket.
 
     Args:
       channels: of the pixels, or of the latents where they are `encoded`.
-      caption_width: C of the text encoder. caption_dtype: one of CAPTION_DTYPES.
+      caption_width: C of the text encoder; 0: of the captions, there are the texts alone.
+      caption_dtype: one of CAPTION_DTYPES.
     """
 
     def tensor(*shape, dtype):
@@ -239,12 +249,13 @@ def make_features(
         features["log_variance"] = tensor(None, None, channels, dtype=np.float16)
     else:
         features["image"] = tensor(None, None, channels, dtype=np.uint8)
-    # NumPy has no bfloat16: its bits are stored as whole numbers.
-    stored = np.uint16 if caption_dtype == "bfloat16" else np.int8
-    features["caption_features"] = tensor(None, caption_width, dtype=stored)
-    if caption_dtype == "int8":
-        features["caption_scales"] = tensor(None, dtype=np.float32)
-    features["caption_lengths"] = tensor(None, dtype=np.int32)
+    if caption_width:
+        # NumPy has no bfloat16: its bits are stored as whole numbers.
+        stored = np.uint16 if caption_dtype == "bfloat16" else np.int8
+        features["caption_features"] = tensor(None, caption_width, dtype=stored)
+        if caption_dtype == "int8":
+            features["caption_scales"] = tensor(None, dtype=np.float32)
+        features["caption_lengths"] = tensor(None, dtype=np.int32)
     features["captions"] = tfds.features.Sequence(tfds.features.Text())
     features["height"] = tfds.features.Scalar(np.int32)
     features["width"] = tfds.features.Scalar(np.int32)
@@ -313,8 +324,8 @@ class CaptionDataset(Dataset):
     """The records of one bucket.
 
     {"mean", "log_variance" float16 (h, w, C) or "image" uint8 (h, w, C), "caption_features",
-    "caption_lengths", "caption_scales" where there are such, "index"}; `choose_caption` makes the
-    model's condition of them.
+    "caption_lengths", "caption_scales" where there are such, "index"}; or, without features,
+    "captions", texts. `choose_caption` makes the model's condition of them.
     """
 
     condition_fields = ("caption", "caption_mask")
@@ -328,8 +339,8 @@ class CaptionDataset(Dataset):
         return self.about["autoencoder"]
 
     @property
-    def text(self) -> dict[str, Any]:
-        """What made the features: see `TextEncoder.identity`, with "width"."""
+    def text(self) -> dict[str, Any] | None:
+        """What made the features, see `TextEncoder.identity`, with "width"; None: no features."""
         return self.about["text"]
 
     @property
@@ -347,6 +358,8 @@ class CaptionDataset(Dataset):
             readers["log_variance"] = array_reader(np.float16, self.image_shape)
         else:
             readers["image"] = array_reader(np.uint8, self.image_shape)
+        if not self.text:
+            return readers | {"captions": read_texts}
         readers["caption_features"] = np.asarray
         if self.about["caption_dtype"] == "int8":
             readers["caption_scales"] = np.asarray
@@ -355,6 +368,8 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Record:
         record = super().__getitem__(index)
+        if not self.text:
+            return record
         lengths = record["caption_lengths"]
         shape = (int(lengths.sum()), self.text["width"])
         bad_length = lengths.min(initial=0) < 0 or lengths.max(initial=0) > self.text["max_length"]
@@ -390,7 +405,7 @@ class BucketedDataset:
         return self.buckets[0].autoencoder
 
     @property
-    def text(self) -> dict[str, Any]:
+    def text(self) -> dict[str, Any] | None:
         return self.buckets[0].text
 
     @property
@@ -415,6 +430,8 @@ class BucketedDataset:
     def fingerprint(self) -> str:
         """As `Dataset.fingerprint`, with the text encoder."""
         buckets = ", ".join(bucket.fingerprint() for bucket in self.buckets)
+        if not self.text:
+            return f"{buckets}, captions as texts"
         made_by = " ".join(str(self.text[name])[:12] for name in sorted(self.text))
         return f"{buckets}, captions by {made_by}"
 
@@ -432,10 +449,10 @@ def open_captions(name: str, directory: epath.PathLike, split: str) -> BucketedD
     builder = find_builder(name, directory)
     features = builder.info.features
     path = epath.Path(builder.data_dir) / PREPARED
-    if "caption_features" not in features or not path.exists():
+    if "captions" not in features or not path.exists():
         raise ValueError(
             f"name = {name!r} has {', '.join(features)}; a model that is told captions needs "
-            f"the features that --mode=prepare writes"
+            f"what --mode=prepare makes of images with captions"
         )
     about = json.loads(path.read_text())
     begun = shapes_of(split, about["splits"])
@@ -461,23 +478,55 @@ def open_captions(name: str, directory: epath.PathLike, split: str) -> BucketedD
     return BucketedDataset(name, split, tuple(found), tuple(begun))
 
 
+def read_texts(value: Any) -> np.ndarray:
+    """The captions of a record, which are one at least."""
+    texts = [text.decode() if isinstance(text, bytes) else str(text) for text in value]
+    if not texts:
+        raise ValueError("it has no captions")
+    return np.array(texts)
+
+
+# ---- Captions in training ------------------------------------------------------------------------
+
+
 def choose_caption(
-    record: Record, rng: np.random.Generator, *, ratio: float, max_length: int
+    record: Record, rng: np.random.Generator, *, ratio: float, read: ReadCaption
 ) -> Record:
-    """A record with one of its captions as the model's condition.
+    """A record with one of its captions.
 
     Args:
       ratio: the probability of the first caption; the others share the rest.
-      max_length: S, tokens that it is padded to.
-    Returns: the picture, "index", "caption" (S, C) bfloat16 and "caption_mask" (S,) bool.
+      read: `stored_caption` or `tokens_of_caption`.
+    Returns: the picture, "index", and what `read` gives.
+    """
+    captions = record["captions"] if "captions" in record else record["caption_lengths"]
+    which = 0
+    if len(captions) > 1 and rng.random() >= ratio:
+        which = int(rng.integers(1, len(captions)))
+    picture = {name: x for name, x in record.items() if not name.startswith("caption")}
+    return picture | read(record, which)
+
+
+def stored_caption(record: Record, which: int, *, max_length: int) -> Record:
+    """The stored features of a caption, padded to S = max_length tokens.
+
+    Returns: {"caption" (S, C) bfloat16, "caption_mask" (S,) bool}.
     """
     lengths = record["caption_lengths"]
-    which = 0
-    if len(lengths) > 1 and rng.random() >= ratio:
-        which = int(rng.integers(1, len(lengths)))
     start = int(lengths[:which].sum())
     tokens = unpack(record, slice(start, start + int(lengths[which])))
     caption = np.zeros((max_length, tokens.shape[1]), tokens.dtype)
     caption[: len(tokens)] = tokens
-    chosen = {name: x for name, x in record.items() if not name.startswith("caption_")}
-    return chosen | {"caption": caption, "caption_mask": np.arange(max_length) < len(tokens)}
+    return {"caption": caption, "caption_mask": np.arange(max_length) < len(tokens)}
+
+
+def tokens_of_caption(
+    record: Record, which: int, *, tokenizer: Tokenizer, settings: TextSettings
+) -> Record:
+    """The tokens of a caption, which become features on the devices.
+
+    Returns: {"caption_ids" (S,) int32, "caption_mask" (S,) bool}, S of the settings.
+    """
+    cleaned = clean_prompt(str(record["captions"][which]), settings.cleaning)
+    ids, mask, _ = tokenizer([cleaned], settings.max_length)
+    return {"caption_ids": ids[0], "caption_mask": mask[0]}

@@ -25,6 +25,7 @@ from lit_jax.data.raw_images import (
     image_files,
     printable,
 )
+from lit_jax.runtime import storage
 
 # Of an image. Data sets that describe images have 1 to 10 captions of some hundred letters.
 MAX_CAPTIONS = 64
@@ -134,6 +135,7 @@ def captions_of(item: Mapping[str, Any]) -> list[str]:
 def _open_list(path: epath.Path, directory: epath.PathLike, split: str) -> CaptionedImages:
     if not path.exists():
         raise FileNotFoundError(f"name = {str(path)!r}: no such file")
+    path = storage.absolute(path)  # a name alone has no folder above its own
     content = path.read_bytes()
     try:
         if path.suffix == ".jsonl":
@@ -337,6 +339,7 @@ def _members(tar: epath.Path) -> Iterator[tuple[str, _Part]]:
     end = file_bytes(tar)
     with tar.open("rb") as file:
         careful: Any = _Careful(file)
+        archive: Any
         try:
             with tarfile.open(fileobj=careful, mode="r:") as archive:
                 while (member := archive.next()) is not None:

@@ -46,14 +46,22 @@ def make_features(images: RawImages, autoencoder: Autoencoder | None) -> tfds.fe
 
 
 def make_encoder(
-    autoencoder: Autoencoder | None, mesh: jax.sharding.Mesh, *, mirrored: bool = True
+    autoencoder: Autoencoder | None,
+    mesh: jax.sharding.Mesh,
+    *,
+    mirrored: bool = True,
+    batch_size: int = 0,
 ) -> Encode:
     """The function from a batch of images to the arrays of their records.
 
     Without an autoencoder they are "image", the pixels. Latents are "mean" and
     "log_variance" (B, 2, h, w, C) float16, of each image and its mirror: each device
-    encodes a part of the batch. Not `mirrored`: (B, h, w, C), of the image alone. The call
-    returns before they are computed.
+    encodes a part of the batch. The call returns before they are computed.
+
+    Args:
+      mirrored: False: latents are (B, h, w, C), of the image alone.
+      batch_size: smaller batches are filled up to it, so that images of one size share a
+        program.
     """
     if autoencoder is None:
         return lambda images: {"image": images}
@@ -77,7 +85,7 @@ def make_encoder(
     def encode(images):
         B = len(images)
         # The devices must divide the batch. The rows that fill it are cut off again.
-        fill = -B % mesh.size
+        fill = max(batch_size - B, -B % mesh.size)
         padded = np.pad(images, ((0, fill), (0, 0), (0, 0), (0, 0)), mode="edge")
         placed = jax.device_put(padded, rows)
         mean, log_variance = run(autoencoder.params, placed)

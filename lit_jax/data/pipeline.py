@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lit_jax.data.buckets import BucketOrder, stream_seeds
-from lit_jax.data.caption_records import BucketedDataset, choose_caption
+from lit_jax.data.caption_records import BucketedDataset, ReadCaption, choose_caption
 from lit_jax.data.dataset import Dataset
 
 Record = dict[str, Any]
@@ -151,16 +151,19 @@ def make_bucket_batches(
     batch_size: int,
     seed: int,
     caption_ratio: float,
+    read_caption: ReadCaption,
     rows: np.ndarray | None = None,
     num_threads: int = 4,
     prefetch: int = 64,
 ) -> grain.IterDataset:
     """Endless batches of this process's rows, each of one bucket: see `buckets.BucketOrder`.
 
-    As `make_batches`, with {"caption" (B, S, C) bfloat16, "caption_mask" (B, S) bool}; which
-    caption it is depends on the seed and the record's place in the order alone.
+    As `make_batches`, with what `read_caption` gives of one caption of each image. Which one it
+    is depends on the seed and the record's place in the order alone.
 
-    Args: caption_ratio: the probability of an image's first caption.
+    Args:
+      caption_ratio: the probability of an image's first caption.
+      read_caption: see `choose_caption`.
     Raises: ValueError when there are fewer records than a batch needs.
     """
     if batch_size > len(dataset):
@@ -170,9 +173,7 @@ def make_bucket_batches(
         )
     if rows is None:
         rows = np.arange(batch_size)
-    choose = functools.partial(
-        choose_caption, ratio=caption_ratio, max_length=dataset.text["max_length"]
-    )
+    choose = functools.partial(choose_caption, ratio=caption_ratio, read=read_caption)
     seeds = stream_seeds(seed, len(dataset.buckets))
     streams = [
         # After the shuffle: the draw is by the place in the order.
@@ -186,13 +187,15 @@ def make_bucket_batches(
 
 
 def bucket_shapes(
-    dataset: BucketedDataset, batch_size: int, sharding: jax.sharding.Sharding
+    dataset: BucketedDataset,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    read_caption: ReadCaption,
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """As `batch_shapes`, for each bucket."""
     rng = np.random.default_rng(0)
-    most = dataset.text["max_length"]
     records = [
-        choose_caption(bucket[0], rng, ratio=1.0, max_length=most) for bucket in dataset.buckets
+        choose_caption(bucket[0], rng, ratio=1.0, read=read_caption) for bucket in dataset.buckets
     ]
     return [_shapes_of(record, batch_size, sharding) for record in records]
 

@@ -284,8 +284,8 @@ def _description(about: dict[str, Any]) -> str:
     names = " and ".join(dict.fromkeys(filter(None, sources)))
     text = f"{names}, ADM centre crop to {size} pixels"
     of_what = "image and mirror"
-    if about.get("text"):
-        text = f"{names}, in aspect buckets of {size} pixels, with the features of their captions"
+    if about.get("crop") == "bucket":
+        text = f"{names}, in aspect buckets of {size} pixels, with their captions"
         of_what = "each image"
     if not about["autoencoder"]:
         return f"{text}."

@@ -28,7 +28,7 @@ class EvaluationSettings:
     Raises: ValueError whose text starts with the field's name.
     """
 
-    reference: str  # an npz file, or DATASET:SPLIT
+    reference: str  # an npz file, a folder of images, or DATASET:SPLIT
     features: str = "efficientnet_lite0"  # one of features.EXTRACTORS
     weights: str = ""  # a file; "": those of the EfficientNet package
     batch_size: int = 64  # images through the network at once
@@ -41,7 +41,8 @@ class EvaluationSettings:
         features.check_name(self.features)
         ranges.check(
             self,
-            batch_size=ranges.AT_LEAST_1,
+            # More at once are a mistake, and JAX would only say so when it allocates.
+            batch_size=ranges.between(1, 1_000_000),
             num_neighbour_images=ranges.AT_LEAST_1,
             neighbours=ranges.AT_LEAST_1,
             split_size=ranges.AT_LEAST_1,
@@ -140,6 +141,7 @@ class Evaluator:
           image_shape: (H, W, C) of the scored images.
           sampling: how they were drawn, see `sampling.protocol`, or what
             file they are from.
+        Returns: with `notes`, what a reader of the scores should know.
         """
         made_by = self.extractor.protocol | {
             "num_images": num_images,
@@ -157,7 +159,21 @@ class Evaluator:
             "scores": scores,
             "protocol": made_by,
             "device": jax.local_devices()[0].device_kind,
+            "notes": self._notes(image_shape),
         }
+
+    def _notes(self, image_shape: Sequence[int]) -> list[str]:
+        there = self.reference.image_shape
+        # Both are resized to the network's input, so a score is computed all
+        # the same. Channels decide nothing: grey becomes RGB.
+        if not there or tuple(there[:2]) == tuple(image_shape[:2]):
+            return []
+        ours = f"{image_shape[0]} x {image_shape[1]}"
+        theirs = f"{there[0]} x {there[1]}"
+        return [
+            f"the samples are {ours} pixels (height x width), the reference's images {theirs}: "
+            "the scores measure the difference of sharpness too"
+        ]
 
 
 def make_evaluator(

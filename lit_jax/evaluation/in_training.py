@@ -190,6 +190,8 @@ class PeriodicEvaluation:
             sampling = {**self._sampling, "step": step}
             num_images, *shape = images.shape
             result = self._evaluator.make_result(scores, num_images, shape, sampling)
+            for note in result["notes"]:
+                logging.warning("step %d: %s", step, note)
             path = self.path(step)
             reports.write_report(path.with_name(path.stem), result)
         return scores

@@ -1,11 +1,10 @@
 """Statistics of images, and of the references that images are scored against.
 
 A reference is an npz file (ADM's, pytorch-fid's, images alone, or one that was
-written here) or a split of a data set, whose statistics are computed once and
-kept in the workdir.
+written here), a folder of images, or a split of a data set, whose statistics
+are computed once and kept in the workdir.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +19,8 @@ from etils import epath
 
 from lit_jax.data import dataset
 from lit_jax.evaluation import features, metrics, npz, protocol
+from lit_jax.evaluation.images import FolderImages, NpzImages, naming_path
+from lit_jax.runtime import storage
 
 # The names of mean and covariance in an npz, by output of the network. They
 # are ADM's, and pytorch-fid has the first pair.
@@ -37,6 +38,7 @@ class Statistics:
     features: np.ndarray | None
     logits: np.ndarray | None  # (count, classes) float32
     identity: dict[str, Any]  # what the set is, for the protocol
+    image_shape: tuple[int, ...] = ()  # (H, W, C); (): a file does not say
 
 
 def collect(
@@ -119,8 +121,8 @@ def make_reference(
     """The statistics of a reference that a user names.
 
     Args:
-      reference: an npz file, or "DATASET:SPLIT" of the data sets in
-        `data_dir`.
+      reference: an npz file, a folder of images, or "DATASET:SPLIT" of the
+        data sets in `data_dir`.
       workdir: where the statistics of a data set are kept.
       num_neighbour_images: how many images precision and recall use at
         most.
@@ -128,7 +130,8 @@ def make_reference(
     """
     if not reference:
         raise ValueError(
-            "reference = '' is empty: name an npz file or a split, cifar10:train for instance"
+            "reference = '' is empty: name an npz file, a folder of images, or a split, "
+            "cifar10:train for instance"
         )
     if reference.endswith(".npz"):
         return load_reference(
@@ -137,13 +140,23 @@ def make_reference(
             batch_size=batch_size,
             num_neighbour_images=num_neighbour_images,
         )
+    # The colon of gs:// is not that of a split.
+    if storage.is_object_store(reference) or epath.Path(reference).is_dir():
+        with naming_path("reference", reference):
+            folder = epath.Path(reference)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} not found")
+            images = FolderImages(folder)
+            return _with_images(images, {}, extractor, batch_size, num_neighbour_images)
 
     name, colon, split = reference.rpartition(":")
     if not colon:
-        raise ValueError(f"reference = {reference!r} is neither an npz file nor DATASET:SPLIT")
-    with _naming(reference):
-        images = dataset.open_dataset(name, str(data_dir), split)
-        if not isinstance(images, dataset.ImageDataset):
+        raise ValueError(
+            f"reference = {reference!r} is neither an npz file, nor a folder, nor DATASET:SPLIT"
+        )
+    with naming_path("reference", reference):
+        records = dataset.open_dataset(name, str(data_dir), split)
+        if not isinstance(records, dataset.ImageDataset):
             raise ValueError(f"{reference} holds latents, images are needed")
 
         # The hash of the weights is part of the name, so that statistics of
@@ -153,7 +166,7 @@ def make_reference(
         weights = extractor.protocol["weights"]
         file_name = f"reference_{flat_name}_{split}_{extractor.name}_{weights}.npz"
         return dataset_reference(
-            images,
+            records,
             extractor,
             batch_size=batch_size,
             num_neighbour_images=num_neighbour_images,
@@ -203,6 +216,7 @@ def dataset_reference(
         keep=keep,
         identity=identity,
     )
+    statistics = dataclasses.replace(statistics, image_shape=images.image_shape)
     # In training every process computes them, for the processes may have no
     # folder in common.
     if jax.process_index() == 0:
@@ -285,7 +299,16 @@ def _read_statistics(archive: npz.Archive, extractor: features.Extractor) -> Sta
         features=kept,
         logits=None,
         identity=origin["identity"],
+        image_shape=_image_shape(origin["identity"]),
     )
+
+
+def _image_shape(identity: Any) -> tuple[int, ...]:
+    """That of the images behind statistics, whose file may say anything."""
+    shape = identity.get("image_shape") if isinstance(identity, dict) else None
+    if isinstance(shape, list) and all(isinstance(side, int) for side in shape):
+        return tuple(shape)
+    return ()
 
 
 # ---- Reference files ----
@@ -314,7 +337,7 @@ def load_reference(
       this extractor; FileNotFoundError.
     """
     path = epath.Path(reference)
-    with _naming(path):
+    with naming_path("reference", path):
         with npz.open_archive(path) as archive:
             names = archive.names
             # Not by "protocol" alone: the sampling job writes its own under
@@ -332,7 +355,8 @@ def load_reference(
                 moments = _read_moments(archive, features.dims(extractor))
 
         if "arr_0" in names:
-            return _with_images(path, moments, extractor, batch_size, num_neighbour_images)
+            images = NpzImages(path)
+            return _with_images(images, moments, extractor, batch_size, num_neighbour_images)
         if moments:
             return Statistics(0, moments, None, None, {"file": npz.file_hash(path)})
         if owner:
@@ -344,25 +368,26 @@ def load_reference(
 
 
 def _with_images(
-    path: epath.Path,
+    images: NpzImages | FolderImages,
     moments: dict[str, tuple[np.ndarray, np.ndarray]],
     extractor: features.Extractor,
     batch_size: int,
     num_neighbour_images: int,
 ) -> Statistics:
-    """The given moments, or those of the images in the file; with features of its images."""
-    num_images = npz.image_shape(path)[0]
+    """The given moments, or those of the images; with features of the images."""
+    num_images = images.count
     if moments:
         # The images after these would serve no score.
         num_images = min(num_images, num_neighbour_images)
     keep = spread(num_images, num_neighbour_images)
-    batches = npz.image_batches(path, num_images, batch_size)
+    batches = images.batches(num_images, batch_size)
     computed = collect(extractor, batches, batch_size, keep=keep)
 
-    identity = {"file": npz.file_hash(path), "neighbour_images": len(keep)}
+    identity = {"file": images.content_hash(), "neighbour_images": len(keep)}
     if moments:
-        return Statistics(0, moments, computed.features, None, identity)
-    return dataclasses.replace(computed, identity=identity | {"count": num_images})
+        return Statistics(0, moments, computed.features, None, identity, images.shape)
+    identity["count"] = num_images
+    return dataclasses.replace(computed, identity=identity, image_shape=images.shape)
 
 
 def _read_moments(
@@ -383,20 +408,3 @@ def _read_moments(
             )
         moments[key] = mean, covariance
     return moments
-
-
-@contextlib.contextmanager
-def _naming(reference: epath.PathLike) -> Iterator[None]:
-    """Begins errors with `reference = VALUE`, whichever module found what is wrong with it."""
-    value = str(reference)
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        # npz.py begins with the path, which is the value.
-        text = str(error).removeprefix(value)
-        if text == str(error):
-            text = f": {text}"
-        # Not type(error): subclasses such as JSONDecodeError are made from
-        # more than a text.
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"reference = {value}{text}") from error

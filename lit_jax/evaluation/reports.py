@@ -29,6 +29,8 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
     scores = result["scores"].items()
     rows = [[name, f"{value:.4f}"] for name, value in scores]
     lines += _table(["score", "value"], rows)
+    for note in result.get("notes", []):
+        lines += ["", f"Note: {note}."]
 
     if "self_check" in result:
         lines += ["", "## Self-check against the published figures", ""]

@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -65,13 +65,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"{token} pixels"
         )
 
-    # ---- The jobs, each a generator of rows ----------------------------------
+    # ---- The jobs, each an iterator of rows ----------------------------------
+    # What a config may get wrong is found here, before a row makes a folder.
     device = jax.devices()[0]
     jobs = []
     if on_models and device.platform == "cpu":
         jobs.append(static_estimates(config))
     elif on_models:
         Experiment(config).check_platform()
+        make_models(config)
         if "attention" in wanted.what:
             jobs.append(time_attention(config))
         if "model" in wanted.what:
@@ -94,7 +96,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         rows.append(row)
         # After each row: a program that does not fit
         # must not take the times of the others with it.
-        # A config that cannot be timed fails before the first one, and leaves no folder.
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             report = {"machine": machine, "rows": rows}
@@ -128,11 +129,11 @@ def _cell_pixels(config):
 
 
 def make_models(config: ConfigDict) -> tuple[Model, Model]:
-    """The config's model with softmax and with linear attention: DiT and LiT.
+    """The config's model with softmax attention and with its linear one: DiT and LiT.
 
-    One of them is the config's own. The other has the heads and the
-    implementation of config.teacher if it is softmax, and the heads of its size
-    if it is linear.
+    One of them is the config's own; the linear one of a softmax config is LiT's.
+    The other has the heads and the implementation of config.teacher if it is
+    softmax, and the heads of its size if it is linear.
     """
 
     def build(attention, num_heads, implementation):
@@ -148,13 +149,18 @@ def make_models(config: ConfigDict) -> tuple[Model, Model]:
 
     teacher = config.teacher
     dit = build("softmax", teacher.num_heads, teacher.implementation)
-    lit = build("linear", 0, None)
+    own = config.model.attention
+    lit = build(own if own != "softmax" else "linear", 0, None)
     return dit, lit
 
 
 def _linear(lit: Model) -> LinearAttention:
     attention = make_attention(lit.config, dtype=lit.dtype, parent=None)
-    assert isinstance(attention, LinearAttention)
+    if not isinstance(attention, LinearAttention):
+        raise ValueError(
+            f"benchmark.what names attention, whose kernels are LiT's; model.attention = "
+            f"{lit.config.attention} is timed in its model: benchmark.what=('model',)"
+        )
     return attention
 
 
@@ -165,14 +171,15 @@ def static_estimates(config: ConfigDict) -> Iterator[Row]:
     """The linear attention's TPU kernels by their compiler's schedule, next to the floor.
 
     See costs/tpu_schedule.py.
+    Raises: ValueError, at the call, for a case that the kernels do not offer.
     """
     wanted = config.benchmark
     model = config.model
     _, lit = make_models(config)
     attention = _linear(lit)
     width = lit.config.width
-    for pixels in wanted.pixels:
-        side = pixels // token_pixels(config)
+    sides = {pixels: pixels // token_pixels(config) for pixels in wanted.pixels}
+    for pixels, side in sides.items():
         grid = (side, side)
         with naming("benchmark"), tpu_schedule.on_chip(wanted.topology):
             # The chip in context is the one whose VMEM the kernel asks for.
@@ -182,9 +189,20 @@ def static_estimates(config: ConfigDict) -> Iterator[Row]:
                 f"no estimate for model.kernel_function = {model.kernel_function}, "
                 f"model.conv_size = {model.conv_size} at {pixels} pixels: {reason}"
             )
+    return _estimates(attention, width, sides, wanted)
+
+
+def _estimates(
+    attention: LinearAttention,
+    width: int,
+    sides: dict[int, int],
+    wanted: ConfigDict,
+) -> Iterator[Row]:
+    """Args: sides: tokens along a side of the image, by its pixels."""
+    for pixels, side in sides.items():
         # Two at least: the cores of a chip that has two share the batch.
         batch = max(2, wanted.attention_tokens // side**2)
-        case = attention.case(width, grid)
+        case = attention.case(width, (side, side))
         costs = tpu_schedule.attention_costs(case, batch, wanted.topology)
         for name, cost in costs.items():
             yield {
@@ -518,11 +536,20 @@ def time_data(config: ConfigDict) -> Iterator[Row]:
     In records a second, and records a core second. The latter counts the
     seconds that this process computes on any core, so other work on the machine
     spoils it less.
+
+    Raises: ValueError or FileNotFoundError, at the call, for data that cannot
+      be opened.
     """
     experiment = Experiment(config)
+    return _time_batches(experiment, experiment.batches())
+
+
+def _time_batches(experiment: Experiment, batches: Iterable[Any]) -> Iterator[Row]:
+    config = experiment.config
     repeats = config.benchmark.repeats
     calls = 10
-    batches = iter(experiment.batches())
+    # The readers start here, and not while the models are timed.
+    batches = iter(batches)
     rows = len(next(batches)["index"])  # and by now the readers run
 
     start = time.process_time()

@@ -7,6 +7,8 @@
         --config.evaluate.features=inception_adm \\
         --config.evaluate.weights=pt_inception-2015-12-05-6726825d.pth
 
+Both may be folders of images too.
+
 The name of a score says what it measures, by which features and on how many
 images (`fid_adm_50k`). The file that it is written to holds everything else
 that it depends on, and scores of unequal protocols refuse to be compared. See
@@ -25,8 +27,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import pictures
-from lit_jax.evaluation import geneval, npz, protocol, reports
+from lit_jax.evaluation import geneval, protocol, reports
 from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.evaluation.images import (
+    FolderImages,
+    NpzImages,
+    naming_path,
+    open_images,
+)
 from lit_jax.experiment import check_exists, evaluation_settings, naming
 from lit_jax.runtime import storage
 
@@ -62,8 +70,16 @@ def summarise_geneval(results: str, workdir: epath.Path) -> None:
     """The table of a result file of GenEval's scorer, in the log and in geneval.json."""
     scores = geneval.summarise(results)
     workdir.mkdir(parents=True, exist_ok=True)
-    storage.replace_text(workdir / "geneval.json", json.dumps(scores._asdict(), indent=1) + "\n")
-    logging.info("GenEval, %d images of %s:\n%s", scores.images, results, scores.table())
+    storage.replace_text(
+        workdir / "geneval.json",
+        json.dumps(scores._asdict(), indent=1) + "\n",
+    )
+    logging.info(
+        "GenEval, %d images of %s:\n%s",
+        scores.images,
+        results,
+        scores.table(),
+    )
 
 
 def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
@@ -71,15 +87,20 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
     wanted = config.evaluate
     settings = evaluation_settings(config)
 
-    # ---- Samples: the header alone, so that mistakes are found at once ----
-    samples_file = epath.Path(wanted.samples or workdir / "samples.npz")
-    check_exists("evaluate.samples", samples_file, "--mode=sample writes WORKDIR/samples.npz")
+    # ---- Samples: their headers alone, so that mistakes are found at once ----
+    path = epath.Path(wanted.samples or workdir / "samples.npz")
+    check_exists("evaluate.samples", path, "--mode=sample writes WORKDIR/samples.npz")
     if wanted.weights:
-        check_exists("evaluate.weights", wanted.weights, "docs/evaluation.md says where it is from")
-    available, *shape = npz.image_shape(samples_file)
-    num_images = wanted.num_images or available
-    if num_images > available:
-        there = f"{samples_file} holds {available} images"
+        check_exists(
+            "evaluate.weights",
+            wanted.weights,
+            "docs/evaluation.md says where it is from",
+        )
+    with naming_path("samples", path):
+        images = open_images(path)
+    num_images = wanted.num_images or images.count
+    if num_images > images.count:
+        there = f"{path} holds {images.count} images"
         raise ValueError(f"num_images = {num_images}, but {there}")
     if wanted.self_check and (settings.features, num_images) != SELF_CHECK:
         raise ValueError(
@@ -87,11 +108,11 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
             f"inception_adm: evaluate.features is {settings.features}, and "
             f"there are {num_images} images"
         )
-    # A file from elsewhere does not say how its images were drawn; it is known
-    # by its bytes.
-    sampling = npz.read_json(samples_file, "protocol")
-    if not sampling:
-        sampling = {"file": npz.file_hash(samples_file)}
+    # Images from elsewhere do not say how they were drawn; they are known by
+    # their bytes.
+    with naming_path("samples", path):
+        sampling = images.about("protocol") or {"file": images.content_hash()}
+        speed = read_speed(images)
 
     # ---- Network, reference and scores ----
     evaluator = make_evaluator(
@@ -100,59 +121,65 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
         config.data.dir,
         workdir,
     )
-    batches = npz.image_batches(
-        samples_file,
-        num_images,
-        settings.batch_size,
-    )
+    seen = Seen(images.batches(num_images, settings.batch_size))
     # The network's speed: neither reference nor scores are part of it.
     start = time.monotonic()
-    samples = evaluator.collect(noting_equal(batches, samples_file))
+    with naming_path("samples", path):
+        samples = evaluator.collect(seen)
     images_per_second = num_images / (time.monotonic() - start)
     scores = evaluator.score(samples)
 
     # ---- Report ----
-    result = evaluator.make_result(scores, num_images, shape, sampling)
+    result = evaluator.make_result(scores, num_images, images.shape, sampling)
+    if seen.are_equal:
+        equal = f"the {num_images} images of {path} are all equal: their model may be broken"
+        result["notes"].append(equal)
     # Not in the protocol: neither the path nor the speed decides a score.
-    result["samples_file"] = str(samples_file)
+    result["samples_file"] = str(path)
     result["images_per_second"] = images_per_second
-    if speed := read_speed(samples_file):
+    if speed:
         result["sampling_speed"] = speed
     if wanted.self_check:
         result["self_check"] = protocol.self_check(scores)
-    path = workdir / f"evaluation_{samples_file.stem}"
-    reports.write_report(path, result)
-    shown = min(GRID_IMAGES, num_images)
-    (images,) = npz.image_batches(samples_file, shown, shown)
-    grid = pictures.square_grid(images)
-    pictures.save_picture(reports.with_ending(path, ".png"), grid)
+    report = workdir / f"evaluation_{images.name}"
+    reports.write_report(report, result)
+    grid = pictures.square_grid(np.stack(seen.first))
+    pictures.save_picture(reports.with_ending(report, ".png"), grid)
     for name, value in scores.items():
         logging.info("eval/%s = %.4f", name, value)
+    for note in result["notes"]:
+        logging.warning("%s", note)
 
     # After the report is written: it holds the table of both scores.
     check_passed(result.get("self_check", []))
 
 
-def noting_equal(batches: Iterable[np.ndarray], file: epath.Path) -> Iterator[np.ndarray]:
-    """Hands on the batches; a warning at their end says where all images are equal."""
-    first = None
-    count = 0
-    equal = True
-    for batch in batches:
-        first = batch[:1] if first is None else first
-        count += len(batch)
-        equal = equal and bool((batch == first).all())
-        yield batch
-    if equal and count > 1:
-        logging.warning("the %d images of %s are all equal: its model may be broken", count, file)
+class Seen:
+    """Hands on batches, and notes what the report says of their images.
+
+    Attributes:
+      first: the first images, (H, W, C) each, for the grid.
+      are_equal: whether all images are the same one.
+    """
+
+    def __init__(self, batches: Iterable[np.ndarray]):
+        self._batches = batches
+        self.first: list[np.ndarray] = []
+        self.are_equal = True
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for batch in self._batches:
+            self.first.extend(batch[: GRID_IMAGES - len(self.first)])
+            self.are_equal = self.are_equal and bool((batch == self.first[0]).all())
+            yield batch
 
 
-def read_speed(samples_file: epath.Path) -> dict[str, Any]:
+def read_speed(images: NpzImages | FolderImages) -> dict[str, Any]:
     """How fast the sampling job drew the images.
 
     Returns: {} where the file does not say.
     """
-    speed = npz.read_json(samples_file, "speed")
+    speed = images.about("speed")
     # The report prints these three, and the file may be from elsewhere.
     if speed.keys() >= {"images_per_second", "devices", "device"}:
         if isinstance(speed["images_per_second"], int | float):

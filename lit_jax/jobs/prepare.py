@@ -11,8 +11,10 @@ Records keep the order of the images. An interrupted run goes on where it stoppe
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,6 +35,7 @@ from lit_jax.data.caption_records import (
     BucketImages,
     Survey,
     add_caption_features,
+    check_broken,
     survey_images,
 )
 from lit_jax.data.captions import CaptionedImages, is_list, open_captioned
@@ -74,7 +77,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     # ---- Images and models -----------------------------------------------------------------------
     # Each process encodes its shards alone, whatever mesh the config has for training.
-    experiment.mesh = sharding.make_mesh(devices=jax.local_devices())
+    local = jax.local_devices()
+    shared_by = config.mesh.fsdp if config.mesh.fsdp > 0 else len(local)
+    experiment.mesh = sharding.make_mesh(-1, math.gcd(shared_by, len(local)), local)
     folder = epath.Path(target.dir) / target.name / VERSION
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = folder.parent
@@ -102,8 +107,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
         # ---- The shards of this process that are missing -----------------------------------------
         broken = dict(plan.broken)
+        written = 0
+        start = time.monotonic(), time.process_time()
         for shards, images in splits.items():
-            write_shards(
+            written += write_shards(
                 shards,
                 images,
                 plan.features,
@@ -115,6 +122,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 add=plan.add,
             )
             broken |= shards.skipped()
+        if written:
+            seconds = time.monotonic() - start[0]
+            core_seconds = time.process_time() - start[1]
+            logging.info(
+                "this process wrote %d records: %.2f a second, %.2f a core second",
+                written,
+                written / seconds,
+                written / core_seconds,
+            )
 
         # ---- All shards, read back and described -------------------------------------------------
         for shards in splits:
@@ -238,8 +254,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
                 f"{buckets.sides(bucket)} pixels in the bucket {name_of(shape)}, which are no "
                 f"multiples of the {multiple} pixels of a token"
             )
-    encoder = experiment.load_text_encoder()
-    width = encoder.config.width
+    encoder = experiment.load_text_encoder() if prepare.captions == "features" else None
 
     # ---- The sizes of the images, and their buckets ----------------------------------------------
     survey = read_sizes(experiment, images, settings, folder)
@@ -258,12 +273,23 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
     return Plan(
         splits=splits,
         features=caption_records.make_features(
-            channels, autoencoder is not None, width, prepare.caption_dtype
+            channels,
+            autoencoder is not None,
+            encoder.config.width if encoder else 0,
+            prepare.caption_dtype,
         ),
-        encode=make_encoder(autoencoder, experiment.mesh, mirrored=False),
+        # Each bucket compiles a program, and must not compile one more for its last batch.
+        encode=make_encoder(
+            autoencoder,
+            experiment.mesh,
+            mirrored=False,
+            batch_size=prepare.batch_size // jax.process_count(),
+        ),
         add=functools.partial(
             add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
-        ),
+        )
+        if encoder
+        else lambda records: records,
         about={
             "crop": "bucket",
             "image_size": buckets.size,
@@ -271,7 +297,8 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
             "background": settings.background,
             "exif_orientation": settings.exif_orientation,
             "autoencoder": experiment.autoencoder_identity,
-            "text": encoder.identity() | {"dtype": config.text.dtype, "width": width},
+            "text": encoder
+            and encoder.identity() | {"dtype": config.text.dtype, "width": encoder.config.width},
             "caption_dtype": prepare.caption_dtype,
         },
         broken=survey.broken,
@@ -302,6 +329,9 @@ def read_sizes(
     found = Survey.read(path, key)
     if found is None:
         raise ValueError(f"{path} is missing; do all processes see the same folder?")
+    with naming("prepare"):
+        # An earlier run, which read them, may have left out more.
+        check_broken(found.broken, config.prepare.skip_broken)
     return found
 
 
@@ -423,7 +453,7 @@ def write_shards(
     skip_broken: int = 0,
     also_broken: frozenset[str] = frozenset(),
     add: Callable[[list[Record]], list[Record]] = lambda records: records,
-) -> None:
+) -> int:
     """Writes what is missing of this process's shards.
 
     Args:
@@ -434,6 +464,7 @@ def write_shards(
       skip_broken: how many broken images may be left out.
       also_broken: those of other splits, which count too.
       add: gives encoded records what is not of their pixels.
+    Returns: how many images that were.
     Raises: ValueError naming the first broken image above that.
     """
     finished = shards.finished()
@@ -467,6 +498,7 @@ def write_shards(
             shards.write(shard, records, tally.skipped)
     for words, count in sorted(tally.treated.items()):
         logging.info("%d images are %s", count, words)
+    return len(rows)
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
@@ -34,12 +35,13 @@ NAMED_IMAGES = 4  # of those that cannot be written, in an error
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Draws images 0 to sample.num_images - 1, going on where an interrupted run stopped.
+    """Draws images 0 to sample.num_images - 1, or those that are still missing.
 
-    Image i depends on (seed, i) alone. It is finished when its PNG is there; the npz and the grid
-    are made of the PNGs.
-    Raises: ValueError when the checkpoint is of another model than the config says, the folder
-      holds images that were drawn by another protocol, or an image is not finite.
+    Image i depends on (seed, i) alone. It is finished when its PNG is there;
+    the npz and the grid are made of the PNGs.
+    Raises: ValueError when the checkpoint is of another model than the config
+      says, the folder holds images that were drawn by another protocol, or an
+      image is not finite.
     """
     with contextlib.ExitStack() as stack:
         draw(config, epath.Path(workdir), stack)
@@ -50,7 +52,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     experiment = Experiment(config)
     settings = config.sample
 
-    # ---- The model and its checkpoint, still on disk ---------------------------------------------
+    # ---- The model and its checkpoint, still on disk -------------------------
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
     field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
@@ -60,30 +62,36 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     experiment.check_checkpoint(checkpoint, path)
     if settings.cfg_scale != 1 and never_dropped(path):
         logging.warning(
-            "%s was trained with train.label_dropout = 0, so no step trained the null class that "
-            "sample.cfg_scale = %g guides away from; sample.cfg_scale=1 draws without guidance",
+            "%s was trained with train.label_dropout = 0, so no step trained the "
+            "null class that sample.cfg_scale = %g guides away from; "
+            "sample.cfg_scale=1 draws without guidance",
             path,
             settings.cfg_scale,
         )
     sampler = experiment.sampler()
-    asked = what_is_asked(experiment)
+    asked = what_is_asked(experiment, checkpoint.params)
     index = np.arange(asked.num_images)
 
-    # ---- What is missing -------------------------------------------------------------------------
+    # ---- What is missing -----------------------------------------------------
     folder = workdir / "samples"
     # Its own lock: a run may be training in the workdir.
     stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
-    claim_folder(folder, protocol_of(experiment, checkpoint.report.checksum) | asked.protocol)
+    claim_folder(
+        folder,
+        protocol_of(experiment, checkpoint.report.checksum) | asked.protocol,
+    )
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
     missing = np.array([not pictures.is_whole(path) for path in paths], np.int32)
     # One list for all processes: they draw a batch together.
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
 
-    # ---- Draw ------------------------------------------------------------------------------------
+    # ---- Draw ----------------------------------------------------------------
     params = load_params(
-        checkpoint.params, sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
+        checkpoint.params,
+        sharding.fsdp_sharding(checkpoint.params, experiment.mesh),
     )
-    batches = [todo[i : i + settings.batch_size] for i in range(0, len(todo), settings.batch_size)]
+    size = settings.batch_size
+    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     latents: list[jax.Array] = []
     if settings.offload:
         # All latents first: the model's memory is the decoder's afterwards.
@@ -93,7 +101,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
                 latents.append(jax.block_until_ready(drawn))
                 advance(len(batch))
         del params
-    untimed = 0  # images of the first batch, whose time is that of compilation
+    untimed = 0  # images of the first batch
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
     with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
@@ -102,11 +110,13 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
                 images = sampler.decode(latents[number])
             else:
                 images = sampler.draw(params, batch, asked.condition(batch))
-            if pending:  # written while the device draws the next one
+            if pending:
+                # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
                 advance(len(pending[0]))
             elif len(batch) < len(todo):
-                # The clock starts when the first batch is there, unless it is the only one.
+                # The clock starts when the first batch is there, unless it is
+                # the only one: its time is that of compilation.
                 jax.block_until_ready(images)
                 clock = time.monotonic()
                 untimed = len(batch)
@@ -116,12 +126,13 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             advance(len(pending[0]))
     multihost_utils.sync_global_devices("samples written")
 
-    # ---- The npz and the grid --------------------------------------------------------------------
+    # ---- The npz and the grid ------------------------------------------------
     if jax.process_index() != 0:
         return
     about = {"protocol": json.loads((folder / "protocol.json").read_text())}
     speed = folder / "speed.json"
-    if len(todo) and not settings.offload:  # whose clock saw the decoder alone
+    # With offload the clock has seen the decoder alone.
+    if len(todo) and not settings.offload:
         measured = {
             "images_per_second": (len(todo) - untimed) / (time.monotonic() - clock),
             "device": jax.devices()[0].device_kind,
@@ -129,8 +140,12 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         }
         storage.replace_text(speed, json.dumps(measured) + "\n")
         about["speed"] = measured
-        logging.info("%(images_per_second).1f images/s on %(devices)d x %(device)s", measured)
-    elif speed.exists() and (before := storage.read_object(speed)):  # of the run that drew them
+        logging.info(
+            "%(images_per_second).1f images/s on %(devices)d x %(device)s",
+            measured,
+        )
+    # Otherwise that of the run that drew them.
+    elif speed.exists() and (before := storage.read_object(speed)):
         about["speed"] = before
     asked.finish(folder)
     write_npz(workdir / "samples.npz", paths, asked.names, about)
@@ -152,12 +167,14 @@ def never_dropped(path: epath.PathLike) -> bool:
     return isinstance(fields, dict) and fields.get("train.label_dropout") == 0
 
 
-# ---- What is asked of the model ------------------------------------------------------------------
+# ---- What is asked of the model ----------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The images of a run: their number, what the model is told of each, where each is written.
+    """The images of a run.
+
+    Their number, what the model is told of each, and where each is written.
 
     Attributes:
       condition: of images by number, (n,) to arrays (n, ...).
@@ -177,8 +194,11 @@ class Asked:
     finish: Callable[[epath.Path], None] = lambda folder: None
 
 
-def what_is_asked(experiment: Experiment) -> Asked:
-    """What config.sample asks for: images of classes, or of prompts."""
+def what_is_asked(experiment: Experiment, params: Any) -> Asked:
+    """What config.sample asks for: images of classes, or of prompts.
+
+    Args: params: the model's, still on disk. A text encoder is compared with their null caption.
+    """
     sample = experiment.config.sample
     if not experiment.is_told_captions:
         labels = experiment.conditions(np.arange(sample.num_images), sample.labels)
@@ -190,7 +210,8 @@ def what_is_asked(experiment: Experiment) -> Asked:
 
     prompts = experiment.prompts
     # The text encoder comes and goes here, before the model is loaded.
-    features, identity = experiment.encode(prompts.texts)
+    null_caption = flatten_dict(params, sep="/")[experiment.model_config.frozen[0]]
+    features, identity = experiment.encode(prompts.texts, null_caption)
 
     def of_prompt(index):
         return {name: value[prompts.of(index)] for name, value in features.items()}
@@ -204,7 +225,13 @@ def what_is_asked(experiment: Experiment) -> Asked:
         "null_mask": sample.null_mask,
         "size": list(experiment.sample_size),
     }
-    asked = Asked(prompts.num_images, of_prompt, {"prompt": np.array(texts)}, protocol, texts)
+    asked = Asked(
+        prompts.num_images,
+        of_prompt,
+        {"prompt": np.array(texts)},
+        protocol,
+        texts,
+    )
     if prompts.geneval is None:
         return asked
     lines = list(prompts.geneval)
@@ -213,7 +240,9 @@ def what_is_asked(experiment: Experiment) -> Asked:
         return geneval.image_path(folder, *divmod(i, prompts.images_per_prompt))
 
     return dataclasses.replace(
-        asked, path=geneval_path, finish=lambda folder: geneval.write_metadata(folder, lines)
+        asked,
+        path=geneval_path,
+        finish=lambda folder: geneval.write_metadata(folder, lines),
     )
 
 
@@ -231,29 +260,32 @@ def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
     )
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- Files -------------------------------------------------------------------
 
 
 def claim_folder(folder: epath.Path, wanted: dict[str, Any]) -> None:
-    """Writes the protocol into a new folder, or checks that its images were drawn by the same.
+    """Writes the protocol into a new folder, or compares it with the folder's own.
 
     Raises: ValueError, on every process, naming the first field that differs.
     """
     path = folder / "protocol.json"
     wanted = json.loads(json.dumps(wanted))
     there = storage.read_object(path) if path.exists() else {}
-    multihost_utils.sync_global_devices("protocol read")  # before process 0 may write it
+    # Before process 0 may write it.
+    multihost_utils.sync_global_devices("protocol read")
     if there is None:
         raise ValueError(
-            f"{path} is damaged, so nothing says how the images in {folder} were drawn; use "
-            f"another --workdir or remove the folder"
+            f"{path} is damaged, so nothing says how the images in {folder} "
+            f"were drawn; use another --workdir or remove the folder"
         )
     if there:
         for name in sorted(wanted.keys() | there.keys()):
             if wanted.get(name) != there.get(name):
                 raise ValueError(
-                    f"{folder} holds images drawn with {name} = {there.get(name)}, this run has "
-                    f"{wanted.get(name)}; use another --workdir or remove the folder"
+                    f"{folder} holds images drawn with "
+                    f"{name} = {there.get(name)}, "
+                    f"this run has {wanted.get(name)}; "
+                    f"use another --workdir or remove the folder"
                 )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,13 +308,17 @@ def local_rows(batch: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def save_batch(
-    paths: Sequence[epath.Path], sampler: sampling.Sampler, index: np.ndarray, images: jax.Array
+    paths: Sequence[epath.Path],
+    sampler: sampling.Sampler,
+    index: np.ndarray,
+    images: jax.Array,
 ) -> None:
     """Writes the images of a batch that this process holds.
 
-    Row r is image index[r] and goes to paths[index[r]]; the rows beyond the index fill the batch.
-    Raises: ValueError, on every process, naming the images that are not finite. The others are
-      written.
+    Row r is image index[r] and goes to paths[index[r]]; the rows beyond the
+    index fill the batch.
+    Raises: ValueError, on every process, naming the images that are not
+      finite. The others are written.
     """
     finite = sampler.are_finite(images)[: len(index)]
     for row, image in local_rows(images):
@@ -291,17 +327,21 @@ def save_batch(
     bad = index[~finite]
     if len(bad):
         names = ", ".join(paths[i].name for i in bad[:NAMED_IMAGES])
-        more = f" and {len(bad) - NAMED_IMAGES} more" if len(bad) > NAMED_IMAGES else ""
+        rest = len(bad) - NAMED_IMAGES
+        more = f" and {rest} more" if rest > 0 else ""
         raise ValueError(
-            f"{names}{more} would hold NaN or infinite values, so nothing is written for them: "
-            f"what the weights compute overflows; try model.dtype=float32, or other weights"
+            f"{names}{more} would hold NaN or infinite values, so nothing is "
+            f"written for them: what the weights compute overflows; "
+            f"try model.dtype=float32, or other weights"
         )
 
 
 def save_image(path: epath.Path, image: np.ndarray) -> None:
-    """Writes a PNG, (h, w, 1 or 3) uint8, under its final name only when it is whole."""
+    """Writes a PNG, (h, w, 1 or 3) uint8; its name appears when it is whole."""
+    # Pillow has no axis for the one channel of a grey image.
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="png")
+    Image.fromarray(pixels).save(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.replace_bytes(path, buffer.getvalue())
 
@@ -326,14 +366,20 @@ def write_npz(
 ) -> None:
     """Writes what the ADM evaluator reads, image by image.
 
-    arr_0 is (N, h, w, C) uint8. With it go the arrays of `names`, such as label (N,), and the dicts
-    of `about` as JSON.
-    Raises: ValueError naming an image that cannot be read or is not of the first one's shape,
-      OSError when the disk is full. The npz is then as it was.
+    arr_0 is (N, h, w, C) uint8. With it go the arrays of `names`, such as
+    label (N,), and the dicts of `about` as JSON.
+    Raises: ValueError naming an image that cannot be read or is not of the
+      first one's shape, OSError when the disk is full. The npz is then as it
+      was.
     """
     first = read_image(images[0]).shape
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first)}
-    arrays = names | {name: np.array(json.dumps(value)) for name, value in about.items()}
+    header = {
+        "descr": "|u1",
+        "fortran_order": False,
+        "shape": (len(images), *first),
+    }
+    texts = {name: np.array(json.dumps(value)) for name, value in about.items()}
+    arrays = names | texts
     with (
         storage.replacing(path) as raw,
         zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,

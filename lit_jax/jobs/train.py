@@ -192,7 +192,8 @@ def train(
         for step in range(first_step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
             trace.before_step(step, in_flight)
-            state, metrics = train_step(state, teacher_params, next(batches))
+            batch = experiment.encode_captions(next(batches))
+            state, metrics = train_step(state, teacher_params, batch)
             window.append(metrics)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
@@ -295,7 +296,8 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
 
     Returns: the state, and where each parameter came from; None: nothing was inherited.
     """
-    # Its own stream, away from the steps' fold_in(key(seed), step).
+    # Not the steps' key itself. (It is the parent of step 1's keys; no draw of the two is alike,
+    # and runs that are there began so.)
     rng = jax.random.split(jax.random.key(experiment.config.seed), 2)[1]
     model = experiment.model
     shardings = experiment.state_sharding

@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lit_jax import ranges
+
 # Of the posterior's log-variance, as in the original.
 LOGVAR_RANGE = (-30.0, 20.0)
 # Of the attention: at 2048 pixels it has 65,536, whose products would take 17 GB.
@@ -327,6 +329,27 @@ def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoencoderSettings:
+    """How images go through the network. It checks itself.
+
+    Raises: ValueError whose text starts with the field's name.
+    """
+
+    dtype: str = "float32"  # of activations
+    slice_size: int = 0  # images that pass through the network at once; 0: the whole batch
+    # Latent cells a side of a tile, of which a quarter overlaps; 0: no tiling.
+    tile_size: int = 0
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            dtype=ranges.one_of("float32", "bfloat16"),
+            slice_size=ranges.AT_LEAST_0,
+            tile_size=ranges.Range("a multiple of 4, or 0", lambda x: x >= 0 and x % 4 == 0),
+        )
+
+
 def sample_posterior(mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:
     """A draw from N(mean, exp(logvar)), of the shape and dtype of `mean`."""
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
@@ -354,15 +377,6 @@ class Autoencoder:
     shift_factor: float = 0.0
     slice_size: int = 0  # images that pass through the network at once; 0: the whole batch
     tile_size: int = 0  # latent cells a side of a tile; 0: no tiling
-
-    def __post_init__(self):
-        if self.slice_size < 0:
-            raise ValueError(f"slice_size = {self.slice_size} is negative; 0 is no slices")
-        if self.tile_size < 0 or self.tile_size % 4:
-            raise ValueError(
-                f"tile_size = {self.tile_size} is not a multiple of 4, and a quarter of a "
-                f"tile overlaps; 0 is no tiles"
-            )
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images (B, H, W, 3) -> posterior mean and log-variance, (B, h, w, Z) float32 each.
@@ -398,32 +412,25 @@ class Autoencoder:
 
 
 def make_autoencoder(
-    params: Any,
-    architecture: dict,
-    *,
-    dtype: str = "float32",
-    slice_size: int = 0,
-    tile_size: int = 0,
+    params: Any, architecture: dict, settings: AutoencoderSettings | None = None
 ) -> Autoencoder:
     """From the parameters and the architecture that `porting.read_autoencoder` returns.
 
     Args:
       architecture: the fields of AutoencoderKL, with scaling_factor and shift_factor.
-      dtype: of activations, "float32" or "bfloat16".
-    Raises: ValueError for another dtype, slice_size or tile_size than there may be.
+      settings: None: float32, whole batches and no tiles.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype = {dtype!r} is not float32 or bfloat16")
+    settings = settings or AutoencoderSettings()
     fields = dict(architecture)
     scaling_factor = fields.pop("scaling_factor")
     shift_factor = fields.pop("shift_factor")  # None for Stable Diffusion: diffusers writes null
     return Autoencoder(
-        AutoencoderKL(**fields, dtype=jnp.dtype(dtype).type),
+        AutoencoderKL(**fields, dtype=jnp.dtype(settings.dtype).type),
         params,
         scaling_factor,
         shift_factor or 0.0,
-        slice_size,
-        tile_size,
+        settings.slice_size,
+        settings.tile_size,
     )
 
 

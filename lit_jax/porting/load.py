@@ -22,7 +22,7 @@ def load(path: Any, *, weights: str = "ema") -> tuple[Any, Any, Any]:
     if not config.num_heads:
         raise ValueError(
             f"{path} does not say how many heads its width of {config.width} has; port it with "
-            f"port.num_heads first"
+            f"--config.port.num_heads=N first"
         )
     model = model_of(config)(config, dtype=jnp.float32)
     return model, load_params(checkpoint.params), config

@@ -1,5 +1,7 @@
 """Records of images with captions: how features are stored, drawn and padded."""
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,9 @@ from tiny_captions import make_buckets
 
 from lit_jax import sharding
 from lit_jax.data import pipeline
-from lit_jax.data.caption_records import choose_caption, pack, unpack
+from lit_jax.data.caption_records import choose_caption, pack, stored_caption, unpack
+
+READ = functools.partial(stored_caption, max_length=5)
 
 
 def features(n=40, C=512):
@@ -56,7 +60,7 @@ def drawn(ratio, lengths=(3, 2, 4), count=3000):
     rng = np.random.default_rng(0)
     counts = np.zeros(len(lengths))
     for _ in range(count):
-        chosen = choose_caption(record, rng, ratio=ratio, max_length=5)
+        chosen = choose_caption(record, rng, ratio=ratio, read=READ)
         assert set(chosen) == {"caption", "caption_mask", "index"}
         mask = chosen["caption_mask"]
         which = int(chosen["caption"][0, 0])
@@ -92,7 +96,8 @@ def test_lengths_that_are_not_the_features_are_refused(stored):
 
 def batches(data=None, rows=None, **settings):
     settings = {"batch_size": 4, "seed": 0, "caption_ratio": 0.5, "num_threads": 2} | settings
-    return iter(pipeline.make_bucket_batches(data or make_buckets(), rows=rows, **settings))
+    data = data or make_buckets()
+    return iter(pipeline.make_bucket_batches(data, rows=rows, read_caption=READ, **settings))
 
 
 def take(iterator, count):
@@ -152,7 +157,7 @@ def test_shapes_are_promised_and_the_state_is_that_of_the_batch_in_hand():
     rows = sharding.batch_sharding(sharding.make_mesh(2, 2, jax.devices()[:4]))
     promised = [
         {name: (x.shape, x.dtype) for name, x in shapes.items()}
-        for shapes in pipeline.bucket_shapes(data, 4, rows)
+        for shapes in pipeline.bucket_shapes(data, 4, rows, READ)
     ]
     iterator = pipeline.DeviceIterator(batches(data), rows)
     expected = take(batches(data), 8)

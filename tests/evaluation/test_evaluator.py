@@ -72,7 +72,7 @@ def test_settings_reach_the_scores_and_their_protocol():
     "fields, message",
     [
         (dict(features="fid"), "features must be one of inception_adm.*; got 'fid'"),
-        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(batch_size=0), "batch_size must be in .1, 1,000,000.; got 0"),
         (dict(neighbours=0), "neighbours must be at least 1; got 0"),
         (
             dict(num_neighbour_images=3),

@@ -277,7 +277,7 @@ def test_a_user_names_a_split_or_a_file(tmp_path):
 
     for reference, error, message in [
         ("", ValueError, "reference = '' is empty"),
-        ("cifar10", ValueError, "reference = 'cifar10' is neither an npz file nor DATASET:SPLIT"),
+        ("cifar10", ValueError, "reference = 'cifar10' is neither an npz file, nor a folder,"),
         ("x.npz", FileNotFoundError, "reference = x.npz not found"),
         ("nothing:train", FileNotFoundError, "reference = nothing:train: .*'nothing'"),
         ("mnist_digits:nothing", ValueError, "reference = mnist_digits:nothing: .*'nothing'"),

@@ -172,7 +172,26 @@ def test_bad_fields_are_one_line(tmp_path, fields, message):
     config = tiny_config()
     config.benchmark.update(fields)
     with pytest.raises(ValueError, match=message):
-        benchmark.run(config, tmp_path)
+        benchmark.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_timed_is_found_before_the_first_row(tmp_path, monkeypatch):
+    """The data come after the models, and one size after the others."""
+    config = tiny_config(kernel_function="relu")
+    config.benchmark.what = ("attention", "data")
+    config.data.update(name="no_such_set", dir=str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match="no_such_set"):
+        benchmark.run(config, tmp_path / "run")
+
+    config.benchmark.update(what=("attention",), pixels=(32, 64))
+    refusals = {(4, 4): "", (8, 8): "too large"}
+    monkeypatch.setattr(
+        benchmark.LinearAttention, "refusal", lambda self, name, width, grid: refusals[grid]
+    )
+    with pytest.raises(ValueError, match="at 64 pixels: too large"):
+        benchmark.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

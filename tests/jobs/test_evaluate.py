@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 import object_store
 import pytest
+from etils import epath
 from PIL import Image
 from tiny_extractor import make_extractor, random_images
 
@@ -32,6 +33,7 @@ def make_config(**evaluate_fields):
         self_check=False,
         compare=(),
         compare_across=("samples.cfg_scale",),
+        geneval="",
     )
     return ml_collections.ConfigDict(
         {"evaluate": defaults | evaluate_fields, "data": {"dir": "data"}}
@@ -243,8 +245,8 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        (dict(), FileNotFoundError, "workdir/samples.npz not found"),
-        (dict(samples="nowhere.npz"), FileNotFoundError, "nowhere.npz not found"),
+        (dict(), FileNotFoundError, "evaluate.samples = .*workdir/samples.npz: no such file"),
+        (dict(samples="nowhere.npz"), FileNotFoundError, "evaluate.samples = nowhere.npz: no such"),
         (
             dict(samples="SAMPLES", num_images=50),
             ValueError,
@@ -260,11 +262,22 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
             FileNotFoundError,
             "evaluate.weights = '' is empty: inception_adm needs",
         ),
+        (
+            dict(samples="SAMPLES", features="inception_adm", weights="nowhere.pth"),
+            FileNotFoundError,
+            "evaluate.weights = nowhere.pth: no such file or folder; docs/evaluation.md",
+        ),
+        (dict(samples="EMPTY"), ValueError, "evaluate.samples = .*empty holds no images"),
+        (
+            dict(samples="SAMPLES", reference="EMPTY"),
+            ValueError,
+            "evaluate.reference = .*empty holds no images",
+        ),
         (dict(samples="SAMPLES"), ValueError, "evaluate.reference = '' is empty"),
         (
             dict(samples="SAMPLES", reference="cifar10"),
             ValueError,
-            "evaluate.reference = 'cifar10' is neither an npz file nor DATASET:SPLIT",
+            "evaluate.reference = 'cifar10' is neither an npz file, nor a folder, nor DATA",
         ),
         (
             dict(samples="SAMPLES", reference="nowhere.npz"),
@@ -298,12 +311,17 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
 def test_bad_requests_end_before_anything_is_written(tmp_path, fields, error, message):
     np.savez(tmp_path / "images.npz", arr_0=random_images(4))
     (tmp_path / "config.json").write_text("{}")
-    files = {"SAMPLES": str(tmp_path / "images.npz"), "CONFIG": str(tmp_path / "config.json")}
+    (tmp_path / "empty").mkdir()
+    files = {
+        "SAMPLES": str(tmp_path / "images.npz"),
+        "CONFIG": str(tmp_path / "config.json"),
+        "EMPTY": str(tmp_path / "empty"),
+    }
     for name, value in fields.items():
         if name == "compare":
             fields = {"compare": tuple(files.get(file, file) for file in value)}
-        elif name == "samples":
-            fields = fields | {"samples": files.get(value, value)}
+        elif name in ("samples", "reference"):
+            fields = fields | {name: files.get(value, value)}
     with pytest.raises(error, match=message):
         evaluate.run(make_config(**fields), tmp_path / "workdir")
     assert not (tmp_path / "workdir").exists()
@@ -340,8 +358,20 @@ def test_the_job_reads_and_writes_an_object_store(bucket, tiny_features, tmp_pat
     files = tuple(f"{bucket}/{run}/evaluation_samples.json" for run in ("a", "b"))
     evaluate.run(make_config(compare=files), bucket / "both")
     assert files_in(bucket / "both") == {"comparison.json", "comparison.md", "comparison.png"}
-    with pytest.raises(FileNotFoundError, match="evaluate.reference = gs://.*x.npz not found"):
-        evaluate.run(make_config(reference=f"{bucket}/x.npz"), bucket / "a")
+    for name in ("x.npz", "x"):
+        message = f"evaluate.reference = gs://.*/{name} not found"
+        with pytest.raises(FileNotFoundError, match=message):
+            evaluate.run(make_config(reference=f"{bucket}/{name}"), bucket / "a")
+
+    # Folders of images
+    for folder, count in (("drawn", 9), ("drawn/more", 2), ("reference", 20)):
+        for i, image in enumerate(random_images(count)):
+            (bucket / folder).mkdir(parents=True, exist_ok=True)
+            sample.save_image(bucket / folder / f"{i}.png", image)
+    fields = dict(reference=f"{bucket}/reference", samples=f"{bucket}/drawn")
+    evaluate.run(make_config(**fields), bucket / "folder")
+    written = json.loads((bucket / "folder" / "evaluation_drawn.json").read_text())
+    assert written["protocol"]["num_images"] == 11
     assert not list(tmp_path.iterdir())  # no folder called "gs:"
 
 
@@ -385,13 +415,94 @@ def test_what_training_shows_may_be_in_an_object_store(bucket):
     }
 
 
-def test_images_that_are_all_equal_are_warned_of(caplog):
-    grey = np.full((6, 4, 4, 3), 128, np.uint8)
+def save_pngs(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+
+
+def test_a_folder_scores_as_the_npz_of_its_images(tmp_path, tiny_features):
+    """Samples and reference; what the sampling job left beside its PNGs is the protocol."""
+    made_by = {"sampler": "ddpm", "cfg_scale": 1.5}
+    speed = {"images_per_second": 12.34, "device": "abacus", "devices": 2}
+    samples = random_images(9)
+    np.savez(tmp_path / "a.npz", arr_0=samples, protocol=json.dumps(made_by))
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(20, seed=1))
+    save_pngs(tmp_path / "cfg_1.5", samples)
+    (tmp_path / "cfg_1.5" / "protocol.json").write_text(json.dumps(made_by))
+    (tmp_path / "cfg_1.5" / "speed.json").write_text(json.dumps(speed))
+    save_pngs(tmp_path / "reference", random_images(20, seed=1))
+    results = []
+    for name, reference in (("a.npz", "reference.npz"), ("cfg_1.5/", "reference")):
+        config = make_config(
+            samples=f"{tmp_path}/{name}",
+            reference=str(tmp_path / reference),
+            num_neighbour_images=9,
+        )
+        evaluate.run(config, tmp_path)
+    results = [
+        json.loads((tmp_path / f"evaluation_{name}.json").read_text()) for name in ("a", "cfg_1.5")
+    ]
+    assert results[0]["scores"] == results[1]["scores"]
+    assert results[1]["protocol"]["samples"] == made_by
+    assert results[1]["sampling_speed"] == speed and results[1]["notes"] == []
+    assert (
+        protocol.differences(results[0]["protocol"], results[1]["protocol"], ("reference.file",))
+        == []
+    )
+    hashes = [result["protocol"]["reference"]["file"] for result in results]
+    assert all(len(text) == 16 for text in hashes) and len(set(hashes)) == 2
+    grid = np.asarray(Image.open(tmp_path / "evaluation_cfg_1.5.png"))
+    np.testing.assert_array_equal(grid, pictures.square_grid(samples))
+
+
+def test_a_folder_from_elsewhere_is_known_by_its_content(tmp_path, tiny_features):
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8))
+    hashes = []
+    for seed in (0, 1, 0):
+        save_pngs(tmp_path / "drawn", random_images(8, seed))
+        config = make_config(
+            samples=str(tmp_path / "drawn"), reference=str(tmp_path / "reference.npz")
+        )
+        evaluate.run(config, tmp_path)
+        result = json.loads((tmp_path / "evaluation_drawn.json").read_text())
+        hashes.append(result["protocol"]["samples"]["file"])
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_samples_of_another_size_than_the_reference_are_noted(tmp_path, tiny_features, caplog):
+    """The reference may be a file, a folder, or statistics that were kept of a data set."""
+    np.savez(tmp_path / "samples.npz", arr_0=random_images(8, size=16))
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8))
+    save_pngs(tmp_path / "folder", random_images(8))
+    records = [{"image": image, "label": 0} for image in random_images(8)]
+    references.dataset_reference(
+        dataset.ImageDataset("digits", "test", records, (8, 8, 3), 10),
+        make_extractor(),
+        batch_size=8,
+        num_neighbour_images=9,
+        cache=epath.Path(tmp_path / "kept.npz"),
+    )
+    note = "the samples are 16 x 16 pixels (height x width), the reference's images 8 x 8: "
+    for reference in ("reference.npz", "folder", "kept.npz"):
+        caplog.clear()
+        evaluate.run(make_config(reference=str(tmp_path / reference)), tmp_path)
+        (found,) = json.loads((tmp_path / "evaluation_samples.json").read_text())["notes"]
+        assert found.startswith(note) and found in caplog.messages
+        assert note in (tmp_path / "evaluation_samples.md").read_text()
+
+
+def test_images_that_are_all_equal_are_noted(tmp_path, tiny_features, caplog):
+    grey = np.full((6, 8, 8, 3), 128, np.uint8)
     other = grey.copy()
     other[5, 0, 0, 0] = 129
-    for images, warned in ((grey, 1), (other, 0), (grey[:1], 0)):
+    np.savez(tmp_path / "reference.npz", arr_0=random_images(8))
+    for images, notes in ((grey, 1), (other, 0)):
         caplog.clear()
-        handed_on = list(evaluate.noting_equal([images[:4], images[4:]], "samples.npz"))
-        np.testing.assert_array_equal(np.concatenate(handed_on), images)
-        assert len(caplog.messages) == warned
-        assert not warned or "the 6 images of samples.npz are all equal" in caplog.text
+        np.savez(tmp_path / "samples.npz", arr_0=images)
+        config = make_config(reference=str(tmp_path / "reference.npz"), batch_size=4)
+        evaluate.run(config, tmp_path)
+        found = json.loads((tmp_path / "evaluation_samples.json").read_text())["notes"]
+        assert len(found) == notes
+        assert all(f"{tmp_path}/samples.npz are all equal" in text for text in found)
+        assert set(found) <= set(caplog.messages)

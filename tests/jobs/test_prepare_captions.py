@@ -8,19 +8,21 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from tiny_autoencoder import write_autoencoder
 from tiny_captions import BUCKETS, COUNT, make_config, picture, texts, write_folder
 from tiny_text import spiece_model, write_text_encoder
 
-from lit_jax import checkpoint, sharding
-from lit_jax.data import caption_records
+from lit_jax import checkpoint, pictures, sharding
+from lit_jax.data import caption_records, pipeline
 from lit_jax.data.buckets import Buckets, crop_to
 from lit_jax.data.caption_records import open_captions
 from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import make_encoder
 from lit_jax.data.shards import VERSION, Shards, finish_splits
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare, train
+from lit_jax.jobs import prepare, sample, train
+from lit_jax.models import param_shapes
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,9 @@ def test_pixels_int8_and_broken_images(sources, tmp_path, caplog):
     config.text.max_length = 6  # shorter than the captions
     with pytest.raises(ValueError, match="04.png: .*; prepare.skip_broken = 1: a larger number"):
         run(config)
+    config.prepare.skip_broken = 0
+    with pytest.raises(ValueError, match="^prepare.skip_broken = 0 leaves out fewer images than"):
+        run(config)
     config.prepare.skip_broken = 2
     with caplog.at_level("INFO", "absl"):
         out = run(config)
@@ -260,11 +265,69 @@ def train_to(config, workdir, steps):
     train.run(config, workdir)
 
 
-def test_training_on_three_buckets_resumes_bit_for_bit(prepared, tmp_path):
-    config = prepared[0].copy_and_resolve_references()
+@pytest.fixture(scope="module")
+def texts_alone(sources, tmp_path_factory):
+    """A preparation that leaves the text encoder to training."""
+    config = make_config(data=tmp_path_factory.mktemp("texts"), **sources)
+    config.prepare.captions = "text"
+    config.text.dtype = "bfloat16"
+    return config, run(config)
+
+
+def test_texts_alone_are_encoded_in_training(prepared, texts_alone):
+    """The same pictures in the same order, with the features that would have been stored."""
+    config, out = texts_alone
+    assert json.loads((out / PREPARED).read_text())["text"] is None
+    experiment = Experiment(config)
+    experiment.check_data()
+    rows = sharding.batch_sharding(experiment.mesh)
+    batches = pipeline.DeviceIterator(experiment.batches(), rows)
+    promised = [shapes_of(batch) for batch in experiment.batch_shapes()]
+    for _, wanted in zip(range(3), iter(Experiment(prepared[0]).batches())):
+        batch = experiment.encode_captions(next(batches))
+        assert shapes_of(batch) in promised
+        for name in ("mean", "caption_mask", "index"):
+            np.testing.assert_array_equal(batch[name], wanted[name])
+        ours = np.asarray(batch["caption"], np.float32)
+        # Two layers in bfloat16.
+        np.testing.assert_allclose(ours, wanted["caption"].astype(np.float32), atol=0.1)
+        assert not ours[~wanted["caption_mask"]].any()
+    # Another text encoder would be another run.
+    features = experiment.decisive_fields()["text.features"]
+    assert features == experiment.load_text_encoder().identity() | {"dtype": "bfloat16"}
+
+    config = config.copy_and_resolve_references()
     config.text.checkpoint = ""
+    with pytest.raises(ValueError, match="^text.checkpoint is empty, but the model is told"):
+        Experiment(config).batches()
+
+
+def shapes_of(batch):
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+
+def write_teacher(config, path):
+    """A random softmax model of the student's size, and the config that distils from it."""
+    architecture = Experiment(config).default_teacher().config
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    checkpoint.save_params(path, params, {"model": architecture.to_json()})
+    config.teacher.checkpoint = str(path)
+    config.student.init = "teacher"
+
+
+def test_a_run_from_a_teacher_to_genevals_folder(texts_alone, tmp_path):
+    """On three buckets, interrupted and resumed bit for bit, with previews; then sampled from."""
+    config = texts_alone[0].copy_and_resolve_references()
+    write_teacher(config, tmp_path / "teacher")
     config.optimizer.schedule = "constant"
-    config.train.log_every = 1
+    config.train.update(log_every=1, preview_every=STEPS, preview_images=2)
+    config.sample.update(
+        prompts=("a red cat", "a blue dog"), sampler="dpm++", spacing="time_uniform", steps=2,
+        cfg_scale=4.5, cfg_channels="all", batch_size=8,
+    )  # fmt: skip
     taken = [b["mean"].shape[1:3] for _, b in zip(range(STEPS), iter(Experiment(config).batches()))]
     assert set(taken) == {(4, 16), (8, 8), (16, 4)}
     train_to(config, tmp_path / "whole", STEPS)
@@ -275,5 +338,16 @@ def test_training_on_three_buckets_resumes_bit_for_bit(prepared, tmp_path):
         trees = [checkpoint.restore_params(folder, ema=ema)[0] for folder in folders]
         jax.tree.map(np.testing.assert_array_equal, *trees)
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["train/loss"] for line in lines]
-    assert len(losses) == STEPS and np.isfinite(losses).all()
+    losses = [json.loads(line) for line in lines if "train/kd_noise" in line]
+    assert len(losses) == STEPS and np.isfinite([line["train/loss"] for line in losses]).all()
+    # Teacher and student, two prompts each.
+    assert pictures.is_whole(epath.Path(tmp_path) / "whole" / "previews" / "step_0000005.png")
+
+    metadata = [json.dumps({"tag": "colors", "prompt": p}) for p in config.sample.prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(metadata))
+    config.sample.update(prompts=(), prompt_file=str(tmp_path / "prompts.jsonl"))
+    sample.run(config, tmp_path / "whole")
+    folder = tmp_path / "whole" / "samples"
+    assert sorted(path.name for path in folder.glob("0*")) == ["00000", "00001"]
+    assert (folder / "00001" / "metadata.jsonl").read_text() == metadata[1]
+    assert Image.open(folder / "00001" / "samples" / "0000.png").size == (16, 16)

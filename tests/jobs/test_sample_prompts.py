@@ -26,11 +26,12 @@ def config(tmp_path_factory):
     """A random PixArt of latents, with a random text encoder and a random autoencoder."""
     folder = tmp_path_factory.mktemp("models")
     config = debug.get_config()
-    config.model.update(
-        family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
-        input_size=8, patch_size=2, in_channels=4, caption_channels=16, caption_length=20,
-        position_base=4, cross_heads=2, dtype="float32",
-    )  # fmt: skip
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+            input_size=8, patch_size=2, in_channels=4, caption_channels=16, caption_length=20,
+            position_base=4, cross_heads=2, dtype="float32",
+        )  # fmt: skip
     config.text.update(
         checkpoint=str(write_text_encoder(folder)), dtype="float32", max_length=20, batch_size=8
     )
@@ -100,6 +101,18 @@ def test_a_size_is_that_of_the_images(config, tmp_path):
     assert Image.open(folder / "000000.png").size == (20, 8)
     with pytest.raises(ValueError, match=r"sample.size = \(8, 18\): .* multiples of the 4 pixels"):
         draw(config, tmp_path / "b", size=(8, 18))
+
+
+def test_another_text_encoder_than_the_models_is_told(config, tmp_path, caplog):
+    """The random null caption of these weights is no encoder's; a ported one is its own's."""
+    config = config.copy_and_resolve_references()
+    experiment = Experiment(config)
+    null = experiment.load_text_encoder().null_features(20)
+    with caplog.at_level("WARNING"):
+        experiment.encode(PROMPTS[1:], null)
+        assert not caplog.records
+        experiment.encode(PROMPTS[1:], null[::-1] * 0.5)
+    assert "another text encoder or tokenizer than the model was trained with" in caplog.text
 
 
 def test_an_aspect_is_the_nearest_bucket(config):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import signal
 import types
 
 import command
@@ -22,6 +24,7 @@ from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample as sample_job
 from lit_jax.jobs import train
 from lit_jax.models import init_params, param_shapes
+from lit_jax.runtime import exit_status
 from lit_jax.train_step import TrainState
 
 # The later runs want neither pictures nor a report.
@@ -29,6 +32,15 @@ QUIET = [
     "--config.train.preview_every=0",
     "--config.report.num_images=0",
     "--config.optimizer.schedule=constant",
+]
+# One step without a teacher, which compiles soonest.
+PLAIN = [
+    *QUIET,
+    "--config.student.init=random",
+    "--config.model.attention=softmax",
+    "--config.teacher.checkpoint=",
+    "--config.train.steps=1",
+    "--config.optimizer.warmup=0",
 ]
 
 
@@ -550,11 +562,54 @@ def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
         )
 
     monkeypatch.setattr(train, "new_state", too_much)
-    error = run_debug(folder, *QUIET, workdir="too_large")
+    error = run_debug(folder, *PLAIN, workdir="too_large")
     assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
     for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
         assert part in error
     assert not (folder / "too_large").exists()
+
+
+@pytest.fixture(scope="module")
+def after_too_little_memory(folder):
+    """What a first step without memory says, and the workdir after a smaller batch in it."""
+
+    def too_much(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+        )
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train.StepPrograms, "compile", lambda self, batch: too_much)
+        error = run_debug(folder, *PLAIN, workdir="smaller")
+    smaller = [*PLAIN, "--config.train.batch_size=8"]
+    return error, run_debug(folder, *smaller, workdir="smaller"), smaller
+
+
+def test_a_first_step_without_memory_is_one_line_and_its_workdir_can_be_used_again(
+    folder, after_too_little_memory
+):
+    error, status, _ = after_too_little_memory
+    assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
+    assert error.endswith("a workdir that holds no checkpoint yet can be used again")
+    assert status is None and [line["step"] for line in read_lines(folder / "smaller")] == [1]
+
+
+def test_a_signal_while_the_report_is_drawn_is_answered(
+    folder, after_too_little_memory, monkeypatch
+):
+    """The run is done, and the same command draws the report again."""
+    arguments = [*after_too_little_memory[2], "--config.report.num_images=8"]
+    arguments.append("--config.report.read_labels=False")
+    plot = pictures.plot_curves
+
+    def plot_and_be_told(workdir):
+        plot(workdir)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as told:
+        told.setattr(pictures, "plot_curves", plot_and_be_told)
+        assert run_debug(folder, *arguments, workdir="smaller") == exit_status.EXIT_TRY_AGAIN
+    assert not (folder / "smaller" / "report.json").exists()
 
 
 def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):

@@ -63,7 +63,9 @@ def pair(request, tmp_path_factory):
 def port(folder, **kwargs):
     checkpoint = read_autoencoder(folder)
     return autoencoder.make_autoencoder(
-        load_params(checkpoint.params), checkpoint.architecture, **kwargs
+        load_params(checkpoint.params),
+        checkpoint.architecture,
+        autoencoder.AutoencoderSettings(**kwargs),
     )
 
 
@@ -319,11 +321,13 @@ def test_wrong_shapes_are_named(folder):
     with pytest.raises(ValueError, match="sides that 2 divides"):
         ours.encode(np.zeros((1, 31, 32, 3)))
     for wrong in (6, -4):
-        with pytest.raises(ValueError, match=f"^tile_size = {wrong} is not a multiple of 4"):
+        with pytest.raises(
+            ValueError, match=f"^tile_size must be a multiple of 4, or 0; got {wrong}"
+        ):
             port(folder, tile_size=wrong)
-    with pytest.raises(ValueError, match="^slice_size = -1 is negative"):
+    with pytest.raises(ValueError, match="^slice_size must be at least 0; got -1"):
         port(folder, slice_size=-1)
-    with pytest.raises(ValueError, match="^dtype = 'float16' is not float32 or bfloat16"):
+    with pytest.raises(ValueError, match="^dtype must be one of float32, bfloat16; got 'float16'"):
         port(folder, dtype="float16")
 
 
