@@ -260,6 +260,8 @@ def test_one_of_several_processes_that_meets_damage_stops_after_renaming(copy, s
         run.restore(shapes_of(states[4]), FIELDS)
     run.close()
     assert folders(copy) == ["2", "4", "6.damaged"]
+    checkpoint.set_aside(checkpoint.orbax_path(copy / "6"))  # as one that comes second
+    assert folders(copy) == ["2", "4", "6.damaged"]
 
 
 def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, states):

@@ -125,6 +125,14 @@ def test_extractors_preprocess_as_their_protocol_says():
         assert np.abs(seen["adm"] - seen[other]).max() > 0.1
 
 
+def test_the_hash_of_weights_is_of_names_and_values():
+    x = np.arange(3, dtype=np.float32)
+    trees = [{"a": x, "b": 2 * x}, {"a": x, "c": 2 * x}, {"a": 2 * x, "b": x}, {"a": x, "b": x}]
+    assert len({features.hash_params(tree) for tree in trees}) == 4
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), trees[0])
+    assert features.hash_params(half) == features.hash_params(trees[0])
+
+
 def test_efficientnets_images_are_antialiased():
     """As PIL resizes images of floats, which takes all pixels below a bigger one."""
     images = np.random.default_rng(0).integers(0, 256, (1, 600, 500, 3), dtype=np.uint8)

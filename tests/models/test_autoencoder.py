@@ -277,6 +277,21 @@ def test_slices_and_shards_do_not_change_the_result(folder):
     assert_close(sharded, whole, reduction=300)
 
 
+def test_group_norm_rounds_once():
+    """In bfloat16 too. Activations have means far from zero, which cost bits."""
+    values = 8 + np.random.default_rng(0).standard_normal((2, 4, 4, 8))
+    x = jnp.asarray(values, jnp.bfloat16)
+    grouped = np.asarray(x, np.float64).reshape(2, 16, 2, 4)
+    centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+    variance = (centred**2).mean(axis=(1, 3), keepdims=True)
+    expected = (centred / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
+    actual = autoencoder.GroupNorm(2, silu=False).apply({"params": params}, x)
+    assert actual.dtype == jnp.bfloat16
+    # Half a unit of eight bits. float32 has the difference to a mean of 8 to 1e-6.
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=2e-6)
+
+
 def test_bfloat16_decode_is_close_to_float32(folder):
     z = np.random.default_rng(4).normal(size=LATENTS).astype(np.float32)
     exact = port(folder).decode(z)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jaxprs import products
 from oracles import assert_close
 
 from lit_jax import models
@@ -61,6 +62,22 @@ def test_layer_norm_rounds_once():
     assert actual.dtype == jnp.bfloat16
     # Half a unit of eight bits. float32 has the difference to a mean of 8 to 1e-6.
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=2e-6)
+
+
+def test_both_ends_are_float32_in_a_bfloat16_model():
+    """bfloat16 has no timestep between 996 and 1000, and the output is a regression target."""
+    config = dit.DiTConfig(1, 16, 2, attention="linear", num_classes=10)
+    variables = {"params": models.param_shapes(config)}
+    found = products(dit.DiT(config).apply, variables, *make_inputs())
+    results = [equation.outvars[0].aval for equation in found]
+    widths = [
+        (equation.invars[1].aval.shape, result.dtype)
+        for equation, result in zip(found, results)
+        if equation.invars[1].aval.dtype == jnp.float32
+    ]
+    float32 = jnp.dtype(jnp.float32)
+    # The timestep's two layers, and the last projection to 2 x 2 patches of 8 channels.
+    assert widths == [((256, 16), float32), ((16, 16), float32), ((16, 32), float32)]
 
 
 # ---- Sizes ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jaxprs import equations
 from oracles import assert_close
 
 from lit_jax import models, sharding
@@ -141,6 +142,28 @@ def test_eight_devices_compute_what_one_does(params):
 
     sharded = jax.jit(sharding.on_mesh(apply, mesh))(placed, *jax.device_put(inputs(), rows))
     assert_close(sharded, jax.jit(apply)(params, *inputs()), reduction=100)
+
+
+def test_modulations_are_summed_in_float32(params):
+    """In a bfloat16 model too, where a scale near 1 has but two digits."""
+    x, t, condition, drop = inputs()
+    apply = pixart.PixArt(CONFIG).apply
+    # Four tokens: six would have the shape of a modulation.
+    found = equations(apply, {"params": params}, x[:, :, :4], t, condition, drop)
+    sums = [e.outvars[0].aval for e in found if e.primitive.name == "add"]
+    modulations = [aval.dtype for aval in sums if aval.shape == (len(x), 6, CONFIG.width)]
+    assert modulations == [jnp.float32]  # one, in the loop over the blocks
+
+
+def test_the_last_layer_rounds_nothing():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 8)), jnp.bfloat16)
+    t = rng.standard_normal((2, 8)).astype(np.float32)
+    layer = pixart.FinalLayer(5)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, t)
+    variables = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+    expected = layer.apply(variables, x.astype(jnp.float32), t)
+    np.testing.assert_array_equal(layer.apply(variables, x, t), expected)
 
 
 def test_t_keeps_its_fraction(params):

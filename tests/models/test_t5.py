@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jaxprs import products
 from oracles import assert_close
 from tiny_text import CONFIG, random_params
 
@@ -79,6 +80,17 @@ def test_the_encoder_is_that_of_the_formulas(params, dtype):
     for row, count in enumerate(counts):
         expected = t5_reference(params, ids[row], count, CONFIG)
         assert_close(np.asarray(actual[row], np.float64), expected, reduction=64, dtype=dtype)
+
+
+def test_scores_of_bfloat16_are_summed_in_float32(params):
+    """Theirs is the one float32 product; T5 does not divide them, so they are large."""
+    ids, mask = make_batch(8, (8,))
+    model = T5Encoder(CONFIG, dtype=jnp.bfloat16)
+    found = products(model.apply, {"params": params}, ids, mask)
+    results = [equation.outvars[0].aval for equation in found]
+    assert len(results) == 9  # q, k, v, o, three of the MLP, and the two of the attention
+    (scores,) = (result for result in results if result.dtype == jnp.float32)
+    assert scores.shape == (1, CONFIG.num_heads, 8, 8)
 
 
 def test_valid_tokens_do_not_depend_on_the_padding(params):
