@@ -1,16 +1,13 @@
-"""What a config describes: settings that are checked once, and every object, built once.
+"""What a config describes: every object, built once from settings that were checked once.
 
-All jobs ask an `Experiment` for what they need. The library takes values and speaks of its own
-arguments; here, and in the jobs, the config's fields have their names (`naming`).
+All jobs ask an `Experiment` for what they need.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,13 +16,12 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, fields, inherit, ranges, samplers, sharding, text
+from lit_jax import conditions, inherit, ranges, sharding, text
 from lit_jax.data import buckets, caption_records, dataset, pipeline
 from lit_jax.diffusion import GaussianDiffusion
-from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
-from lit_jax.models.autoencoder import Autoencoder, AutoencoderSettings, make_autoencoder
+from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.porting.read import (
     KEY_TABLES,
     Checkpoint,
@@ -36,10 +32,9 @@ from lit_jax.porting.read import (
 )
 from lit_jax.porting.t5 import read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
-from lit_jax.samplers import SamplerSettings
 from lit_jax.sampling import Sampler
+from lit_jax.settings import check_exists, naming, read_settings
 from lit_jax.train_step import (
-    OptimizerSettings,
     StepSettings,
     TrainState,
     make_optimizer,
@@ -52,44 +47,6 @@ from lit_jax.train_step import (
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 # How far, relative to their length, a text encoder's features of "" may be from the model's.
 NULL_DISTANCE = 0.1
-# Fields of config.model that are not of the architecture.
-NOT_ARCHITECTURE = ("family", "input_size", "dtype", "implementation")
-
-
-@contextlib.contextmanager
-def naming(group: str, **names: str) -> Iterator[None]:
-    """Errors of the library that start with an argument's name get the field's name.
-
-    `steps = 0 ...` becomes `sample.steps = 0 ...` within naming("sample").
-
-    Args: names: the whole name of a field where it is not the group's, by the argument's.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        text = str(error)
-        argument = re.match(r"([a-z]\w*)(?= = | must )", text)
-        if argument is None:
-            raise
-        field = names.get(argument[1], f"{group}.{argument[1]}")
-        rest = text[argument.end() :]
-        for name, whole in names.items():  # where the error compares two of them
-            rest = re.sub(rf"\b{name}(?= = )", whole, rest)
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(field + rest) from error
-
-
-def check_exists(field: str, path: epath.PathLike, advice: str) -> None:
-    """Raises FileNotFoundError naming the field whose file or folder is not there."""
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(f"{field} = {path}: no such file or folder; {advice}")
-
-
-def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
-    """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
-    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
-    with naming("evaluate"):
-        return EvaluationSettings(**{n: config.evaluate[n] for n in names})
 
 
 class Experiment:
@@ -99,130 +56,16 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict):
-        # Settings first, and all of them: a mistake in sample.* is told before hours of training.
-        fields.check(config)
         self.config = config
         self.process = GaussianDiffusion()
-        self.model_config = self._model_config()
-        self._check_implementations()
-        with naming("sample"):
-            names = [field.name for field in dataclasses.fields(SamplerSettings)]
-            self.sampler_settings = SamplerSettings(**{n: config.sample[n] for n in names})
-            self._check_grid()
-        with naming("optimizer", steps="train.steps"):
-            self.optimizer_settings = OptimizerSettings(
-                steps=config.train.steps, **config.optimizer
-            )
-        self.unscaled_step_settings = self._make_step_settings()
-        self.text_settings = self._text_settings()
-        self.autoencoder_settings = self._autoencoder_settings()
-        evaluation_settings(config)
-        self.port_overrides = self._port_overrides()
-
-    # ---- Settings --------------------------------------------------------------------------------
-
-    def _model_config(self) -> Any:
-        model = self.config.model
-        if model.family not in FAMILIES:
-            raise ValueError(
-                f"model.family must be one of {', '.join(FAMILIES)}; got {model.family!r}"
-            )
-        family = FAMILIES[model.family].config
-        # None: not asked for. So one config holds the fields of all families.
-        asked = {n: value for n, value in model.items() if value is not None}
-        architecture = {n: value for n, value in asked.items() if n not in NOT_ARCHITECTURE}
-        known = {"size"} | {field.name for field in dataclasses.fields(family)}
-        if unknown := sorted(architecture.keys() - known):
-            name = unknown[0]
-            raise ValueError(
-                f"model.{name} = {model[name]}, but model.family = {model.family} has no "
-                f"{name}; set model.{name}=None"
-            )
-        with naming("model"):
-            found = family.of_size(**architecture)
-        h, w = ranges.sides(model.input_size)
-        if h % found.patch_size or w % found.patch_size:
-            raise ValueError(
-                f"model.patch_size = {found.patch_size} does not divide model.input_size = "
-                f"{model.input_size}"
-            )
-        # The model takes any grid; this one is what checkpoints say it was trained on.
-        grid = (h // found.patch_size, w // found.patch_size)
-        return dataclasses.replace(found, grid=grid)
-
-    def _check_implementations(self) -> None:
-        # The names only. Whether the devices can run one is asked once they are known.
-        known = {
-            "model": ATTENTIONS[self.model_config.attention].implementations,
-            "teacher": ATTENTIONS["softmax"].implementations,
-        }
-        for group, names in known.items():
-            with naming(group):
-                ranges.check(self.config[group], implementation=ranges.one_of(None, *names))
-
-    def _check_grid(self) -> None:
-        """Raises ValueError for steps that the sampler's timesteps cannot be."""
-        settings = self.sampler_settings
-        channels = (self.model_config.in_channels, self.model_config.out_channels)
-        variance = self.process.choose_variance(settings.variance, *channels)
-        samplers.make_grid(self.process, dataclasses.replace(settings, variance=variance))
-        low, high = settings.cfg_interval
-        last = self.process.num_steps - 1
-        if settings.cfg_scale != 1 and (low > last or high < 0):
-            raise ValueError(
-                f"cfg_interval = ({low}, {high}) holds none of the timesteps 0 to {last}, so "
-                f"nothing would be guided; set sample.cfg_scale=1 for that"
-            )
-
-    def _make_step_settings(self) -> StepSettings:
-        config = self.config
-        # These live in other groups of the config than the rest.
-        names = {
-            "dropout": "train.label_dropout",
-            "accumulation": "train.accumulation",
-            "ema_decay": "ema.decay",
-        }
-        with naming("distill", **names):
-            return StepSettings(
-                dropout=config.train.label_dropout,
-                accumulation=config.train.accumulation,
-                ema_decay=config.ema.decay,
-                ema_warmup=config.ema.warmup,
-                noise_weight=config.distill.noise_weight,
-                variance_weight=config.distill.variance_weight,
-                variance_target=config.distill.variance_target,
-                teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
-            )
-
-    def _port_overrides(self) -> Any:
-        """What the config knows better than the checkpoint of a port, for its family."""
-        port = self.config.port
-        overrides = KEY_TABLES[type(self.model_config)].Overrides
-        names = {field.name for field in dataclasses.fields(overrides)}
-        # A side of 0 keeps the table that the checkpoint has; a null caption is read by the job.
-        sides = ranges.sides(port.input_size) if port.input_size else None
-        asked = dict(port) | {"input_size": sides, "seed": self.config.seed, "null_caption": None}
-        for table in KEY_TABLES.values():
-            for field in dataclasses.fields(table.Overrides):
-                if field.name not in names and field.name in port and port[field.name]:
-                    raise ValueError(
-                        f"port.{field.name} = {port[field.name]}, but model.family = "
-                        f"{self.config.model.family} has no {field.name}"
-                    )
-        with naming("port"):
-            return overrides(**{name: asked[name] for name in names})
-
-    def _text_settings(self) -> text.TextSettings:
-        settings = self.config.text
-        names = [field.name for field in dataclasses.fields(text.TextSettings)]
-        with naming("text"):
-            return text.TextSettings(**{name: settings[name] for name in names})
-
-    def _autoencoder_settings(self) -> AutoencoderSettings:
-        settings = self.config.autoencoder
-        names = [field.name for field in dataclasses.fields(AutoencoderSettings)]
-        with naming("autoencoder"):
-            return AutoencoderSettings(**{name: settings[name] for name in names})
+        settings = read_settings(config, self.process)
+        self.model_config = settings.model
+        self.sampler_settings = settings.sampler
+        self.optimizer_settings = settings.optimizer
+        self.unscaled_step_settings = settings.step
+        self.text_settings = settings.text
+        self.autoencoder_settings = settings.autoencoder
+        self.port_overrides = settings.port
 
     @property
     def input_size(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ MODULES = {
 FLOORS = (
     ("main",),
     ("jobs",),
-    ("experiment", "fields"),
+    ("experiment", "settings", "fields"),
     (
         "data",
         "porting",
@@ -196,5 +196,5 @@ def test_who_knows_of_the_number_of_classes():
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_library_code_takes_values_not_the_config(module):
-    if module not in JOBS | {"main", "experiment", "fields"}:
+    if module not in JOBS | {"main", "experiment", "settings", "fields"}:
         assert not {name for name in imports(module) if name.startswith("ml_collections")}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lit_jax import fields
+from lit_jax import fields, settings
 from lit_jax.experiment import Experiment
 from lit_jax.models import FAMILIES, param_shapes
 from lit_jax.models.dit import DiTConfig
@@ -123,7 +123,13 @@ def test_one_train_step_of_every_config_traces(name):
     )
 
 
-READERS = ("main.py", "experiment.py", "jobs/*.py")  # nothing else is given the config
+# Nothing else is given the config.
+READERS = ("main.py", "settings.py", "experiment.py", "jobs/*.py")
+    "main.py",
+    "settings.py",
+    "experiment.py",
+    "jobs/*.py",
+)  # nothing else is given the config
 CONFIGS = ("config", "self.config", "experiment.config", "self.experiment.config", "CONFIG.value")
 
 
@@ -146,6 +152,11 @@ def reads_of_fields():
                 if section := section_of(node.value, {}):
                     aliases[node.targets[0].id] = section
         for node in ast.walk(function):
+            # Settings that are made of a group read the fields that they have.
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_of_group":
+                of = getattr(settings, node.args[0].id)
+                names = {field.name for field in dataclasses.fields(of)}
+                reads[section_of(node.args[1], aliases)] |= names
             section = section_of(getattr(node, "value", None), aliases)
             if isinstance(node, ast.Attribute):
                 if section in reads:

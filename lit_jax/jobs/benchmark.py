@@ -25,11 +25,12 @@ from ml_collections import ConfigDict
 from lit_jax import sharding
 from lit_jax.costs import tpu_schedule
 from lit_jax.costs.flops import train_step_flops
-from lit_jax.experiment import Experiment, naming
+from lit_jax.experiment import Experiment
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import Model, init_params
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
 from lit_jax.sampling import Sampler
+from lit_jax.settings import naming
 from lit_jax.train_step import (
     images_to_model,
     make_optimizer,

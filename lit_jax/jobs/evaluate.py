@@ -35,8 +35,8 @@ from lit_jax.evaluation.images import (
     naming_path,
     open_images,
 )
-from lit_jax.experiment import check_exists, evaluation_settings, naming
 from lit_jax.runtime import storage
+from lit_jax.settings import check_exists, evaluation_settings, naming
 
 # What the published scores of ADM's samples were made by.
 SELF_CHECK = ("inception_adm", 50_000)
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     with naming("evaluate"):
         if config.evaluate.compare:
-            compare(config.evaluate, workdir)
+            compare(config, workdir)
         elif config.evaluate.geneval:
             summarise_geneval(config.evaluate.geneval, workdir)
         else:
@@ -199,8 +199,9 @@ def check_passed(rows: list[dict[str, Any]]) -> None:
         raise ValueError(f"the self-check failed: {'; '.join(failed)}")
 
 
-def compare(settings: ConfigDict, workdir: epath.Path) -> None:
+def compare(config: ConfigDict, workdir: epath.Path) -> None:
     """Puts the evaluations of evaluate.compare side by side."""
+    settings = config.evaluate
     paths = [epath.Path(file) for file in settings.compare]
     # All of them before the first is read.
     for path in paths:

@@ -28,9 +28,10 @@ from lit_jax.costs.chips import GB, TPU, GiB
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
 from lit_jax.data.buckets import Buckets
-from lit_jax.experiment import Experiment, naming
+from lit_jax.experiment import Experiment
 from lit_jax.models import Model, param_shapes
 from lit_jax.models.attention import make_attention
+from lit_jax.settings import naming
 from lit_jax.train_step import make_train_step, with_sharding
 
 MAX_TRIES = 6  # compilations that may go into finding the largest batch

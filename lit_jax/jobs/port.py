@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import sharding
-from lit_jax.experiment import Experiment, naming
+from lit_jax.experiment import Experiment
 from lit_jax.porting import pixart
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
@@ -31,6 +31,7 @@ from lit_jax.porting.read import (
 )
 from lit_jax.porting.untrusted import is_remote
 from lit_jax.porting.write import export_diffusers, export_official, export_orbax
+from lit_jax.settings import naming
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt

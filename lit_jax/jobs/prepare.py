@@ -50,9 +50,10 @@ from lit_jax.data.raw_images import (
     own_pixel_limit,
 )
 from lit_jax.data.shards import VERSION, Shards, finish_splits, read_about, write_about
-from lit_jax.experiment import Experiment, naming
+from lit_jax.experiment import Experiment
 from lit_jax.runtime import storage, workdir_lock
 from lit_jax.runtime.progress import progress
+from lit_jax.settings import naming
 
 # What folders did that were begun before these were fields.
 BEFORE = {"background": "", "exif_orientation": False}

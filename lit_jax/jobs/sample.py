@@ -26,9 +26,10 @@ from PIL import Image
 from lit_jax import pictures, sampling, sharding
 from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.evaluation import geneval
-from lit_jax.experiment import Experiment, check_exists, naming
+from lit_jax.experiment import Experiment
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.runtime import progress, storage, workdir_lock
+from lit_jax.settings import check_exists, naming
 
 GRID_IMAGES = 100
 NAMED_IMAGES = 4  # of those that cannot be written, in an error

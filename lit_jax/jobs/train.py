@@ -25,7 +25,7 @@ from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
 from lit_jax.evaluation import in_training, run_report
 from lit_jax.evaluation.evaluator import make_evaluator
-from lit_jax.experiment import Experiment, evaluation_settings, naming
+from lit_jax.experiment import Experiment
 from lit_jax.models import init_params
 from lit_jax.runtime import (
     exit_status,
@@ -35,6 +35,7 @@ from lit_jax.runtime import (
     storage,
     workdir_lock,
 )
+from lit_jax.settings import evaluation_settings, naming
 from lit_jax.train_step import TrainState, make_optimizer, new_state
 
 # Steps in flight. Two keep the device busy; more would only delay an answer to SIGTERM or a hang.
