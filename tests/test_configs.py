@@ -125,11 +125,6 @@ def test_one_train_step_of_every_config_traces(name):
 
 # Nothing else is given the config.
 READERS = ("main.py", "settings.py", "experiment.py", "jobs/*.py")
-    "main.py",
-    "settings.py",
-    "experiment.py",
-    "jobs/*.py",
-)  # nothing else is given the config
 CONFIGS = ("config", "self.config", "experiment.config", "self.experiment.config", "CONFIG.value")
 
 
