@@ -11,7 +11,10 @@ from jaxprs import equations
 from oracles import assert_close
 
 from lit_jax import models, sharding
+from lit_jax.costs import tpu_schedule
+from lit_jax.data.buckets import Buckets
 from lit_jax.models import pixart
+from lit_jax.models.attention import make_attention
 from lit_jax.models.dit import position_embedding
 
 NULL = "y_embedder/y_embedding"
@@ -73,6 +76,19 @@ def test_any_grid_spans_the_same_positions():
     np.testing.assert_allclose(columns, np.arange(10) * 3.2 % (2 * np.pi), atol=1e-5)
     rows = np.arctan2(table[:, 0, 4], table[:, 0, 6]) % (2 * np.pi)
     np.testing.assert_allclose(rows, np.arange(4) * 8.0 % (2 * np.pi), atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [512, 1024, 2048])
+def test_every_aspect_takes_the_fused_kernel_of_a_tpu(pixels):
+    """The one that is chosen by platform: a refusal would be a fall-back to XLA, in one line."""
+    config = pixart.PixArtConfig.of_size("XL", attention="linear")
+    attention = make_attention(config, parent=None)
+    buckets = Buckets(pixels)
+    assert len(buckets.shapes) == 40
+    with tpu_schedule.on_chip("v5e:2x2"):
+        for bucket in range(40):
+            h, w = buckets.sides(bucket)
+            assert not attention.refusal("pallas_tpu", config.width, (h // 16, w // 16))
 
 
 # ---- A small one ---------------------------------------------------------------------------------
