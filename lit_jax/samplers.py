@@ -113,7 +113,8 @@ def space_timesteps(
     points = steps + 1 if skip_zero and spacing in ("leading", "linspace") else steps
     if not 1 <= steps or points > num_train:
         raise ValueError(
-            f"steps = {steps} ({spacing}) do not fit a schedule of {num_train} timesteps"
+            f"steps = {steps} ({spacing}) do not fit a schedule of {num_train} timesteps; "
+            f"name fewer steps or another spacing"
         )
     if spacing == "respaced":
         timesteps = respaced_timesteps(num_train, steps)

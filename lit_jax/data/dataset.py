@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -395,4 +396,5 @@ def read_all(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def first_line(error: Exception) -> str:
     """The text of an error, without what libraries add below it."""
-    return (str(error).splitlines() or [repr(error)])[0]
+    line = (str(error).splitlines() or [repr(error)])[0]
+    return re.sub(r" ?<_io\.[^>]*>", "", line)  # Pillow's name for bytes in memory

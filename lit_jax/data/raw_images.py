@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -35,11 +36,14 @@ IMAGE_FILES = (
     ".tiff",
 )
 # Folders that programs leave beside images: macOS's zip files, Synology's disks.
-LITTER = ("__MACOSX", "@eaDir")
+LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 # What Pillow refuses unless told otherwise.
 MAX_PIXELS = 2 * 89_478_485
+
+
+NO_FILE = (errno.ENOENT, errno.EISDIR)
 
 
 class BrokenImageError(ValueError):
@@ -252,8 +256,9 @@ class RawImages:
             file = self.file_of(index)
             which = f"image {index} of {self.origin} cannot be read: "
             text = f"{which}{file and file + ': '}{first_line(error)}"
-            # The disk's own errors have a number: such an image may be whole.
-            if isinstance(error, OSError) and error.errno is not None:
+            # The disk's own errors have a number: such an image may be whole. A link to nothing
+            # and a folder with an image's name are none.
+            if isinstance(error, OSError) and error.errno not in (None, *NO_FILE):
                 raise ValueError(text) from error
             raise BrokenImageError(text, file or str(index)) from error
         if not 0 <= label < self.num_classes:
@@ -520,12 +525,12 @@ def printable(name: str) -> str:
 
 
 def file_bytes(path: epath.Path) -> int:
-    """The size of a file."""
+    """The size of a file; 0 for a link to nothing, which is told when the image is read."""
     # epath's stat asks for the name of the owner too, and fails where there is none, as
     # on network disks.
     if storage.is_object_store(path):
         return path.stat().length
-    return os.path.getsize(path)
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def hash_of(value: Any) -> str:

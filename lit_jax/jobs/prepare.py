@@ -427,9 +427,12 @@ def enter_folder(shards: Shards, images: RawImages | BucketImages, about: dict[s
         # Through JSON, as what was found: tuples are lists there.
         for name, value in json.loads(json.dumps(about | plan)).items():
             if before.get(name) != value:
+                text = f"{name} = {before.get(name)}, this run has {value}"
+                if name == "class_names":  # of which the folder keeps a checksum
+                    few = ", ".join((getattr(images, "class_names", None) or ("none",))[:10])
+                    text = f"other class names than those of this run, which are {few}"
                 raise ValueError(
-                    f"{folder} was begun with {name} = {before.get(name)}, this run has "
-                    f"{value}; use another data.name or remove the folder"
+                    f"{folder} was begun with {text}; use another data.name or remove the folder"
                 )
     elif used:
         raise ValueError(f"{folder} holds files but no {PREPARED}; use another data.name")

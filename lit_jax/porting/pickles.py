@@ -498,6 +498,10 @@ class Unpickler:
         self._spend(len(arguments[0]))
         return arguments[0].encode("latin-1")
 
+    def _complex(self, arguments):
+        are_numbers = all(isinstance(each, int | float) for each in arguments)
+        return complex(*arguments) if len(arguments) == 2 and are_numbers else None
+
     def _no_bytes(self, arguments):
         return b"" if not arguments else None
 
@@ -511,6 +515,8 @@ class Unpickler:
         # Of protocol 2; builtins has them in the later ones.
         "__builtin__.set": _set,
         "__builtin__.frozenset": _set,
+        "__builtin__.complex": _complex,
+        "builtins.complex": _complex,
         "builtins.set": _set,
         "builtins.frozenset": _set,
         "pathlib.PosixPath": _path,

@@ -29,7 +29,7 @@ _INNER = ("shadow", "shadow_params", "state_dict")
 _COUNTERS = ("n_averaged", "num_updates", "decay")
 # DataParallel, compile, Lightning and wrappers rename all parameters, each
 # around the others.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "ema_model.")
 _MAX_PREFIXES = 6
 # The weights in a folder of each library. safetensors first, as they choose.
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

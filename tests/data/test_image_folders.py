@@ -44,16 +44,36 @@ def names_of(images):
 
 def test_what_other_programs_leave_in_a_folder_is_skipped_and_counted(tmp_path, warnings):
     save(tmp_path / "a" / "g0.png")
-    for name in ("__MACOSX/a/._g0.png", "a/._g1.png", "a/.DS_Store", "a/@eaDir/g0.png", ".x/y.png"):
+    for name in (
+        "__MACOSX/a/._g0.png",
+        "a/._g1.png",
+        "a/.DS_Store",
+        "a/@eaDir/g0.png",
+        ".x/y.png",
+        "$RECYCLE.BIN/z.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     save(tmp_path / "cover.png")
     images = open_folder(tmp_path)
     assert images.class_names == ("a",) and names_of(images) == ["a/g0.png"]
-    assert "5 hidden files and folders are skipped" in warnings.text
+    assert "6 hidden files and folders are skipped" in warnings.text
     assert "1 files are skipped, for they do not end in .jpg" in warnings.text
     assert "1 images that lie beside the class folders are skipped" in warnings.text
+
+
+def test_a_link_to_nothing_and_a_folder_called_as_an_image_are_broken_images(tmp_path):
+    save(tmp_path / "a" / "ok.png")
+    (tmp_path / "a" / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a" / "folder.png").mkdir()
+    (tmp_path / "a" / "text.png").write_bytes(b"no picture")
+    images = open_folder(tmp_path)
+    for number, name in enumerate(("dead.png", "folder.png", "ok.png", "text.png")):
+        if name != "ok.png":
+            with pytest.raises(BrokenImageError, match=name) as caught:
+                images[number]
+            assert "BytesIO" not in str(caught.value)
 
 
 def test_a_class_folder_without_images_is_named(tmp_path, warnings):

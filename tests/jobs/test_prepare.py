@@ -512,7 +512,9 @@ def test_the_folder_of_another_split_joins_and_other_classes_are_refused(tmp_pat
     assert text == "train and val, ADM centre crop to 16 pixels."
     config = make_config(tmp_path, make_split(tmp_path, "test", ("a/k.png", "c/k.png")))
     config.data.split = "test"
-    with pytest.raises(ValueError, match="was begun with class_names = "):
+    with pytest.raises(
+        ValueError, match="was begun with other class names than those of this run, which are"
+    ):
         run(config)
     config = make_config(tmp_path, make_split(tmp_path, "val"))
     with pytest.raises(ValueError, match="was begun with source = train, this run has val"):

@@ -384,6 +384,7 @@ def test_values_beside_the_weights_are_read(tmp_path, protocol):
         "tags": {"a"},
         "frozen": frozenset([7]),
         "raw": b"abc",
+        "phase": 1 + 2j,
         "place": pathlib.PureWindowsPath("C:/a") / "b",
     }
     torch.save(values, tmp_path / "a.pt", pickle_protocol=protocol)
@@ -396,6 +397,7 @@ def test_values_beside_the_weights_are_read(tmp_path, protocol):
         tags=["a"],
         frozen=[7],
         raw=b"abc",
+        phase=1 + 2j,
         place="C:\\a\\b",
     )
     read = torch_file.read_torch(tmp_path / "a.pt").tensors

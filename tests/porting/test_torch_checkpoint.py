@@ -53,6 +53,7 @@ def prefixed(state, prefix="module."):
 # keep one alone.
 FORMS = {
     "prefix": lambda state: prefixed(state, "model."),
+    "ema_prefix": lambda state: prefixed(state, "ema_model.module."),
     "lightning": lambda state: {"state_dict": prefixed(state, "model."), "epoch": 3},
     "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 3},
     "ema_state_dict": lambda state: {"ema_state_dict": state, "model_state_dict": {}},
