@@ -313,6 +313,9 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
             for note in experiment.init_checkpoint.report.notes:
                 logging.info("%s: %s", experiment.init_checkpoint.report.source, note)
             logging.info("%s", merged.summary())
+            # Of a label table for other classes: rows of a leaf that is inherited.
+            for rows in experiment.init_checkpoint.report.reinitialised:
+                logging.info("  of the inherited, drawn afresh: %s", rows)
     optimizer = make_optimizer(experiment.optimizer_settings)
     build = jax.jit(
         lambda params: new_state(params, optimizer), out_shardings=shardings, donate_argnums=0
