@@ -65,6 +65,7 @@ class Experiment:
         self.unscaled_step_settings = settings.step
         self.text_settings = settings.text
         self.autoencoder_settings = settings.autoencoder
+        self.image_settings = settings.images
         self.port_overrides = settings.port
 
     @property
@@ -443,7 +444,6 @@ class Experiment:
                 path,
                 self.text_settings,
                 tokenizer=settings.tokenizer,
-                dtype=settings.dtype,
                 mesh=self.mesh,
             )
         channels = self.model_config.caption_channels

@@ -10,7 +10,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lit_jax.data.raw_images import COLOUR
 from lit_jax.models.dit import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 from lit_jax.runtime import storage
@@ -58,12 +57,9 @@ RANGES = {
     "data.prefetch": between(0, 10_000),
     "autoencoder.scaling_factor": NOT_NEGATIVE,
     "text.caption_ratio": UNIT,
-    "prepare.image_size": SIDES,
     "prepare.buckets": NAMES,
     "prepare.captions": one_of("features", "text"),
     "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
-    "prepare.background": COLOUR,
-    "prepare.max_pixels": AT_LEAST_1,
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
     "prepare.shard_records": IMAGES,
@@ -84,7 +80,6 @@ RANGES = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "checkpoint.keep_every": AT_LEAST_0,
-    "text.dtype": DTYPE,
     "sample.prompts": NAMES,
     "sample.size": PIXELS,
     "sample.aspect": ASPECT,

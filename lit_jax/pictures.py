@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lit_jax.runtime import metric_writer, storage
 
-LOSS_TERMS = ("loss", "mse", "vb", "kd_noise", "kd_variance")
+# Of a step's metrics: what is no term of the loss.
+NO_TERMS = (
+    "grad_norm param_norm update_norm learning_rate images_per_second data_wait seconds_left mfu "
+    "skipped skipped_in_a_row"
+).split()
 GAP = 2  # pixels between two images of a grid
 CAPTION_WIDTH = 160  # pixels that a captioned image has at least
 CAPTION_LINES = 3
@@ -33,7 +37,7 @@ def plot_curves(workdir: epath.PathLike) -> None:
     lines = metric_writer.read_training(workdir)
     if not lines:
         return
-    terms = [name for name in LOSS_TERMS if f"train/{name}" in lines[-1]]
+    terms = loss_terms(lines[-1])
     size = (3 * len(terms), 2.6)
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(1, len(terms), squeeze=False)[0]
@@ -48,6 +52,12 @@ def plot_curves(workdir: epath.PathLike) -> None:
         axes.set(title=name, xlabel="step", yscale=yscale)
         axes.grid(alpha=0.3)
     save_png(epath.Path(workdir) / "curves.png", figure.savefig, dpi=110)
+
+
+def loss_terms(line: dict[str, Any]) -> list[str]:
+    """The names of the loss and its terms in a line of metrics, the loss first."""
+    names = [key.removeprefix("train/") for key in line if key.startswith("train/")]
+    return sorted((name for name in names if name not in NO_TERMS), key=lambda n: n != "loss")
 
 
 def save_picture(path: epath.PathLike, picture: Image.Image) -> None:

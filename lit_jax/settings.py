@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lit_jax import fields, ranges, samplers
+from lit_jax.data.raw_images import ImageSettings
 from lit_jax.diffusion import Process
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES
@@ -73,6 +74,7 @@ class Settings:
     step: StepSettings  # without the scale of the data, which the data tell
     text: TextSettings
     autoencoder: AutoencoderSettings
+    images: ImageSettings  # of --mode=prepare; the channels are those of the autoencoder
     port: Any  # the family's Overrides
 
 
@@ -98,6 +100,7 @@ def read_settings(config: ConfigDict, process: Process) -> Settings:
         step=_step_settings(config),
         text=_of_group(TextSettings, config.text, "text"),
         autoencoder=_of_group(AutoencoderSettings, config.autoencoder, "autoencoder"),
+        images=_image_settings(config),
         port=_port_overrides(config, model),
     )
 
@@ -178,6 +181,17 @@ def _step_settings(config: ConfigDict) -> StepSettings:
             variance_weight=config.distill.variance_weight,
             variance_target=config.distill.variance_target,
             teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
+        )
+
+
+def _image_settings(config: ConfigDict) -> ImageSettings:
+    prepare = config.prepare
+    with naming("prepare", size="prepare.image_size"):
+        return ImageSettings(
+            size=prepare.image_size,
+            background=prepare.background,
+            exif_orientation=prepare.exif_orientation,
+            max_pixels=prepare.max_pixels,
         )
 
 

@@ -246,6 +246,7 @@ class TextSettings:
     cleaning: str = "none"  # none, lower, clean: see `clean_prompt`
     max_length: int = 300  # tokens with the end token; longer prompts are cut
     batch_size: int = 16  # global; the devices of the mesh must divide it
+    dtype: str = "bfloat16"  # of parameters and features
 
     def __post_init__(self):
         ranges.check(
@@ -253,6 +254,7 @@ class TextSettings:
             cleaning=ranges.one_of(*CLEANINGS),
             max_length=ranges.between(1, 65_536),
             batch_size=ranges.between(1, 65_536),
+            dtype=ranges.one_of(*DTYPES),
         )
 
     @property
@@ -408,7 +410,6 @@ def load_text_encoder(
     settings: TextSettings,
     *,
     tokenizer: epath.PathLike = "",
-    dtype: str = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
 ) -> TextEncoder:
     """The text encoder of a pipeline's folder, or of a T5's.
@@ -416,12 +417,9 @@ def load_text_encoder(
     Args:
       path: what `read_text_encoder` takes.
       tokenizer: what `Tokenizer` takes; "": it is in `path`.
-      dtype: of parameters and features, "bfloat16" or "float32".
-    Raises: as both, and ValueError for another dtype.
+    Raises: as both.
     """
-    ranges_words = ", ".join(DTYPES)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {ranges_words}; got {dtype!r}")
+    dtype = settings.dtype
     mesh = mesh or sharding.make_mesh()
     # The tokenizer first: it costs nothing to find out that it is missing.
     pieces = Tokenizer(tokenizer or path)

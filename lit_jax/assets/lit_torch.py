@@ -493,7 +493,8 @@ class CaptionLiT(nn.Module):
 def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | CaptionLiT:
     """The model of a .safetensors or .pt export, in evaluation mode.
 
-    Raises: RuntimeError, listing the keys, if the tensors do not fit.
+    Raises: RuntimeError, listing the keys, if the tensors do not fit; ValueError for another
+      attention than softmax and linear.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -509,10 +510,14 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | 
         fields = json.loads(beside.read_text())["architecture"]
         tensors = torch.load(path, map_location=device, weights_only=True)
 
+    if fields["attention"] not in ("softmax", "linear"):
+        raise ValueError(f"{path}: no attention = {fields['attention']} here")
+    kind = CaptionArchitecture if "caption_channels" in fields else Architecture
+    # Fields of other attentions are none of these two's.
+    known = {field.name for field in dataclasses.fields(kind)}
+    arch = kind(**{name: value for name, value in fields.items() if name in known})
     model: LiT | CaptionLiT
-    if "caption_channels" in fields:
-        model = CaptionLiT(CaptionArchitecture(**fields)).to(device)
-    else:
-        model = LiT(Architecture(**fields)).to(device)
+    model = LiT(arch) if isinstance(arch, Architecture) else CaptionLiT(arch)
+    model = model.to(device)
     model.load_state_dict(tensors)
     return model.eval()

@@ -58,10 +58,10 @@ def report(
     first = lines[0]
     last = lines[-1]
     result["loss"] = {}
-    for name in pictures.LOSS_TERMS:
+    for name in pictures.loss_terms(last):
         key = f"train/{name}"
-        # A run without a teacher has no kd_noise.
-        if key in first and key in last:
+        # A term may have come later, with another config.
+        if key in first:
             result["loss"][name] = {"start": first[key], "end": last[key]}
     result["parameters"] = {}
     for name, tree in params.items():

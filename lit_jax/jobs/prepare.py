@@ -184,17 +184,10 @@ class Plan:
 
 
 def image_settings(experiment: Experiment) -> ImageSettings:
-    """How a file becomes pixels. Raises: ValueError for sides that the autoencoder cannot take."""
-    prepare = experiment.config.prepare
+    """How a file becomes pixels: with as many channels as the autoencoder takes."""
     autoencoder = experiment.autoencoder
-    with naming("prepare", size="prepare.image_size"):
-        return ImageSettings(
-            size=prepare.image_size,
-            channels=autoencoder.module.in_channels if autoencoder else 0,
-            background=prepare.background,
-            exif_orientation=prepare.exif_orientation,
-            max_pixels=prepare.max_pixels,
-        )
+    channels = autoencoder.module.in_channels if autoencoder else 0
+    return dataclasses.replace(experiment.image_settings, channels=channels)
 
 
 def plan_classes(experiment: Experiment) -> Plan:

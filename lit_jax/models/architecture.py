@@ -81,10 +81,12 @@ class Architecture:
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
-        if self.attention == "softmax":
-            # Softmax has neither, so two equal models must not differ in them.
-            object.__setattr__(self, "conv_size", 0)
-            object.__setattr__(self, "kernel_function", "relu")
+        # What the attention does not read: two equal models must not differ in it.
+        design = ATTENTIONS.get(self.attention)
+        unread = {"conv_size": 0, "kernel_function": "relu"}
+        for name, value in unread.items():
+            if design and name not in design.fields:
+                object.__setattr__(self, name, value)
         self.check_fields(dataclasses.asdict(self))
         if self.width % 4:
             raise ValueError(

@@ -39,6 +39,7 @@ from lit_jax.porting.told import (
     agreeing,
     checked_depth,
     checked_fields,
+    heads_of_shapes,
     make_config,
     published_heads,
     told_by_shapes,
@@ -181,12 +182,10 @@ def recognises(keys: Collection[str]) -> bool:
 
 def entries(config: DiTConfig) -> tuple[Entry, ...]:
     """All leaves of an architecture, with their official keys and in that order."""
-    # The heads decide one shape alone, of the convolution: where it is, they
-    # are known. Fields that decide none are set alike, so that one trace of the
-    # model serves all.
+    # Fields that decide no shape are set alike: one trace of the model serves all.
     shaped = dataclasses.replace(
         config,
-        num_heads=config.num_heads if config.conv_size else 1,
+        num_heads=heads_of_shapes(config),
         kernel_function="relu",
         grid=None,
         **OFFICIAL_CONVENTIONS,

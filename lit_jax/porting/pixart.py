@@ -40,6 +40,7 @@ from lit_jax.porting.told import (
     agreeing,
     checked_depth,
     checked_fields,
+    heads_of_shapes,
     make_config,
     published_heads,
     told_by_shapes,
@@ -157,7 +158,7 @@ def recognises(keys: Collection[str]) -> bool:
 def entries(config: PixArtConfig) -> tuple[Entry, ...]:
     """All leaves of an architecture, with their official keys."""
     # Fields that decide no shape are set alike: one trace of the model serves all.
-    heads = config.num_heads if config.conv_size else 1
+    heads = heads_of_shapes(config)
     return _entries(
         dataclasses.replace(
             config, num_heads=heads, cross_heads=1, kernel_function="relu", grid=None,

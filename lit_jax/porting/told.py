@@ -39,18 +39,21 @@ def told_by_shapes(
             f"{path}: final_layer.linear has {features} outputs; patch {p} and {C} channels "
             f"need {patch}, or {2 * patch} with learned variance"
         )
-    is_linear = "blocks.0.attn.q.weight" in shapes
-    attention = "linear" if is_linear else "softmax"
-    # Another design than these two is taken by its name. All leaves must then be its own.
-    if stored.get("attention", attention) not in ("softmax", "linear"):
-        attention = stored["attention"]
-    first = "q" if is_linear else "qkv"
     told = {
-        "attention": attention,
         "width": D,
         "patch_size": p,
         "in_channels": C,
         "learn_sigma": features == 2 * patch,
+    }
+    is_linear = "blocks.0.attn.q.weight" in shapes
+    attention = "linear" if is_linear else "softmax"
+    # Another design than these two is taken by its name, with the fields that stand beside it. All
+    # leaves must then be its own.
+    if stored.get("attention", attention) not in ("softmax", "linear"):
+        return told | {"attention": stored["attention"]}
+    first = "q" if is_linear else "qkv"
+    told |= {
+        "attention": attention,
         "qkv_bias": f"blocks.0.attn.{first}.bias" in shapes,
         "conv_size": 0,
     }
@@ -65,6 +68,15 @@ def told_by_shapes(
             )
         told |= {"conv_size": K, "num_heads": D // H}
     return told
+
+
+def heads_of_shapes(config: Architecture) -> int | None:
+    """The heads that the shapes follow; 1 where they follow none, so that one trace serves all.
+
+    Of softmax and linear attention the heads decide the convolution's filters alone.
+    """
+    follows_none = config.attention in ("softmax", "linear") and not config.conv_size
+    return 1 if follows_none else config.num_heads
 
 
 def published_heads(told: Mapping[str, Any]) -> int | None:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+from typing import Any
 
 import flax.linen
 import jax
@@ -623,22 +624,37 @@ def test_the_heads_of_a_convolution_are_not_overridden(tmp_path):
     assert other.config.num_heads == 2
 
 
-class GatedAttention(attention.LinearAttention):
-    """A design with modules and leaves that no checkpoint of LiT has."""
+class GatedAttention(flax.linen.Module):
+    """A design whose modules and leaves no checkpoint of LiT or DiT has."""
+
+    num_heads: int
+    qkv_bias: bool
+    implementation: str | None
+    dtype: Any
 
     @flax.linen.compact
     def __call__(self, x, grid):
-        gate = flax.linen.RMSNorm(dtype=self.dtype, name="gate_norm")(x)
-        return attention.LinearAttention.__call__(self, x, grid) * gate
+        B, T, D = x.shape
+
+        def dense(name):
+            return flax.linen.Dense(D, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+
+        # A norm for each head: the shape follows their number.
+        gate = flax.linen.RMSNorm(dtype=self.dtype, name="gate_norm")(
+            dense("query").reshape(B, T, self.num_heads, -1)
+        )
+        mixed = gate.reshape(B, T, D) * dense("key") * dense("value").mean(axis=1, keepdims=True)
+        return flax.linen.Dense(D, dtype=self.dtype, name="proj")(mixed)
 
 
 def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkeypatch):
-    design = attention.ATTENTIONS["linear"]._replace(module=GatedAttention)
+    design = attention.Design(GatedAttention, ("xla",))
     monkeypatch.setitem(attention.ATTENTIONS, "gated", design)
     monkeypatch.setitem(dit.DiTConfig.ranges, "attention", ranges.one_of(*attention.ATTENTIONS))
     config = dit.DiTConfig(
         depth=2, width=32, num_heads=2, attention="gated", num_classes=3, grid=(2, 2)
     )
+    assert config.conv_size == 0  # which it does not read
     params = jax.tree.map(
         lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32),
         models.param_shapes(config),
@@ -648,3 +664,6 @@ def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkey
     assert "blocks.1.attn.gate_norm.weight" in read.report.keys
     assert read.config == config
     jax.tree.map(np.testing.assert_array_equal, load_params(read.params), params)
+    export_orbax(read, tmp_path / "orbax")
+    again = read_checkpoint(tmp_path / "orbax")
+    assert again.config == config and again.report.checksum == read.report.checksum
