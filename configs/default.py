@@ -296,7 +296,8 @@ def get_config() -> ConfigDict:
             # Which tokens the model sees of nothing: prompt (as many as the prompt has, as in
             # PixArt) or own (the one of the empty prompt, as in diffusers).
             null_mask="prompt",
-            # True: text encoder, model and autoencoder are in memory one after the other.
+            # True: all latents are drawn before the first is decoded, which has the model's memory.
+            # The text encoder is gone in any case when the model comes.
             offload=False,
             clip_denoised=False,  # clip the predicted image to [-1, 1]: for pixels
         )

@@ -1,14 +1,17 @@
 """LiT-0.6B at 512 pixels from PixArt-Sigma-XL-2-512-MS: stage one of the paper's text-to-image.
 
     python -m lit_jax.main --config=configs/pixart_sigma_512.py --mode=prepare
-    python -m lit_jax.main --config=configs/pixart_sigma_512.py
-    python -m lit_jax.main --config=configs/pixart_sigma_512.py --mode=sample
+    python -m lit_jax.main --config=configs/pixart_sigma_512.py --workdir=runs/pixart_sigma_512
+    python -m lit_jax.main --config=configs/pixart_sigma_512.py --workdir=runs/pixart_sigma_512 \\
+        --mode=sample
 
 docs/text_to_image.md has the whole sequence: the files that it needs, the captions, GenEval.
 
-Hardware and time: an image costs 4.9 TFLOP, the teacher's forward pass included, so the 40.7
-million images of the run are 2.0e20 FLOPs: six days on one GPU that sustains 400 TFLOP/s, 17 hours
-on eight. The paper does not say its hardware. Not run here: there was no PixArt-Sigma.
+Hardware and time: an image costs 4.9 TFLOP, the teacher's forward pass included, and 6.1 with the
+rematerialisation of this recipe. So the 40.7 million images of the run are 2.5e20 FLOPs: seven days
+on one GPU that sustains 400 TFLOP/s, 22 hours on eight. --mode=plan says at most 520 images/s for
+16 chips of v5e: 22 hours. The paper does not say its hardware. Not run here: there was no
+PixArt-Sigma.
 
 Expected (LiT, arXiv 2501.12976, text-to-image): GenEval overall 0.47 after this stage; PixArt-Sigma
 has 0.52. The standard error of such a score is 0.008. The paper's data set is not public.

@@ -437,7 +437,12 @@ class Experiment:
         if not path:
             raise ValueError(
                 "text.checkpoint is empty, but the model is told a caption; name the folder of its "
-                "text encoder"
+                "text encoder (training on stored features needs none with train.preview_every=0)"
+            )
+        longest = self.model_config.caption_length
+        if settings.max_length > longest:
+            raise ValueError(
+                f"text.max_length = {settings.max_length}, but model.caption_length = {longest}"
             )
         with naming("text", path="text.checkpoint"):
             encoder = text.load_text_encoder(
@@ -451,11 +456,6 @@ class Experiment:
             raise ValueError(
                 f"model.caption_channels = {channels}, but the features of text.checkpoint = "
                 f"{path} have {encoder.config.width}"
-            )
-        longest = self.model_config.caption_length
-        if settings.max_length > longest:
-            raise ValueError(
-                f"text.max_length = {settings.max_length}, but model.caption_length = {longest}"
             )
         return encoder
 

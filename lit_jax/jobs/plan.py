@@ -27,7 +27,7 @@ from lit_jax.costs import chips, hlo
 from lit_jax.costs.chips import GB, TPU, GiB
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
-from lit_jax.data.buckets import Buckets
+from lit_jax.data.buckets import UNITS, Buckets, name_of
 from lit_jax.experiment import Experiment
 from lit_jax.models import Model, param_shapes
 from lit_jax.models.attention import make_attention
@@ -92,7 +92,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         )
     with naming("plan"):
         devices = topology_devices(plan.topology, plan.slices)
-    planners = {name: Planner(of_bucket(config, name), devices) for name in plan.buckets or ("",)}
+    # Of ("all",) as of names: the table's order.
+    names: list[str] = []
+    if plan.buckets:
+        with naming("plan", names="plan.buckets"):
+            names = [name_of(shape) for shape in Buckets(UNITS, tuple(plan.buckets)).shapes]
+    planners = {name: Planner(of_bucket(config, name), devices) for name in names or ("",)}
 
     # ---- Compile -------------------------------------------------------------
     started = time.monotonic()
