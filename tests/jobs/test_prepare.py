@@ -295,7 +295,10 @@ def test_another_folder_of_the_same_name_is_refused(folder, tmp_path):
     config = make_config(tmp_path, folder)
     before = shard_files(run(config))
     for number, (old, new, message) in enumerate(
-        (("n01", "n09", "class_names"), ("n01/19.jpeg", "n01/99.jpeg", "source_list"))
+        (
+            ("n01", "n09", "other class names than those of this run, which are n02, n03, n09"),
+            ("n01/19.jpeg", "n01/99.jpeg", "source_list = "),
+        )
     ):
         other = tmp_path / str(number) / folder.name
         shutil.copytree(folder, other)
