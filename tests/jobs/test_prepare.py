@@ -303,7 +303,7 @@ def test_another_folder_of_the_same_name_is_refused(folder, tmp_path):
         other = tmp_path / str(number) / folder.name
         shutil.copytree(folder, other)
         (other / old).rename(other / new)
-        with pytest.raises(ValueError, match=f"was begun with {message} = "):
+        with pytest.raises(ValueError, match=f"was begun with {message}"):
             run(make_config(tmp_path, other))
     other = tmp_path / "2" / folder.name
     shutil.copytree(folder, other)
