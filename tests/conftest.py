@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import compiler
@@ -46,6 +47,8 @@ flags = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{flags} {compiler.XLA_FLAGS}"
 jax.devices()
 os.environ["XLA_FLAGS"] = flags
+# libtpu ignores the signal where nobody listens, and processes that a test starts would inherit it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
