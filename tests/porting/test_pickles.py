@@ -76,7 +76,6 @@ def attacks(folder):
         "a_number": (7, "holds 7, not a dict"),
         "a_list": ([1], "holds a list, not a dict"),
         "bytearray": ({"a": bytearray(b"x")}, "asks to run|opcode BYTEARRAY8"),
-        "complex": ({"a": 1j}, "asks to run (builtins|__builtin__).complex"),
         "a_set_of_calls": ({"a": {Run(os.system, f"touch {canary}")}}, "posix.system"),
         "a_device_of_no_name": ({"a": Run(torch.device, b"cuda")}, "asks to run torch.device"),
         "a_set_of_a_dict": ({"a": Run(set, {})}, "asks to run (builtins|__builtin__).set"),
