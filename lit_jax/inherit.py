@@ -135,11 +135,11 @@ def plan_merge(
 
 
 def parts_of(params: Any) -> tuple[str, ...]:
-    """The parts of attention that a tree of parameters has."""
-    paths = flatten_dict(params, sep="/")
-    modules = {path.removeprefix(ATTENTION).split("/")[0] for path in paths}
-    known = attention.PARTS.items()
-    return tuple(part for module, parts in known if module in modules for part in parts)
+    """The parts of attention that a tree of parameters has, the modules of no part among them."""
+    leaves = [path for path in flatten_dict(params, sep="/") if path.startswith(ATTENTION)]
+    modules = {path.removeprefix(ATTENTION).rpartition("/")[0] for path in leaves}
+    known = [part for m, parts in attention.PARTS.items() if m in modules for part in parts]
+    return (*known, *(["rest"] if modules - attention.PARTS.keys() else []))
 
 
 def _check_names(target, load, keep_init):

@@ -272,6 +272,10 @@ def test_another_design_inherits_the_parts_that_it_has_and_starts_with_the_rest(
     # From a source of its own design it takes them as the rest.
     source = make_params()
     source["blocks"]["attn"]["gate"] = {"norm": {"scale": np.full((L, D), 3.0, np.float32)}}
-    merged, _, report = merge(source, student, load=inherit.PARTS)
+    assert inherit.parts_of(student) == ("q", "k", "v", "o", "conv", "rest")
+    merged, _, report = merge(source, student, load=inherit.parts_of(student))
     assert not report.at_init
+    # Those of LiT and of DiT have no rest, whatever the modules outside attention.
+    assert inherit.parts_of(make_params()) == ("q", "k", "v", "o", "conv")
+    assert inherit.parts_of(teacher) == ("q", "k", "v", "o")
     np.testing.assert_array_equal(merged[gate], 3.0)
