@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lit_jax.models.dit import REMAT_POLICIES
+from lit_jax.models.blocks import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 from lit_jax.runtime import storage
 

@@ -24,6 +24,7 @@ from lit_jax.data.raw_images import (
     hash_of,
     image_files,
     printable,
+    source_records,
 )
 from lit_jax.runtime import storage
 
@@ -414,17 +415,9 @@ def _open_tfds(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Capt
             f"name = {name!r} has {', '.join(features)}; it needs an image, and its texts in "
             f"captions, caption or text"
         )
-    try:
-        # Pillow decodes, as all other images.
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        records = builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"name = {name!r} is stored as {builder.info.file_format}, which has no random "
-            f"access; `tfds convert_format` makes ArrayRecord of it"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"split = {split!r} is not of {name}: {first_line(error)}") from error
+    # Pillow decodes, as all other images.
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    records = source_records(builder, name, split, decoders)
 
     def read(index):
         record = records[index]

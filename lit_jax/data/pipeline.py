@@ -84,19 +84,25 @@ def make_batches(
       prefetch: batches read ahead (speed only).
     Raises: ValueError when there are fewer records than a batch needs.
     """
-    if batch_size > len(dataset):
-        raise ValueError(
-            f"batch_size = {batch_size} exceeds the {len(dataset)} records of {dataset.name}, "
-            f"split {dataset.split}"
-        )
-    if rows is None:
-        rows = np.arange(batch_size)
-
+    _check_size(dataset, batch_size)
+    rows = np.arange(batch_size) if rows is None else rows
     records = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
     records = records.random_map(_random_flip) if flip else records.map(_no_flip)
     # After the shuffle: every process draws the whole permutation, and flips by the number of
     # the record in it.
     batches = _ProcessRows(records, batch_size, rows).batch(len(rows))
+    return _read_ahead(batches, num_threads, prefetch)
+
+
+def _check_size(dataset: Dataset | BucketedDataset, batch_size: int) -> None:
+    if batch_size > len(dataset):
+        raise ValueError(
+            f"batch_size = {batch_size} exceeds the {len(dataset)} records of {dataset.name}, "
+            f"split {dataset.split}"
+        )
+
+
+def _read_ahead(batches: grain.MapDataset, num_threads: int, prefetch: int) -> grain.IterDataset:
     # After the batching, so that `prefetch` counts batches: grain reads ahead at the end of
     # its chain.
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -166,13 +172,8 @@ def make_bucket_batches(
       read_caption: see `choose_caption`.
     Raises: ValueError when there are fewer records than a batch needs.
     """
-    if batch_size > len(dataset):
-        raise ValueError(
-            f"batch_size = {batch_size} exceeds the {len(dataset)} records of {dataset.name}, "
-            f"split {dataset.split}"
-        )
-    if rows is None:
-        rows = np.arange(batch_size)
+    _check_size(dataset, batch_size)
+    rows = np.arange(batch_size) if rows is None else rows
     choose = functools.partial(choose_caption, ratio=caption_ratio, read=read_caption)
     seeds = stream_seeds(seed, len(dataset.buckets))
     streams = [
@@ -182,8 +183,7 @@ def make_bucket_batches(
     ]
     order = BucketOrder(tuple(map(len, dataset.buckets)), batch_size, seed)
     batches = _BucketRows(streams, order, rows).batch(len(rows))
-    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return batches.to_iter_dataset(reading)
+    return _read_ahead(batches, num_threads, prefetch)
 
 
 def bucket_shapes(

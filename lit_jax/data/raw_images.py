@@ -346,16 +346,7 @@ def _open_tfds(
         decoders = None
         open_pixels = _from_array
 
-    try:
-        records = builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"name = {name!r} is stored as {builder.info.file_format}, which has no "
-            f"random access; `tfds convert_format` makes ArrayRecord of it"
-        ) from error
-    except ValueError as error:
-        text = f"split = {split!r} is not of {name}: {first_line(error)}"
-        raise ValueError(text) from error
+    records = source_records(builder, name, split, decoders)
 
     # TFDS's ImageNet has "file_name", what --mode=prepare wrote has "id".
     identifiers = [field for field in ("file_name", "id") if field in features]
@@ -393,6 +384,24 @@ def _check_features(name: str, features: tfds.features.FeaturesDict) -> None:
     raise ValueError(
         f"name = {name!r} has {dict(features)}; it needs a uint8 image of 1, 3 or 4 channels"
     )
+
+
+def source_records(
+    builder: tfds.core.DatasetBuilder, name: str, split: str, decoders: Any = None
+) -> Any:
+    """The records of a split of a data set that is prepared from, by number.
+
+    Raises: ValueError for a split that it has not, or files without random access.
+    """
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"name = {name!r} is stored as {builder.info.file_format}, which has no "
+            f"random access; `tfds convert_format` makes ArrayRecord of it"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"split = {split!r} is not of {name}: {first_line(error)}") from error
 
 
 def _from_bytes(content: bytes) -> Image.Image:

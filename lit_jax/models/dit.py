@@ -6,7 +6,6 @@ under `blocks` has a leading layer axis.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,19 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax.models.architecture import COUNT, Architecture, is_count
-from lit_jax.models.attention import PROJECTED, make_attention, xavier_uniform
-from lit_jax.partitioning import constrain_rows, gather_weights
+from lit_jax.models.attention import make_attention, xavier_uniform
+from lit_jax.models.blocks import scan_blocks
+from lit_jax.partitioning import constrain_rows
 from lit_jax.ranges import Range
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTED),
-    ),
-}
 
 
 # ---- The architecture ----------------------------------------------------------------------------
@@ -302,19 +294,7 @@ class DiT(nn.Module):
         y = label if drop is None else jnp.where(drop, config.num_classes, label)
         c = nn.silu(c + LabelEmbedder(config.num_classes, D, name="y_embedder")(y))  # (B, D)
 
-        # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
-        block = nn.map_variables(
-            Block,
-            "params",
-            functools.partial(gather_weights, dtype=self.dtype),
-            init=self.is_initializing(),
-            mutable=self.is_initializing(),
-        )
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.depth
-        )
+        blocks = scan_blocks(self, Block, config.depth, dtype=self.dtype, remat=self.remat)
         # c never changes, yet is carried. As an input that the forward and the backward loop share,
         # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
         # overlaps with another chunk") from 8 rows a chip down.

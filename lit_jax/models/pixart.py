@@ -7,7 +7,6 @@ are scanned, so every leaf under `blocks` has a leading layer axis.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 
 from lit_jax.models.architecture import COUNT, COUNT_OR_NONE, SIZES, Architecture
 from lit_jax.models.attention import PROJECTED, make_attention, xavier_uniform
+from lit_jax.models.blocks import scan_blocks
 from lit_jax.models.dit import (
     FREQUENCIES,
-    REMAT_POLICIES,
     LayerNorm,
     Mlp,
     PatchEmbedder,
@@ -29,7 +28,7 @@ from lit_jax.models.dit import (
     position_embedding,
     unpatchify,
 )
-from lit_jax.partitioning import constrain_rows, gather_weights
+from lit_jax.partitioning import constrain_rows
 from lit_jax.ranges import Range
 
 normal = nn.initializers.normal
@@ -314,23 +313,9 @@ class PixArt(nn.Module):
         if drop is not None and "null_mask" in condition:
             mask = jnp.where(drop[:, None], condition["null_mask"], mask)
 
-        # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
-        block = nn.map_variables(
-            Block,
-            "params",
-            functools.partial(gather_weights, dtype=self.dtype),
-            init=self.is_initializing(),
-            mutable=self.is_initializing(),
-        )
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         # The caption is no part of the carry, which the backward pass keeps of every layer.
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=config.depth,
+        blocks = scan_blocks(
+            self, Block, config.depth, dtype=self.dtype, remat=self.remat, shared_inputs=2
         )
         stack = blocks(config, (h, w), self.implementation, self.dtype, name="blocks")
         (x, _), _ = stack((x, t0), y, mask)

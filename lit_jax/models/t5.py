@@ -18,7 +18,8 @@ import numpy as np
 from lit_jax import ranges
 from lit_jax.models.architecture import COUNT
 from lit_jax.models.autoencoder import precision_of
-from lit_jax.partitioning import constrain_rows, gather_weights
+from lit_jax.models.blocks import scan_blocks
+from lit_jax.partitioning import constrain_rows
 
 # Of every T5 v1.1; no shape tells the last two.
 BUCKETS = 32
@@ -242,20 +243,7 @@ class T5Encoder(nn.Module):
         table = nn.Embed(BUCKETS, N, embedding_init=init, name="relative_attention_bias")
         bias = table(relative_buckets(S)).transpose(2, 0, 1)  # (N, S, S)
 
-        block = nn.map_variables(
-            Block,
-            "params",
-            functools.partial(gather_weights, dtype=self.dtype),
-            init=self.is_initializing(),
-            mutable=self.is_initializing(),
-        )
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=config.depth,
-        )
+        blocks = scan_blocks(self, Block, config.depth, dtype=self.dtype, shared_inputs=2)
         with precision_of(self.dtype):
             x, _ = blocks(config, self.dtype, name="blocks")(x, bias, mask)
         return RMSNorm(name="final_layer_norm")(x).astype(self.dtype)
