@@ -295,6 +295,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def unpatchify(x: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """(B, T, p * p * C) to (B, C, h * p, w * p): a token is (row, column, channel)."""
+    h, w = grid
+    p = patch_size
+    x = x.reshape(len(x), h, w, p, p, -1)
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, h * p, w * p)
+
+
 class LiT(nn.Module):
     """The model of one architecture, under the official checkpoints' names."""
 
@@ -341,10 +349,7 @@ class LiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, (h, w))
 
-        C_out = self.out_channels
-        x = self.final_layer(x, c).reshape(-1, h, w, p, p, C_out)
-        x = torch.einsum("nhwpqc->nchpwq", x)
-        return x.reshape(-1, C_out, h * p, w * p)
+        return unpatchify(self.final_layer(x, c), (h, w), p)
 
 
 # ---- With a caption ----
@@ -481,10 +486,7 @@ class CaptionLiT(nn.Module):
         for block in self.blocks:
             x = block(x, y, t0, mask, (h, w))
 
-        C_out = self.out_channels
-        x = self.final_layer(x, embedded_t).reshape(-1, h, w, p, p, C_out)
-        x = torch.einsum("nhwpqc->nchpwq", x)
-        return x.reshape(-1, C_out, h * p, w * p)
+        return unpatchify(self.final_layer(x, embedded_t), (h, w), p)
 
 
 # ---- Files ----
