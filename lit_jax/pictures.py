@@ -55,9 +55,10 @@ def plot_curves(workdir: epath.PathLike) -> None:
 
 
 def loss_terms(line: dict[str, Any]) -> list[str]:
-    """The names of the loss and its terms in a line of metrics, the loss first."""
+    """The loss and its terms in a line of metrics, by name: those of the teacher come last."""
     names = [key.removeprefix("train/") for key in line if key.startswith("train/")]
-    return sorted((name for name in names if name not in NO_TERMS), key=lambda n: n != "loss")
+    terms = [name for name in names if name not in NO_TERMS]
+    return sorted(terms, key=lambda name: (name != "loss", name.startswith("kd_")))
 
 
 def save_picture(path: epath.PathLike, picture: Image.Image) -> None:
