@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.models.dit import DiTConfig
 from lit_jax.models.pixart import PixArtConfig
-from lit_jax.porting import autoencoder, dit, pixart
+from lit_jax.models.pixart_t5 import PixArtT5Config
+from lit_jax.porting import autoencoder, dit, pixart, pixart_t5
 from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
@@ -31,8 +32,13 @@ from lit_jax.porting.torch_checkpoint import (
 )
 
 # For the architecture of each model family the module with its key tables and the
-# overrides that it knows. A further family is one more line.
-KEY_TABLES: dict[type, ModuleType] = {DiTConfig: dit, PixArtConfig: pixart}
+# overrides that it knows. A further family is one more line; of two that know the same keys
+# the one with more of them comes first.
+KEY_TABLES: dict[type, ModuleType] = {
+    DiTConfig: dit,
+    PixArtT5Config: pixart_t5,
+    PixArtConfig: pixart,
+}
 
 
 @dataclasses.dataclass(frozen=True)
