@@ -60,8 +60,8 @@ def get_config() -> ConfigDict:
     # The frozen model that the student inherits from and is distilled from.
     config.teacher = ConfigDict(
         dict(
-            # Official DiT .pt or .safetensors, diffusers folder, Orbax folder or workdir.
-            # Empty: no teacher, so the run is plain diffusion training.
+            # Official .pt, .pth or .safetensors, diffusers folder or pipeline, Orbax folder or
+            # workdir. Empty: no teacher, so the run is plain diffusion training.
             checkpoint="",
             weights="ema",  # ema or model, where a training checkpoint has both
             # The checkpoint must have this size; empty: any size. A plan that has no checkpoint
@@ -316,8 +316,8 @@ def get_config() -> ConfigDict:
             # 0: what it tells, or the published number of its size.
             num_heads=0,
             num_classes=0,  # resize the label table to so many classes; 0: keep it
-            # Of a PixArt that lacks it: the features of "", as .npy, .safetensors or .pth, or a
-            # pipeline's folder whose text encoder makes them.
+            # Of a PixArt: the features of "", as .npy, .safetensors or .pth, or a pipeline's folder
+            # whose text encoder makes them. Empty: its own, or else text.checkpoint makes them.
             null_caption="",
             # Recompute the position table for this size, or (height, width); 0: keep it.
             input_size=ml_collections.FieldReference(0, field_type=object),

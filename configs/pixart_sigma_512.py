@@ -35,7 +35,7 @@ def get_config():
         # 1024 and 2048 pixels.
         config.model.position_base = 32
         config.model.position_scale = 1.0
-    # The official .pth, or the Orbax folder that --mode=port makes of a pipeline's folder.
+    # The official .pth, or a pipeline's folder.
     config.teacher.update(checkpoint="PixArt-Sigma-XL-2-512-MS.pth", size="XL")
     config.student.init = "teacher"
     # The pipeline's folder has tokenizer/, text_encoder/ and vae/.

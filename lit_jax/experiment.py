@@ -3,17 +3,20 @@
 All jobs ask an `Experiment` for what they need.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, inherit, ranges, sharding, text
@@ -22,6 +25,7 @@ from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
+from lit_jax.porting.pixart import NoNullCaptionError
 from lit_jax.porting.read import (
     KEY_TABLES,
     Checkpoint,
@@ -33,7 +37,7 @@ from lit_jax.porting.read import (
 from lit_jax.porting.t5 import read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.sampling import Sampler
-from lit_jax.settings import check_exists, naming, read_settings
+from lit_jax.settings import naming, read_settings, reading
 from lit_jax.train_step import (
     StepSettings,
     TrainState,
@@ -67,6 +71,8 @@ class Experiment:
         self.autoencoder_settings = settings.autoencoder
         self.image_settings = settings.images
         self.port_overrides = settings.port
+        # The text encoder, while somebody holds it.
+        self._text_encoder: Callable[[], text.TextEncoder | None] = lambda: None
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -105,13 +111,43 @@ class Experiment:
             implementation=config.model.implementation,
         )
 
+    def read_checkpoint(
+        self, field: str, path: str, weights: str = "ema", overrides: Any = None
+    ) -> Checkpoint:
+        """The checkpoint that a field names, of a model of the config's family, still on disk.
+
+        The folders of diffusers have no null caption: the text encoder makes it when it is read.
+
+        Args: overrides: None: those that change nothing.
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
+        overrides = overrides or KEY_TABLES[type(self.model_config)].Overrides()
+        read = functools.partial(
+            read_checkpoint, path, weights=weights, family=self.config.model.family
+        )
+        advice = "it is what training, --mode=port or a download leaves"
+        names = {"family": "model.family", "input_size": "port.input_size"}
+        with reading(field, path, advice, **names):
+            try:
+                return read(overrides=overrides)
+            except NoNullCaptionError as error:
+                shape = (self.model_config.caption_length, error.channels)
+            self.check_null_caption(field, path)
+            # The checksum is that with zeros: what devices compute is not the same to the last bit.
+            # The data, and a folder of samples, tell the text encoder.
+            changed = {"null_caption": np.zeros(shape, np.float32), "caption_length": shape[0]}
+            checkpoint = read(overrides=dataclasses.replace(overrides, **changed))
+        params = flatten_dict(checkpoint.params, sep="/")
+        params[self.model_config.frozen[0]] = _NullCaption(shape, lambda: self.null_caption)
+        return dataclasses.replace(checkpoint, params=unflatten_dict(params, sep="/"))
+
     @functools.cached_property
     def teacher_checkpoint(self) -> Checkpoint | None:
         """Still on disk; None: plain training."""
         teacher = self.config.teacher
         if not teacher.checkpoint:
             return None
-        return _read("teacher.checkpoint", teacher.checkpoint, teacher.weights)
+        return self.read_checkpoint("teacher.checkpoint", teacher.checkpoint, teacher.weights)
 
     @functools.cached_property
     def teacher(self) -> Model | None:
@@ -196,7 +232,7 @@ class Experiment:
             # Fine-tuning on other classes resizes the label table, as port.num_classes does.
             overrides = KEY_TABLES[type(self.model_config)].Overrides
             asked = overrides.of_student(self.model_config, self.config.seed)
-            checkpoint = _read("student.init", student.init, student.weights, asked)
+            checkpoint = self.read_checkpoint("student.init", student.init, student.weights, asked)
         if checkpoint is None:
             raise ValueError(
                 "student.init = teacher, but teacher.checkpoint is empty; name one, or set "
@@ -275,8 +311,7 @@ class Experiment:
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
             return None, None
-        check_exists("autoencoder.checkpoint", wanted.checkpoint, "it is a download")
-        with naming("autoencoder", path="autoencoder.checkpoint"):
+        with reading("autoencoder.checkpoint", wanted.checkpoint, "it is a download"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
         if channels != self.model_config.in_channels:
@@ -448,25 +483,25 @@ class Experiment:
         with naming("sample"):
             return choose_prompts(sample.prompts, sample.prompt_file, sample.images_per_prompt)
 
-    def load_text_encoder(self, path: str = "") -> text.TextEncoder:
+    def load_text_encoder(self, path: str = "", field: str = "text.checkpoint") -> text.TextEncoder:
         """The text encoder on the mesh. Who drops it frees its memory, 10 GB for T5-XXL.
 
-        Args: path: in place of text.checkpoint.
+        Args:
+          path: in place of text.checkpoint.
+          field: that which names the path.
         Raises: ValueError where the config names none, or one of another width.
         """
         settings = self.config.text
-        path = path or settings.checkpoint
-        if not path:
-            raise ValueError(
-                "text.checkpoint is empty, but the model is told a caption; name the folder of its "
-                "text encoder (training on stored features needs none with train.preview_every=0)"
-            )
+        is_configs = not path
+        if is_configs and (encoder := self._text_encoder()):
+            return encoder
+        path = path or self._text_checkpoint
         longest = self.model_config.caption_length
         if settings.max_length > longest:
             raise ValueError(
                 f"text.max_length = {settings.max_length}, but model.caption_length = {longest}"
             )
-        with naming("text", path="text.checkpoint"):
+        with self._reading_text(field, path):
             encoder = text.load_text_encoder(
                 path,
                 self.text_settings,
@@ -476,10 +511,69 @@ class Experiment:
         channels = self.model_config.caption_channels
         if encoder.config.width != channels:
             raise ValueError(
-                f"model.caption_channels = {channels}, but the features of text.checkpoint = "
+                f"model.caption_channels = {channels}, but the features of {field} = "
                 f"{path} have {encoder.config.width}"
             )
+        if is_configs:
+            self._text_encoder = weakref.ref(encoder)
         return encoder
+
+    @property
+    def _text_checkpoint(self) -> str:
+        path = self.config.text.checkpoint
+        if not path:
+            raise ValueError(
+                "text.checkpoint is empty, but the model is told a caption; name the folder of its "
+                "text encoder (training on stored features needs none with train.preview_every=0)"
+            )
+        return path
+
+    @contextlib.contextmanager
+    def _reading_text(self, field: str, path: str) -> Iterator[None]:
+        """Errors name the field of the text encoder, that of the tokenizer, or their own."""
+        tokenizer = self.config.text.tokenizer
+        with contextlib.ExitStack() as stack:
+            if path:
+                stack.enter_context(reading(field, path, "it is a download"))
+            if tokenizer:
+                stack.enter_context(reading("text.tokenizer", tokenizer, "it is a spiece.model"))
+            stack.enter_context(naming("text", path=field))
+            yield
+
+    def text_identity(self) -> dict[str, Any]:
+        """What tells the text encoder from others; it is read, not loaded."""
+        settings = self.config.text
+        path = self._text_checkpoint
+        with self._reading_text("text.checkpoint", path):
+            tokenizer = text.Tokenizer(settings.tokenizer or path)
+            weights = read_text_encoder(path).report.checksum
+        identity = text.identity_of(tokenizer, weights, self.text_settings)
+        return identity | {"dtype": settings.dtype}
+
+    @functools.cached_property
+    def null_caption(self) -> np.ndarray:
+        """The features of "" by the text encoder, (caption_length, C) float32."""
+        encoder = self.load_text_encoder()
+        rows = encoder.null_features(self.model_config.caption_length)
+        return rows.astype(np.float32)
+
+    def check_null_caption(self, field: str, path: epath.PathLike) -> None:
+        """Says that the text encoder makes the null caption of a checkpoint that lacks it.
+
+        Raises: ValueError where the config names no text encoder that is there.
+        """
+        encoder = self.config.text.checkpoint
+        if not encoder or not epath.Path(encoder).exists():
+            found = f"= {encoder} is not there" if encoder else "is empty"
+            raise ValueError(
+                f'{field} = {path} has no null caption, the text encoder\'s features of "" that '
+                f"guidance compares with, and text.checkpoint {found}: name the folder of the text "
+                f"encoder there, or let --mode=port write a checkpoint that has it, with the "
+                f"features in a file that port.null_caption names"
+            )
+        logging.info(
+            "%s = %s has no null caption: text.checkpoint = %s makes it", field, path, encoder
+        )
 
     def encode(self, prompts: Sequence[str], null_caption: Any = None) -> tuple[Any, Any]:
         """The condition of prompts, and what tells their text encoder from others.
@@ -697,7 +791,7 @@ class Experiment:
         }
         checkpoint = config.text.checkpoint
         tokenizer = config.text.tokenizer or checkpoint
-        with naming("text"):
+        with self._reading_text("text.checkpoint", checkpoint):
             if tokenizer:
                 asked["tokenizer"] = text.Tokenizer(tokenizer).sha256
             if checkpoint:
@@ -792,8 +886,22 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name).type
 
 
-def _read(field: str, path: str, weights: str, overrides: Any = None) -> Checkpoint:
-    """The checkpoint that a field names. Raises: FileNotFoundError when it is not there."""
-    check_exists(field, path, "it is what another training or download leaves")
-    with naming(field.split(".")[0], input_size="port.input_size"):
-        return read_checkpoint(path, weights=weights, overrides=overrides)
+class _NullCaption:
+    """A leaf, (n, C) float32, that is made when it is first read.
+
+    Plans and checks of shapes need no text encoder.
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 2
+
+    def __init__(self, shape: tuple[int, int], make: Callable[[], np.ndarray]):
+        self.shape = shape
+        self.size = shape[0] * shape[1]
+        self._make = make
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._make()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._make().astype(dtype or self.dtype)

@@ -59,6 +59,28 @@ def check_exists(field: str, path: epath.PathLike, advice: str) -> None:
         raise FileNotFoundError(f"{field} = {path}: no such file or folder; {advice}")
 
 
+@contextlib.contextmanager
+def reading(field: str, path: epath.PathLike, advice: str, **names: str) -> Iterator[None]:
+    """Errors of what reads the file or folder that a field names get the field's name.
+
+    `PATH: no tensors` becomes `teacher.checkpoint = PATH: no tensors`.
+
+    Args:
+      advice: what a file is that is not there.
+      names: those of `naming`; the reader's argument `path` is the field.
+    Raises: FileNotFoundError naming the field.
+    """
+    check_exists(field, path, advice)
+    try:
+        with naming(field.split(".")[0], path=field, **names):
+            yield
+    except (ValueError, FileNotFoundError) as error:
+        if not re.match(re.escape(str(epath.Path(path))) + r"[:/ ]", str(error)):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{field} = {error}") from error
+
+
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
     """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
     return _of_group(EvaluationSettings, config.evaluate, "evaluate")
@@ -203,6 +225,7 @@ def _port_overrides(config: ConfigDict, model: Architecture) -> Any:
     # A side of 0 keeps the table that the checkpoint has; a null caption is read by the job.
     sides = ranges.sides(port.input_size) if port.input_size else None
     asked = dict(port) | {"input_size": sides, "seed": config.seed, "null_caption": None}
+    asked["caption_length"] = getattr(model, "caption_length", 0)
     for table in KEY_TABLES.values():
         for field in dataclasses.fields(table.Overrides):
             if field.name not in names and field.name in port and port[field.name]:

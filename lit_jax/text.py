@@ -384,12 +384,7 @@ class TextEncoder:
 
     def identity(self) -> dict[str, Any]:
         """What features must agree on to be of one kind, as JSON values."""
-        return {
-            "tokenizer": self.tokenizer.sha256,
-            "weights": self._weights,
-            "cleaning": self.settings.cleaning,
-            "max_length": self.settings.max_length,
-        }
+        return identity_of(self.tokenizer, self._weights, self.settings)
 
     def _encode(self, ids, mask):
         """At most a batch of rows of one length: (n, S) to (n, S, C)."""
@@ -403,6 +398,16 @@ class TextEncoder:
         if not out.is_fully_addressable:
             out = multihost_utils.process_allgather(out, tiled=True)
         return np.asarray(out)[: len(ids)]
+
+
+def identity_of(tokenizer: Tokenizer, weights: str, settings: TextSettings) -> dict[str, Any]:
+    """What `TextEncoder.identity` says, of an encoder that is not loaded."""
+    return {
+        "tokenizer": tokenizer.sha256,
+        "weights": weights,
+        "cleaning": settings.cleaning,
+        "max_length": settings.max_length,
+    }
 
 
 def load_text_encoder(

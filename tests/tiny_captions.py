@@ -1,5 +1,6 @@
 """Images with captions of three aspects, and a config that prepares and trains on them."""
 
+import jax
 import numpy as np
 from PIL import Image
 from tiny_text import CAPTIONS, CONFIG
@@ -7,6 +8,9 @@ from tiny_text import CAPTIONS, CONFIG
 from configs import debug
 from lit_jax.data.buckets import split_of
 from lit_jax.data.caption_records import BucketedDataset, CaptionDataset, pack
+from lit_jax.experiment import Experiment
+from lit_jax.models import param_shapes
+from lit_jax.porting.write import export_diffusers
 
 # (height, width) in pixels, of a nominal size of 16: one for each of these buckets, and near them.
 BUCKETS = ("8x32", "16x16", "32x8")
@@ -60,6 +64,22 @@ def make_config(folder, data, text="", autoencoder=""):
     config.train.update(batch_size=8, steps=4, preview_every=0, remat="none")
     config.report.update(num_images=0, read_labels=False)
     return config
+
+
+def write_transformer(config, folder):
+    """Puts a teacher of the student's size beside a text encoder; returns that folder.
+
+    It is then a pipeline of diffusers, whose file has no null caption.
+    """
+    architecture = Experiment(config).default_teacher().config
+    # diffusers knows one number of heads.
+    architecture = architecture.with_heads(architecture.cross_heads)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    export_diffusers(params, folder / "transformer", architecture)
+    return folder
 
 
 def make_buckets(counts=(3, 9, 4), lengths=(2, 1), tokens=None, **about):

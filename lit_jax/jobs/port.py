@@ -32,7 +32,7 @@ from lit_jax.porting.read import (
 )
 from lit_jax.porting.untrusted import is_remote
 from lit_jax.porting.write import export_diffusers, export_official, export_orbax
-from lit_jax.settings import naming
+from lit_jax.settings import naming, reading
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
@@ -66,8 +66,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
         )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"port.target = {target} exists; a port never overwrites")
-    if not source.exists():
-        raise FileNotFoundError(f"port.source = {source}: no such file or folder")
     workdir = epath.Path(workdir)
     _check_place(workdir)
 
@@ -75,7 +73,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
 
     checkpoint: Checkpoint | AutoencoderCheckpoint
     # The library speaks of its arguments, which are the fields of config.port.
-    with naming("port"):
+    with reading("port.source", source, "it is a download", family="model.family"):
         if is_autoencoder(source):
             if layout != "orbax":
                 raise ValueError(
@@ -88,11 +86,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
                 scaling_factor=port.scaling_factor,
             )
         else:
-            checkpoint = read_checkpoint(
-                source,
-                weights=port.weights,
-                overrides=_overrides(experiment),
-            )
+            checkpoint = _read_model(experiment, source)
     if isinstance(checkpoint, Checkpoint) and port.check_model:
         _check_model(experiment, checkpoint)
 
@@ -136,17 +130,32 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     return report
 
 
-def _overrides(experiment):
-    """Those of the config, with the null caption that it names."""
+def _read_model(experiment, source):
+    """The source, with the null caption that the config names, or else its text encoder makes."""
+    config = experiment.config
     overrides = experiment.port_overrides
-    source = experiment.config.port.null_caption
-    if not source:
-        return overrides
-    if not epath.Path(source).is_dir():
-        return dataclasses.replace(overrides, null_caption=pixart.read_null_caption(source))
-    # Two rows tell all: the end of the text, and one of padding.
-    encoder = experiment.load_text_encoder(source)
-    return dataclasses.replace(overrides, null_caption=encoder.null_features(2))
+    path = config.port.null_caption
+    null_caption = None
+    if path and not epath.Path(path).is_dir():
+        with reading("port.null_caption", path, "it is a file of features"):
+            null_caption = pixart.read_null_caption(path)
+    elif path:
+        # Two rows tell all: the end of the text, and one of padding.
+        null_caption = experiment.load_text_encoder(path, "port.null_caption").null_features(2)
+    if null_caption is not None:
+        overrides = dataclasses.replace(overrides, null_caption=null_caption)
+
+    def read(overrides):
+        family = config.model.family
+        return read_checkpoint(
+            source, weights=config.port.weights, overrides=overrides, family=family
+        )
+
+    try:
+        return read(overrides)
+    except pixart.NoNullCaptionError:
+        experiment.check_null_caption("port.source", source)
+    return read(dataclasses.replace(overrides, null_caption=experiment.null_caption))
 
 
 def _path(value, field):
@@ -170,12 +179,6 @@ def _check_model(experiment, checkpoint):
     """Raises ValueError naming a field in which the checkpoint is another model."""
     expected = experiment.port_overrides.of_model(experiment.model_config)
     found = checkpoint.config
-    if type(found) is not type(expected):
-        raise ValueError(
-            f"{checkpoint.report.source} holds a {type(found).__name__.removesuffix('Config')}, "
-            f"model.family is {experiment.config.model.family}; name its family, or set "
-            "port.check_model=False"
-        )
     # The checkpoint says how its own code computes; the config's model need not compute so.
     skipped: tuple[str, ...] = found.conventions
     if found.attention != expected.attention:

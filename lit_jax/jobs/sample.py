@@ -27,12 +27,14 @@ from lit_jax import pictures, sampling, sharding
 from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.evaluation import geneval
 from lit_jax.experiment import Experiment
-from lit_jax.porting.read import load_params, read_checkpoint
+from lit_jax.porting.read import load_params
 from lit_jax.runtime import progress, storage, workdir_lock
-from lit_jax.settings import check_exists, naming
 
 GRID_IMAGES = 100
 NAMED_IMAGES = 4  # of those that cannot be written, in an error
+
+# The numbers of images (n,) to what the model is told of each, arrays (n, ...).
+Condition = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -57,9 +59,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     experiment.check_platform()
     path = settings.checkpoint or str(workdir)
     field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
-    check_exists(field, path, "it is what training or --mode=port leaves")
-    with naming("sample", path="sample.checkpoint", input_size="port.input_size"):
-        checkpoint = read_checkpoint(path)
+    checkpoint = experiment.read_checkpoint(field, path)
     experiment.check_checkpoint(checkpoint, path)
     if settings.cfg_scale != 1 and never_dropped(path):
         logging.warning(
@@ -70,27 +70,79 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             settings.cfg_scale,
         )
     sampler = experiment.sampler()
-    asked = what_is_asked(experiment, checkpoint.params)
-    index = np.arange(asked.num_images)
+    asked = what_is_asked(experiment)
+    folder = workdir / "samples"
+    paths = [asked.path(folder, i) for i in range(asked.num_images)]
 
     # ---- What is missing -----------------------------------------------------
-    folder = workdir / "samples"
-    # Its own lock: a run may be training in the workdir.
-    stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
-    claim_folder(
-        folder,
-        protocol_of(experiment, checkpoint.report.checksum) | asked.protocol,
-    )
-    paths = [asked.path(folder, i) for i in range(asked.num_images)]
     missing = np.array([not pictures.is_whole(path) for path in paths], np.int32)
     # One list for all processes: they draw a batch together.
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
+    # The text encoder comes and goes here, before the model is loaded. It encodes all prompts, as
+    # their padding follows the longest; where nothing is missing, none.
+    condition, told = tell(experiment, asked, checkpoint.params, draws=len(todo) > 0)
+    # Its own lock: a run may be training in the workdir.
+    stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
+    protocol = protocol_of(experiment, checkpoint.report.checksum) | asked.protocol | told
+    claim_folder(folder, protocol)
 
     # ---- Draw ----------------------------------------------------------------
-    params = load_params(
-        checkpoint.params,
-        sharding.fsdp_sharding(checkpoint.params, experiment.mesh),
+    speed = None
+    if len(todo):
+        speed = draw_missing(experiment, sampler, checkpoint.params, condition, todo, paths)
+    else:
+        logging.info("all %d images are in %s already", len(paths), folder)
+    multihost_utils.sync_global_devices("samples written")
+
+    # ---- The npz and the grid ------------------------------------------------
+    if jax.process_index() != 0:
+        return
+    about = {"protocol": json.loads((folder / "protocol.json").read_text())}
+    noted = folder / "speed.json"
+    if speed is not None:
+        about["speed"] = {
+            "images_per_second": speed,
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        }
+        storage.replace_text(noted, json.dumps(about["speed"]) + "\n")
+        logging.info(
+            "%(images_per_second).1f images/s on %(devices)d x %(device)s",
+            about["speed"],
+        )
+    # Otherwise that of the run that drew them.
+    elif noted.exists() and (before := storage.read_object(noted)):
+        about["speed"] = before
+    asked.finish(folder)
+    write_npz(workdir / "samples.npz", paths, asked.names, about)
+    shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
+    captions = asked.captions[:GRID_IMAGES]
+    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown, captions))
+    logging.info(
+        "%d images in %s, their grid in samples.png, all of them in samples.npz",
+        len(paths),
+        folder,
     )
+
+
+def draw_missing(
+    experiment: Experiment,
+    sampler: sampling.Sampler,
+    params: Any,
+    condition: Condition,
+    todo: np.ndarray,
+    paths: Sequence[epath.Path],
+) -> float | None:
+    """Draws the images of the numbers `todo` into their paths.
+
+    Args:
+      params: the model's, still on disk.
+      condition: what the model is told of images.
+      paths: of all images.
+    Returns: images a second; None: the decoder had a turn of its own.
+    """
+    settings = experiment.config.sample
+    params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
     size = settings.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     latents: list[jax.Array] = []
@@ -98,19 +150,19 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         # All latents first: the model's memory is the decoder's afterwards.
         with progress.progress("latents", len(todo)) as advance:
             for batch in batches:
-                drawn = sampler.draw_latents(params, batch, asked.condition(batch))
+                drawn = sampler.draw_latents(params, batch, condition(batch))
                 latents.append(jax.block_until_ready(drawn))
                 advance(len(batch))
         del params
     untimed = 0  # images of the first batch
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
-    with progress.progress("sampling", len(index), len(index) - len(todo)) as advance:
+    with progress.progress("sampling", len(paths), len(paths) - len(todo)) as advance:
         for number, batch in enumerate(batches):
             if settings.offload:
                 images = sampler.decode(latents[number])
             else:
-                images = sampler.draw(params, batch, asked.condition(batch))
+                images = sampler.draw(params, batch, condition(batch))
             if pending:
                 # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
@@ -125,39 +177,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
         if pending:
             save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
-    multihost_utils.sync_global_devices("samples written")
-
-    # ---- The npz and the grid ------------------------------------------------
-    if jax.process_index() != 0:
-        return
-    about = {"protocol": json.loads((folder / "protocol.json").read_text())}
-    speed = folder / "speed.json"
     # With offload the clock has seen the decoder alone.
-    if len(todo) and not settings.offload:
-        measured = {
-            "images_per_second": (len(todo) - untimed) / (time.monotonic() - clock),
-            "device": jax.devices()[0].device_kind,
-            "devices": jax.device_count(),
-        }
-        storage.replace_text(speed, json.dumps(measured) + "\n")
-        about["speed"] = measured
-        logging.info(
-            "%(images_per_second).1f images/s on %(devices)d x %(device)s",
-            measured,
-        )
-    # Otherwise that of the run that drew them.
-    elif speed.exists() and (before := storage.read_object(speed)):
-        about["speed"] = before
-    asked.finish(folder)
-    write_npz(workdir / "samples.npz", paths, asked.names, about)
-    shown = np.stack([read_image(path) for path in paths[:GRID_IMAGES]])
-    captions = asked.captions[:GRID_IMAGES]
-    pictures.save_picture(workdir / "samples.png", pictures.square_grid(shown, captions))
-    logging.info(
-        "%d images in %s, their grid in samples.png, all of them in samples.npz",
-        len(index),
-        folder,
-    )
+    return None if settings.offload else (len(todo) - untimed) / (time.monotonic() - clock)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
@@ -173,12 +194,9 @@ def never_dropped(path: epath.PathLike) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The images of a run.
-
-    Their number, what the model is told of each, and where each is written.
+    """The images of a run: their number, and where each is written.
 
     Attributes:
-      condition: of images by number, (n,) to arrays (n, ...).
       names: arrays of the npz beside the images, such as label (N,).
       protocol: what the images depend on besides the sampler.
       captions: a text below each image of the grid; empty: none.
@@ -187,7 +205,6 @@ class Asked:
     """
 
     num_images: int
-    condition: Callable[[np.ndarray], dict[str, np.ndarray]]
     names: dict[str, np.ndarray]
     protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
     captions: list[str] = dataclasses.field(default_factory=list)
@@ -195,44 +212,23 @@ class Asked:
     finish: Callable[[epath.Path], None] = lambda folder: None
 
 
-def what_is_asked(experiment: Experiment, params: Any) -> Asked:
-    """What config.sample asks for: images of classes, or of prompts.
-
-    Args: params: the model's, still on disk. A text encoder is compared with their null caption.
-    """
+def what_is_asked(experiment: Experiment) -> Asked:
+    """What config.sample asks for: images of classes, or of prompts."""
     sample = experiment.config.sample
     if not experiment.is_told_captions:
-        labels = experiment.conditions(np.arange(sample.num_images), sample.labels)
-
-        def of_label(index):
-            return {name: value[index] for name, value in labels.items()}
-
-        return Asked(sample.num_images, of_label, labels)
+        index = np.arange(sample.num_images)
+        return Asked(len(index), experiment.conditions(index, sample.labels))
 
     prompts = experiment.prompts
-    # The text encoder comes and goes here, before the model is loaded.
-    null_caption = flatten_dict(params, sep="/")[experiment.model_config.frozen[0]]
-    features, identity = experiment.encode(prompts.texts, null_caption)
-
-    def of_prompt(index):
-        return {name: value[prompts.of(index)] for name, value in features.items()}
-
     numbers = prompts.of(np.arange(prompts.num_images))
     texts = [prompts.texts[i] for i in numbers]
     protocol = {
-        "text": identity,
         "prompts": prompts.sha256(),
         "images_per_prompt": prompts.images_per_prompt,
         "null_mask": sample.null_mask,
         "size": list(experiment.sample_size),
     }
-    asked = Asked(
-        prompts.num_images,
-        of_prompt,
-        {"prompt": np.array(texts)},
-        protocol,
-        texts,
-    )
+    asked = Asked(prompts.num_images, {"prompt": np.array(texts)}, protocol, texts)
     if prompts.geneval is None:
         return asked
     lines = list(prompts.geneval)
@@ -245,6 +241,29 @@ def what_is_asked(experiment: Experiment, params: Any) -> Asked:
         path=geneval_path,
         finish=lambda folder: geneval.write_metadata(folder, lines),
     )
+
+
+def tell(
+    experiment: Experiment, asked: Asked, params: Any, *, draws: bool
+) -> tuple[Condition, dict[str, Any]]:
+    """What the model is told of images by number, and what the protocol says of that.
+
+    Args:
+      params: the model's, still on disk. A text encoder is compared with their null caption.
+      draws: False: no image is drawn, and no text encoder is loaded.
+    """
+    if not experiment.is_told_captions:
+        return lambda index: {name: rows[index] for name, rows in asked.names.items()}, {}
+    if not draws:
+        return lambda index: {}, {"text": experiment.text_identity()}
+    prompts = experiment.prompts
+    null_caption = flatten_dict(params, sep="/")[experiment.model_config.frozen[0]]
+    features, identity = experiment.encode(prompts.texts, null_caption)
+
+    def of_prompt(index):
+        return {name: rows[prompts.of(index)] for name, rows in features.items()}
+
+    return of_prompt, {"text": identity}
 
 
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:

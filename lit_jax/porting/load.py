@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lit_jax.models import model_of
+from lit_jax.porting.pixart import NoNullCaptionError
 from lit_jax.porting.read import load_params, read_checkpoint
 
 
@@ -15,9 +16,16 @@ def load(path: Any, *, weights: str = "ema") -> tuple[Any, Any, Any]:
       path: what `read_checkpoint` takes.
       weights: "ema" or "model", where a training checkpoint has both.
     Returns: the model in float32, its parameters on the default device, and its architecture.
-    Raises: what `read_checkpoint` raises; ValueError where nothing tells the number of heads.
+    Raises: what `read_checkpoint` raises; ValueError where nothing tells the number of heads, or
+      the null caption.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
+    try:
+        checkpoint = read_checkpoint(path, weights=weights)
+    except NoNullCaptionError as error:
+        raise ValueError(
+            f'{path} has no null caption, the text encoder\'s features of ""; port it with '
+            f"--config.port.null_caption=FOLDER_OF_THE_TEXT_ENCODER first"
+        ) from error
     config = checkpoint.config
     if not config.num_heads:
         raise ValueError(

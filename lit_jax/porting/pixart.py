@@ -104,6 +104,20 @@ WHAT = "a PixArt-Sigma checkpoint"
 MAX_SIDE = 1 << 10  # tokens: images of 16384 pixels
 
 
+class NoNullCaptionError(PortingError):
+    """A checkpoint lacks the null caption, which `Overrides.null_caption` gives it.
+
+    `channels` is the width of the features that the model takes.
+    """
+
+    def __init__(self, path: Any, channels: int):
+        super().__init__(
+            f"null_caption must be named: {path} has no y_embedder.y_embedding, the text "
+            'encoder\'s features of "" that guidance compares with'
+        )
+        self.channels = channels
+
+
 @dataclasses.dataclass(frozen=True)
 class Overrides:
     """What a caller knows better than a checkpoint; defaults leave all as it is.
@@ -115,15 +129,17 @@ class Overrides:
             such as (128, 128) for 1024 pixels. None: as the source says.
         null_caption: the text encoder's features of "", (n, caption_channels) float, for a
             source without them; rows after the last one are equal to it. None: the source's.
+        caption_length: rows of the null caption of a source without it. 0: 300.
     Raises: ValueError whose text starts with the field's name.
     """
 
     num_heads: int = 0
     input_size: tuple[int, int] | None = None
     null_caption: np.ndarray | None = None
+    caption_length: int = 0
 
     def __post_init__(self):
-        ranges.check(self, num_heads=ranges.AT_LEAST_0)
+        ranges.check(self, num_heads=ranges.AT_LEAST_0, caption_length=ranges.AT_LEAST_0)
         size = self.input_size
         if size is not None and (size[0] != size[1] or not 0 < size[0] <= 2 * MAX_SIDE):
             raise ValueError(
@@ -200,16 +216,13 @@ def read_torch(
     if report.layout == "diffusers":
         fields |= agreeing(told, _diffusers_says(source, told), path, "config.json")
     fields |= agreeing(told, stored, path, "its metadata")
-    length = fields.get("caption_length", 300)
+    fields.setdefault("caption_length", overrides.caption_length or 300)
     if "y_embedder.y_embedding" not in named:
         if (null := overrides.null_caption) is not None:
-            table = _null_table(null, length, told["caption_channels"])
+            table = _null_table(null, fields["caption_length"], told["caption_channels"])
             named["y_embedder.y_embedding"] = Parts((table,), ("null_caption",))
     if "y_embedder.y_embedding" not in named:
-        raise PortingError(
-            f"null_caption must be named: {path} has no y_embedder.y_embedding, the text "
-            'encoder\'s features of "" that guidance compares with'
-        )
+        raise NoNullCaptionError(path, told["caption_channels"])
 
     checked = set()
     if "pos_embed" in named:
@@ -268,9 +281,11 @@ def override(
             )
         changes |= position
     if overrides.null_caption is not None:
-        params[NULL_CAPTION] = _null_table(
-            overrides.null_caption, config.caption_length, config.caption_channels
-        )
+        # A source without one was read with it.
+        if "null_caption" not in report.keys:
+            params[NULL_CAPTION] = _null_table(
+                overrides.null_caption, config.caption_length, config.caption_channels
+            )
         report.notes.append("the null caption is the one that was asked for")
     try:
         return dataclasses.replace(config, **changes)

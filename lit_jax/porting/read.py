@@ -18,6 +18,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax.checkpoint import is_checkpoint, open_params
+from lit_jax.models import FAMILIES
 from lit_jax.models.dit import DiTConfig
 from lit_jax.models.pixart import PixArtConfig
 from lit_jax.models.pixart_t5 import PixArtT5Config
@@ -26,10 +27,12 @@ from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
     PortingError,
+    abridged,
     any_state_dict,
     component,
     open_torch_checkpoint,
 )
+from lit_jax.porting.untrusted import describe
 
 # For the architecture of each model family the module with its key tables and the
 # overrides that it knows. A further family is one more line; of two that know the same keys
@@ -69,7 +72,7 @@ class AutoencoderCheckpoint:
 
 
 def read_checkpoint(
-    path: epath.PathLike, *, weights: str = "ema", overrides: Any = None
+    path: epath.PathLike, *, weights: str = "ema", overrides: Any = None, family: str = ""
 ) -> Checkpoint:
     """Opens a checkpoint of a diffusion model of any layout.
 
@@ -81,6 +84,8 @@ def read_checkpoint(
         weights: "ema" or "model", where a training checkpoint has both.
         overrides: what the caller knows better than the checkpoint, the `Overrides` of the
             family's key tables; None: nothing.
+        family: the name in `FAMILIES` of what the checkpoint must be, and the overrides
+            are of; empty: any.
     Returns: with leaves that are still in their file, if that is one of torch.
     Raises:
         PortingError: a key is missing, unexpected, of the wrong shape or dtype, not
@@ -95,18 +100,18 @@ def read_checkpoint(
         # Of older workdirs the metadata may say nothing of the model: shapes
         # tell the most, and are checked before a value is read.
         saved, params, report = _open_orbax(path, weights)
-        family = _family_of(params)
-        config = family.read_tree(params, saved.metadata.get("model") or {}, report)
+        table = _table_of(params, path, family)
+        config = table.read_tree(params, saved.metadata.get("model") or {}, report)
         params = _read_orbax(saved, report)
     else:
         source = open_torch_checkpoint(path, weights)
         report = Report(str(path), "dit", notes=source.notes)
-        family = _family_of(source.tensors)
-        params, config = family.read_torch(source, report, overrides or family.Overrides())
+        table = _table_of(source.tensors, path, family, source.config)
+        params, config = table.read_torch(source, report, overrides or table.Overrides())
         report.checksum = _checked_values(params, report)
     # Every value is read for the checksum, so that is not done twice in vain.
     of_source = dict(params)
-    config = family.override(params, config, overrides or family.Overrides(), report)
+    config = table.override(params, config, overrides or table.Overrides(), report)
     if any(params[name] is not of_source.get(name) for name in params):
         report.checksum = _checked_values(params, report)
     tree = _account(params, config.to_json(), report)
@@ -243,11 +248,28 @@ def _as_porting_error():
         raise PortingError(str(error)[:400]) from error
 
 
-def _family_of(keys):
-    # What none recognises is read as a DiT, whose error then lists what is
-    # missing.
-    known = (family for family in KEY_TABLES.values() if family.recognises(keys))
-    return next(known, dit)
+def _table_of(keys, path, wanted, says=None):
+    """The key tables of a checkpoint's family, which must be the wanted one; empty: any.
+
+    Args: says: its config.json, where it has one.
+    """
+    tables = {name: KEY_TABLES[family.config] for name, family in FAMILIES.items()}
+    found = next((name for name, table in tables.items() if table.recognises(keys)), "")
+    if wanted and found and found != wanted:
+        kind = FAMILIES[found].config.__name__.removesuffix("Config")
+        raise PortingError(
+            f"path = {path} holds a {kind}, but family = {wanted}; take a config of the family "
+            f"{found}, or another checkpoint"
+        )
+    if wanted and not found:
+        name = (says or {}).get("_class_name")
+        what = f"a {describe(name)}" if name else f"{len(keys)} keys, {abridged(sorted(keys), 4)}"
+        raise PortingError(
+            f"path = {path} holds {what}, but family = {wanted}; name {tables[wanted].WHAT}: a "
+            f"file, a folder or a pipeline's folder"
+        )
+    # A DiT's error then lists what is missing.
+    return tables[found or "dit"]
 
 
 def _checked_values(params, report):

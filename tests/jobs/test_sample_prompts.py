@@ -1,6 +1,7 @@
 """Images of prompts: which prompt an image is of, GenEval's folder, sizes, and memory in turns."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -76,6 +77,23 @@ def test_an_image_depends_on_its_number_and_its_prompt(config, drawn, tmp_path):
     (others / "000001.png").unlink()
     draw(config, tmp_path / "a", prompts=(PROMPTS[0], "a green house"))
     assert images(others)[:3] == six[:3]
+
+
+def test_a_finished_folder_needs_no_text_encoder(config, drawn, tmp_path, monkeypatch, caplog):
+    """It is compared with the one that made the images, not loaded."""
+    shutil.copytree(drawn.parent, tmp_path / "copy")
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        for loader in ("load_text_encoder", "encode"):
+            patch.setattr(Experiment, loader, lambda *_: pytest.fail("the text encoder is loaded"))
+        patch.setattr(sample, "load_params", lambda *_: pytest.fail("the model is loaded"))
+        folder = draw(config, tmp_path / "copy")
+        assert f"all 6 images are in {folder} already" in caplog.text
+        assert images(folder) == images(drawn)
+        config = config.copy_and_resolve_references()
+        (tmp_path / "other").mkdir()
+        config.text.checkpoint = str(write_text_encoder(tmp_path / "other", seed=1))
+        with pytest.raises(ValueError, match="holds images drawn with text = "):
+            draw(config, tmp_path / "copy")
 
 
 def test_model_and_decoder_can_take_turns(config, drawn, tmp_path):
