@@ -97,7 +97,7 @@ class Experiment:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        with naming("mesh"):
+        with naming("mesh", fsdp="mesh.fsdp"):
             return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
 
     @functools.cached_property

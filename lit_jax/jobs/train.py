@@ -122,9 +122,10 @@ def train(
         keep_every=config.checkpoint.keep_every,
     )
     decisive = experiment.decisive_fields()
-    restored = checkpoints.restore(
-        state_shapes.items(), decisive, force=config.checkpoint.force_config
-    )
+    with naming("checkpoint", force="checkpoint.force_config"):
+        restored = checkpoints.restore(
+            state_shapes.items(), decisive, force=config.checkpoint.force_config
+        )
     # Metrics since the last log line. They stay on the device: to read them would empty the queue.
     window: list[dict[str, Any]] = []
     if restored:

@@ -126,12 +126,10 @@ def read_autoencoder(
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
-        scaling_factor: overrides what the source says, and is needed where that says
-            nothing (no config.json). 0: as the source says.
+        scaling_factor: at least 0, overrides what the source says, and is needed where
+            that says nothing (no config.json). 0: as the source says.
     Raises: as `read_checkpoint`.
     """
-    if scaling_factor < 0:
-        raise ValueError(f"scaling_factor must not be negative; got {scaling_factor}")
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):
