@@ -146,16 +146,21 @@ class CaptionEmbedder(nn.Module):
 
 
 class CaptionMlp(nn.Module):
-    """Two layers with tanh-GELU, both of the model's width."""
+    """Two layers with tanh-GELU, both of the model's width.
+
+    PixArt draws their kernels with a deviation of 0.02, which for T5-XXL's 4096 channels keeps the
+    features' size. Here the fan-in decides: with 0.02 a small model would not hear its caption.
+    """
 
     width: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=normal(0.02), name="fc1")(x)
+        init = nn.initializers.lecun_normal()
+        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         x = nn.gelu(x, approximate=True)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=normal(0.02), name="fc2")(x)
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc2")(x)
 
 
 class CrossAttention(nn.Module):

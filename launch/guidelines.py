@@ -1,0 +1,156 @@
+"""The paper's path, step by step, on a quickstart: what each guideline brings at a small budget.
+
+    python launch/guidelines.py --config=configs/quickstart.py
+    python launch/guidelines.py --config=configs/quickstart_t2i.py
+
+Each stage adds one thing to the stage before it, and is trained from several seeds for the same
+number of steps. Runs that are finished are kept: the same command goes on. The table is printed,
+and written with its picture into the folder of the runs. docs/guidelines.md has the results.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Of the loss: the mean over this many steps at the end.
+LAST_STEPS = 100
+
+
+def stages(name: str) -> dict[str, dict[str, Any]]:
+    """The fields of each stage, all of them, by the stage's name.
+
+    Args: name: of a config whose teacher is on this machine, such as quickstart.
+    """
+    sys.path.insert(0, str(ROOT))
+    config = importlib.import_module(f"configs.{name}").get_config()
+    teacher = config.teacher.checkpoint
+    scratch = {
+        "teacher.checkpoint": "",
+        "student.init": "random",
+        "model.num_heads": 4,  # the teacher's
+        "model.conv_size": 0,
+    }
+    convolution = scratch | {"model.conv_size": config.model.conv_size}
+    few_heads = convolution | {"model.num_heads": config.model.num_heads}
+    inherited = few_heads | {"student.init": teacher}
+    noise = inherited | {
+        "teacher.checkpoint": teacher,
+        "distill.noise_weight": config.distill.noise_weight,
+        "distill.variance_weight": 0.0,
+    }
+    variance = noise | {"distill.variance_weight": config.distill.variance_weight}
+    return {
+        "linear attention from scratch": scratch,
+        "+ convolution": convolution,
+        "+ few heads": few_heads,
+        "+ inherited": inherited,
+        "+ noise distillation": noise,
+        "+ variance distillation": variance,
+    }
+
+
+def command(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+    """The command line of one run."""
+    arguments = [f"--config.{field}={value}" for field, value in fields.items()]
+    main = [sys.executable, "-m", "lit_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    return main + arguments
+
+
+def result(workdir: pathlib.Path) -> dict[str, float]:
+    """The figures of a finished run, by their names in the table."""
+    report = json.loads((workdir / "report.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train/mse" in line]
+    last = [line for line in lines if line["step"] > lines[-1]["step"] - LAST_STEPS]
+    found = {}
+    for file in sorted(workdir.glob("evaluation_*.json")):
+        scores = json.loads(file.read_text())["scores"]
+        found |= {name: value for name, value in scores.items() if name.startswith("fd_")}
+    if "labels_read" in report:
+        found["labels read"] = report["labels_read"]["student"]
+    if "geneval" in report:
+        found["GenEval"] = report["geneval"]["student"]["overall"]
+    for name in ("mse", "vb"):
+        found[name] = float(np.mean([line[f"train/{name}"] for line in last]))
+    return found
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a line a stage, mean and standard deviation over its seeds.
+
+    Args: results: of each stage, those of its seeds.
+    """
+    names = list(next(iter(results.values()))[0])
+    lines = [f"| stage | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for stage, seeds in results.items():
+        cells = []
+        for name in names:
+            values = [seed[name] for seed in seeds]
+            spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+            cells.append(f"{np.mean(values):.4g} ± {spread:.2g}")
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None:
+    """A picture of the table: a dot a run, a line through the means."""
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(results.values()))[0])
+    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = [[seed[name] for seed in seeds] for seeds in results.values()]
+        places = range(len(values))
+        axes.plot(places, [np.mean(each) for each in values], color="tab:blue")
+        for place, each in zip(places, values, strict=True):
+            axes.plot([place] * len(each), each, "o", color="tab:blue", alpha=0.5)
+        axes.set_xticks(places, list(results), rotation=40, ha="right", fontsize=7)
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--workdir", help="default: workdir/guidelines/NAME")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=500, help="of each Frechet distance")
+    wanted = parser.parse_args()
+    name = pathlib.Path(wanted.config).stem
+    folder = pathlib.Path(wanted.workdir or f"workdir/guidelines/{name}")
+    budget = {
+        "train.steps": wanted.steps,
+        "train.preview_every": 0,
+        "checkpoint.every": wanted.steps,
+    }
+    # The scenes are composed as they are read: there is no data set to compare features with.
+    if name == "quickstart":
+        budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
+        budget["evaluate.reference"] = "mnist_digits:train"
+    results: dict[str, list[dict[str, float]]] = {}
+    for number, (stage, fields) in enumerate(stages(name).items()):
+        results[stage] = []
+        for seed in range(wanted.seeds):
+            workdir = folder / f"stage_{number}_seed_{seed}"
+            if not (workdir / "report.json").exists():
+                print(f"{stage}, seed {seed}: {workdir}", flush=True)
+                run = command(wanted.config, fields | budget | {"seed": seed}, workdir)
+                subprocess.run(run, cwd=ROOT, check=True)
+            results[stage].append(result(workdir))
+    text = table(results)
+    (folder / "table.md").write_text(text + "\n")
+    draw(results, folder / "guidelines.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
