@@ -286,8 +286,9 @@ def get_config() -> ConfigDict:
             labels="random",  # random (DiT's protocol) or balanced over the classes
             # For models that are told a caption: what they are asked for, in brackets.
             prompts=(),
-            # In place of prompts: a file of one prompt a line, GenEval's metadata (.jsonl, or
-            # "geneval" for its own 553), whose images go into the folders that its scorer reads.
+            # In place of prompts: a file of one prompt a line; or GenEval's metadata (.jsonl,
+            # "geneval" for its own 553, "digit_scenes" for the 180 of that data set), whose images
+            # go into the folders that its scorer reads.
             prompt_file="",
             # Height and width of the images in pixels; (): those of model.input_size.
             size=(),
@@ -352,7 +353,8 @@ def get_config() -> ConfigDict:
             self_check=False,  # compare the scores with those that ADM published
             compare=(),  # evaluation_*.json files: print them in one table and score nothing
             compare_across=("samples.cfg_scale",),  # protocol fields that may differ there
-            # The result file of GenEval's scorer: print its table and score nothing.
+            # The result file of GenEval's scorer, or a folder of digit scenes, which is scored by
+            # GenEval's rules: print the table, and score nothing else.
             geneval="",
         )
     )
@@ -390,6 +392,9 @@ def get_config() -> ConfigDict:
             num_images=0,  # balanced over the classes, drawn as `sample` says; 0: no report
             # Fit a classifier on the pixels of real images, and let it read the drawn ones.
             read_labels=False,
+            # Digit scenes: find the digits in the drawn images, and score them by GenEval's rules.
+            # Needs sample.prompt_file=digit_scenes.
+            read_scenes=False,
         )
     )
 

@@ -227,7 +227,7 @@ class Checkpointer:
             raise ValueError(
                 f"no checkpoint in {self.directory} can be read; "
                 f"set aside: {', '.join(aside)}. Mend and rename one of them, "
-                f"or begin again with another --workdir"
+                f"or begin again in another directory"
             )
         return None
 
@@ -337,9 +337,8 @@ def check_fields(
     text = "; ".join(changed)
     if not force:
         raise MismatchError(
-            f"checkpoint {path} is of another run: {text}. "
-            f"Use another --workdir, or go on all the same with "
-            f"--config.checkpoint.force_config=True"
+            f"force = False, but checkpoint {path} is of another run: {text}. "
+            f"Use another directory, or go on all the same with force = True"
         )
     logging.warning(
         "going on from step %s with another config: %s",
@@ -369,7 +368,7 @@ def check_shapes(path: epath.Path, items_shape: Items) -> None:
                 f"checkpoint {path} does not fit the {owner}: "
                 f"{name} is {saved.get(name, 'not there')} in the checkpoint, "
                 f"{wanted.get(name, 'not there')} in the {owner}; "
-                f"use another --workdir or the config of that run"
+                f"use another directory or the {owner} of that run"
             )
 
 

@@ -7,6 +7,8 @@ the data know of no null.
     {"label": (B,) int32}                  a class-conditional DiT or LiT
     {"caption": (B, S, C),                 a PixArt or its LiT: features of the text encoder,
      "caption_mask": (B, S) bool}          and which of them are tokens
+    {"caption_ids": (B, S) int32,          a PixArt that is trained with its text encoder
+     "caption_mask": (B, S) bool}
 """
 
 from typing import Any
@@ -52,6 +54,10 @@ def for_images(
 def check_dataset(model_config: Any, dataset: Any) -> None:
     """Raises ValueError where the records' conditions are not those that the model is told."""
     wanted = set(model_config.condition_shapes(1))
+    # Of texts, the tokens are as good as the features that are made of them.
+    has_texts = "caption" in dataset.condition_fields and not dataset.text
+    if has_texts and "caption_ids" in wanted:
+        return
     if wanted != set(dataset.condition_fields):
         raise ValueError(
             f"the model is told {', '.join(sorted(wanted))} of an image, but the records of "

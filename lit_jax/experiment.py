@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, inherit, ranges, sharding, text
-from lit_jax.data import buckets, caption_records, dataset, pipeline
+from lit_jax.data import buckets, caption_records, dataset, digit_scenes, pipeline
 from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
@@ -97,7 +97,7 @@ class Experiment:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        with naming("mesh"):
+        with naming("mesh", fsdp="mesh.fsdp"):
             return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
 
     @functools.cached_property
@@ -427,16 +427,17 @@ class Experiment:
         data = self.dataset
         if not isinstance(data, caption_records.BucketedDataset) or data.text:
             return None
-        return self.load_text_encoder()
+        return None if self.is_told_tokens else self.load_text_encoder()
 
     def _read_caption(self) -> caption_records.ReadCaption:
         """How a batch gets one of a record's captions."""
-        if self.caption_encoder is None:
+        if self.dataset.text:
             longest = self.dataset.text["max_length"]
             return functools.partial(caption_records.stored_caption, max_length=longest)
+        encoder = self.caption_encoder
         return functools.partial(
             caption_records.tokens_of_caption,
-            tokenizer=self.caption_encoder.tokenizer,
+            tokenizer=encoder.tokenizer if encoder else self.tokenizer,
             settings=self.text_settings,
         )
 
@@ -452,7 +453,28 @@ class Experiment:
 
     @property
     def is_told_captions(self) -> bool:
-        return "caption" in self.model_config.condition_shapes(1)
+        return "caption_mask" in self.model_config.condition_shapes(1)
+
+    @property
+    def is_told_tokens(self) -> bool:
+        """Whether the model has its text encoder within it."""
+        return "caption_ids" in self.model_config.condition_shapes(1)
+
+    @functools.cached_property
+    def tokenizer(self) -> text.Tokenizer:
+        """That of text.tokenizer, or the one in text.checkpoint.
+
+        Raises: ValueError where the config names none, or one with more pieces than the model.
+        """
+        field = "tokenizer" if self.config.text.tokenizer else "checkpoint"
+        path = self.config.text[field]
+        if not path:
+            raise ValueError(
+                "text.tokenizer is empty, but the model reads the tokens of a caption; name its "
+                "spiece.model"
+            )
+        with naming("text"):
+            return text.Tokenizer(path)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -562,6 +584,8 @@ class Experiment:
           it, for nothing else tells a wrong encoder from the right one.
         Returns: arrays (n, ...) by name, and JSON values by name.
         """
+        if self.is_told_tokens:
+            return self._tokens(prompts)
         encoder = self.load_text_encoder()
         found = encoder(prompts)
         for prompt, cut in zip(prompts, found.cut):
@@ -590,6 +614,14 @@ class Experiment:
                 )
         identity = encoder.identity() | {"dtype": self.config.text.dtype}
         return to_condition(found, self.config.sample.null_mask), identity
+
+    def _tokens(self, prompts: Sequence[str]) -> tuple[Any, Any]:
+        """As `encode`, for a model that has its text encoder within it."""
+        settings = self.text_settings
+        cleaned = [text.clean_prompt(prompt, settings.cleaning) for prompt in prompts]
+        ids, mask, _ = self.tokenizer(cleaned, settings.max_length)
+        identity = {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
+        return {"caption_ids": ids, "caption_mask": mask}, identity
 
     @functools.cached_property
     def prompt_condition(self) -> dict[str, np.ndarray]:
@@ -749,6 +781,8 @@ class Experiment:
             raise ValueError(
                 f"report.read_labels = True, but data.name = {data.name} has captions, not labels"
             )
+        if config.report.read_scenes:
+            self._check_scenes()
         if data.text is None:  # the texts alone, which this run encodes
             return
         asked: dict[str, Any] = {
@@ -771,6 +805,21 @@ class Experiment:
                     f"{data.name} were encoded with {name} = {data.text[name]}; features of two "
                     f"kinds must not mix: prepare them again, or set the field"
                 )
+
+    def _check_scenes(self) -> None:
+        """Raises ValueError unless all prompts of the digit scenes are drawn."""
+        asked_for = self.config.sample.prompt_file
+        if asked_for != digit_scenes.NAME:
+            raise ValueError(
+                f"report.read_scenes finds the digits of digit scenes, but sample.prompt_file = "
+                f"{asked_for!r}; set it to {digit_scenes.NAME}"
+            )
+        drawn = self.config.report.num_images
+        if drawn < len(self.prompts.texts):
+            raise ValueError(
+                f"report.num_images = {drawn}, but report.read_scenes needs one of each of the "
+                f"{len(self.prompts.texts)} prompts"
+            )
 
     def check_checkpoint(self, checkpoint: Checkpoint, path: str) -> None:
         """Raises ValueError naming the first field in which a checkpoint is of another model."""
@@ -810,6 +859,8 @@ class Experiment:
         }
         if isinstance(self.dataset, caption_records.BucketedDataset):
             decisive["text.caption_ratio"] = config.text.caption_ratio
+            if self.is_told_tokens:
+                decisive["text.tokenizer"] = self.tokenizer.sha256
             if encoder := self.caption_encoder:
                 decisive["text.features"] = encoder.identity() | {"dtype": config.text.dtype}
         for group in ("model", "distill", "optimizer", "ema"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lit_jax.data.caption_records import CAPTION_DTYPES
 from lit_jax.models.blocks import REMAT_POLICIES
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 from lit_jax.runtime import storage
@@ -39,7 +40,6 @@ ASPECT = Range(
     lambda x: isinstance(x, str) and bool(re.fullmatch(r"([1-9]\d{0,4}:[1-9]\d{0,4})?", x)),
 )
 DTYPE = one_of("bfloat16", "float32")
-DTYPE_OF_CAPTIONS = one_of("bfloat16", "int8")
 
 RANGES = {
     # JAX takes a seed of 32 bits, and NumPy, which shuffles the data, none below 0.
@@ -59,7 +59,7 @@ RANGES = {
     "text.caption_ratio": UNIT,
     "prepare.buckets": NAMES,
     "prepare.captions": one_of("features", "text"),
-    "prepare.caption_dtype": DTYPE_OF_CAPTIONS,
+    "prepare.caption_dtype": one_of(*CAPTION_DTYPES),
     "prepare.skip_broken": AT_LEAST_0,
     "prepare.batch_size": between(1, 65_536),
     "prepare.shard_records": IMAGES,

@@ -8,10 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from lit_jax.data import digit_scenes
 from lit_jax.evaluation import geneval
 from lit_jax.text import TextFeatures
 
 MAX_FILE_BYTES = 64 << 20
+# Lines of GenEval's metadata that need no file.
+BUILT_IN = {"geneval": geneval.prompts, digit_scenes.NAME: digit_scenes.metadata}
 
 
 class Prompts(NamedTuple):
@@ -39,7 +42,8 @@ def choose_prompts(prompts: Sequence[str], prompt_file: str, images_per_prompt: 
 
     Args:
       prompts: texts; empty where a file is named.
-      prompt_file: one prompt a line; or GenEval's metadata, JSON lines; or "geneval" for its own.
+      prompt_file: one prompt a line; or GenEval's metadata, JSON lines; or "geneval" for its own,
+        "digit_scenes" for those of the built-in data set.
     Raises: ValueError whose text starts with the argument's name; FileNotFoundError.
     """
     if prompt_file and prompts:
@@ -47,8 +51,8 @@ def choose_prompts(prompts: Sequence[str], prompt_file: str, images_per_prompt: 
             f"prompt_file = {prompt_file}, but there are {len(prompts)} prompts too; name one of "
             f"the two"
         )
-    if prompt_file == "geneval":
-        lines = tuple(geneval.prompts())
+    if prompt_file in BUILT_IN:
+        lines = tuple(BUILT_IN[prompt_file]())
         return Prompts(_texts(lines, prompt_file), images_per_prompt, lines)
     if not prompt_file:
         if not prompts:

@@ -42,12 +42,12 @@ def make_mesh(
         shape[shape.index(-1)] = count // known if known else 0
     if min(shape) < 1 or int(np.prod(shape)) != count:
         raise ValueError(
-            f"mesh.data = {data} and mesh.fsdp = {fsdp} do not make a mesh of the {count} devices"
+            f"data = {data} and fsdp = {fsdp} do not make a mesh of the {count} devices"
         )
     data, fsdp = shape
     if data % slices:
         raise ValueError(
-            f"mesh.data = {data} is not a multiple of the {slices} slices that the "
+            f"data = {data} is not a multiple of the {slices} slices that the "
             f"{count} devices are in"
         )
 

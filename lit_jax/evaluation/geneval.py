@@ -1,16 +1,20 @@
-"""GenEval: its prompts, the folder that its scorer reads, and the summary of what it writes.
+"""GenEval: its prompts, the folder that its scorer reads, its rules, and the summary of a result.
 
 GenEval: Ghosh et al., arXiv 2310.11513. Its scorer detects objects with Mask2Former and judges
 colours with CLIP; it runs elsewhere. The prompts are made here as its authors made them, from one
-seed: the text is theirs byte for byte.
+seed: the text is theirs byte for byte. Its rules are here too, for pictures whose objects another
+detector finds: digit scenes (digit_detector.py).
 """
 
+import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 IMAGES_A_PROMPT = 4  # of the published numbers
@@ -108,23 +112,139 @@ def write_metadata(folder: epath.Path, lines: list[str]) -> None:
         (place / "metadata.jsonl").write_text(line)
 
 
+# ---- The rules -----------------------------------------------------------------------------------
+
+# A box must be this much of both sizes further along an axis before it counts as further at all.
+POSITION_MARGIN = 0.1
+
+
+class Detected(NamedTuple):
+    """An object in a picture: its class, its box (left, top, right, bottom) and its colour."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    color: str
+
+
+def is_correct(metadata: dict[str, Any], objects: Sequence[Detected]) -> bool:
+    """Whether a picture with these objects is what a line of metadata asks for, by GenEval's rules.
+
+    Each item of `include` needs `count` objects of its class, of which the first `count` are looked
+    at: all must have its colour, and the relation of its position to all of the item that it refers
+    to. No class of `exclude` may have `count` objects.
+
+    Args: objects: the surest first.
+    Raises: KeyError for metadata without "include", "class" or "count".
+    """
+    looked_at: list[list[Detected]] = []
+    for item in metadata["include"]:
+        found = [each for each in objects if each.name == item["class"]][: item["count"]]
+        looked_at.append(found)
+        if len(found) < item["count"]:
+            return False
+        if "color" in item and any(each.color != item["color"] for each in found):
+            return False
+        if "position" in item:
+            relation, number = item["position"]
+            pairs = itertools.product(found, looked_at[number])
+            if not all(relation in relations(a.box, b.box) for a, b in pairs):
+                return False
+    return not any(
+        sum(each.name == item["class"] for each in objects) >= item["count"]
+        for item in metadata.get("exclude", [])
+    )
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """The names in RELATIONS that hold of a box to another one.
+
+    The offset of the centres is shortened by POSITION_MARGIN of both boxes' sizes on each axis.
+    What is left must be more than half of the whole offset's length.
+    """
+    a = np.reshape(np.asarray(box, float), (2, 2))  # corners by x, y
+    b = np.reshape(np.asarray(other, float), (2, 2))
+    offset = a.mean(axis=0) - b.mean(axis=0)
+    margin = POSITION_MARGIN * (np.ptp(a, axis=0) + np.ptp(b, axis=0))
+    left = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0)
+    if not left.any():
+        return set()
+    x, y = left / np.linalg.norm(offset)
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, is_so in holds.items() if is_so}
+
+
+def judge(
+    folder: epath.Path, detect: Callable[[np.ndarray], Sequence[Sequence[Detected]]]
+) -> list[dict[str, Any]]:
+    """The results of a GenEval folder, as its scorer writes them: a dict an image.
+
+    Args: detect: from images (n, h, w, 3) uint8 to the objects of each.
+    Raises: FileNotFoundError where there is no prompt's folder, or one has no image; ValueError
+      naming the file that is no metadata or no picture.
+    """
+    folders = sorted(path for path in folder.iterdir() if path.name.isdigit())
+    if not folders:
+        raise FileNotFoundError(f"{folder}: no folder of a prompt, such as 00000")
+    judged = []
+    for place in folders:
+        path = place / "metadata.jsonl"
+        try:
+            metadata = json.loads(path.read_text())
+            prompt = metadata["prompt"]
+            is_correct(metadata, ())
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no line of GenEval's metadata: {error}") from error
+        files = sorted((place / "samples").glob("*.png"))
+        if not files:
+            raise FileNotFoundError(f"{place / 'samples'}: no image of {prompt!r}")
+        found = detect(np.stack([_read_image(file) for file in files]))
+        for file, result in zip(files, results([metadata] * len(files), found), strict=True):
+            judged.append({"filename": str(file.relative_to(folder))} | result)
+    return judged
+
+
+def results(
+    asked: Iterable[dict[str, Any]], found: Iterable[Sequence[Detected]]
+) -> list[dict[str, Any]]:
+    """A result for each picture: its tag, prompt, whether it is correct, and what is seen of it.
+
+    Args: asked: the metadata of each. found: the objects of each.
+    """
+    return [
+        {name: line[name] for name in ("tag", "prompt", "seen") if name in line}
+        | {"correct": is_correct(line, objects)}
+        for line, objects in zip(asked, found, strict=True)
+    ]
+
+
+def _read_image(path):
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:
+        raise ValueError(f"{path}: no picture: {error}") from error
+
+
 # ---- The scores ----------------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
-    """A summary of the scorer's results, in shares of 1."""
+    """A summary of the results, in shares of 1."""
 
     tasks: dict[str, float]  # of images that are right
     prompts: dict[str, float]  # of prompts with an image that is right
     overall: float  # mean of the tasks, as GenEval reports it
     standard_error: float  # of the overall, images taken as independent
     images: int
+    # Of images whose prompt joins what training never showed together; only digit scenes tell.
+    unseen: dict[str, float]
 
     def table(self) -> str:
         """A line for each task, then the overall score."""
-        lines = [f"{'task':<16}{'images':>8}{'prompts':>9}"]
+        lines = [f"{'task':<16}{'images':>8}{'prompts':>9}" + ("   unseen" if self.unseen else "")]
         for name, share in self.tasks.items():
-            lines.append(f"{name:<16}{share:>8.3f}{self.prompts[name]:>9.3f}")
+            apart = f"{self.unseen[name]:>9.3f}" if name in self.unseen else ""
+            lines.append(f"{name:<16}{share:>8.3f}{self.prompts[name]:>9.3f}{apart}")
         lines.append(f"{'overall':<16}{self.overall:>8.3f} +- {self.standard_error:.3f}")
         return "\n".join(lines)
 
@@ -137,8 +257,7 @@ def summarise(path: epath.PathLike) -> Scores:
     path = epath.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"geneval = {path}: no such file")
-    right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    by_prompt: dict[str, dict[str, bool]] = {task: {} for task in TASKS}
+    found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             result = json.loads(line)
@@ -148,15 +267,34 @@ def summarise(path: epath.PathLike) -> Scores:
                 f"{path}: line {number} is no result of GenEval's scorer, a JSON object with tag, "
                 f"correct and prompt: {error}"
             ) from error
-        if task not in right or not isinstance(correct, bool) or not isinstance(prompt, str):
+        if task not in TASKS or not isinstance(correct, bool) or not isinstance(prompt, str):
             raise ValueError(
                 f"{path}: line {number} has tag {task!r:.40} and correct {correct!r:.40}; tags are "
                 f"{', '.join(TASKS)}, correct is true or false"
             )
+        found.append(result)
+    try:
+        return score(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def score(found: Iterable[dict[str, Any]]) -> Scores:
+    """The scores of `results`.
+
+    Raises: ValueError where a task has none.
+    """
+    right: dict[str, list[bool]] = {task: [] for task in TASKS}
+    unseen: dict[str, list[bool]] = {task: [] for task in TASKS}
+    by_prompt: dict[str, dict[str, bool]] = {task: {} for task in TASKS}
+    for result in found:
+        task, correct, prompt = (result[name] for name in ("tag", "correct", "prompt"))
         right[task].append(correct)
         by_prompt[task][prompt] = by_prompt[task].get(prompt, False) or correct
+        if result.get("seen") is False:
+            unseen[task].append(correct)
     if missing := [task for task in TASKS if not right[task]]:
-        raise ValueError(f"{path} has no result of {', '.join(missing)}: the score needs all tasks")
+        raise ValueError(f"no result of {', '.join(missing)}: the score needs all tasks")
     tasks = {task: float(np.mean(found)) for task, found in right.items()}
     variances = [share * (1 - share) / len(right[task]) for task, share in tasks.items()]
     return Scores(
@@ -165,4 +303,5 @@ def summarise(path: epath.PathLike) -> Scores:
         overall=float(np.mean(list(tasks.values()))),
         standard_error=float(np.sqrt(sum(variances)) / len(TASKS)),
         images=sum(map(len, right.values())),
+        unseen={task: float(np.mean(found)) for task, found in unseen.items() if found},
     )

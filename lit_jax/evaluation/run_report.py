@@ -1,18 +1,22 @@
 """The end of a training run in a few lines and pictures."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from PIL import Image
 
 from lit_jax import checkpoint, pictures
-from lit_jax.evaluation.in_training import DrawImages, draw_images
-from lit_jax.evaluation.label_classifier import LabelClassifier
+from lit_jax.evaluation import geneval
+from lit_jax.evaluation.in_training import DrawImages, Drawn, draw_images
 from lit_jax.runtime import metric_writer, storage
+
+# Images of samples.png where they have captions: 5 for each of GenEval's tasks.
+CAPTIONED = 30
 
 
 def report(
@@ -22,7 +26,9 @@ def report(
     workdir: epath.PathLike,
     *,
     steps: int,
-    real_images: tuple[np.ndarray, np.ndarray] | None = None,
+    captions: Sequence[str] = (),
+    read_labels: Callable[[np.ndarray], float] | None = None,
+    score_prompts: Callable[[np.ndarray], geneval.Scores] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Draws images with every model and says what the run came to.
@@ -34,9 +40,11 @@ def report(
       params: the parameters of each sampler's model; of the student its EMA.
       condition: arrays (n, ...) for n images of each model.
       steps: how many the run has made.
-      real_images: images (N, h, w, C) uint8 and labels (N,). A classifier
-        fitted on them says how often it finds the label that a drawn image was
-        asked to have. None: no classifier.
+      captions: of the n images, where they have any.
+      read_labels: how often a classifier finds in images (n, h, w, C) uint8
+        the label that they were asked to have. None: no classifier.
+      score_prompts: how often they show what their prompts ask for. None:
+        nobody looks.
       on_batch: see `in_training.draw_images`.
     Returns: what report.json holds.
     """
@@ -76,23 +84,33 @@ def report(
         else:
             logging.warning("%s is damaged, and no part of the report", inheritance)
 
-    if real_images is not None:
+    if read_labels:
         # Of small images it says more to a person than a distance does.
-        classifier = LabelClassifier(*real_images)
-        labels = condition["label"]
-        result["labels_read"] = {}
-        for name, drawn in images.items():
-            share = classifier.accuracy(drawn.images, labels)
-            result["labels_read"][name] = share
+        result["labels_read"] = {name: read_labels(drawn.images) for name, drawn in images.items()}
+    if score_prompts:
+        result["geneval"] = {
+            name: score_prompts(drawn.images)._asdict() for name, drawn in images.items()
+        }
 
     # All processes draw together, one writes.
     if jax.process_index() == 0:
-        grid = pictures.square_grid(student)
+        grid = captioned_grid(images, captions) if captions else pictures.square_grid(student)
         pictures.save_picture(workdir / "samples.png", grid)
         storage.replace_text(workdir / "report.json", json.dumps(result, indent=1) + "\n")
         text = summary(result, int(first["step"]), int(last["step"]), workdir)
         logging.info("%s", text)
     return result
+
+
+def captioned_grid(images: Mapping[str, Drawn], captions: Sequence[str]) -> Image.Image:
+    """Some images of all models with their captions, those of one caption side by side."""
+    chosen = np.linspace(0, len(captions) - 1, min(CAPTIONED, len(captions))).astype(int)
+    rows = [drawn.images[chosen] for drawn in images.values()]
+    # White between them, or two black pictures would look like one.
+    n, h, _, C = rows[0].shape
+    gap = np.full((n, h, 1, C), 255, np.uint8)
+    parts = [part for row in rows for part in (row, gap)][:-1]
+    return pictures.square_grid(np.concatenate(parts, axis=2), [captions[i] for i in chosen])
 
 
 def read_inheritance(path: epath.Path) -> dict[str, int]:
@@ -146,6 +164,17 @@ def summary(
             "labels read    by a classifier of the real images, on "
             f"{result['num_images']} images each: {', '.join(shares)}"
         )
+
+    if "geneval" in result:
+        scores = result["geneval"]
+        lines.append(
+            f"prompts        {' and '.join(scores)}, share of {result['num_images']} images each "
+            "that show what their prompt asks for"
+        )
+        rows = {task: [each["tasks"][task] for each in scores.values()] for task in geneval.TASKS}
+        rows["overall"] = [each["overall"] for each in scores.values()]
+        for task, shares in rows.items():
+            lines.append(f"  {task:<15}" + "  ".join(f"{share:.3f}" for share in shares))
 
     if "images_not_finite" in result:
         counts = [f"{name} {count}" for name, count in result["images_not_finite"].items()]

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import pictures
 from lit_jax.evaluation import geneval, protocol, reports
+from lit_jax.evaluation.digit_detector import DigitDetector
 from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.evaluation.images import (
     FolderImages,
@@ -67,9 +68,21 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def summarise_geneval(results: str, workdir: epath.Path) -> None:
-    """The table of a result file of GenEval's scorer, in the log and in geneval.json."""
-    scores = geneval.summarise(results)
+    """The table of a result file of GenEval's scorer, in the log and in geneval.json.
+
+    A folder of digit scenes is scored here; its results are written as results.jsonl.
+    """
+    path = epath.Path(results)
+    judged: list[dict[str, Any]] = []
+    if path.is_dir():
+        judged = geneval.judge(path, DigitDetector())
+        scores = geneval.score(judged)
+    else:
+        scores = geneval.summarise(path)
     workdir.mkdir(parents=True, exist_ok=True)
+    if judged:
+        lines = "".join(json.dumps(result) + "\n" for result in judged)
+        storage.replace_text(workdir / "results.jsonl", lines)
     storage.replace_text(
         workdir / "geneval.json",
         json.dumps(scores._asdict(), indent=1) + "\n",

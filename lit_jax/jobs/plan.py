@@ -177,7 +177,7 @@ class Planner:
         self._chip = chips.TPUS[devices[0].device_kind]
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
         experiment = Experiment(config)
-        with naming("mesh"):
+        with naming("mesh", fsdp="mesh.fsdp"):
             self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         experiment.mesh = self.mesh  # of the chips that are not there
         experiment.check_batches()

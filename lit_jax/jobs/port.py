@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from lit_jax import sharding
 from lit_jax.experiment import Experiment
-from lit_jax.porting import pixart
+from lit_jax.models.pixart_t5 import PixArtT5Config
+from lit_jax.porting import pipeline, pixart
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
     AutoencoderCheckpoint,
@@ -98,7 +99,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
             shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
             export_orbax(checkpoint, target, shardings=shardings, consume=True)
         elif isinstance(checkpoint, Checkpoint) and writes:
-            if layout == "diffusers":
+            if layout == "diffusers" and isinstance(checkpoint.config, PixArtT5Config):
+                pipeline.export_pipeline(
+                    checkpoint.params, target, checkpoint.config, experiment.tokenizer
+                )
+            elif layout == "diffusers":
                 export_diffusers(checkpoint.params, target, checkpoint.config)
             else:
                 written = export_official(checkpoint.params, target, checkpoint.config)

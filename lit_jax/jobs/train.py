@@ -9,7 +9,9 @@ the same step trains by the denoising loss alone. The same command goes on where
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+import functools
+import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,8 +25,10 @@ from lit_jax import checkpoint, inherit, pictures, sampling, sharding
 from lit_jax.costs import chips
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.data import dataset, pipeline
-from lit_jax.evaluation import in_training, run_report
+from lit_jax.evaluation import geneval, in_training, run_report
+from lit_jax.evaluation.digit_detector import DigitDetector
 from lit_jax.evaluation.evaluator import make_evaluator
+from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.experiment import Experiment
 from lit_jax.models import init_params
 from lit_jax.runtime import (
@@ -118,9 +122,10 @@ def train(
         keep_every=config.checkpoint.keep_every,
     )
     decisive = experiment.decisive_fields()
-    restored = checkpoints.restore(
-        state_shapes.items(), decisive, force=config.checkpoint.force_config
-    )
+    with naming("checkpoint", force="checkpoint.force_config"):
+        restored = checkpoints.restore(
+            state_shapes.items(), decisive, force=config.checkpoint.force_config
+        )
     # Metrics since the last log line. They stay on the device: to read them would empty the queue.
     window: list[dict[str, Any]] = []
     if restored:
@@ -492,16 +497,39 @@ def write_report(
     if experiment.teacher:
         samplers = {"teacher": experiment.sampler(experiment.teacher)} | samplers
         params["teacher"] = teacher_params
-    read_labels = config.report.read_labels
+    num_images = config.report.num_images
+    condition = balanced(experiment, num_images)
+    read_labels = None
+    if config.report.read_labels:
+        classifier = LabelClassifier(*dataset.read_all(experiment.dataset))
+        read_labels = functools.partial(classifier.accuracy, labels=condition["label"])
+    captions: list[str] = []
+    if experiment.is_told_captions:
+        texts = experiment.prompts.texts
+        captions = [texts[i % len(texts)] for i in range(num_images)]
     run_report.report(
         samplers,
         params,
-        balanced(experiment, config.report.num_images),
+        condition,
         workdir,
         steps=config.train.steps,
-        real_images=dataset.read_all(experiment.dataset) if read_labels else None,
+        captions=captions,
+        read_labels=read_labels,
+        score_prompts=scene_reader(experiment) if config.report.read_scenes else None,
         on_batch=stop.check,
     )
+
+
+def scene_reader(experiment: Experiment) -> Callable[[np.ndarray], geneval.Scores]:
+    """Scores the images of the digit scenes' prompts, in their order, by GenEval's rules."""
+    detect = DigitDetector()
+    lines = [json.loads(line) for line in experiment.prompts.geneval or ()]
+
+    def score(images):
+        asked = [lines[i % len(lines)] for i in range(len(images))]
+        return geneval.score(geneval.results(asked, detect(images)))
+
+    return score
 
 
 def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.PeriodicEvaluation:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lit_jax.models.architecture import Architecture
 from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.models.pixart import PixArt, PixArtConfig
+from lit_jax.models.pixart_t5 import PixArtT5, PixArtT5Config
 
 
 class Model(Protocol):
@@ -51,6 +52,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "dit": Family(DiTConfig, DiT),
     "pixart": Family(PixArtConfig, PixArt),
+    "pixart_t5": Family(PixArtT5Config, PixArtT5),
 }
 
 

@@ -25,6 +25,8 @@ from lit_jax.partitioning import constrain_rows
 BUCKETS = 32
 MAX_DISTANCE = 128
 EPSILON = 1e-6
+# Ids of the padding and of the token that ends a text, in the tokenizer of every T5.
+PAD, END = 0, 1
 # float16 is not among them: the MLP of the XXL overflows in it.
 DTYPES = ("float32", "bfloat16")
 

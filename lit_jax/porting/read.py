@@ -21,7 +21,8 @@ from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.models import FAMILIES
 from lit_jax.models.dit import DiTConfig
 from lit_jax.models.pixart import PixArtConfig
-from lit_jax.porting import autoencoder, dit, pixart
+from lit_jax.models.pixart_t5 import PixArtT5Config
+from lit_jax.porting import autoencoder, dit, pixart, pixart_t5
 from lit_jax.porting.matching import Report, checksum
 from lit_jax.porting.torch_checkpoint import (
     WEIGHTS,
@@ -34,8 +35,13 @@ from lit_jax.porting.torch_checkpoint import (
 from lit_jax.porting.untrusted import describe
 
 # For the architecture of each model family the module with its key tables and the
-# overrides that it knows. A further family is one more line.
-KEY_TABLES: dict[type, ModuleType] = {DiTConfig: dit, PixArtConfig: pixart}
+# overrides that it knows. A further family is one more line; of two that know the same keys
+# the one with more of them comes first.
+KEY_TABLES: dict[type, ModuleType] = {
+    DiTConfig: dit,
+    PixArtT5Config: pixart_t5,
+    PixArtConfig: pixart,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +126,10 @@ def read_autoencoder(
     Args:
         path: file or folder.
         weights: "ema" or "model", where a training checkpoint has both.
-        scaling_factor: overrides what the source says, and is needed where that says
-            nothing (no config.json). 0: as the source says.
+        scaling_factor: at least 0, overrides what the source says, and is needed where
+            that says nothing (no config.json). 0: as the source says.
     Raises: as `read_checkpoint`.
     """
-    if scaling_factor < 0:
-        raise ValueError(f"scaling_factor must not be negative; got {scaling_factor}")
     path = _existing(path, weights)
     params: dict[str, Any]
     if is_checkpoint(path):

@@ -5,12 +5,12 @@ And CIFAR-10 through every job.
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 from tiny_autoencoder import write_autoencoder
+from tiny_dataset import write_cifar10
 
 from configs import debug
 from lit_jax import conditions, sharding
@@ -22,7 +22,6 @@ from lit_jax.models import param_shapes
 from lit_jax.sampling import Sampler
 from lit_jax.train_step import images_to_model
 
-SHARED_TFDS = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
 H = 4
 AUTOENCODER = {
     "name": "vae",
@@ -232,9 +231,6 @@ def test_a_fine_tuned_decoder_keeps_its_latents_and_another_encoder_does_not(tmp
 # From end to end.
 
 
-@pytest.mark.skipif(
-    not (SHARED_TFDS / "cifar10").is_dir(), reason="no CIFAR-10 beside the repository"
-)
 def test_cifar10_from_images_to_latents_to_a_model_to_images(tmp_path):
     config = debug.get_config()
     config.model.update(
@@ -244,7 +240,7 @@ def test_cifar10_from_images_to_latents_to_a_model_to_images(tmp_path):
     config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "tiny-vae"))
     config.prepare.update(
         source="cifar10",
-        dir=str(SHARED_TFDS),
+        dir=str(write_cifar10(tmp_path / "tfds")),
         split="train[:64]",
         image_size=32,
         batch_size=16,

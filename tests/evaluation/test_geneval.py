@@ -1,10 +1,12 @@
-"""GenEval's prompts byte for byte, and the summary of its scorer's results."""
+"""GenEval's prompts byte for byte, its rules, and the summary of its scorer's results."""
 
 import hashlib
 import json
 
+import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from configs import debug
 from lit_jax.evaluation import geneval
@@ -90,3 +92,135 @@ def test_the_evaluation_job_leaves_the_summary(tmp_path):
     with pytest.raises(FileNotFoundError, match="^evaluate.geneval = .*nowhere: no such file"):
         evaluate.run(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+# ---- The rules -----------------------------------------------------------------------------------
+
+
+def at(x, y, size=2.0):
+    return (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
+
+
+@pytest.mark.parametrize(
+    "x, y, expected",
+    [
+        (-10, 0, {"left of"}),
+        (10, 1, {"right of"}),
+        (0, -10, {"above"}),
+        (1, 10, {"below"}),
+        (-10, -10, {"left of", "above"}),  # 0.7 of the length on both axes
+        (-10, 5, {"left of"}),  # 0.41 of the length below
+        (0.3, 0.3, set()),  # within 0.1 of both sizes, 2 and 2
+        (0.5, 0, set()),  # 0.1 of 0.5 are left, which is not more than half
+        (1.0, 0, {"right of"}),  # 0.6 of 1.0
+    ],
+)
+def test_a_relation_is_more_than_half_of_the_offset_beyond_the_margin(x, y, expected):
+    """x to the right, y down."""
+    assert geneval.relations(at(5 + x, 7 + y), at(5, 7)) == expected
+
+
+def seen(*objects):
+    return [geneval.Detected(name, at(x, 0), color) for name, x, color in objects]
+
+
+ONE = {"class": "dog", "count": 1}
+
+
+@pytest.mark.parametrize(
+    "asked, objects, expected",
+    [
+        ({"include": [ONE]}, seen(("dog", 0, "red")), True),
+        ({"include": [ONE]}, seen(("cat", 0, "red")), False),
+        ({"include": [ONE]}, seen(("cat", 0, "red"), ("dog", 9, "red")), True),
+        ({"include": [ONE | {"count": 2}]}, seen(("dog", 0, "red")), False),
+        # Only the first so many are looked at.
+        ({"include": [ONE | {"color": "red"}]}, seen(("dog", 0, "red"), ("dog", 9, "blue")), True),
+        ({"include": [ONE | {"color": "red"}]}, seen(("dog", 0, "blue"), ("dog", 9, "red")), False),
+        (
+            {"include": [ONE | {"count": 2, "color": "red"}]},
+            seen(("dog", 0, "red"), ("dog", 9, "blue")),
+            False,
+        ),
+        (
+            {"include": [ONE], "exclude": [ONE | {"count": 2}]},
+            seen(("dog", 0, "red"), ("dog", 9, "red")),
+            False,
+        ),
+        (
+            {"include": [ONE], "exclude": [ONE | {"count": 2}]},
+            seen(("dog", 0, "red"), ("cat", 9, "red")),
+            True,
+        ),
+        (
+            {"include": [ONE, {"class": "cat", "count": 1, "position": ["left of", 0]}]},
+            seen(("dog", 9, "red"), ("cat", 0, "red")),
+            True,
+        ),
+        (
+            {"include": [ONE, {"class": "cat", "count": 1, "position": ["left of", 0]}]},
+            seen(("dog", 0, "red"), ("cat", 9, "red")),
+            False,
+        ),
+        # To all of them.
+        (
+            {
+                "include": [
+                    ONE | {"count": 2},
+                    {"class": "cat", "count": 1, "position": ["left of", 0]},
+                ]
+            },
+            seen(("dog", 9, "red"), ("dog", -9, "red"), ("cat", 0, "red")),
+            False,
+        ),
+    ],
+)
+def test_a_picture_is_judged_by_genevals_rules(asked, objects, expected):
+    assert geneval.is_correct(asked, objects) is expected
+
+
+def picture(color):
+    return np.full((4, 4, 3), color, np.uint8)
+
+
+def dogs(images):
+    """As many dogs as the first pixel's red says."""
+    return [
+        [geneval.Detected("dog", (0, 0, 1, 1), "red")] * int(image[0, 0, 0]) for image in images
+    ]
+
+
+def test_a_folder_is_judged_image_by_image(tmp_path):
+    lines = [
+        json.dumps({"tag": task, "include": [ONE], "prompt": f"a {task}", "seen": task != "colors"})
+        for task in geneval.TASKS
+    ]
+    folder = epath.Path(tmp_path)
+    geneval.write_metadata(folder, lines)
+    for prompt in range(6):
+        for image, count in enumerate((1, 0 if prompt == 3 else 2)):
+            path = geneval.image_path(folder, prompt, image)
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture(count)).save(path)
+    found = geneval.judge(folder, dogs)
+    assert len(found) == 12
+    assert found[7] == {
+        "filename": "00003/samples/0001.png", "tag": "colors", "prompt": "a colors",
+        "seen": False, "correct": False,
+    }  # fmt: skip
+    scores = geneval.score(found)
+    assert scores.tasks == dict.fromkeys(geneval.TASKS, 1.0) | {"colors": 0.5}
+    assert scores.unseen == {"colors": 0.5}
+    assert "colors             0.500    1.000    0.500" in scores.table()
+    (tmp_path / "00002" / "samples" / "0000.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="00002/samples/0000.png: no picture"):
+        geneval.judge(folder, dogs)
+    (tmp_path / "00001" / "metadata.jsonl").write_text('{"tag": "colors", "prompt": "a dog"}')
+    with pytest.raises(ValueError, match="00001/metadata.jsonl: no line of GenEval's metadata"):
+        geneval.judge(folder, dogs)
+    for path in (tmp_path / "00000" / "samples").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="00000/samples: no image of 'a single_object'"):
+        geneval.judge(folder, dogs)
+    with pytest.raises(FileNotFoundError, match="no folder of a prompt"):
+        geneval.judge(folder / "00003", dogs)

@@ -21,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 from tiny_autoencoder import FACTOR, write_autoencoder
+from tiny_dataset import write_tfds
 
 from configs import debug
 from lit_jax import checkpoint, sharding
@@ -28,7 +29,7 @@ from lit_jax.data import pipeline
 from lit_jax.data.dataset import PREPARED, ImageDataset, LatentDataset, open_dataset
 from lit_jax.data.encoding import make_encoder, make_features
 from lit_jax.data.raw_images import ImageSettings, center_crop, open_images
-from lit_jax.data.shards import VERSION, Shards, write_about
+from lit_jax.data.shards import VERSION, Shards
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import prepare, sample
 from lit_jax.runtime import exit_status, preemption, workdir_lock
@@ -405,22 +406,6 @@ def test_a_damaged_image_is_named(folder, tmp_path):
         match="a/1.png: it has 60000 x 60000 = 3,600,000,000 pixels, max_pixels = 178,956,970",
     ):
         run(make_config(tmp_path / "again", tmp_path / "images"))
-
-
-def write_tfds(folder, features, examples, name=None):
-    """A TFDS data set in `folder`/2.0.0, as tfds convert_format would leave it.
-
-    Its name is that of the folder, or `name` where the folder is that of a config.
-    """
-    name = name or folder.name
-    count = len(examples)
-    shards = Shards(epath.Path(folder) / "2.0.0", name, "train", count, count)
-    shards.folder.mkdir(parents=True)
-    split = {"source": name, "records": count, "shard_records": count}
-    write_about(shards.folder, {"splits": {"train": split}})
-    shards.write(0, (features.serialize_example(example) for example in examples))
-    shards.finish(features, {"image_size": 0, "autoencoder": None})
-    (shards.folder / PREPARED).unlink()
 
 
 def test_a_tfds_data_set_of_image_files_of_many_sizes_is_decoded_by_pillow(tmp_path):

@@ -201,8 +201,6 @@ def test_autoencoder_without_scale_or_with_odd_keys_is_refused(tmp_path, torch_a
     torch.save(flux.state_dict(), tmp_path / "e.pt")
     with pytest.raises(PortingError, match="16 latent channels, .* shift their latents"):
         read_autoencoder(tmp_path / "e.pt", scaling_factor=0.3611)
-    with pytest.raises(ValueError, match="scaling_factor must not be negative; got -1.0"):
-        read_autoencoder(tmp_path / "d.pt", scaling_factor=-1.0)
 
 
 def test_an_autoencoder_of_very_many_layers_is_refused_before_it_is_traced(tmp_path):

@@ -1,0 +1,48 @@
+"""The text-to-image teacher in lit_jax/assets: a small PixArt and its text encoder, from nothing.
+
+    python -m lit_jax.data.digit_scenes workdir/tokenizer
+    python -m lit_jax.main --config=configs/quickstart_t2i_teacher.py
+
+Both learn together, on scenes of coloured MNIST digits (lit_jax/data/digit_scenes.py).
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.update(
+        family="pixart_t5", size="Ti", patch_size=4, attention="softmax", input_size=32,
+        in_channels=3, dtype="float32", num_classes=None, timestep_freq_shift=None,
+        mlp_norm_epsilon=None,
+    )  # fmt: skip
+    with config.model.unlocked():
+        config.model.cross_heads = 4
+        config.model.caption_channels = 128
+        config.model.caption_length = 20
+        config.model.position_base = 8
+        config.model.position_scale = 0.25
+        # Of the text encoder; its width is caption_channels.
+        config.model.text_vocab_size = 64
+        config.model.text_depth = 2
+        config.model.text_num_heads = 4
+        config.model.text_head_width = 32
+        config.model.text_mlp_width = 256
+    config.student.init = "random"
+    config.text.update(tokenizer="workdir/tokenizer", max_length=20, dtype="float32")
+    config.data.update(name="digit_scenes", flip=False, num_threads=1, prefetch=4)
+    config.train.update(batch_size=32, steps=20_000, remat="none", log_every=50, preview_every=1000)
+    config.optimizer.update(learning_rate=1e-3, b2=0.99, clip_norm=1.0, warmup=500)
+    config.ema.update(decay=0.999, warmup=True)
+    config.mesh.cpu_devices = 2  # one a core: twice as fast as one device with two threads
+    config.checkpoint.update(every=500, keep=2, keep_every=0)
+    config.report.read_labels = False
+    config.evaluate.every = 0
+    config.sample.update(
+        sampler="dpm++", steps=20, batch_size=40, cfg_scale=3.0, cfg_channels="all",
+        clip_denoised=True,
+        prompts=("a three", "a two and an eight", "three fours", "a red six",
+                 "a zero left of a nine", "a green one and a blue seven", "four ones",
+                 "a white five"),
+    )  # fmt: skip
+    return config

@@ -1,0 +1,196 @@
+"""Digit scenes: what captions say, what pictures show, and what is never trained on."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from lit_jax.data import digit_scenes
+from lit_jax.data.caption_records import open_captions
+from lit_jax.data.digit_scenes import Scene
+from lit_jax.data.mnist_digits import load_digits
+from lit_jax.text import Tokenizer
+
+COLOURS = np.array(list(digit_scenes.COLOURS.values()), float)
+
+
+def cells(picture):
+    """The four cells of a picture, each (16, 16, 3) float64."""
+    return [picture[y : y + 16, x : x + 16].astype(float) for y in (0, 16) for x in (0, 16)]
+
+
+def shown(cell, digits):
+    """(digit, colour) of a cell by exhaustive search, or None where it is black."""
+    if not cell.any():
+        return None
+    # The colour of a picture is a multiple of the ink: their directions are one.
+    total = cell.sum(axis=(0, 1))
+    direction = COLOURS / np.linalg.norm(COLOURS, axis=1, keepdims=True)
+    colour = int((direction @ (total / np.linalg.norm(total))).argmax())
+    for digit, images in enumerate(digits):
+        expected = np.rint(images[..., None].astype(float) * COLOURS[colour])
+        if (np.abs(expected - cell).max(axis=(1, 2, 3)) <= 1).any():
+            return digit, list(digit_scenes.COLOURS)[colour]
+    raise AssertionError("the cell shows no digit of the split")
+
+
+@pytest.mark.parametrize(
+    "scene, caption, line",
+    [
+        (
+            Scene("single_object", ((8, None),)),
+            "an eight",
+            {"include": [{"class": "eight", "count": 1}]},
+        ),
+        (
+            Scene("two_object", ((1, None), (3, None))),
+            "a one and a three",
+            {"include": [{"class": "one", "count": 1}, {"class": "three", "count": 1}]},
+        ),
+        (
+            Scene("counting", ((6, None),) * 3),
+            "three sixes",
+            {
+                "include": [{"class": "six", "count": 3}],
+                "exclude": [{"class": "six", "count": 4}],
+            },
+        ),
+        (
+            Scene("colors", ((2, "red"),)),
+            "a red two",
+            {"include": [{"class": "two", "count": 1, "color": "red"}], "seen": False},
+        ),
+        (
+            Scene("position", ((2, None), (9, None)), "left of"),
+            "a two left of a nine",
+            {
+                "include": [
+                    {"class": "nine", "count": 1},
+                    {"class": "two", "count": 1, "position": ["left of", 0]},
+                ]
+            },
+        ),
+        (
+            Scene("color_attr", ((6, "red"), (8, "white"))),
+            "a red six and a white eight",
+            {
+                "include": [
+                    {"class": "six", "count": 1, "color": "red"},
+                    {"class": "eight", "count": 1, "color": "white"},
+                ]
+            },
+        ),
+    ],
+)
+def test_a_scene_has_the_caption_and_the_metadata_of_its_task(scene, caption, line):
+    assert scene.caption == caption
+    expected = {"tag": scene.task, "prompt": caption, "seen": True} | line
+    assert json.loads(scene.metadata()) == expected
+
+
+def test_a_picture_shows_what_its_caption_says():
+    """Cell by cell, found by comparison with every digit there is."""
+    digits = digit_scenes.digit_images("test")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        scene = digit_scenes.draw_scene(rng, digit_scenes.TASKS[number % 6])
+        picture = digit_scenes.compose(rng, scene, digits)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+        found = [shown(cell, digits) for cell in cells(picture)]
+        there = [each for each in found if each]
+        assert sorted(digit for digit, _ in there) == sorted(digit for digit, _ in scene.items)
+        for digit, colour in scene.items:
+            assert colour is None or (digit, colour) in there
+        if scene.relation:
+            (a, _), (b, _) = scene.items
+            rows, columns = np.divmod(
+                [[each and each[0] for each in found].index(x) for x in (a, b)], 2
+            )
+            dx, dy = np.sign(np.diff(columns)[0]), np.sign(np.diff(rows)[0])
+            offsets = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
+            assert (dx, dy) == offsets[scene.relation]
+
+
+def test_a_tenth_of_the_pairs_is_never_shown():
+    """Neither named nor as a colour that the caption leaves open."""
+    assert len(digit_scenes.UNSEEN) == 6
+    rng = np.random.default_rng(1)
+    digits = digit_scenes.digit_images("test")
+    colours = set()
+    for _ in range(60):
+        picture = digit_scenes.compose(rng, Scene("counting", ((7, None),) * 4), digits)
+        colours |= {shown(cell, digits)[1] for cell in cells(picture)}
+    assert colours == set(digit_scenes.COLOURS) - {"yellow"}
+    for _ in range(300):
+        for task in ("colors", "color_attr"):
+            assert digit_scenes.draw_scene(rng, task).is_seen
+            scene = digit_scenes.draw_scene(rng, task, seen=False)
+            assert {(colour, digit) for digit, colour in scene.items} & digit_scenes.UNSEEN
+
+
+def test_a_scene_depends_on_split_and_number_alone():
+    train, again, test = (
+        open_captions(digit_scenes.NAME, "", split).buckets[0]
+        for split in ("train", "train", "test")
+    )
+    for number in (0, 7, len(train) - 1):
+        np.testing.assert_array_equal(train[number]["image"], again[number]["image"])
+        assert train[number]["captions"] == again[number]["captions"]
+    assert any((train[i]["image"] != test[i]["image"]).any() for i in range(3))
+    assert train.fingerprint() != test.fingerprint()
+    captions = [str(train[i]["captions"][0]) for i in range(200)]
+    assert len(set(captions)) > 120
+    with pytest.raises(ValueError, match="cannot be read"):
+        train[len(train)]
+    with pytest.raises(
+        ValueError, match="split = 'validation', but digit_scenes has train and test"
+    ):
+        open_captions(digit_scenes.NAME, "", "validation")
+
+
+def test_the_tasks_are_alike_in_number():
+    scenes = digit_scenes.Scenes("train")
+    words = [str(scenes[i]["captions"][0]) for i in range(600)]
+    tasks = collections.Counter(
+        "position" if any(name in text for name in digit_scenes.RELATIONS) else len(text.split())
+        for text in words
+    )
+    # Two words: a digit, or a count; 3: a colour; 5 and 7: two digits. Five deviations of 600 / 6.
+    assert abs(tasks["position"] - 100) < 46
+    assert abs(tasks[2] - 200) < 58 and abs(tasks[3] - 100) < 46
+    assert abs(tasks[5] - 100) < 46 and abs(tasks[7] - 100) < 46
+
+
+def test_no_digit_is_trained_and_tested_with():
+    images, labels, is_test = load_digits()
+    assert is_test.sum() == 500 and len(images) == 5000
+    for digit in range(10):
+        train, test = (digit_scenes.digit_images(split)[digit] for split in ("train", "test"))
+        assert (len(train), len(test)) == (450, 50)
+        # The halves are of the same file: those that are equal would be the same digit.
+        same = (train[:, None] == test[None]).all(axis=(2, 3))
+        assert not same.any()
+
+
+def test_the_prompts_are_thirty_of_each_task_and_always_the_same():
+    prompts = digit_scenes.prompts()
+    assert prompts == digit_scenes.prompts()
+    assert collections.Counter(scene.task for scene in prompts) == dict.fromkeys(
+        digit_scenes.TASKS, 30
+    )
+    unseen = collections.Counter(scene.task for scene in prompts if not scene.is_seen)
+    assert unseen == {"colors": 6, "color_attr": 6}
+
+
+def test_the_tokenizer_has_a_piece_for_every_word(tmp_path):
+    path = tmp_path / "spiece.model"
+    path.write_bytes(digit_scenes.tokenizer_model())
+    tokenizer = Tokenizer(path)
+    texts = [scene.caption for scene in digit_scenes.prompts()]
+    ids, mask, cut = tokenizer(texts, 20)
+    assert [int(row.sum()) for row in mask] == [len(text.split()) + 1 for text in texts]
+    assert not cut.any() and ids.max() < 64
+    assert len(set(ids[mask].tolist())) > 30
+    assert not any(tokenizer.unknown(text) for text in texts)
+    assert tokenizer.unknown("a turquoise two and an elephant") == ["turquoise", "elephant"]
