@@ -473,8 +473,15 @@ class Experiment:
                 "text.tokenizer is empty, but the model reads the tokens of a caption; name its "
                 "spiece.model"
             )
-        with naming("text"):
-            return text.Tokenizer(path)
+        with self._reading_text(f"text.{field}", path):
+            tokenizer = text.Tokenizer(path)
+        rows = self.model_config.text_vocab_size
+        if tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"model.text_vocab_size = {rows}, but the tokenizer text.{field} = {path} has "
+                f"{tokenizer.vocab_size} pieces"
+            )
+        return tokenizer
 
     @functools.cached_property
     def prompts(self) -> Prompts:

@@ -167,8 +167,10 @@ def _position(side):
 
 def recognises(keys: Collection[str]) -> bool:
     """Whether the keys of a checkpoint are a PixArt's."""
-    marks = ("y_embedder.y_proj.", "y_embedder/y_proj/", "caption_projection.")
-    return any(mark in key for key in keys for mark in marks)
+    marks = ("y_embedder.y_proj.", "caption_projection.")
+    # Our own tree, not that of a model that has a PixArt within it.
+    ours = any(key.startswith("y_embedder/y_proj/") for key in keys)
+    return ours or any(mark in key for key in keys for mark in marks)
 
 
 def entries(config: PixArtConfig) -> tuple[Entry, ...]:

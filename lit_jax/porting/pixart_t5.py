@@ -16,6 +16,7 @@ from lit_jax.porting.matching import Entry, Report, check_tree
 from lit_jax.porting.told import checked_depth, checked_fields, make_config
 from lit_jax.porting.torch_checkpoint import PortingError, TorchCheckpoint
 
+WHAT = "a workdir of a PixArt that is trained with its text encoder"
 NO_LAYOUT = (
     "a model with its text encoder has no layout of PyTorch's world as one; write it as a "
     "pipeline's folder, with layout = diffusers"

@@ -35,12 +35,11 @@ from lit_jax.porting.torch_checkpoint import (
 from lit_jax.porting.untrusted import describe
 
 # For the architecture of each model family the module with its key tables and the
-# overrides that it knows. A further family is one more line; of two that know the same keys
-# the one with more of them comes first.
+# overrides that it knows. A further family is one more line.
 KEY_TABLES: dict[type, ModuleType] = {
     DiTConfig: dit,
-    PixArtT5Config: pixart_t5,
     PixArtConfig: pixart,
+    PixArtT5Config: pixart_t5,
 }
 
 
