@@ -173,7 +173,7 @@ def get_config() -> ConfigDict:
             # Images that cannot be read are left out, up to so many. 0: the first one ends
             # the job.
             skip_broken=0,
-            batch_size=64,  # images encoded at once, over all devices
+            batch_size=64,  # images that a process encodes at once, over its devices
             # Records in a file. An interruption loses at most so many in each process.
             shard_records=1024,
         )

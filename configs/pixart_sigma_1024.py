@@ -10,7 +10,8 @@ distilled from PixArt-Sigma-XL-2-1024-MS. Its positions span the same interval a
 
 Hardware and time: an image costs 20.5 TFLOP, and 25 with the rematerialisation of this recipe. So
 the 14.9 million images of the run are 3.7e20 FLOPs: eleven days on one GPU that sustains 400
-TFLOP/s, 33 hours on eight. Not run here: there was no PixArt-Sigma.
+TFLOP/s, 33 hours on eight. --mode=plan says at most 90 images/s for 16 chips of v5e: 46 hours. Not
+run here: there was no PixArt-Sigma.
 
 Expected (LiT, arXiv 2501.12976, text-to-image): GenEval overall 0.48; PixArt-Sigma has 0.52. The
 standard error of such a score is 0.008: it does not tell 0.48 from the first stage's 0.47.

@@ -79,12 +79,15 @@ class Server:
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"life_{self._count}.log"
+        # Another recipe takes the place of TINY's. The fields come behind it.
+        named = [text for text in overrides if text.startswith("--config=")]
         argv = [
             "main",
-            *TINY,
+            *(named or TINY[:1]),
+            *TINY[1:],
             f"--workdir={workdir}",
             f"--config.data.dir={self.folder / 'data'}",
-            *overrides,
+            *(text for text in overrides if text not in named),
         ]
         pid = self._ask(
             argv=argv,

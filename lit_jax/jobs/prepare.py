@@ -73,14 +73,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     prepare = config.prepare
     target = config.data
     check_target(config)
-    with naming("prepare"):
-        sharding.check_batch(prepare.batch_size, sharding.make_mesh())
 
     # ---- Images and models -----------------------------------------------------------------------
     # Each process encodes its shards alone, whatever mesh the config has for training.
     local = jax.local_devices()
     shared_by = config.mesh.fsdp if config.mesh.fsdp > 0 else len(local)
     experiment.mesh = sharding.make_mesh(-1, math.gcd(shared_by, len(local)), local)
+    # The batch is a process's own: bits of what a network computes follow the size of its batch,
+    # and more processes must write the same bytes.
+    with naming("prepare"):
+        sharding.check_batch(prepare.batch_size, experiment.mesh)
     folder = epath.Path(target.dir) / target.name / VERSION
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = folder.parent
@@ -116,7 +118,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 images,
                 plan.features,
                 plan.encode,
-                batch_size=prepare.batch_size // jax.process_count(),
+                batch_size=prepare.batch_size,
                 num_threads=target.num_threads,
                 skip_broken=prepare.skip_broken,
                 also_broken=frozenset(broken),
@@ -277,7 +279,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
             autoencoder,
             experiment.mesh,
             mirrored=False,
-            batch_size=prepare.batch_size // jax.process_count(),
+            batch_size=prepare.batch_size,
         ),
         add=functools.partial(
             add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype

@@ -282,6 +282,9 @@ class StepPrograms:
         """The program for batches of this shape: arrays, or ShapeDtypeStructs with sharding."""
         key = tuple(sorted((name, x.shape) for name, x in batch.items()))
         if key not in self._programs:
+            picture = batch["mean" if "mean" in batch else "image"]
+            # Of buckets each takes its time, at its first batch.
+            logging.info("compiling the step for pictures of %d x %d", *picture.shape[1:3])
             shapes = {
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
                 for name, x in batch.items()

@@ -1,4 +1,4 @@
-"""Preparing and sampling by real processes: two give what one gives, and a killed one goes on."""
+"""Jobs by real processes: several give what one gives, and a killed one goes on."""
 
 import json
 import pathlib
@@ -9,11 +9,15 @@ import jax
 import lives
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
+from tiny_autoencoder import write_autoencoder
+from tiny_captions import BUCKETS, make_config, write_folder, write_transformer
+from tiny_text import write_text_encoder
 
 import lit_jax
 from configs import debug
-from lit_jax import checkpoint
+from lit_jax import checkpoint, pictures
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
 from lit_jax.models import param_shapes
@@ -146,3 +150,96 @@ def test_two_processes_port_together(server, tmp_path):
         assert json.loads((work / "port_report.json").read_text())["checksum"] == expected
         assert sum("ported to" in life.text() for life in pair) == 1
         assert read_checkpoint(tmp_path / name).report.checksum == expected
+
+
+# ---- Text-to-image, by the recipe that users start from ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """configs/pixart_sigma_512.py of a tiny model, whose teacher is a pipeline's folder."""
+    folder = tmp_path_factory.mktemp("text_to_image")
+    for name in ("images", "pipeline"):
+        (folder / name).mkdir()
+    pipeline = write_text_encoder(folder / "pipeline")
+    autoencoder = write_autoencoder(folder / "autoencoder")
+    write_transformer(make_config("", "", pipeline, autoencoder), pipeline)
+    fields = {
+        "model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.cross_heads": 2,
+        "model.input_size": 8, "model.position_base": 4, "model.caption_channels": 16,
+        "model.caption_length": 20, "model.dtype": "float32", "model.attention": "linear",
+        "teacher.checkpoint": pipeline, "teacher.size": "", "teacher.dtype": "float32",
+        "student.init": "teacher", "data.name": "captioned", "data.num_threads": 1,
+        "prepare.source": f"{write_folder(folder / 'images')}/", "prepare.image_size": 16,
+        "prepare.buckets": BUCKETS, "prepare.batch_size": 8, "prepare.shard_records": 2,
+        "text.checkpoint": pipeline, "text.max_length": 20, "text.batch_size": 8,
+        "text.dtype": "float32", "autoencoder.checkpoint": autoencoder,
+    }  # fmt: skip
+    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
+    return ("--config=configs/pixart_sigma_512.py", *overrides)
+
+
+def captioned(out):
+    """All that a preparation leaves, without the file that TFDS dates."""
+    folder = out / "captioned" / "1.0.0"
+    names = ("features.json", "prepared.json")
+    paths = [*folder.glob("*.array_record-*"), *(folder / name for name in names)]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def captions(server, recipe):
+    out = server.folder / "captions"
+    server.run(server.folder / "work", *recipe, "--mode=prepare", f"--config.data.dir={out}")
+    return out
+
+
+def test_four_processes_prepare_captions_byte_for_byte(server, recipe, captions, tmp_path):
+    out = tmp_path / "out"
+    overrides = (*recipe, "--mode=prepare", f"--config.data.dir={out}")
+    four = server.run_together(tmp_path / "work", 4, *overrides)
+    assert [life.wait() for life in four] == [0] * 4, "".join(life.text() for life in four)
+    # Of 3, 7 and 2 shards each process wrote some.
+    assert all("this process wrote" in life.text() for life in four)
+    assert captioned(out) == captioned(captions) and len(captioned(out)) == 14
+
+
+def test_from_a_pipeline_to_genevals_folder(server, recipe, captions, tmp_path):
+    """CAME on three buckets of stored features; killed, and resumed bit for bit; then sampled."""
+    steps = 6
+    overrides = (
+        *recipe, f"--config.data.dir={captions}", f"--config.train.steps={steps}",
+        "--config.train.log_every=1", "--config.checkpoint.every=2", "--config.optimizer.warmup=2",
+        "--config.train.remat=none", "--config.train.preview_images=4",
+        "--config.sample.steps=2", "--config.sample.batch_size=4",
+        "--config.sample.images_per_prompt=2",
+        f"--config.sample.prompt_file={tmp_path / 'prompts.jsonl'}",
+    )  # fmt: skip
+    lines = [json.dumps({"tag": "colors", "prompt": p}) for p in ("a red cat", "a blue dog")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    previews = f"--config.train.preview_every={steps}"
+    whole = server.run(tmp_path / "whole", *overrides, previews)
+    assert "text.checkpoint = " in whole.text() and "makes it" in whole.text()
+    assert whole.text().count("compiling the step for pictures of") == 3
+    parts = server.start(tmp_path / "parts", *overrides, batches=3)
+    saved = tmp_path / "parts" / "checkpoints" / "2"
+    parts.wait_until(lambda: saved.is_dir() and len(parts.ids()) == 3)
+    parts.kill(signal.SIGKILL)
+    assert parts.wait() == -signal.SIGKILL
+    again = server.run(tmp_path / "parts", *overrides)
+    assert again.first_step() == 2 and parts.ids()[:2] + again.ids() == whole.ids()
+    ends = [tmp_path / name for name in ("whole", "parts")]
+    assert lives.fingerprints(ends[0], steps) == lives.fingerprints(ends[1], steps)
+    losses = lives.losses(ends[0])
+    assert losses == lives.losses(ends[1]) and len(losses) == steps
+    assert all(line["train/kd_noise"] > 0 for line in losses.values())
+
+    # Teacher and student, two prompts each.
+    assert pictures.is_whole(epath.Path(ends[0]) / "previews" / f"step_{steps:07d}.png")
+
+    server.run(ends[0], *overrides, "--mode=sample")
+    folder = ends[0] / "samples"
+    names = [f"{p}/{n}" for p in ("00000", "00001") for n in ("0000.png", "0001.png")]
+    found = [f"{path.parts[-3]}/{path.name}" for path in sorted(folder.glob("0*/samples/*.png"))]
+    assert found == names
+    assert (folder / "00001" / "metadata.jsonl").read_text() == lines[1]

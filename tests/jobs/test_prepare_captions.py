@@ -4,16 +4,14 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
 from tiny_autoencoder import write_autoencoder
 from tiny_captions import BUCKETS, COUNT, make_config, picture, texts, write_folder
 from tiny_text import spiece_model, write_text_encoder
 
-from lit_jax import checkpoint, pictures, sharding
+from lit_jax import sharding
 from lit_jax.data import caption_records, pipeline
 from lit_jax.data.buckets import Buckets, crop_to
 from lit_jax.data.caption_records import open_captions
@@ -21,8 +19,7 @@ from lit_jax.data.dataset import PREPARED
 from lit_jax.data.encoding import make_encoder
 from lit_jax.data.shards import VERSION, Shards, finish_splits
 from lit_jax.experiment import Experiment
-from lit_jax.jobs import prepare, sample, train
-from lit_jax.models import param_shapes
+from lit_jax.jobs import prepare
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +216,6 @@ def test_what_cannot_be_prepared_is_told_before_anything_is_written(
 # ---- Trained on ----------------------------------------------------------------------------------
 
 
-STEPS = 5
-
-
 def check_data(config):
     Experiment(config).check_data()
 
@@ -257,12 +251,6 @@ def test_an_empty_text_checkpoint_is_enough_for_training(prepared):
     config = prepared[0].copy_and_resolve_references()
     config.text.checkpoint = ""
     check_data(config)
-
-
-def train_to(config, workdir, steps):
-    config = config.copy_and_resolve_references()
-    config.train.steps = steps
-    train.run(config, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -304,50 +292,3 @@ def test_texts_alone_are_encoded_in_training(prepared, texts_alone):
 
 def shapes_of(batch):
     return {name: (x.shape, x.dtype) for name, x in batch.items()}
-
-
-def write_teacher(config, path):
-    """A random softmax model of the student's size, and the config that distils from it."""
-    architecture = Experiment(config).default_teacher().config
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
-    )
-    checkpoint.save_params(path, params, {"model": architecture.to_json()})
-    config.teacher.checkpoint = str(path)
-    config.student.init = "teacher"
-
-
-def test_a_run_from_a_teacher_to_genevals_folder(texts_alone, tmp_path):
-    """On three buckets, interrupted and resumed bit for bit, with previews; then sampled from."""
-    config = texts_alone[0].copy_and_resolve_references()
-    write_teacher(config, tmp_path / "teacher")
-    config.optimizer.schedule = "constant"
-    config.train.update(log_every=1, preview_every=STEPS, preview_images=2)
-    config.sample.update(
-        prompts=("a red cat", "a blue dog"), sampler="dpm++", spacing="time_uniform", steps=2,
-        cfg_scale=4.5, cfg_channels="all", batch_size=8,
-    )  # fmt: skip
-    taken = [b["mean"].shape[1:3] for _, b in zip(range(STEPS), iter(Experiment(config).batches()))]
-    assert set(taken) == {(4, 16), (8, 8), (16, 4)}
-    train_to(config, tmp_path / "whole", STEPS)
-    train_to(config, tmp_path / "parts", 2)
-    train_to(config, tmp_path / "parts", STEPS)
-    for ema in (False, True):
-        folders = (tmp_path / "whole", tmp_path / "parts")
-        trees = [checkpoint.restore_params(folder, ema=ema)[0] for folder in folders]
-        jax.tree.map(np.testing.assert_array_equal, *trees)
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line) for line in lines if "train/kd_noise" in line]
-    assert len(losses) == STEPS and np.isfinite([line["train/loss"] for line in losses]).all()
-    # Teacher and student, two prompts each.
-    assert pictures.is_whole(epath.Path(tmp_path) / "whole" / "previews" / "step_0000005.png")
-
-    metadata = [json.dumps({"tag": "colors", "prompt": p}) for p in config.sample.prompts]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(metadata))
-    config.sample.update(prompts=(), prompt_file=str(tmp_path / "prompts.jsonl"))
-    sample.run(config, tmp_path / "whole")
-    folder = tmp_path / "whole" / "samples"
-    assert sorted(path.name for path in folder.glob("0*")) == ["00000", "00001"]
-    assert (folder / "00001" / "metadata.jsonl").read_text() == metadata[1]
-    assert Image.open(folder / "00001" / "samples" / "0000.png").size == (16, 16)
