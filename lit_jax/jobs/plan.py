@@ -335,7 +335,7 @@ class Planner:
             compile_seconds=seconds,
         )
 
-        text = hlo.Program(compiled.as_text() or "")
+        text = hlo.Program(_printed(compiled, program))
         collectives = text.collectives(self._slices)
         ici, dcn = link_bytes(collectives, self._slices)
         flops, executed_flops = self.flops(program, batch_size)
@@ -469,6 +469,20 @@ def link_bytes(
             # The chips of a slice that take part share what crosses.
             dcn += collective.wire_bytes / max(1, collective.group // slices)
     return ici, dcn
+
+
+def _printed(compiled: Any, program: str) -> str:
+    """The compiled program as text; "", with a warning, where the compiler fails to print it."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning(
+            "%s: the compiler cannot print its program, so bytes and collectives are not counted, "
+            "and the times are those of the arithmetic alone: %.200s",
+            program,
+            error,
+        )
+        return ""
 
 
 def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]]:
