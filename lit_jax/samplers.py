@@ -285,12 +285,31 @@ def make_grid(
 # ---- Guidance and the scan -----------------------------------------------------------------------
 
 
+class Guidance(NamedTuple):
+    """How strong guidance is at each step: what may change without another program.
+
+    Attributes:
+        scale: () float32, cfg_scale.
+        is_guided: (S,) bool, the steps at which the model sees each image twice.
+    """
+
+    scale: Any
+    is_guided: Any
+
+    @classmethod
+    def of(cls, grid: Grid, scale: float, interval: tuple[float, float]) -> "Guidance":
+        """Guidance where low <= t <= high; nowhere for a scale of 1. NumPy arrays."""
+        low, high = interval
+        is_inside = (grid.timesteps >= low) & (grid.timesteps <= high)
+        return cls(np.float32(scale), is_inside & (scale != 1.0))
+
+
 def guide(
     model_fn: Callable[..., jax.Array],
     x: jax.Array,
     t: jax.Array,
     condition: Condition,
-    cfg_scale: float,
+    cfg_scale: float | jax.Array,
     cfg_channels: str,
 ) -> jax.Array:
     """Classifier-free guidance, both predictions in one batch; arXiv 2207.12598.
@@ -338,6 +357,7 @@ def sample(
     grid: Grid,
     settings: SamplerSettings,
     *,
+    guidance: Guidance | None = None,
     noise: jax.Array | None = None,
 ) -> jax.Array:
     """Draws images; a pure function of its arguments, to be called under jit.
@@ -350,6 +370,7 @@ def sample(
       rng_keys: (B,) keys, one an image: fold_in(root, the image's number).
       condition: arrays (B, ...). shape: (h, w, C) of one image.
       grid: the sampler, from `make_grid`. settings: guidance and clipping are read here.
+      guidance: in place of that of the settings; may be traced.
       noise: (B, h, w, C) to start from, in place of the keys' own.
     Returns: (B, h, w, C) float32.
     Raises: ValueError if the grid needs a variance that the model does not give.
@@ -357,23 +378,25 @@ def sample(
     B = len(rng_keys)
     C = shape[-1]
     steps, order = grid.x_start_coefs.shape
-    low, high = settings.cfg_interval
-    is_inside = (grid.timesteps >= low) & (grid.timesteps <= high)
-    is_guided = is_inside & (settings.cfg_scale != 1.0)
+    if guidance is None:
+        guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
+    scale, is_guided = guidance
+    # Known when it is traced: then a sampler that always guides, or never, needs no branch.
+    is_known = isinstance(is_guided, np.ndarray)
     needs_noise = grid.log_variance_bounds is not None or grid.noise_scale.any()
 
     def plain(x, t):
         return model_fn(x, t, condition, jnp.zeros((B,), bool))
 
     def guided(x, t):
-        return guide(model_fn, x, t, condition, settings.cfg_scale, settings.cfg_channels)
+        return guide(model_fn, x, t, condition, scale, settings.cfg_channels)
 
     def step(carry, row):
         x, past_x_starts = carry  # (B, h, w, C), (order - 1, B, h, w, C)
         t = jnp.full((B,), row["timestep"])
-        if is_guided.all():
+        if is_known and is_guided.all():
             out = guided(x, t)
-        elif not is_guided.any():
+        elif is_known and not is_guided.any():
             out = plain(x, t)
         else:
             out = jax.lax.cond(row["is_guided"], guided, plain, x, t)

@@ -1,5 +1,6 @@
 """Images from a model: one jitted sampler over the mesh; image i depends on (seed, i) alone."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lit_jax import ranges, samplers, sharding
 from lit_jax.diffusion import GaussianDiffusion, Process
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
-from lit_jax.samplers import SamplerSettings
+from lit_jax.samplers import Guidance, SamplerSettings
 
 
 def protocol(
@@ -57,6 +58,10 @@ class Sampler:
     Neither the batch nor the mesh changes it. With an autoencoder the model's space is that of its
     scaled latents, and images are decoded from there.
 
+    Seed, guidance and condition are arguments of one compiled program: `with_guidance` and
+    `with_seed` give a sampler that compiles nothing. Without guidance (cfg_scale 1) the program is
+    another one, in which the model sees each image once.
+
     Args:
       settings: which sampler, its steps and the guidance.
       batch_size: global; the devices of the mesh must divide it.
@@ -88,19 +93,26 @@ class Sampler:
         settings = dataclasses.replace(settings, variance=variance)
         grid = samplers.make_grid(process, settings)
         # One root for all images: a key of the batch would tie an image to its neighbours.
-        root = jax.random.key(seed)
+        self._root = jax.random.key(seed)
+        self._grid = grid
+        self._guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
+        never = settings.cfg_scale == 1
 
-        def draw(params, index, condition):
+        def draw(params, index, condition, root, guidance):
             def model_fn(x, t, condition, drop):
                 return model.apply({"params": params}, x, t, condition, drop)
 
             keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-            return samplers.sample(model_fn, keys, condition, shape, grid, settings)
+            chosen = None if never else guidance
+            return samplers.sample(
+                model_fn, keys, condition, shape, grid, settings, guidance=chosen
+            )
 
         self.batch_size = batch_size
         self._sharding = sharding.batch_sharding(mesh)
-        # (params, index (B,), condition) -> (B, h, w, C) in the model's space, B = batch_size.
-        self.draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        self._is_guided = not never
+        # To (B, h, w, C) in the model's space, B = batch_size.
+        self._draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
         self._are_finite = jax.jit(
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
@@ -112,6 +124,38 @@ class Sampler:
                 return dataclasses.replace(autoencoder, params=params).from_latents(latents)
 
             self._decode = sharding.map_rows(decode, mesh)
+
+    def with_seed(self, seed: int) -> "Sampler":
+        """The same program with other noise."""
+        return self._with(_root=jax.random.key(seed))
+
+    def with_guidance(
+        self, cfg_scale: float, cfg_interval: tuple[float, float] = (0.0, 1000.0)
+    ) -> "Sampler":
+        """The same program with other guidance, where low <= t <= high.
+
+        Raises: ValueError for a sampler that was built without guidance.
+        """
+        if not self._is_guided:
+            raise ValueError(
+                f"cfg_scale = {cfg_scale}, but the sampler was built with 1, without guidance"
+            )
+        return self._with(_guidance=Guidance.of(self._grid, cfg_scale, cfg_interval))
+
+    def _with(self, **fields: Any) -> "Sampler":
+        other = copy.copy(self)
+        for name, value in fields.items():
+            setattr(other, name, value)
+        return other
+
+    @property
+    def how(self) -> tuple[jax.Array, Guidance]:
+        """The program's last arguments: the seed's key, and the guidance."""
+        return self._root, self._guidance
+
+    def lower(self, params: Any, index: Any, condition: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The program of a batch, not compiled; arrays or ShapeDtypeStructs."""
+        return self._draw_batch.lower(params, index, condition, *self.how)
 
     def __call__(
         self,
@@ -159,7 +203,7 @@ class Sampler:
             return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
 
         placed = {name: put(rows) for name, rows in condition.items()}
-        return self.draw_batch(params, put(index), placed)
+        return self._draw_batch(params, put(index), placed, *self.how)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images of what `draw_latents` returned: the same, where there is no autoencoder."""

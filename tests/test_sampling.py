@@ -3,6 +3,7 @@
 It does not depend on which other images are drawn.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -100,6 +101,55 @@ def test_the_seed_and_the_label_change_the_image(sampler, images):
     assert (np.abs(other - images[:8]).max(axis=(1, 2, 3)) > 1e-3).all()
     reseeded = make_sampler(seed=1)
     assert (np.abs(reseeded(PARAMS, index, labels) - images[:8]).max(axis=(1, 2, 3)) > 0.1).all()
+
+
+@contextlib.contextmanager
+def programs():
+    """Collects the seconds of each program that the compiler is asked for."""
+    found = []
+    listening = True
+
+    def listen(event, seconds, **about):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    # There is no way to unregister a single one.
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        listening = False
+
+
+def test_a_program_is_noticed():
+    with programs() as compiled:
+        jax.jit(lambda x: x * 3.25 - 1)(np.arange(7.0))
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"cfg_scale": 4.0}, {"cfg_scale": 4.0, "cfg_interval": (300.0, 800.0)}, {"seed": 3}]
+)
+def test_guidance_and_seed_are_arguments_of_the_program(images, change):
+    """Changed after the first batch they compile nothing, and give what a new sampler gives."""
+    index = np.arange(8)
+    labels = random_labels(index)
+    sampler = make_sampler()
+    np.testing.assert_array_equal(sampler(PARAMS, index, labels), images[:8])
+    other = sampler.with_seed(3) if "seed" in change else sampler.with_guidance(**change)
+    with programs() as compiled:
+        found = other(PARAMS, index, {"label": (labels["label"] + 1) % 5})
+    assert compiled == []
+    expected = make_sampler(**change)(PARAMS, index, {"label": (labels["label"] + 1) % 5})
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - images[:8]).max() > 0.01
+    # The sampler itself is as it was.
+    np.testing.assert_array_equal(sampler(PARAMS, index, labels), images[:8])
+
+
+def test_a_sampler_without_guidance_gets_none():
+    with pytest.raises(ValueError, match="^cfg_scale = 2.0, but the sampler was built with 1"):
+        make_sampler(cfg_scale=1.0).with_guidance(2.0)
 
 
 def test_random_labels_belong_to_the_number_and_are_uniform():

@@ -510,9 +510,9 @@ def _time_image(experiment, name, model: Model, pixels, size) -> Row:
     }
     index = np.arange(B, dtype=np.int32)
     start = time.monotonic()
-    program = sampler.draw_batch.lower(params, index, condition).compile()
+    program = sampler.lower(params, index, condition).compile()
     compiled = time.monotonic()
-    latents = jax.block_until_ready(program(params, index, condition))
+    latents = jax.block_until_ready(program(params, index, condition, *sampler.how))
     drawn = time.monotonic()
     jax.block_until_ready(sampler.decode(latents))
     # Linux counts in KiB.

@@ -242,7 +242,7 @@ class Planner:
             sampler = self._experiment.sampler(self.model, batch_size, decodes=False)
             index = self._rows((batch_size,), jnp.int32)
             condition = self._condition(batch_size)
-            return sampler.draw_batch.lower(self.state.params, index, condition)
+            return sampler.lower(self.state.params, index, condition)
 
         distill = program == "distill"
         train_step: Any = make_train_step(
