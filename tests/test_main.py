@@ -10,9 +10,9 @@ import sys
 
 import command
 import pytest
+from tiny_dataset import put_digits
 
 from lit_jax import main
-from lit_jax.data import dataset
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     """A folder with a teacher and the digits in data/, nothing else."""
     folder = tmp_path_factory.mktemp("errors")
     command.write_teacher(folder / "teacher.safetensors")
-    dataset.open_dataset("mnist_digits", str(folder / "data"), "train")
+    put_digits(folder / "data")
     return folder
 
 
@@ -222,7 +222,7 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
 
     The error names the data set, the split and the record.
     """
-    dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
+    put_digits(tmp_path / "data")
     (path,) = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
     for start in range(
