@@ -1,6 +1,7 @@
 """Small data sets, in memory and as TFDS stores them."""
 
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -73,5 +74,9 @@ def write_cifar10(directory, count=64):
         Image.fromarray(pixels).save(file, "jpeg")
         file.seek(0)
         examples.append({"id": f"train_{i:05d}", "image": file, "label": i % 10})
-    write_tfds(epath.Path(directory) / "cifar10", CIFAR10, examples, version="3.0.2")
+    folder = epath.Path(directory) / "cifar10"
+    write_tfds(folder, CIFAR10, examples, version="3.0.2")
+    # TFDS has a class of this name, which takes no other version than its own.
+    about = folder / "3.0.2" / "dataset_info.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"version": "3.0.2"}))
     return directory

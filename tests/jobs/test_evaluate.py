@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import ml_collections
 import numpy as np
 import object_store
@@ -100,7 +101,17 @@ def save_samples(path, images, cfg_scale):
     )
 
 
-def test_the_job_scores_the_samples_of_its_workdir(tmp_path):
+@pytest.fixture
+def optimised():
+    """For a program that takes longer to run than to compile."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+def test_the_job_scores_the_samples_of_its_workdir(tmp_path, optimised):
     """With the default features: their names, the protocol, a report and a grid."""
     np.savez(tmp_path / "reference.npz", arr_0=random_images(8, seed=1, size=32))
     images = random_images(8, size=32)
