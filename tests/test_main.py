@@ -4,6 +4,7 @@ The line names the flag or the field, and both values.
 """
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from tiny_dataset import put_digits
 
 from lit_jax import main
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,26 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
     assert sorted(folder.rglob("*")) == before
+
+
+# Which config is meant. ---------------------------------------------------------------------------
+
+
+def test_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    """By its name, or by its path in the repository; a file that is there goes first."""
+    monkeypatch.chdir(tmp_path)
+    shipped = str(ROOT / "configs" / "quickstart.py")
+    for name in ("quickstart", "quickstart.py", "configs/quickstart.py"):
+        assert main.find_config(name) == shipped
+    nested = str(ROOT / "configs" / "ablation" / "conv.py")
+    assert main.find_config("ablation/conv") == nested
+    assert main.find_config("debug.py:x") == str(ROOT / "configs" / "debug.py") + ":x"
+    (tmp_path / "quickstart.py").write_text("")
+    assert main.find_config("quickstart.py") == "quickstart.py"
+    with pytest.raises(FileNotFoundError, match="--config=quickstrat: .* did you mean quickstart"):
+        main.find_config("quickstrat")
+    with pytest.raises(FileNotFoundError, match="--config=zzz: no such file, .*shipped: ablation"):
+        main.find_config("zzz")
 
 
 # What the flags catch before JAX is loaded. -------------------------------------------------------
