@@ -99,7 +99,10 @@ def test_classes_are_asked_for_by_number_and_by_name(config, weights, tmp_path, 
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ("dgo", r"^sample.labels = 'dgo', but .*numbers from 0 to 9, or names; did you mean dog\?$"),
+        (
+            "dgo",
+            r"^sample.labels = 'dgo', but .*numbers from 0 to 9, or names; did you mean dog\?$",
+        ),
         (10, "^sample.labels = 10, but it must be random, balanced, or classes of the 10"),
         (-1, "^sample.labels = -1, but"),
         (True, "^sample.labels = True, but"),
