@@ -1,8 +1,8 @@
 """Own images, first half: a DiT from a folder that has one folder of pictures for each class.
 
-    python -m lit_jax.main --config=own_images_dit --mode=prepare --config.prepare.source=photos/ \\
-        --config.model.num_classes=3
-    python -m lit_jax.main --config=own_images_dit --config.model.num_classes=3
+    python -m lit_jax.main --config=configs/own_images_dit.py --mode=prepare \\
+        --config.prepare.source=photos/ --config.model.num_classes=3
+    python -m lit_jax.main --config=configs/own_images_dit.py --config.model.num_classes=3
 
 docs/own_images.md goes on from here to the converted model, its pictures, scores and export.
 
