@@ -1,7 +1,8 @@
 """Own images, second half: the LiT of the DiT that configs/own_images_dit.py trained.
 
     python -m lit_jax.main --config=configs/own_images_lit.py --config.model.num_classes=3
-    python -m lit_jax.main --config=configs/own_images_lit.py --config.model.num_classes=3 --mode=sample
+    python -m lit_jax.main --config=configs/own_images_lit.py --mode=sample \\
+        --config.model.num_classes=3
 
 docs/own_images.md has the whole sequence. 600 steps take four minutes on two free cores.
 """
