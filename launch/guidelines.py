@@ -5,7 +5,7 @@
 
 Each stage adds one thing to the stage before it, and is trained from several seeds for the same
 number of steps. Runs that are finished are kept: the same command goes on. The table is printed,
-and written with its picture into the folder of the runs. docs/guidelines.md has the results.
+and written with its picture into the folder of the runs.
 """
 
 import argparse

@@ -1,0 +1,87 @@
+"""The paper's path on a quickstart: each stage adds one thing, and the table is of all seeds."""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import quickstart
+from lit_jax.experiment import Experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("guidelines", ROOT / "launch" / "guidelines.py")
+assert SPEC and SPEC.loader
+guidelines = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(guidelines)
+
+
+def test_each_stage_adds_one_thing_to_the_one_before():
+    stages = guidelines.stages("quickstart")
+    added = [{}]
+    before = None
+    for fields in stages.values():
+        if before is not None:
+            added.append(
+                {name: value for name, value in fields.items() if before.get(name) != value}
+            )
+        before = fields
+    teacher = quickstart.get_config().teacher.checkpoint
+    assert added[1:] == [
+        {"model.conv_size": 5},
+        {"model.num_heads": 0},  # that of LiT-Ti: 2
+        {"student.init": teacher},
+        {
+            "teacher.checkpoint": teacher,
+            "distill.noise_weight": 8.0,
+            "distill.variance_weight": 0.0,
+        },
+        {"distill.variance_weight": 0.05},
+    ]
+    first = stages["linear attention from scratch"]
+    assert first["student.init"] == "random" and first["model.conv_size"] == 0
+    # The last stage is the quickstart itself.
+    last = quickstart.get_config()
+    last.update_from_flattened_dict(stages["+ variance distillation"])
+    assert last.to_dict() == quickstart.get_config().to_dict()
+
+
+@pytest.mark.parametrize("stage", guidelines.stages("quickstart"))
+def test_every_stage_is_a_config_that_can_be_run(stage):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(guidelines.stages("quickstart")[stage])
+    experiment = Experiment(config)
+    experiment.check_inheritance()
+    assert (experiment.teacher is not None) == ("distillation" in stage)
+
+
+def write_run(folder, seed, mse):
+    folder.mkdir(parents=True)
+    report = {"labels_read": {"student": 0.5 + 0.1 * seed}}
+    (folder / "report.json").write_text(json.dumps(report))
+    scores = {"scores": {"fd_efficientnet_lite0_500": 10.0 * (1 + seed), "precision_x": 1.0}}
+    (folder / "evaluation_0000300.json").write_text(json.dumps(scores))
+    lines = [{"step": step, "train/mse": mse * step, "train/vb": 0.25} for step in (100, 250, 300)]
+    lines.append({"step": 300, "eval/fd": 1.0})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_the_table_has_means_and_deviations_of_the_seeds(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / str(seed), seed, 0.01)
+    found = [guidelines.result(tmp_path / str(seed)) for seed in range(3)]
+    # The last hundred steps: those after 200.
+    assert found[2] == {
+        "fd_efficientnet_lite0_500": 30.0,
+        "labels read": pytest.approx(0.7),
+        "mse": pytest.approx(2.75),
+        "vb": 0.25,
+    }
+    text = guidelines.table({"one": found, "two": found[:1]})
+    spread = np.std([10.0, 20.0, 30.0], ddof=1)
+    assert text.splitlines()[0] == "| stage | fd_efficientnet_lite0_500 | labels read | mse | vb |"
+    assert text.splitlines()[2].startswith(f"| one | 20 ± {spread:.2g} | 0.6 ± 0.1 | 2.75 ± 0 |")
+    assert text.splitlines()[3].startswith("| two | 10 ± nan |")
+    guidelines.draw({"one": found, "two": found}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
