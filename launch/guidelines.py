@@ -144,7 +144,9 @@ def main() -> None:
             if not (workdir / "report.json").exists():
                 print(f"{stage}, seed {seed}: {workdir}", flush=True)
                 run = command(wanted.config, fields | budget | {"seed": seed}, workdir)
-                subprocess.run(run, cwd=ROOT, check=True)
+                status = subprocess.run(run, cwd=ROOT).returncode
+                if status:
+                    sys.exit(status)
             results[stage].append(result(workdir))
     text = table(results)
     (folder / "table.md").write_text(text + "\n")
