@@ -1,6 +1,9 @@
 """The whole main job in seconds on a CPU: what the test suite runs.
 
-The teacher's weights are random, so its samples show nothing.
+    python -m lit_jax.main --config=configs/debug.py
+
+A model this small learns nothing in three steps: its samples show nothing. The tests give it a
+teacher of random weights: --config.teacher.checkpoint=... --config.student.init=teacher.
 """
 
 from configs import quickstart
@@ -10,7 +13,8 @@ def get_config():
     config = quickstart.get_config()
     config.model.update(depth=2, width=32, num_heads=2)
     config.mesh.cpu_devices = 0
-    config.teacher.checkpoint = ""  # the tests write one
+    config.teacher.checkpoint = ""
+    config.student.init = "random"
     config.train.update(batch_size=16, steps=3, log_every=1, preview_every=3, preview_images=8)
     config.optimizer.warmup = 1
     config.sample.update(steps=4, num_images=10, batch_size=8)

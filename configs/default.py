@@ -283,7 +283,9 @@ def get_config() -> ConfigDict:
             cfg_scale=1.5,  # strength of guidance; 1: no guidance
             cfg_channels="3",  # leading channels that are guided: 3 (as in DiT), or all
             cfg_interval=(0.0, 1000.0),  # guided where low <= t <= high, in training timesteps
-            labels="random",  # random (DiT's protocol) or balanced over the classes
+            # Which classes are drawn: random (DiT's protocol), balanced, a class by its number or
+            # name, or a list of them, which follow each other.
+            labels=ml_collections.FieldReference("random", field_type=object),
             # For models that are told a caption: what they are asked for, in brackets.
             prompts=(),
             # In place of prompts: a file of one prompt a line; or GenEval's metadata (.jsonl,

@@ -11,6 +11,8 @@ the data know of no null.
      "caption_mask": (B, S) bool}
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,20 +26,58 @@ LABEL_MODES = ("random", "balanced")
 LABEL_STREAM = 2**31 - 1
 
 
+# "random", "balanced", or the numbers of classes.
+Labels = str | tuple[int, ...]
+
+
+def choose_labels(asked: Any, num_classes: int, names: Sequence[str] = ()) -> Labels:
+    """What a user asks for, as `for_images` takes it.
+
+    Args:
+      asked: "random", "balanced", a class by its number or name, or a list of classes.
+      names: of the classes, in their order; (): they are known by number alone.
+    Raises: ValueError for what is no class, with those that are like it.
+    """
+    if isinstance(asked, str) and asked in LABEL_MODES:
+        return asked
+    each = list(asked) if isinstance(asked, list | tuple) else [asked]
+    if not each:
+        raise ValueError("labels = (), which names no class")
+    numbers = {name: number for number, name in enumerate(names)}
+    chosen = []
+    for label in each:
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < num_classes:
+            chosen.append(label)
+        elif isinstance(label, str) and label in numbers:
+            chosen.append(numbers[label])
+        else:
+            close = difflib.get_close_matches(str(label), [*LABEL_MODES, *numbers])
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            named = "" if names else ", whose names the checkpoint does not tell"
+            raise ValueError(
+                f"labels = {label!r}, but it must be random, balanced, or classes of the "
+                f"{num_classes}{named}: numbers from 0 to {num_classes - 1}"
+                f"{', or names' if names else ''}{hint}"
+            )
+    return tuple(chosen)
+
+
 def for_images(
-    model_config: Any, index: np.ndarray, *, seed: int, labels: str
+    model_config: Any, index: np.ndarray, *, seed: int, labels: Labels
 ) -> dict[str, np.ndarray]:
     """The condition of images by number; image i's depends on (seed, i) alone.
 
     Args:
       model_config: the architecture, which knows the number of classes.
       index: (n,) numbers of the images.
-      labels: "random", uniform from (seed, i) as in DiT's protocol, or "balanced": i modulo the
-        number of classes.
+      labels: "random", uniform from (seed, i) as in DiT's protocol; "balanced": i modulo the
+        number of classes; or the numbers of classes, which follow each other.
     Returns: {"label": (n,) int32}.
     Raises: ValueError for another word.
     """
     num_classes = model_config.num_classes  # the null class is never asked for
+    if not isinstance(labels, str):
+        return {"label": np.asarray(labels, np.int32)[index % len(labels)]}
     if labels == "balanced":
         return {"label": (index % num_classes).astype(np.int32)}
     if labels != "random":

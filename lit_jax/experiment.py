@@ -635,7 +635,14 @@ class Experiment:
         """The condition of each prompt in config.sample, (n, ...)."""
         return self.encode(self.prompts.texts)[0]
 
-    def conditions(self, index: np.ndarray, labels: str) -> dict[str, np.ndarray]:
+    def labels(self, names: Sequence[str] = ()) -> conditions.Labels:
+        """What sample.labels asks for; `names`: of the classes, as a checkpoint says."""
+        with naming("sample"):
+            return conditions.choose_labels(
+                self.config.sample.labels, conditions.count_classes(self.model_config), names
+            )
+
+    def conditions(self, index: np.ndarray, labels: conditions.Labels) -> dict[str, np.ndarray]:
         """What the model is told of pictures for people, by their numbers.
 
         Prompts that are fewer than the pictures begin again.

@@ -2,8 +2,12 @@
 
 python -m lit_jax.main --config=configs/NAME.py [--mode=train] [--workdir=DIR]
 [--config.field=value ...]
+
+Where the package is installed, `lit_jax` is the same command. NAME alone, or a path that is not
+there, is one of the shipped configs.
 """
 
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -146,10 +150,43 @@ def is_ours(record: LogRecord) -> bool:
     return ours or record.levelno > INFO
 
 
+def find_config(name: str) -> str:
+    """The file of a config: a path, or the name of a shipped one, whatever the folder is.
+
+    Args: name: may end with :ARGUMENT, for a get_config that takes one.
+    Raises: FileNotFoundError naming the shipped ones that are like it.
+    """
+    file, colon, argument = name.partition(".py:")
+    if colon:
+        name, argument = f"{file}.py", f":{argument}"
+    if os.path.isfile(name):
+        return name + argument
+    shipped: dict[str, str] = {}
+    spec = importlib.util.find_spec("configs")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for path in sorted(pathlib.Path(folder).rglob("*.py")):
+            shipped.setdefault(path.relative_to(folder).with_suffix("").as_posix(), str(path))
+    asked = name.removeprefix("configs/").removesuffix(".py")
+    if asked in shipped:
+        return shipped[asked] + argument
+    close = difflib.get_close_matches(asked, shipped)
+    which = f"did you mean {' or '.join(close)}?" if close else f"shipped: {', '.join(shipped)}"
+    what = "a directory, no file" if os.path.isdir(name) else "no such file"
+    raise FileNotFoundError(f"--config={name}: {what}, nor a shipped config; {which}")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Absl's parser, but a wrong config or override ends in one line."""
     # These errors are about the command line, and say it all themselves.
     plain = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+    try:
+        for place, text in enumerate(argv):
+            if text.startswith("--config="):
+                argv[place] = f"--config={find_config(text.removeprefix('--config='))}"
+            elif text == "--config" and place + 1 < len(argv):
+                argv[place + 1] = find_config(argv[place + 1])
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
     try:
         return flags.FLAGS(argv)
     # The config is a program, which can raise anything.

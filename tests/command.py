@@ -43,6 +43,7 @@ def debug_arguments(folder, teacher, *overrides):
         f"--workdir={folder / 'run'}",
         f"--config.data.dir={folder / 'data'}",
         f"--config.teacher.checkpoint={teacher}",
+        "--config.student.init=teacher",
         "--config.teacher.num_heads=2",
         *overrides,
     ]

@@ -6,6 +6,7 @@ The suite runs on a CPU that pretends to be eight devices, with implicit rank pr
 import ast
 import atexit
 import functools
+import gc
 import os
 import pathlib
 import shutil
@@ -31,11 +32,13 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 # Many tests compile the same program. The cache lasts for one session. Workers of xdist and
 # processes that a test starts inherit its place. Whoever sets JAX_COMPILATION_CACHE_DIR keeps the
-# programs for the next session too.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lit_jax_programs_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# programs for the next session too. SESSION_FILES is for what else is made once.
+for name in ("JAX_COMPILATION_CACHE_DIR", "SESSION_FILES"):
+    if name not in os.environ:
+        os.environ[name] = tempfile.mkdtemp(prefix="lit_jax_tests_")
+        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+# To pack and write a program that compiles faster costs more than it saves.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 
@@ -124,6 +127,13 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     if config.getoption("--without-torch") and collection_path.suffix == ".py":
         return needs_torch(collection_path) or None
     return None
+
+
+def pytest_collection_finish() -> None:
+    """A tenth of the suite would go into searching the libraries' objects for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -5,6 +5,7 @@ forks each life.
 """
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import sys
 import time
 
 import compiler
+from tiny_dataset import put_digits
 
 from lit_jax import main
 from lit_jax.data import pipeline
@@ -42,6 +44,7 @@ class Server:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        put_digits(folder / "data")
         environ = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
@@ -70,11 +73,12 @@ class Server:
         workdir: pathlib.Path,
         *overrides: str,
         batches: int = -1,
+        pause: float = 0.0,
         environ: dict[str, str] | None = None,
     ) -> "Life":
         """Starts a life, which stops and waits once it has taken `batches`.
 
-        So a kill hits it there or earlier.
+        So a kill hits it there or earlier. `pause`: seconds that it waits before each batch.
         """
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
@@ -94,6 +98,7 @@ class Server:
             log=str(log),
             ids=str(log.with_suffix(".ids")),
             batches=batches,
+            pause=pause,
             environ=environ or {},
         )
         return Life(self, pid, log)
@@ -185,7 +190,7 @@ def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
     ]
 
 
-def record_ids(path: str, batches: int) -> None:
+def record_ids(path: str, batches: int, pause: float) -> None:
     """Makes the data iterator write the ids of each batch to a file, and give `batches` at most."""
 
     hand_out = pipeline.DeviceIterator.__next__
@@ -194,6 +199,7 @@ def record_ids(path: str, batches: int) -> None:
     def hand_out_and_write(self):
         while not left[0]:
             time.sleep(0.05)
+        time.sleep(pause)
         left[0] -= 1
         batch = hand_out(self)
         rows = {
@@ -214,6 +220,12 @@ def serve() -> None:
 
     import lit_jax.jobs.train  # noqa: F401
 
+    # A third of a life would go into searching the libraries' objects for garbage, whose pages
+    # would all be copied for it.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -226,7 +238,7 @@ def serve() -> None:
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 os.environ.update(request["environ"])
-                record_ids(request["ids"], request["batches"])
+                record_ids(request["ids"], request["batches"], request["pause"])
                 sys.argv = request["argv"]
                 main.run()
                 os._exit(0)

@@ -6,6 +6,7 @@ Its end must equal that of a run that nobody disturbed, bit by bit. Without argu
 kills, with the seed 0. A kill takes a few seconds on one core.
 """
 
+import os
 import pathlib
 import random
 import shutil
@@ -19,6 +20,7 @@ import lives
 
 def soak(kills: int, seed: int) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
+    os.environ["SESSION_FILES"] = str(folder)
     server, draw = lives.Server(folder), random.Random(seed)
     steps = 6 * kills
     rhythm = (

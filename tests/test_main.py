@@ -4,15 +4,18 @@ The line names the flag or the field, and both values.
 """
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 
 import command
 import pytest
+from tiny_dataset import put_digits
 
 from lit_jax import main
-from lit_jax.data import dataset
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def folder(tmp_path_factory):
     """A folder with a teacher and the digits in data/, nothing else."""
     folder = tmp_path_factory.mktemp("errors")
     command.write_teacher(folder / "teacher.safetensors")
-    dataset.open_dataset("mnist_digits", str(folder / "data"), "train")
+    put_digits(folder / "data")
     return folder
 
 
@@ -35,6 +38,26 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
     assert sorted(folder.rglob("*")) == before
+
+
+# Which config is meant. ---------------------------------------------------------------------------
+
+
+def test_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    """By its name, or by its path in the repository; a file that is there goes first."""
+    monkeypatch.chdir(tmp_path)
+    shipped = str(ROOT / "configs" / "quickstart.py")
+    for name in ("quickstart", "quickstart.py", "configs/quickstart.py"):
+        assert main.find_config(name) == shipped
+    nested = str(ROOT / "configs" / "ablation" / "conv.py")
+    assert main.find_config("ablation/conv") == nested
+    assert main.find_config("debug.py:x") == str(ROOT / "configs" / "debug.py") + ":x"
+    (tmp_path / "quickstart.py").write_text("")
+    assert main.find_config("quickstart.py") == "quickstart.py"
+    with pytest.raises(FileNotFoundError, match="--config=quickstrat: .* did you mean quickstart"):
+        main.find_config("quickstrat")
+    with pytest.raises(FileNotFoundError, match="--config=zzz: no such file, .*shipped: ablation"):
+        main.find_config("zzz")
 
 
 # What the flags catch before JAX is loaded. -------------------------------------------------------
@@ -222,7 +245,7 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
 
     The error names the data set, the split and the record.
     """
-    dataset.open_dataset("mnist_digits", str(tmp_path / "data"), "train")
+    put_digits(tmp_path / "data")
     (path,) = (tmp_path / "data").rglob("*train*array_record*")
     content = bytearray(path.read_bytes())
     for start in range(

@@ -114,6 +114,7 @@ class ImageDataset(Dataset):
     kind = "ImageSource"
 
     num_classes: int
+    class_names: tuple[str, ...] = ()  # in the labels' order; (): they have none
 
     def readers(self) -> dict[str, Reader]:
         return {
@@ -136,6 +137,7 @@ class LatentDataset(Dataset):
     num_classes: int
     # Of what encoded them: name, sha256, encoder_sha256, scaling_factor, shift_factor.
     autoencoder: dict[str, Any]
+    class_names: tuple[str, ...] = ()
 
     @property
     def scaling_factor(self) -> float:
@@ -274,6 +276,14 @@ def count_classes(name: str, features: tfds.features.FeaturesDict, classes: int 
     return classes
 
 
+def class_names(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
+    """The names of a data set's classes in the order of their labels; () where they have none."""
+    label = features["label"] if "label" in features else None
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        return ()
+    return tuple(str(name) for name in label.names)
+
+
 def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:
     tfds.disable_progress_bar()  # it takes a second
     # TFDS's default format has no random access.
@@ -332,6 +342,7 @@ def open_dataset(
             image_shape=tuple(features["mean"].shape[1:]),
             num_classes=features["label"].num_classes,
             autoencoder=json.loads(about.read_text())["autoencoder"],
+            class_names=class_names(features),
         )
 
     if "image" not in features:
@@ -347,6 +358,7 @@ def open_dataset(
         records=records if "label" in features else Unlabelled(records),
         image_shape=tuple(features["image"].shape),
         num_classes=count_classes(name, features, classes),
+        class_names=class_names(features),
     )
 
 

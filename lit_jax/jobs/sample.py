@@ -70,7 +70,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             settings.cfg_scale,
         )
     sampler = experiment.sampler()
-    asked = what_is_asked(experiment)
+    asked = what_is_asked(experiment, checkpoint.class_names)
     folder = workdir / "samples"
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
 
@@ -212,12 +212,18 @@ class Asked:
     finish: Callable[[epath.Path], None] = lambda folder: None
 
 
-def what_is_asked(experiment: Experiment) -> Asked:
-    """What config.sample asks for: images of classes, or of prompts."""
+def what_is_asked(experiment: Experiment, names: Sequence[str]) -> Asked:
+    """What config.sample asks for: images of classes, or of prompts.
+
+    Args: names: of the classes, as far as the checkpoint tells them.
+    """
     sample = experiment.config.sample
     if not experiment.is_told_captions:
         index = np.arange(sample.num_images)
-        return Asked(len(index), experiment.conditions(index, sample.labels))
+        labels = experiment.labels(names)
+        told = experiment.conditions(index, labels)
+        captions = [names[label] for label in told["label"]] if names else []
+        return Asked(len(index), told, {"labels": labels}, captions)
 
     prompts = experiment.prompts
     numbers = prompts.of(np.arange(prompts.num_images))
@@ -276,7 +282,7 @@ def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
         dtype=config.model.dtype,
         weights=weights,
         autoencoder=experiment.autoencoder_identity,
-        labels=config.sample.labels,
+        labels=str(config.sample.labels),
     )
 
 

@@ -164,6 +164,7 @@ def train(
     metadata = {
         "model": experiment.model_config.to_json(),
         "data": config.data.name,
+        "class_names": list(getattr(data, "class_names", ())),
         "seed": config.seed,
         "fields": decisive,
     }

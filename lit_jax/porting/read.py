@@ -8,6 +8,7 @@ from there to the tree, every key accounted for. `write` goes the other way.
 import contextlib
 import dataclasses
 import functools
+import json
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,8 @@ from lit_jax.porting.torch_checkpoint import (
 )
 from lit_jax.porting.untrusted import describe
 
+MAX_INDEX_BYTES = 1 << 20  # of a pipeline's model_index.json
+
 # For the architecture of each model family the module with its key tables and the
 # overrides that it knows. A further family is one more line.
 KEY_TABLES: dict[type, ModuleType] = {
@@ -51,11 +54,13 @@ class Checkpoint:
         params: nested dict of leaves, which are read when they are indexed.
         config: what shapes, metadata and caller say of the model.
         report: what became of every key.
+        class_names: of the labels, in their order; (): it does not tell them.
     """
 
     params: dict[str, Any]
     config: Any  # an Architecture
     report: Report
+    class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +107,11 @@ def read_checkpoint(
         table = _table_of(params, path, family)
         config = table.read_tree(params, saved.metadata.get("model") or {}, report)
         params = _read_orbax(saved, report)
+        names = saved.metadata.get("class_names")
     else:
         source = open_torch_checkpoint(path, weights)
         report = Report(str(path), "dit", notes=source.notes)
+        names = _names_of_pipeline(path)
         table = _table_of(source.tensors, path, family, source.config)
         params, config = table.read_torch(source, report, overrides or table.Overrides())
         report.checksum = _checked_values(params, report)
@@ -114,7 +121,7 @@ def read_checkpoint(
     if any(params[name] is not of_source.get(name) for name in params):
         report.checksum = _checked_values(params, report)
     tree = _account(params, config.to_json(), report)
-    return Checkpoint(tree, config, report)
+    return Checkpoint(tree, config, report, _checked_names(names, config))
 
 
 def read_autoencoder(
@@ -267,6 +274,27 @@ def _table_of(keys, path, wanted, says=None):
         )
     # A DiT's error then lists what is missing.
     return tables[found or "dit"]
+
+
+def _names_of_pipeline(path):
+    """The classes that the model_index.json of a DiT's pipeline names; None: it has none."""
+    index = path / "model_index.json"
+    if not index.is_file() or index.stat().length > MAX_INDEX_BYTES:
+        return None
+    try:
+        labels = json.loads(index.read_text())["id2label"]
+        # "tench, Tinca tinca": the first of several is the one that people say.
+        return [labels[str(number)].split(",")[0].strip() for number in range(len(labels))]
+    # Names are a comfort: a model can be used without them.
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _checked_names(names, config):
+    """The names that a checkpoint tells, if they are texts, one a class; () otherwise."""
+    count = getattr(config, "num_classes", 0)
+    is_list = isinstance(names, list) and len(names) == count
+    return tuple(names) if is_list and all(isinstance(name, str) for name in names) else ()
 
 
 def _checked_values(params, report):

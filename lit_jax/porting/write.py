@@ -127,6 +127,7 @@ def export_orbax(
         metadata["autoencoder"] = checkpoint.architecture
     else:
         metadata["model"] = checkpoint.config.to_json()
+        metadata["class_names"] = list(checkpoint.class_names)
     # Leaf by leaf, each read once and straight onto its shards.
     arrays = load_params(checkpoint.params, shardings, consume=consume)
     save_params(path, arrays, metadata)

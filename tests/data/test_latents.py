@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_autoencoder import write_autoencoder
-from tiny_dataset import write_cifar10
+from tiny_dataset import put_digits, write_cifar10
 
 from configs import debug
 from lit_jax import conditions, sharding
@@ -116,7 +116,7 @@ def test_the_input_pipeline_can_be_timed_alone(tmp_path):
 
     config = debug.get_config()
     config.benchmark.update(what=("data",), repeats=1)
-    config.data.update(dir=str(tmp_path), num_threads=1, prefetch=1)
+    config.data.update(dir=str(put_digits(tmp_path)), num_threads=1, prefetch=1)
     config.train.batch_size = 24
     benchmark.run(config, tmp_path / "workdir")
     (row,) = json.loads((tmp_path / "workdir" / "benchmark.json").read_text())["rows"]

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from tiny_dataset import put_digits
 from tiny_extractor import batches_of, features_of, make_extractor, random_images
 
 from lit_jax.data import dataset
@@ -258,11 +259,12 @@ def test_statistics_kept_of_another_data_set_of_the_same_name_are_not_used(tmp_p
 
 def test_a_user_names_a_split_or_a_file(tmp_path):
     extractor = make_extractor()
+    data = put_digits(tmp_path / "data")
 
     def make(reference):
         return references.make_reference(
             reference,
-            tmp_path / "data",
+            data,
             tmp_path / "run",
             extractor,
             batch_size=100,

@@ -3,12 +3,14 @@
 import json
 import pathlib
 
+import jax
 import ml_collections
 import numpy as np
 import object_store
 import pytest
 from etils import epath
 from PIL import Image
+from tiny_dataset import put_digits
 from tiny_extractor import make_extractor, random_images
 
 from configs import debug
@@ -99,7 +101,17 @@ def save_samples(path, images, cfg_scale):
     )
 
 
-def test_the_job_scores_the_samples_of_its_workdir(tmp_path):
+@pytest.fixture
+def optimised():
+    """For a program that takes longer to run than to compile."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+def test_the_job_scores_the_samples_of_its_workdir(tmp_path, optimised):
     """With the default features: their names, the protocol, a report and a grid."""
     np.savez(tmp_path / "reference.npz", arr_0=random_images(8, seed=1, size=32))
     images = random_images(8, size=32)
@@ -168,7 +180,7 @@ def test_training_shows_and_scores_what_sampling_and_evaluation_do_after_it(
     # Two steps that can be seen, and an EMA that lags behind them.
     config.optimizer.learning_rate = 0.01
     config.ema.decay = 0.5
-    config.data.dir = str(tmp_path / "data")
+    config.data.dir = str(put_digits(tmp_path / "data"))
     config.train.update(steps=2, batch_size=8, preview_every=2, preview_images=8)
     config.report.update(num_images=8, read_labels=False)
     config.sample.update(steps=2, num_images=8, batch_size=8, labels="balanced")

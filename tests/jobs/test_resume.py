@@ -19,6 +19,7 @@ from configs import debug
 from lit_jax import checkpoint, sharding
 from lit_jax.data import dataset
 from lit_jax.experiment import Experiment
+from lit_jax.jobs import train
 from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.runtime import exit_status
@@ -26,12 +27,14 @@ from lit_jax.train_step import state_shapes, with_sharding
 
 # A checkpoint every 3 steps and a log line every 4: a resumed run has to finish a log line whose
 # first steps another process ran.
-STEPS = 60
-RHYTHM = (
-    f"--config.train.steps={STEPS}",
-    "--config.train.log_every=4",
-    "--config.checkpoint.every=3",
-)
+STEPS = 36
+ALONE = (f"--config.train.steps={STEPS}", "--config.train.log_every=4")
+RHYTHM = (*ALONE, "--config.checkpoint.every=3")
+# To the end, without the checkpoints on the way, each of which takes as long as 30 steps.
+TO_THE_END = (*ALONE, "--config.checkpoint.every=1000000")
+
+# Of any number of steps, with one compiled program.
+SHORT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup=0")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,9 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(server):
-    life = server.run(server.folder / "undisturbed", *RHYTHM)
+    life = server.run(
+        server.folder / "undisturbed", *ALONE, f"--config.checkpoint.every={STEPS - 3}"
+    )
     return server.folder / "undisturbed", life.ids()
 
 
@@ -73,7 +78,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
         life.kill(signal.SIGKILL)
         assert life.wait() == -signal.SIGKILL
         everything.append(life)
-    everything.append(server.run(workdir, *RHYTHM))
+    everything.append(server.run(workdir, *TO_THE_END))
     assert sorted({life.first_step() for life in everything})[-1] >= 9
     for life in everything:
         taken = life.ids()
@@ -92,8 +97,8 @@ def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_
     server, undisturbed
 ):
     workdir = server.folder / "two_at_once"
-    first = server.start(workdir, *RHYTHM, batches=20)
-    first.wait_for_batches(20)
+    first = server.start(workdir, *RHYTHM, batches=14)
+    first.wait_for_batches(14)
     second = server.start(workdir, *RHYTHM)
     assert second.wait() == 1
     message = second.text().splitlines()[-1]
@@ -104,22 +109,19 @@ def test_a_second_run_in_the_workdir_is_refused_and_harms_neither_the_first_nor_
     assert not second.ids()
     first.kill(signal.SIGKILL)  # its name stays in the file, its lock does not
     assert first.wait() == -signal.SIGKILL
-    assert server.run(workdir, *RHYTHM).first_step() >= 9
+    assert server.run(workdir, *TO_THE_END).first_step() >= 9
     check_same_end(workdir, undisturbed)
 
 
 def test_sigterm_saves_at_once_and_exits_with_75(server, undisturbed):
-    workdir, never = (
-        server.folder / "terminated",
-        (*RHYTHM[:2], "--config.checkpoint.every=1000000"),
-    )
-    life = server.start(workdir, *never)
+    workdir = server.folder / "terminated"
+    life = server.start(workdir, *TO_THE_END, pause=0.05)
     life.wait_for_batches(2)
     life.kill(signal.SIGTERM)
     assert life.wait() == exit_status.EXIT_TRY_AGAIN
     saved = len(life.ids())
     assert f"step {saved} is saved" in life.text() and saved < STEPS
-    assert server.run(workdir, *RHYTHM).first_step() == saved
+    assert server.run(workdir, *TO_THE_END).first_step() == saved
     check_same_end(workdir, undisturbed)
 
 
@@ -130,7 +132,7 @@ ENDLESS = (
 
 
 def test_sighup_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server, undisturbed):
-    workdir, previews = server.folder / "drawing", (*RHYTHM, "--config.train.preview_every=7")
+    workdir, previews = server.folder / "drawing", (*TO_THE_END, "--config.train.preview_every=7")
     life = server.start(workdir, *previews, *ENDLESS)
     life.wait_for_batches(7)
     time.sleep(2.0)
@@ -143,7 +145,7 @@ def test_sighup_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server
     assert len(life.ids()) == 7 and "step 7 is saved" in life.text()
     assert server.run(workdir, *previews).first_step() == 7
     assert {path.name for path in (workdir / "previews").iterdir()} == {
-        f"step_{n:07d}.png" for n in (*range(7, 60, 7), 60)
+        f"step_{n:07d}.png" for n in (*range(7, STEPS, 7), STEPS)
     }
     check_same_end(workdir, undisturbed)
 
@@ -151,7 +153,7 @@ def test_sighup_inside_a_preview_saves_and_the_preview_is_drawn_on_resume(server
 def test_sigint_inside_the_last_preview_is_answered_and_the_rest_is_made_up_for(server):
     workdir, run = (
         server.folder / "drawing_last",
-        ("--config.train.steps=2", "--config.train.preview_every=100"),
+        (*SHORT, "--config.train.steps=2", "--config.train.preview_every=100"),
     )
     life = server.start(workdir, *run, *ENDLESS)
     life.wait_for_batches(2)
@@ -169,7 +171,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folde
     server,
 ):
     workdir = server.folder / "no_folder"
-    life = server.start(workdir, "--config.train.steps=1000000", "--config.checkpoint.every=3")
+    run = (*SHORT, "--config.train.steps=1000000", "--config.checkpoint.every=3")
+    life = server.start(workdir, *run)
     life.wait_until(lambda: saves(workdir)[1])
     (workdir / "checkpoints").rename(workdir / "elsewhere")
     (workdir / "checkpoints").write_text("in the way")
@@ -183,12 +186,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folde
     assert f"in {workdir}/checkpoints cannot be written: " in message
     (workdir / "checkpoints").unlink()
     (workdir / "elsewhere").rename(workdir / "checkpoints")
-    assert (
-        server.run(
-            workdir, "--config.train.steps=2", "--config.checkpoint.force_config=True"
-        ).first_step()
-        >= 3
-    )
+    assert server.run(workdir, *SHORT, "--config.train.steps=2").first_step() >= 3
 
 
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(server, undisturbed):
@@ -454,23 +452,33 @@ def test_the_sharding_rule_splits_parameters_ema_and_optimizer_alike():
     assert held < 1.02 * sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) / 4
 
 
-def test_a_trace_of_chosen_steps_ends_with_them_or_with_the_run(server):
-    """A run that goes on after the first of them traces the rest; one after the last, nothing.
+@pytest.mark.parametrize(
+    "first, last, chosen, traced",
+    [
+        (1, 9, (), []),
+        (1, 9, (2, 3), [2, 3]),
+        (2, 3, (1, 2), [2]),  # a run that goes on after the first of them
+        (5, 5, (1, 4), []),  # and one that goes on after the last
+        (1, 4, (3, 9), [3, 4]),
+        (1, 1, (2, 9), []),
+    ],
+)
+def test_a_trace_is_of_the_chosen_steps_of_a_run(
+    monkeypatch, tmp_path, first, last, chosen, traced
+):
+    running, found = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", running.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", running.clear)
+    trace = train.Trace(chosen, tmp_path)
+    for step in range(first, last + 1):
+        trace.before_step(step, [])
+        found += [step] * len(running)
+    trace.close()
+    assert found == traced and not running
 
-    In processes of their own: JAX's profiler crashes in one that has loaded torch, too.
-    """
+
+def test_a_trace_ends_with_the_run(server):
+    """In a process of its own: JAX's profiler crashes in one that has loaded torch, too."""
     workdir = server.folder / "traced"
-    short = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup=0")
-    profile = workdir / "profile"
-
-    def traces():
-        return len(list(profile.rglob("*.xplane.pb")))
-
-    server.run(workdir, *short, "--config.train.steps=1", "--config.train.profile=(2, 9)")
-    assert not profile.exists()
-    server.run(workdir, *short, "--config.train.steps=3", "--config.train.profile=(1, 2)")
-    assert traces() == 1
-    server.run(workdir, *short, "--config.train.steps=4", "--config.train.profile=(4, 9)")
-    assert traces() == 2
-    server.run(workdir, *short, "--config.train.steps=5", "--config.train.profile=(1, 4)")
-    assert traces() == 2
+    server.run(workdir, *SHORT, "--config.train.steps=2", "--config.train.profile=(2, 9)")
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sharding
@@ -20,6 +21,7 @@ from lit_jax.models import param_shapes
 from lit_jax.runtime import workdir_lock
 
 COUNT = 50
+NAMES = "ant bee cat dog eel fox gnu hen ibex jay".split()
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,17 @@ def weights(config, tmp_path_factory):
         lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
     )
     path = tmp_path_factory.mktemp("weights") / "params"
-    checkpoint.save_params(path, params, {"model": architecture.to_json()})
+    about = {"model": architecture.to_json(), "class_names": NAMES}
+    checkpoint.save_params(path, params, about)
     config.sample.checkpoint = str(path)
     return params
 
 
 def draw(config, workdir, **change):
     config = config.copy_and_resolve_references()
-    config.sample.update(change)
+    # Of a resolved copy every field keeps the type that it has.
+    with config.ignore_type():
+        config.sample.update(change)
     sample.run(config, workdir)
     return read_pngs(workdir)
 
@@ -68,6 +73,53 @@ def test_fifty_images_in_batches_of_another_size_are_the_same_bytes(config, draw
     images, _ = drawn
     assert len(images) == COUNT and len(set(images.values())) == COUNT
     assert draw(config, tmp_path, batch_size=24) == images
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        (7, [7] * 5),
+        ("dog", [3] * 5),
+        (("dog", 0, "jay"), [3, 0, 9, 3, 0]),
+        ("balanced", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_classes_are_asked_for_by_number_and_by_name(config, weights, tmp_path, asked, expected):
+    draw(config, tmp_path, labels=asked, num_images=5)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["label"].tolist() == expected
+    about = json.loads((tmp_path / "samples" / "protocol.json").read_text())
+    numbers = [asked] if asked == 7 else [NAMES.index("dog")] if asked == "dog" else [3, 0, 9]
+    assert about["labels"] == (asked if asked == "balanced" else numbers)
+    # The grid has a caption below each image, so its cells are wider than the image.
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.width > 3 * pictures.CAPTION_WIDTH
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (
+            "dgo",
+            r"^sample.labels = 'dgo', but .*numbers from 0 to 9, or names; did you mean dog\?$",
+        ),
+        (10, "^sample.labels = 10, but it must be random, balanced, or classes of the 10"),
+        (-1, "^sample.labels = -1, but"),
+        (True, "^sample.labels = True, but"),
+        (("cat", 2.0), "^sample.labels = 2.0, but"),
+        ((), r"^sample.labels = \(\), which names no class"),
+    ],
+)
+def test_what_is_no_class_is_refused(config, weights, tmp_path, asked, message):
+    with pytest.raises(ValueError, match=message):
+        draw(config, tmp_path / "run", labels=asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_without_names_knows_numbers_alone():
+    assert conditions.choose_labels(4, 10) == (4,)
+    with pytest.raises(ValueError, match="whose names the checkpoint does not tell"):
+        conditions.choose_labels("dog", 10)
 
 
 def test_any_image_can_be_missing(config, drawn, tmp_path):
@@ -149,7 +201,7 @@ def test_a_request_that_cannot_be_drawn_leaves_nothing(config, weights, tmp_path
         ({"cfg_channels": "2"}, "sample.cfg_channels must be one of 3, all; got '2'"),
         ({"cfg_interval": (5.0, 1.0)}, "sample.cfg_interval must be two numbers"),
         ({"variance": "none"}, "sample.variance must be one of .*; got 'none'"),
-        ({"labels": "sorted"}, "sample.labels must be"),
+        ({"labels": "sorted"}, "sample.labels = 'sorted', but it must be random"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(config, tmp_path / "workdir", **change)

@@ -137,6 +137,7 @@ def test_weights_of_another_port_are_refused(tmp_path):
 def training_config(**changes):
     settings = debug.get_config()
     settings.model.update(num_heads=2, width=32, depth=2)
+    settings.student.init = "teacher"
     for name, value in changes.items():
         settings.update_from_flattened_dict({name: value})
     return settings

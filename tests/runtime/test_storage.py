@@ -243,17 +243,7 @@ def test_orbax_refuses_other_stores():
             call()
 
 
-@pytest.fixture
-def quick_compiler():
-    """For a test that is about what surrounds the compiled programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_a_run_leaves_its_files_there_and_goes_on_from_them(
-    bucket, monkeypatch, tmp_path, quick_compiler
-):
+def test_a_run_leaves_its_files_there_and_goes_on_from_them(bucket, monkeypatch, tmp_path):
     arguments = [
         "--config=configs/debug.py",
         "--workdir=gs://bucket/run",
