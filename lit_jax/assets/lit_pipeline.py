@@ -83,84 +83,122 @@ class LiTPipeline(DiffusionPipeline):
         Returns: `.images`; with `return_dict=False` a tuple of them.
         Raises: ValueError for a label that is no class, or latents without a decoder.
         """
+        own = self.config
         model = self.transformer.config
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        steps = num_inference_steps or self.config.num_inference_steps
-        numbers = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-        if bad := [number for number in numbers if not 0 <= number < model.num_classes]:
-            raise ValueError(
-                f"class_labels: {bad} are none of the classes 0 to {model.num_classes - 1}"
-            )
-        if self.vae is None and model.in_channels not in (1, 3) and output_type != "latent":
-            raise ValueError(
-                f"the model draws latents of {model.in_channels} channels and the pipeline has no "
-                "vae to decode them: pass one to from_pretrained, or output_type='latent'"
-            )
+        scale = guidance_scale
+        if scale is None:
+            scale = own.guidance_scale
+        steps = num_inference_steps or own.num_inference_steps
+        numbers = class_labels
+        if isinstance(numbers, int):
+            numbers = [numbers]
+        self._check(numbers, output_type)
 
         # ---- Noise and timesteps ---------------------------------------------
         device = self._execution_device
-        B, C = len(numbers), model.in_channels
-        shape = (B, C, *(side * model.patch_size for side in model.grid))
+        B = len(numbers)
+        C = model.in_channels
+        h, w = (side * model.patch_size for side in model.grid)
         x = latents
         if x is None:
-            x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            x = randn_tensor(
+                (B, C, h, w),
+                generator=generator,
+                device=device,
+                dtype=torch.float32,
+            )
         # float32 from first to last, whatever type the model works in.
-        x = x.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        x = x.to(device, torch.float32)
+        x = x * self.scheduler.init_noise_sigma
         self._set_timesteps(steps, device)
 
         # ---- Steps -----------------------------------------------------------
-        labels = torch.tensor(numbers, device=device)
+        labels = torch.tensor(list(numbers), device=device)
         null = torch.full_like(labels, model.num_classes)
-        low, high = self.config.guidance_interval
-        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        if learned and not isinstance(self.scheduler, DDPMScheduler):
-            # Another scheduler that was made from DDPM's settings would take
-            # three channels for the noise, whatever their number.
-            self.scheduler.register_to_config(variance_type=None)
-            learned = False
+        low, high = own.guidance_interval
+        keeps_variance = self._keeps_variance()
+        told = self._step_arguments(generator)
         for t in self.progress_bar(self.scheduler.timesteps):
-            seen = self.scheduler.scale_model_input(x, t).to(self.transformer.dtype)
+            seen = self.scheduler.scale_model_input(x, t)
             if scale != 1.0 and low <= t <= high:
-                cond, uncond = self._predict(
-                    torch.cat([seen, seen]), t, torch.cat([labels, null])
-                ).chunk(2)
-                n = C if self.config.guidance_channels == "all" else min(3, C)
+                both = torch.cat([labels, null])
+                out = self._predict(torch.cat([seen, seen]), t, both)
+                cond, uncond = out.chunk(2)
+                n = C if own.guidance_channels == "all" else min(3, C)
                 mixed = uncond[:, :n] + scale * (cond - uncond)[:, :n]
                 out = torch.cat([mixed, cond[:, n:]], dim=1)
             else:
                 out = self._predict(seen, t, labels)
-            out = out if learned else out[:, :C]
-            x = self.scheduler.step(out, t, x, **self._step_arguments(generator)).prev_sample
+            if not keeps_variance:
+                out = out[:, :C]
+            x = self.scheduler.step(out, t, x, **told).prev_sample
 
         # ---- Pixels ----------------------------------------------------------
         images = x
         if output_type != "latent":
             if self.vae is not None:
-                about = self.vae.config
-                x = x / about.scaling_factor + (about.get("shift_factor") or 0.0)
-                images = self.vae.decode(x.to(self.vae.dtype)).sample.float()
+                images = self._decode(x)
             images = (images / 2 + 0.5).clamp(0, 1)
         if output_type in ("np", "pil"):
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    def _check(self, numbers, output_type):
+        model = self.transformer.config
+        count = model.num_classes
+        bad = [n for n in numbers if not 0 <= n < count]
+        if bad:
+            raise ValueError(f"class_labels: {bad} are none of the classes 0 to {count - 1}")
+        C = model.in_channels
+        has_pixels = self.vae is not None or C in (1, 3)
+        if not has_pixels and output_type != "latent":
+            raise ValueError(
+                f"the model draws latents of {C} channels and the "
+                "pipeline has no vae to decode them: pass one to "
+                "from_pretrained, or output_type='latent'"
+            )
+
+    def _keeps_variance(self):
+        """Whether the scheduler takes the predicted variance too."""
+        asked = self.scheduler.config.get("variance_type")
+        if asked not in ("learned", "learned_range"):
+            return False
+        if isinstance(self.scheduler, DDPMScheduler):
+            return True
+        # Another scheduler that was made from DDPM's settings would take
+        # three channels for the noise, whatever their number.
+        self.scheduler.register_to_config(variance_type=None)
+        return False
+
+    def _decode(self, x):
+        about = self.vae.config
+        shift = about.get("shift_factor") or 0.0
+        x = x / about.scaling_factor + shift
+        return self.vae.decode(x.to(self.vae.dtype)).sample.float()
 
     def _predict(self, x, t, labels):
         """The model's output in float32; t is one number."""
-        out = self.transformer(x, timestep=t.expand(len(x)).to(x.device), class_labels=labels)
+        x = x.to(self.transformer.dtype)
+        t = t.expand(len(x)).to(x.device)
+        out = self.transformer(x, timestep=t, class_labels=labels)
         return out.sample.float()
 
     def _set_timesteps(self, steps, device):
-        if self.config.respaced and isinstance(self.scheduler, DDPMScheduler):
-            last = self.scheduler.config.num_train_timesteps - 1
-            # Accumulated, not multiplied: halves round as in DiT's code.
-            strides = itertools.accumulate([0.0] + [last / (steps - 1)] * (steps - 1))
-            timesteps = [round(position) for position in strides][::-1]
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            self.scheduler.set_timesteps(steps, device=device)
+        scheduler = self.scheduler
+        if not self.config.respaced or not isinstance(scheduler, DDPMScheduler):
+            scheduler.set_timesteps(steps, device=device)
+            return
+        last = scheduler.config.num_train_timesteps - 1
+        # Accumulated, not multiplied: halves round as in DiT's code.
+        strides = [0.0] + [last / (steps - 1)] * (steps - 1)
+        positions = itertools.accumulate(strides)
+        timesteps = [round(position) for position in positions]
+        scheduler.set_timesteps(timesteps=timesteps[::-1], device=device)
 
     def _step_arguments(self, generator):
         """What this scheduler's step takes of all that there is."""

@@ -63,6 +63,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise ValueError(f"export.target = {target} exists; an export never overwrites")
     platforms = tuple(asked.platforms)
     check_platforms(platforms, config.model.implementation)
+    if not asked.batch_size and config.model.implementation in RUNS_ON:
+        raise ValueError(
+            f"export.batch_size = 0, any number, but model.implementation = "
+            f"{config.model.implementation} is compiled for one; name it"
+        )
     experiment = Experiment(config)
     # One device: whoever runs it chooses how many take part.
     experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])

@@ -151,6 +151,9 @@ def test_an_attention_goes_where_it_runs(config, tmp_path, monkeypatch):
     config.model.implementation = "pallas_tpu"
     with pytest.raises(ValueError, match="model.implementation = pallas_tpu runs on tpu alone"):
         export.run(config, tmp_path)
+    config.export.platforms = ("tpu",)
+    with pytest.raises(ValueError, match="export.batch_size = 0, any number, but model.impl"):
+        export.run(config, tmp_path)
     monkeypatch.setattr(export, "MOST_INSIDE", 1000)
     config.model.implementation = "xla"
     config.export.weights = "inside"
