@@ -340,8 +340,8 @@ def get_config() -> ConfigDict:
         dict(
             target="",  # a new folder; empty: export in the workdir
             platforms=("cpu", "tpu", "cuda"),  # any of these
-            # beside: a file of their own; inside: constants of the program, up to 1.9 GB.
-            weights="beside",
+            # True: the weights are constants of the program, up to 1.9 GB; False: a file beside it.
+            weights_inside=False,
             batch_size=0,  # images of a call; 0: any number
         )
     )

@@ -91,7 +91,6 @@ RANGES = {
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
     "export.platforms": NAMES,
-    "export.weights": one_of("beside", "inside"),
     "export.batch_size": between(0, 1_000_000),
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": BATCH,

@@ -90,19 +90,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if experiment.autoencoder:
         weights["decoder"] = experiment.autoencoder.params
     flat = flatten_dict(weights, sep="/")
-    if asked.weights == "inside" and (size := sum(leaf.nbytes for leaf in flat.values())) > (
-        MOST_INSIDE
-    ):
+    inside = asked.weights_inside
+    size = sum(leaf.nbytes for leaf in flat.values())
+    if inside and size > MOST_INSIDE:
         raise ValueError(
-            f"export.weights = inside, but the weights are {size:,} bytes and a program holds at "
-            f"most {MOST_INSIDE:,}; set export.weights=beside"
+            f"export.weights_inside = True, but the weights are {size:,} bytes and a program holds "
+            f"at most {MOST_INSIDE:,}; set export.weights_inside=False"
         )
 
     # ---- Trace ---------------------------------------------------------------
     batch = asked.batch_size or jax.export.symbolic_shape("batch")[0]
     inputs = input_shapes(experiment, sampler, batch)
     logging.info("tracing the sampler for %s", ", ".join(platforms))
-    inside = asked.weights == "inside"
     exported = export_sampler(sampler, flat, inputs, platforms, inside=inside)
     program = bytes(exported.serialize())
 

@@ -22,8 +22,8 @@ from lit_jax.porting.torch_file import write_safetensors
 from lit_jax.samplers import SAMPLERS, SamplerSettings
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
-# The release whose classes the folder was tested with.
-DIFFUSERS_VERSION = "0.36.0"
+# The release that the tests have loaded such folders with.
+DIFFUSERS_VERSION = "0.42.1"
 WEIGHTS = DIFFUSERS_FILES[0]
 # Spacings that diffusers' schedulers visit as our samplers do.
 SPACINGS = {

@@ -68,15 +68,15 @@ def draw(folder, picture, monkeypatch):
     return names["pixels"]
 
 
-@pytest.mark.parametrize("weights", ["beside", "inside"])
-def test_the_pixels_are_those_of_the_sampler(config, one_device, tmp_path, monkeypatch, weights):
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_pixels_are_those_of_the_sampler(config, one_device, tmp_path, monkeypatch, inside):
     config = config.copy_and_resolve_references()
-    config.export.weights = weights
+    config.export.weights_inside = inside
     export.run(config, tmp_path)
     folder = tmp_path / "export"
     files = ["about.json", "sampler.jax_export", "weights.safetensors"]
     names = sorted(path.name for path in folder.iterdir())
-    assert names == (files if weights == "beside" else files[:2])
+    assert names == (files[:2] if inside else files)
     pixels = draw(folder, tmp_path / "row.ppm", monkeypatch)
     np.testing.assert_array_equal(pixels, one_device)
 
@@ -111,7 +111,7 @@ def test_the_decoder_goes_along(tmp_path):
     config.autoencoder.checkpoint = str(tmp_path / "vae")
     config.sample.cfg_scale = 1.0
     config.export.update(target=str(tmp_path / "out"), batch_size=3, platforms=("cpu",))
-    config.export.weights = "inside"
+    config.export.weights_inside = True
     export.run(config, tmp_path / "work")
     assert not (tmp_path / "work").exists()
     program = (tmp_path / "out" / "sampler.jax_export").read_bytes()
@@ -134,7 +134,6 @@ def test_the_decoder_goes_along(tmp_path):
     [
         ({"platforms": ()}, "export.platforms must be some of cpu, tpu, cuda; got ()"),
         ({"platforms": ("cpu", "gpu")}, r"cpu, tpu, cuda; got \('cpu', 'gpu'\)"),
-        ({"weights": "both"}, "export.weights must be one of beside, inside; got 'both'"),
         ({"batch_size": -1}, "export.batch_size must be"),
     ],
 )
@@ -156,7 +155,7 @@ def test_an_attention_goes_where_it_runs(config, tmp_path, monkeypatch):
         export.run(config, tmp_path)
     monkeypatch.setattr(export, "MOST_INSIDE", 1000)
     config.model.implementation = "xla"
-    config.export.weights = "inside"
-    with pytest.raises(ValueError, match="export.weights = inside, but the weights are .* bytes"):
+    config.export.weights_inside = True
+    with pytest.raises(ValueError, match="export.weights_inside = True, but the weights are .* b"):
         export.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
