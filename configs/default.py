@@ -22,8 +22,9 @@ def get_config() -> ConfigDict:
     # The root of every random draw: initial parameters, order of the data, noise, samples.
     config.seed = 0
 
-    # Folder of compiled programs. Empty: the one that JAX_COMPILATION_CACHE_DIR names, or none.
-    config.compilation_cache = ""
+    # Folder of compiled programs, which the next start loads. auto: what JAX_COMPILATION_CACHE_DIR
+    # names, or ~/.cache/lit_jax. Empty: none.
+    config.compilation_cache = "auto"
 
     # The model that is trained, sampled and evaluated: the student, where there is a teacher.
     config.model = ConfigDict(

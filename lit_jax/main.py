@@ -8,11 +8,13 @@ there, is one of the shipped configs.
 """
 
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import platform
 import signal
 import sys
 from logging import INFO, LogRecord
@@ -127,10 +129,32 @@ def configure_jax(config: ConfigDict) -> None:
     configured = jax.config.values["jax_platforms"]
     if configured is None and only_libtpu() and not cluster.tpu_attached():
         jax.config.update("jax_platforms", "cpu")
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if folder := programs_folder(config.compilation_cache):
+        jax.config.update("jax_compilation_cache_dir", folder)
+    else:
+        jax.config.update("jax_enable_compilation_cache", False)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+
+def programs_folder(asked: str) -> str:
+    """The folder of compiled programs; "": none.
+
+    Args: asked: a folder; "auto": JAX_COMPILATION_CACHE_DIR, or one in the user's cache; "".
+    """
+    if asked != "auto":
+        return asked
+    if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return folder
+    # A program for one CPU may hold instructions that another one lacks, and homes are shared.
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        about = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        about = platform.processor()
+    kind = hashlib.sha256(f"{platform.machine()} {about}".encode()).hexdigest()[:8]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(home, "lit_jax", f"programs_{kind}")
 
 
 def only_libtpu() -> bool:

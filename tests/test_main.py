@@ -60,6 +60,23 @@ def test_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
         main.find_config("zzz")
 
 
+def test_compiled_programs_have_a_place_unless_it_is_empty(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/chosen")
+    assert main.programs_folder("auto") == "/chosen"
+    assert main.programs_folder("elsewhere") == "elsewhere"
+    assert main.programs_folder("") == ""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    folder = pathlib.Path(main.programs_folder("auto"))
+    assert folder.parent == tmp_path / "lit_jax"
+    # Another CPU has another folder.
+    monkeypatch.setattr(main.platform, "machine", lambda: "riscv64")
+    assert main.programs_folder("auto") != str(folder)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert main.programs_folder("auto").startswith("/home/somebody/.cache/lit_jax/programs_")
+
+
 # What the flags catch before JAX is loaded. -------------------------------------------------------
 
 
