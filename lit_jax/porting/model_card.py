@@ -148,7 +148,8 @@ def make_card(
     if vae:
         lines += [vae, ""]
     lines += ["A call draws with these settings unless it names others:", ""]
-    lines += [*_table(dataclasses.asdict(settings).items()), ""]
+    chosen = dataclasses.asdict(settings)
+    lines += [*_table((name, value) for name, value in chosen.items() if value != ""), ""]
     lines += ["## How it was made", "", *_recipe(run), ""]
     lines += ["## Scores", "", *_scores(run), ""]
     lines += ["## Licence", "", why, ""]
@@ -165,7 +166,7 @@ def licence_of(sources: Sequence[str]) -> tuple[str, str]:
         for name in sources:
             if re.search(pattern, name):
                 return licence, (
-                    f"By its name, `{_plain(name)}`, which these weights were made of, is {whose}. "
+                    f"By its name, `{_name(name)}`, which these weights were made of, is {whose}. "
                     "What is made of them is under the same terms. A name is no proof: whoever "
                     "publishes this folder has to check it."
                 )
@@ -189,7 +190,7 @@ def _architecture(config, parameters, checksum):
         ("parameters", f"{parameters:,}"),
         ("blocks, width, heads", f"{config.depth}, {config.width}, {config.num_heads}"),
         ("attention", f"linear, {config.kernel_function}, {config.conv_size} x {config.conv_size}"),
-        ("input", f"{h} x {w}, {config.in_channels} channels, patches of {p} x {p}"),
+        ("input", f"{h} x {w}, channels: {config.in_channels}, patches of {p} x {p}"),
         ("classes", conditions.count_classes(config)),
         ("SHA-256 of the weights", checksum),
     ]
@@ -197,16 +198,18 @@ def _architecture(config, parameters, checksum):
 
 def _recipe(run):
     if not run.config:
-        names = ", ".join(f"`{_plain(name)}`" for name in run.sources)
+        names = ", ".join(f"`{_name(name)}`" for name in run.sources)
         return [f"Unknown: the weights were read from {names}, which has no record of a run."]
     rows = [] if run.step is None else [("step of these weights", f"{run.step:,}")]
     for name in RECIPE:
         value = _field(run.config, name)
         if value not in (None, ""):
-            rows.append((name, value))
+            is_path = name in ("teacher.checkpoint", "student.init")
+            rows.append((name, _name(value) if is_path else value))
     for term, values in _object(run.report.get("loss")).items():
         values = _object(values)
-        rows.append((f"loss {term}, start to end", f"{values.get('start')} to {values.get('end')}"))
+        ends = [_plain(values.get(end)) for end in ("start", "end")]
+        rows.append((f"loss {term}, start to end", " to ".join(ends)))
     return _table(rows)
 
 
@@ -236,6 +239,11 @@ def _plain(value):
     if isinstance(value, float):
         value = f"{value:g}"
     return re.sub(r"[\s|`<>\[\]]+", " ", str(value))[:200]
+
+
+def _name(path):
+    """The last part of a path: the folders above are the user's own business."""
+    return _plain(str(path).rstrip("/").rpartition("/")[2])
 
 
 def _field(config, name):

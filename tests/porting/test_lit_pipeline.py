@@ -217,7 +217,7 @@ def test_the_card_is_filled_from_the_run(workdir, tmp_path):
         "license: cc-by-nc-4.0\n",
         '\npipeline = DiffusionPipeline.from_pretrained("lit", trust_remote_code=True)\n',
         "| step of these weights | 700 |",
-        "| teacher.checkpoint | in/DiT-XL-2-256x256.pt |",
+        "| teacher.checkpoint | DiT-XL-2-256x256.pt |",
         "| train.batch_size | 32 |",
         "| loss mse, start to end | 1.5 to 0.25 |",
         "reads 96.0% of 200 images of `student` as the class",
@@ -237,5 +237,5 @@ def test_a_card_says_what_nobody_knows(source, tmp_path):
     export(source, tmp_path / "lit")
     card = (tmp_path / "lit" / "README.md").read_text()
     assert "license: unknown\n" in card
-    assert "lit.safetensors`, which has no record of a run" in card
+    assert "`lit.safetensors`, which has no record of a run" in card
     assert "None: the run was not evaluated." in card
