@@ -1,4 +1,4 @@
-"""Images of an exported sampler, with jax and numpy; flatbuffers must be installed, lit_jax not.
+"""Images of classes from an exported sampler, with jax and numpy (and flatbuffers installed).
 
 python draw_with_jax.py FOLDER grid.ppm
 

@@ -115,7 +115,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "platforms": platforms,
         "weights": "inside" if inside else WEIGHTS,
         "batch": asked.batch_size or "any",
-        "inputs": {name: describe(leaf, MEANINGS[name]) for name, leaf in inputs.items()},
+        "inputs": {
+            name: describe(leaf, MEANINGS.get(name, "of the condition"))
+            for name, leaf in inputs.items()
+        },
         "output": describe(
             exported.out_avals[0], "about [-1, 1]; as uint8 clip(127.5 x + 128), truncated"
         ),

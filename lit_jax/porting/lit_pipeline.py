@@ -105,9 +105,12 @@ def scheduler_config(settings: SamplerSettings, num_steps: int) -> tuple[str, di
     Args:
       settings: with the variance named for ddpm.
       num_steps: of the process, S.
-    Raises: ValueError whose text starts with `spacing` for timesteps that the class does not visit.
+    Raises: ValueError whose text starts with the setting's name, for a sampler or timesteps that
+      diffusers does not have.
     """
     name = settings.sampler
+    if name not in SPACINGS:
+        raise ValueError(f"sampler = {name} is none of diffusers': {', '.join(SPACINGS)}")
     spacing = settings.spacing or SAMPLERS[name].spacing
     uneven = spacing == "trailing" and num_steps % settings.steps
     if spacing not in SPACINGS[name] or (name == "ddim" and uneven):
