@@ -156,8 +156,8 @@ def get_config() -> ConfigDict:
             # Split of prepare.source, slices such as train[:1000] too; empty: data.split.
             split="",
             # Pixels after the crop: height = width, or (height, width). With captions: the side
-            # of the square bucket.
-            image_size=ml_collections.FieldReference(256, field_type=object),
+            # of the square bucket. 0: those of model.input_size, times 8 with an autoencoder.
+            image_size=ml_collections.FieldReference(0, field_type=object),
             # With captions: ("all",), the 40 aspects of PixArt-Sigma's table, or some of them;
             # ("16x16",): squares alone.
             buckets=("all",),

@@ -208,9 +208,14 @@ def _step_settings(config: ConfigDict) -> StepSettings:
 
 def _image_settings(config: ConfigDict) -> ImageSettings:
     prepare = config.prepare
+    size = prepare.image_size
+    if size == 0:  # those that the model works on; a latent stands for 8 pixels a side
+        pixels = 8 if config.autoencoder.checkpoint else 1
+        h, w = ranges.sides(config.model.input_size)
+        size = h * pixels if h == w else (h * pixels, w * pixels)
     with naming("prepare", size="prepare.image_size"):
         return ImageSettings(
-            size=prepare.image_size,
+            size=size,
             background=prepare.background,
             exif_orientation=prepare.exif_orientation,
             max_pixels=prepare.max_pixels,

@@ -413,3 +413,22 @@ def test_the_defaults_are_the_papers():
         "distill.teacher_sees_dropped_labels": False,
     }
     assert {field: DEFAULTS[field] for field in papers} == papers
+
+
+@pytest.mark.parametrize(
+    "input_size, autoencoder, asked, expected",
+    [
+        (32, "", 0, 32),
+        (32, "vae", 0, 256),
+        ((16, 32), "vae", 0, (128, 256)),
+        (32, "vae", 96, 96),
+    ],
+)
+def test_pictures_are_prepared_in_the_models_size_unless_told(
+    input_size, autoencoder, asked, expected
+):
+    config = load("default")
+    config.model.input_size = input_size
+    config.autoencoder.checkpoint = autoencoder
+    config.prepare.image_size = asked
+    assert Experiment(config).image_settings.size == expected

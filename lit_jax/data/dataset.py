@@ -281,7 +281,9 @@ def class_names(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
     label = features["label"] if "label" in features else None
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         return ()
-    return tuple(str(name) for name in label.names)
+    names = tuple(map(str, label.names))
+    # Where nobody named them, TFDS gives their numbers.
+    return () if names == tuple(map(str, range(len(names)))) else names
 
 
 def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:

@@ -210,7 +210,7 @@ def plan_classes(experiment: Experiment) -> Plan:
     factor = autoencoder.module.factor if autoencoder else 1
     if any(side % factor for side in settings.sides):
         raise ValueError(
-            f"prepare.image_size = {prepare.image_size} is not a multiple of the "
+            f"prepare.image_size = {settings.size} is not a multiple of the "
             f"{factor} pixels of a latent of "
             f"autoencoder.checkpoint = {config.autoencoder.checkpoint}"
         )
@@ -233,9 +233,10 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
     model = experiment.model_config
 
     # ---- Buckets, images, autoencoder, text encoder ----------------------------------------------
-    with naming("prepare", size="prepare.image_size", names="prepare.buckets"):
-        buckets = Buckets(prepare.image_size, tuple(prepare.buckets))
     settings = image_settings(experiment)
+    with naming("prepare", size="prepare.image_size", names="prepare.buckets"):
+        nominal: Any = settings.size  # of the square; two sides are refused
+        buckets = Buckets(nominal, tuple(prepare.buckets))
     with naming("prepare", name="prepare.source", directory="prepare.dir"):
         # Paths of a list start beside it, unless the user says where.
         directory = prepare.dir or ("" if is_list(prepare.source) else target.dir)
@@ -246,7 +247,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
     for bucket, shape in enumerate(buckets.shapes):
         if any(side % multiple for side in buckets.sides(bucket)):
             raise ValueError(
-                f"prepare.image_size = {prepare.image_size} makes pictures of "
+                f"prepare.image_size = {settings.size} makes pictures of "
                 f"{buckets.sides(bucket)} pixels in the bucket {name_of(shape)}, which are no "
                 f"multiples of the {multiple} pixels of a token"
             )

