@@ -312,7 +312,8 @@ def get_config() -> ConfigDict:
         dict(
             source="",  # .pt, .safetensors, .ckpt, a diffusers or Orbax folder, or a workdir
             target="",  # .pt, .safetensors or a new folder
-            # orbax, dit or diffusers; empty: dit for a file, orbax for a folder.
+            # orbax, dit or diffusers; empty: dit for a file, orbax for a folder. A LiT for
+            # diffusers is a pipeline that draws as `sample` says.
             layout="",
             weights="ema",  # ema or model, where a training checkpoint has both
             # For a checkpoint that does not tell its heads.
@@ -332,6 +333,17 @@ def get_config() -> ConfigDict:
             mlp_norm_epsilon=ml_collections.config_dict.placeholder(float),
             # The checkpoint must be of the model that config.model describes, or a teacher of it.
             check_model=True,
+        )
+    )
+
+    # --mode=export: the sampler as a program that runs without lit_jax (docs/export.md).
+    config.export = ConfigDict(
+        dict(
+            target="",  # a new folder; empty: export in the workdir
+            platforms=("cpu", "tpu", "cuda"),  # any of these
+            # True: the weights are constants of the program, up to 1.9 GB; False: a file beside it.
+            weights_inside=False,
+            batch_size=0,  # images of a call; 0: any number
         )
     )
 

@@ -90,6 +90,8 @@ RANGES = {
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),
     # 0 leaves it as the source says.
     "port.scaling_factor": NOT_NEGATIVE,
+    "export.platforms": NAMES,
+    "export.batch_size": between(0, 1_000_000),
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": BATCH,
     "evaluate.num_images": AT_LEAST_0,
@@ -122,6 +124,7 @@ PATHS = (
     "port.source",
     "port.target",
     "port.null_caption",
+    "export.target",
     "evaluate.weights",
     "evaluate.samples",
     "evaluate.reference",

@@ -375,7 +375,7 @@ def sample(
     Returns: (B, h, w, C) float32.
     Raises: ValueError if the grid needs a variance that the model does not give.
     """
-    B = len(rng_keys)
+    B = rng_keys.shape[0]  # may be symbolic: `len` would want a number
     C = shape[-1]
     steps, order = grid.x_start_coefs.shape
     if guidance is None:

@@ -157,6 +157,35 @@ class Sampler:
         """The program of a batch, not compiled; arrays or ShapeDtypeStructs."""
         return self._draw_batch.lower(params, index, condition, *self.how)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the program takes a scale of guidance."""
+        return self._is_guided
+
+    def trace(
+        self,
+        params: Any,
+        decoder: Any,
+        index: jax.Array,
+        condition: Mapping[str, jax.Array],
+        seed: jax.Array,
+        cfg_scale: jax.Array | None = None,
+    ) -> jax.Array:
+        """Images within a program of the caller's, whose batch may be of any size, or symbolic.
+
+        Args:
+          decoder: the autoencoder's parameters; read only where there is one.
+          index: (B,) int32. condition: arrays (B, ...). seed: () uint32.
+          cfg_scale: () float32; read only where the sampler is guided.
+        Returns: (B, h, w, C) float32.
+        """
+        guidance = self._guidance
+        if self._is_guided:
+            guidance = Guidance(cfg_scale, guidance.is_guided)
+        root = jax.random.key(seed)
+        latents = self._draw_batch(params, index, condition, root, guidance)
+        return self._decode(decoder, latents) if self._autoencoder else latents
+
     def __call__(
         self,
         params: Any,

@@ -1,16 +1,21 @@
-"""The notebook of examples/ runs from its first cell to its last and makes its pictures."""
+"""What lies in examples/ runs: the notebook from its first cell to its last, and the scripts."""
 
 import ast
 import json
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import compiler
 import numpy as np
+import pytest
 from PIL import Image
+
+from lit_jax.porting.read import read_checkpoint
+from lit_jax.porting.write import export_official
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
@@ -69,6 +74,27 @@ def test_the_notebook_runs_and_makes_its_pictures(tmp_path, monkeypatch, capsys)
     assert "attention: linear" in printed
     assert re.search(r"inherited +1,928,832 parameters", printed)
     assert re.search(r"student +\d+\.\d% of its digits", printed)
+
+
+@pytest.mark.torch
+def test_a_grid_is_drawn_with_torch_from_an_export(tmp_path, monkeypatch):
+    from torch_checkpoints import make_torch, save
+
+    fields = dict(attention="linear", in_channels=3, kernel_function="relu")
+    source = save(
+        make_torch(attention="linear", in_channels=3), tmp_path / "a.safetensors", **fields
+    )
+    checkpoint = read_checkpoint(source)
+    export_official(checkpoint.params, tmp_path / "lit.safetensors", checkpoint.config)
+    script = str(ROOT / "examples" / "draw_with_torch.py")
+    picture = tmp_path / "grid.png"
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(
+        sys, "argv", [script, str(source.with_name("lit.safetensors")), str(picture)]
+    )
+    runpy.run_path(script)
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape == (4 * 8, 10 * 8, 3) and np.std(pixels) > 10
 
 
 def test_the_notebook_is_committed_with_its_pictures():

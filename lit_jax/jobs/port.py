@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from lit_jax import sharding
 from lit_jax.experiment import Experiment
+from lit_jax.models.dit import DiTConfig
 from lit_jax.models.pixart_t5 import PixArtT5Config
-from lit_jax.porting import pipeline, pixart
+from lit_jax.porting import lit_pipeline, model_card, pipeline, pixart
 from lit_jax.porting.matching import Report, plain
 from lit_jax.porting.read import (
     AutoencoderCheckpoint,
@@ -103,6 +104,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
                 pipeline.export_pipeline(
                     checkpoint.params, target, checkpoint.config, experiment.tokenizer
                 )
+            elif layout == "diffusers" and _is_lit(checkpoint.config):
+                _export_lit(experiment, checkpoint, source, target)
             elif layout == "diffusers":
                 export_diffusers(checkpoint.params, target, checkpoint.config)
             else:
@@ -128,6 +131,56 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
         logging.info("%s", report.summary())
     multihost_utils.sync_global_devices("ported")
     return report
+
+
+def _is_lit(config):
+    return isinstance(config, DiTConfig) and config.attention == "linear"
+
+
+def _export_lit(experiment, checkpoint, source, target):
+    """A folder of diffusers that draws as config.sample says."""
+    config = experiment.config
+    found = checkpoint.config
+    report = checkpoint.report
+    channels = (found.in_channels, found.out_channels)
+    settings = experiment.sampler_settings
+    variance = experiment.process.choose_variance(settings.variance, *channels)
+    settings = dataclasses.replace(settings, variance=variance)
+    with naming("sample"):
+        lit_pipeline.scheduler_config(settings, experiment.process.num_steps)
+    asked = config.autoencoder
+    folder = None
+    about_vae = ""
+    if asked.checkpoint:
+        _ = experiment.autoencoder  # reads what is copied, and checks it
+        folder = lit_pipeline.autoencoder_folder(asked.checkpoint)
+        about_vae = f"vae/ is a copy of `{epath.Path(asked.checkpoint).name}`."
+    if folder is None and found.in_channels not in (1, 3):
+        why = (
+            f"autoencoder.checkpoint = {asked.checkpoint} is no folder of diffusers with one file"
+            if asked.checkpoint
+            else "autoencoder.checkpoint names none"
+        )
+        about_vae = "It draws latents, and the folder has no vae/: pass one to `from_pretrained`."
+        report.notes.append(f"no vae/ was written: {why}")
+        logging.warning("no vae/ was written: %s", why)
+    card = model_card.make_card(
+        target.name,
+        model_card.read_run(source),
+        found,
+        settings,
+        parameters=report.parameters,
+        checksum=report.checksum,
+        vae=about_vae,
+    )
+    lit_pipeline.export_lit(
+        checkpoint.params,
+        target,
+        found,
+        lit_pipeline.PipelineSettings(
+            settings, experiment.process.num_steps, card, folder, asked.scaling_factor
+        ),
+    )
 
 
 def _read_model(experiment, source):

@@ -96,7 +96,24 @@ _OFFICIAL_EMBEDDERS = {theirs: ours for ours, theirs in DIFFUSERS_EMBEDDERS.item
 # Transformer2DModel is what DiT was before diffusers gave it a class.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
-# DiT and LiT in PyTorch.
+# DiT and LiT in PyTorch, and its name and fields where diffusers runs it.
+LIT_CLASS = "LiTTransformer2DModel"
+LIT_FIELDS = (
+    "attention",
+    "depth",
+    "width",
+    "num_heads",
+    "patch_size",
+    "in_channels",
+    "num_classes",
+    "learn_sigma",
+    "qkv_bias",
+    "conv_size",
+    "kernel_function",
+    "grid",
+    "timestep_freq_shift",
+    "mlp_norm_epsilon",
+)
 LIT_TORCH = pathlib.Path(__file__).parents[1] / "assets" / "lit_torch.py"
 
 # How the code of a layout computes. No shape tells it, and a model that
@@ -630,7 +647,7 @@ def official_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
 def check_diffusers(config: DiTConfig) -> None:
     """Raises PortingError unless diffusers computes what the model computes."""
     if config.attention != "softmax":
-        raise PortingError("diffusers has no LiT; export it as .safetensors with its torch module")
+        raise PortingError("diffusers has no LiT; export it as a pipeline with its torch module")
     # Of the two conventions one is fixed: the norm's epsilon stands in
     # config.json.
     shift = {"timestep_freq_shift": DIFFUSERS_CONVENTIONS["timestep_freq_shift"]}
@@ -693,6 +710,16 @@ def diffusers_config(config: DiTConfig) -> dict[str, Any]:
         "sample_size": _needed(config, "grid")[0] * config.patch_size,
         "upcast_attention": False,
     }
+
+
+def lit_config(config: DiTConfig) -> dict[str, Any]:
+    """The config.json of the LiTTransformer2DModel in the assets: every field that it takes.
+
+    Raises: PortingError where the config does not tell the grid or the heads.
+    """
+    _require(config, {}, "diffusers")
+    fields = config.to_json()
+    return {"_class_name": LIT_CLASS} | {name: fields[name] for name in LIT_FIELDS}
 
 
 def _needed(config, field):

@@ -242,7 +242,8 @@ def _open_folder(path, names):
         if whole.exists():
             file = torch_file.read_tensors(_inside(path, whole.name, path))
             tensors, _ = _state_dict(file, "model")
-            return TorchCheckpoint(path, tensors, {}, config, [], [file])
+            stored = _stored_architecture(file)
+            return TorchCheckpoint(path, tensors, stored, config, [], [file])
 
     # The Hub's files in half precision have a longer name, and are not taken
     # unless they are renamed.

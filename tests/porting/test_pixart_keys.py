@@ -165,6 +165,16 @@ def test_the_torch_module_of_an_export_computes_the_same(tmp_path, attention):
     arguments = inputs((3, 5))
     assert_close(run_ours(checkpoint, *arguments), run_torch(model, *arguments), **PARITY)
 
+    # Guidance sees every caption twice, the second time as nothing.
+    x, t, condition, _ = arguments
+    cond, null = (run_torch(model, x, t, condition, np.full(len(x), d)) for d in (False, True))
+    expected = np.concatenate([(null + 3 * (cond - null))[..., :3], cond[..., 3:]], axis=-1)
+    told = [torch.from_numpy(condition[name]) for name in ("caption", "caption_mask")]
+    with torch.no_grad():
+        images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        found = lit_torch.guide(model, images, torch.from_numpy(t), told, 3.0, "3")
+    assert_close(found.numpy().transpose(0, 2, 3, 1), expected, **PARITY)
+
 
 # ---- Round trips ---------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -23,7 +25,8 @@ from torch_checkpoints import (
 )
 
 import lit_jax
-from lit_jax import sharding
+from lit_jax import diffusion, samplers, sharding
+from lit_jax.models import dit
 from lit_jax.porting.dit import Overrides
 from lit_jax.porting.read import load_params, read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
@@ -156,6 +159,51 @@ def test_the_torch_module_runs_a_dit_too(tmp_path):
     )
     x, t, y = inputs({})
     assert rel(run_torch(torch_model, x, t, y), run_torch(model, x, t, y)) < 2e-5
+
+
+def test_the_torch_module_draws_what_our_sampler_draws(tmp_path):
+    """The same noise, DDIM; 21 steps have timesteps that are halves before they are rounded."""
+    model = make_torch(attention="linear")
+    source = save(model, tmp_path / "a.safetensors", kernel_function="relu")
+    checkpoint = read_checkpoint(source)
+    export_official(checkpoint.params, tmp_path / "b.safetensors", checkpoint.config)
+    module = lit_torch(tmp_path / "lit_torch.py")
+    torch_model = module.load(tmp_path / "b.safetensors")
+    guided = dict(steps=21, cfg_scale=2.0, cfg_channels="3", clip_denoised=True)
+    noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    labels = np.array([1, 8])
+
+    def ours(**fields):
+        settings = samplers.SamplerSettings(sampler="ddim", **fields)
+        grid = samplers.make_grid(diffusion.GaussianDiffusion(), settings)
+        params = load_params(checkpoint.params)
+        model = dit.DiT(checkpoint.config, dtype=jnp.float32)
+
+        @jax.jit
+        def draw(noise):
+            def model_fn(*args):
+                return model.apply({"params": params}, *args)
+
+            return samplers.sample(
+                model_fn,
+                jax.random.split(jax.random.key(0), 2),
+                {"label": jnp.asarray(labels)},
+                noise.shape[1:],
+                grid,
+                settings,
+                noise=noise,
+            )
+
+        return np.asarray(draw(noise))
+
+    def theirs(**fields):
+        start = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+        drawn = module.sample(torch_model, start, (torch.from_numpy(labels),), **fields)
+        return drawn.numpy().transpose(0, 2, 3, 1)
+
+    assert rel(theirs(**guided), ours(**guided)) < 2e-5
+    plain = dict(steps=4, cfg_scale=1.0)
+    assert rel(theirs(**plain), ours(**plain)) < 2e-5
 
 
 def lit_torch(path):
