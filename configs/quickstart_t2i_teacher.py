@@ -1,6 +1,6 @@
 """A small PixArt and its text encoder, trained together from nothing on digit scenes.
 
-    python -m lit_jax.data.digit_scenes workdir/tokenizer
+    python launch/digit_scenes.py workdir/scenes
     python -m lit_jax.main --config=configs/quickstart_t2i_teacher.py
     python -m lit_jax.main --config=configs/quickstart_t2i_teacher.py --mode=port \\
         --config.port.source=workdir/quickstart_t2i_teacher --config.port.layout=diffusers \\
@@ -38,7 +38,7 @@ def get_config():
         config.model.text_head_width = 32
         config.model.text_mlp_width = 256
     config.student.init = "random"
-    config.text.update(tokenizer="workdir/tokenizer", max_length=20, dtype="float32")
+    config.text.update(tokenizer="workdir/scenes/tokenizer", max_length=20, dtype="float32")
     config.data.update(name="digit_scenes", flip=False, num_threads=1, prefetch=4)
     config.train.update(batch_size=64, steps=20_000, remat="none", log_every=50, preview_every=1000)
     config.optimizer.update(learning_rate=3e-4, clip_norm=1.0, schedule="cosine", warmup=500)

@@ -11,24 +11,18 @@ for objects:
 A colour that the caption does not name is drawn too. One in ten pairs of a colour and a digit is
 in no picture that is trained on (UNSEEN), and no digit that is tested is.
 
-    python -m lit_jax.data.digit_scenes FOLDER
-
-writes the tokenizer of the captions as FOLDER/spiece.model.
+launch/digit_scenes.py writes the tokenizer of the captions, and pictures to judge the judge by.
 """
 
 import dataclasses
 import functools
 import json
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from lit_jax.data.mnist_digits import load_digits
-from lit_jax.text import TOKENIZER_FILE
 
 NAME = "digit_scenes"
 SIDE = 32  # pixels of a picture
@@ -259,14 +253,3 @@ def tokenizer_model() -> bytes:
     rules.name = "identity"
     rules.add_dummy_prefix = rules.remove_extra_whitespaces = rules.escape_whitespaces = True
     return model.SerializeToString(deterministic=True)
-
-
-def main(write: Callable[[str], Any] = print) -> None:
-    folder = epath.Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_FILE).write_bytes(tokenizer_model())
-    write(f"{folder / TOKENIZER_FILE}: {len(WORDS)} words")
-
-
-if __name__ == "__main__":
-    main()
