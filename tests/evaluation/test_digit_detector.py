@@ -13,7 +13,6 @@ from lit_jax.data.digit_scenes import Scene
 from lit_jax.evaluation import geneval
 from lit_jax.evaluation.digit_detector import DigitDetector
 
-
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
