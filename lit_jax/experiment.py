@@ -475,7 +475,7 @@ class Experiment:
             )
         with self._reading_text(f"text.{field}", path):
             tokenizer = text.Tokenizer(path)
-        rows = self.model_config.text_vocab_size
+        rows = self.model_config.text_vocab_size if self.is_told_tokens else tokenizer.vocab_size
         if tokenizer.vocab_size > rows:
             raise ValueError(
                 f"model.text_vocab_size = {rows}, but the tokenizer text.{field} = {path} has "
@@ -595,16 +595,7 @@ class Experiment:
             return self._tokens(prompts)
         encoder = self.load_text_encoder()
         found = encoder(prompts)
-        for prompt, cut in zip(prompts, found.cut):
-            if cut:
-                logging.warning(
-                    "the last %d tokens of a prompt are cut, text.max_length is %d: %.60s...",
-                    cut,
-                    self.text_settings.max_length,
-                    prompt,
-                )
-            if unknown := encoder.tokenizer.unknown(prompt):
-                logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
+        self._warn_of_prompts(prompts, found.cut, encoder.tokenizer)
         if null_caption is not None:
             ours = np.asarray(encoder.null_features(2), np.float32)
             theirs = np.asarray(null_caption[:2], np.float32)
@@ -626,9 +617,25 @@ class Experiment:
         """As `encode`, for a model that has its text encoder within it."""
         settings = self.text_settings
         cleaned = [text.clean_prompt(prompt, settings.cleaning) for prompt in prompts]
-        ids, mask, _ = self.tokenizer(cleaned, settings.max_length)
+        ids, mask, cut = self.tokenizer(cleaned, settings.max_length)
+        self._warn_of_prompts(prompts, cut, self.tokenizer)
         identity = {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
         return {"caption_ids": ids, "caption_mask": mask}, identity
+
+    def _warn_of_prompts(
+        self, prompts: Sequence[str], cuts: np.ndarray, tokenizer: text.Tokenizer
+    ) -> None:
+        """Names the prompts that are too long, and words that the tokenizer does not have."""
+        for prompt, cut in zip(prompts, cuts):
+            if cut:
+                logging.warning(
+                    "the last %d tokens of a prompt are cut, text.max_length is %d: %.60s...",
+                    cut,
+                    self.text_settings.max_length,
+                    prompt,
+                )
+            if unknown := tokenizer.unknown(prompt):
+                logging.warning("the text encoder does not know %s: %.60s", unknown, prompt)
 
     @functools.cached_property
     def prompt_condition(self) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import grain
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 from PIL import Image
 
@@ -42,6 +43,8 @@ Record = dict[str, Any]
 DEVIATION_RECORDS = 128
 
 CAPTION_DTYPES = ("bfloat16", "int8")
+# Captions that training cuts, and says so; --mode=prepare counts them all.
+CUTS_SAID = 5
 
 # From a record and the number of one of its captions to what a batch has of it.
 ReadCaption = Callable[[Record, int], Record]
@@ -294,6 +297,18 @@ def add_caption_features(
     return records
 
 
+def count_cut_captions(
+    records: list[Record], tokenizer: Tokenizer, settings: TextSettings
+) -> list[Record]:
+    """The records of texts as they are; those with a caption that training will cut say so."""
+    for record in (record for record in records if "broken" not in record):
+        cleaned = [clean_prompt(text, settings.cleaning) for text in record["captions"]]
+        if tokenizer(cleaned, settings.max_length).cut.any():
+            most = settings.max_length
+            record["treated"].append(f"with a caption that training cuts to {most} tokens")
+    return records
+
+
 def pack(features: np.ndarray, dtype: str) -> Record:
     """The fields of features (n, C) in a record.
 
@@ -541,5 +556,16 @@ def tokens_of_caption(
     Returns: {"caption_ids" (S,) int32, "caption_mask" (S,) bool}, S of the settings.
     """
     cleaned = clean_prompt(str(record["captions"][which]), settings.cleaning)
-    ids, mask, _ = tokenizer([cleaned], settings.max_length)
+    ids, mask, cut = tokenizer([cleaned], settings.max_length)
+    if cut[0]:
+        logging.log_first_n(
+            logging.WARNING,
+            "the last %d tokens of a caption are cut, text.max_length is %d: %.60s... (said of the "
+            "first %d)",
+            CUTS_SAID,
+            cut[0],
+            settings.max_length,
+            cleaned,
+            CUTS_SAID,
+        )
     return {"caption_ids": ids[0], "caption_mask": mask[0]}

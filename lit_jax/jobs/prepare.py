@@ -36,6 +36,7 @@ from lit_jax.data.caption_records import (
     Survey,
     add_caption_features,
     check_broken,
+    count_cut_captions,
     survey_images,
 )
 from lit_jax.data.captions import CaptionedImages, is_list, open_captioned
@@ -267,6 +268,17 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
         raise ValueError(f"prepare.source = {prepare.source} leaves no image: {reasons}")
 
     channels = autoencoder.module.latent_channels if autoencoder else settings.channels or 3
+    add: Callable[[list[Record]], list[Record]]
+    if encoder:
+        add = functools.partial(
+            add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
+        )
+    elif config.text.tokenizer or config.text.checkpoint:
+        add = functools.partial(
+            count_cut_captions, tokenizer=experiment.tokenizer, settings=experiment.text_settings
+        )
+    else:  # nobody knows yet what a token is
+        add = list
     return Plan(
         splits=splits,
         features=caption_records.make_features(
@@ -282,11 +294,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
             mirrored=False,
             batch_size=prepare.batch_size,
         ),
-        add=functools.partial(
-            add_caption_features, encoder=encoder, caption_dtype=prepare.caption_dtype
-        )
-        if encoder
-        else lambda records: records,
+        add=add,
         about={
             "crop": "bucket",
             "image_size": buckets.size,

@@ -7,10 +7,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from tiny_captions import make_buckets
+from tiny_text import CAPTIONS, spiece_model
 
 from lit_jax import sharding
 from lit_jax.data import pipeline
-from lit_jax.data.caption_records import choose_caption, pack, stored_caption, unpack
+from lit_jax.data.caption_records import (
+    choose_caption,
+    count_cut_captions,
+    pack,
+    stored_caption,
+    tokens_of_caption,
+    unpack,
+)
+from lit_jax.text import TextSettings, Tokenizer
 
 READ = functools.partial(stored_caption, max_length=5)
 
@@ -175,3 +184,27 @@ def test_shapes_are_promised_and_the_state_is_that_of_the_batch_in_hand():
 def test_more_rows_than_records_are_refused():
     with pytest.raises(ValueError, match="^batch_size = 17 exceeds the 16 records of told, split"):
         batches(batch_size=17)
+
+
+def test_texts_that_training_will_cut_are_counted_and_named(tmp_path, caplog):
+    (tmp_path / "spiece.model").write_bytes(spiece_model())
+    tokenizer = Tokenizer(tmp_path / "spiece.model")
+    short, long = "a cat", CAPTIONS[0]
+    length = int(tokenizer([short], 20).mask.sum())
+    settings = TextSettings(max_length=length)
+    records = [
+        {"captions": [short], "treated": []},
+        {"captions": [short, long], "treated": []},
+        {"broken": "a.png", "treated": []},
+    ]
+    count_cut_captions(records, tokenizer, settings)
+    said = f"with a caption that training cuts to {length} tokens"
+    assert [record["treated"] for record in records] == [[], [said], []]
+    # Training says so too; the batch has what is left.
+    with caplog.at_level("WARNING", "absl"):
+        for which in (0, 1):
+            read = tokens_of_caption(records[1], which, tokenizer=tokenizer, settings=settings)
+            assert read["caption_mask"].sum() == length
+    (message,) = [record.getMessage() for record in caplog.records]
+    cut = int(tokenizer([long], length).cut[0])
+    assert f"the last {cut} tokens of a caption are cut, text.max_length is {length}" in message
