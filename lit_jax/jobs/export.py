@@ -25,6 +25,7 @@ from lit_jax import sampling, sharding
 from lit_jax.experiment import Experiment
 from lit_jax.porting.read import load_params
 from lit_jax.porting.torch_file import NewTensor, write_safetensors
+from lit_jax.porting.write import whole_folder
 
 PROGRAM = "sampler.jax_export"
 WEIGHTS = "weights.safetensors"
@@ -215,18 +216,12 @@ def write_folder(
     target: epath.Path, program: bytes, about: dict[str, Any], weights: Mapping[str, jax.Array]
 ) -> None:
     """Writes the files; the folder appears when it is whole."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.rmtree(missing_ok=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
-        (partial / PROGRAM).write_bytes(program)
+    with whole_folder(target) as folder:
+        (folder / PROGRAM).write_bytes(program)
         if weights:
             tensors = [
                 NewTensor(name, leaf.shape, functools.partial(np.asarray, leaf))
                 for name, leaf in weights.items()
             ]
-            write_safetensors(partial / WEIGHTS, tensors, {"format": "pt"})
-        (partial / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-        partial.rename(target)
-    finally:
-        partial.rmtree(missing_ok=True)
+            write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")

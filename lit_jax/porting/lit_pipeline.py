@@ -19,6 +19,7 @@ from lit_jax.models.dit import DiTConfig
 from lit_jax.porting import dit
 from lit_jax.porting.torch_checkpoint import DIFFUSERS_FILES, PortingError, component
 from lit_jax.porting.torch_file import write_safetensors
+from lit_jax.porting.write import whole_folder
 from lit_jax.samplers import SAMPLERS, SamplerSettings
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -61,7 +62,6 @@ def export_lit(
     Raises: PortingError for an architecture that is not known whole; ValueError, whose text
       starts with the setting's name, for a sampler that no scheduler of diffusers is.
     """
-    path = epath.Path(path)
     fields = dit.lit_config(config)
     tensors = dit.official_tensors(params, config)
     kind, scheduler = scheduler_config(settings.sampler, settings.num_steps)
@@ -74,29 +74,22 @@ def export_lit(
         **_of_calls(settings.sampler),
     }
 
-    partial = path.with_name(f".{path.name}.partial")
-    partial.rmtree(missing_ok=True)  # of an export that was killed
-    try:
-        model = partial / "transformer"
-        model.mkdir(parents=True)
+    with whole_folder(path) as folder:
+        model = folder / "transformer"
+        model.mkdir()
         _write_json(model / "config.json", fields)
         # Our own reader learns the architecture from here.
         metadata = {"format": "pt", "architecture": json.dumps(config.to_json())}
         write_safetensors(model / WEIGHTS, tensors, metadata)
         for name in ("lit_transformer.py", "lit_torch.py"):
             (model / name).write_text((ASSETS / name).read_text())
-        (partial / "scheduler").mkdir()
-        _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+        (folder / "scheduler").mkdir()
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if settings.autoencoder:
-            _copy_autoencoder(settings.autoencoder, partial / "vae", settings.scaling_factor)
-        (partial / "lit_pipeline.py").write_text((ASSETS / "lit_pipeline.py").read_text())
-        (partial / "README.md").write_text(settings.card)
-        _write_json(partial / "model_index.json", index)
-        if path.is_dir():
-            path.rmdir()  # only an empty one goes
-        partial.rename(path)
-    finally:
-        partial.rmtree(missing_ok=True)
+            _copy_autoencoder(settings.autoencoder, folder / "vae", settings.scaling_factor)
+        (folder / "lit_pipeline.py").write_text((ASSETS / "lit_pipeline.py").read_text())
+        (folder / "README.md").write_text(settings.card)
+        _write_json(folder / "model_index.json", index)
 
 
 def scheduler_config(settings: SamplerSettings, num_steps: int) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from etils import epath
 from lit_jax.models.pixart_t5 import PixArtT5Config
 from lit_jax.porting import pixart
 from lit_jax.porting.t5 import export_text_encoder
-from lit_jax.porting.write import export_diffusers
+from lit_jax.porting.write import export_diffusers, whole_folder
 from lit_jax.text import TOKENIZER_FILE, Tokenizer
 
 
@@ -27,23 +27,14 @@ def export_pipeline(
     Args: params: the tree of `models.pixart_t5`, arrays or leaves.
     Raises: PortingError as `export_diffusers`; ValueError where the tokenizer is another one.
     """
-    path = epath.Path(path)
     if tokenizer.vocab_size > config.text_vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} pieces, the text encoder knows "
             f"{config.text_vocab_size}"
         )
     pixart.check_diffusers(config.transformer)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.rmtree(missing_ok=True)  # of an export that was killed
-    try:
-        place = partial / "tokenizer"
-        place.mkdir(parents=True)
-        (place / TOKENIZER_FILE).write_bytes(tokenizer.content)
-        export_text_encoder(params["text_encoder"], partial / "text_encoder", config.text_encoder)
-        export_diffusers(params["transformer"], partial / "transformer", config.transformer)
-        if path.is_dir():
-            path.rmdir()  # only an empty one goes
-        partial.rename(path)
-    finally:
-        partial.rmtree(missing_ok=True)
+    with whole_folder(path) as folder:
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / TOKENIZER_FILE).write_bytes(tokenizer.content)
+        export_text_encoder(params["text_encoder"], folder / "text_encoder", config.text_encoder)
+        export_diffusers(params["transformer"], folder / "transformer", config.transformer)

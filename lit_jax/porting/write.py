@@ -5,8 +5,9 @@ model's conventions are compared with those of the layout first. Tensors are rea
 converted and written one at a time.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -89,13 +90,23 @@ def write_folder(
 
     Args: name: of the .safetensors file in it.
     """
+    with whole_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(folder / name, tensors, {"format": "pt"})
+
+
+@contextlib.contextmanager
+def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to fill; it gets its name when that is done, and is gone if it fails.
+
+    Raises: OSError or ValueError where the path is a folder that is not empty.
+    """
     path = epath.Path(path)
     partial = path.with_name(f".{path.name}.partial")
     partial.rmtree(missing_ok=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(partial / name, tensors, {"format": "pt"})
+        yield partial
         if path.is_dir():
             path.rmdir()  # only an empty one goes
         partial.rename(path)
