@@ -96,21 +96,20 @@ class Sampler:
         self._root = jax.random.key(seed)
         self._grid = grid
         self._guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
-        never = settings.cfg_scale == 1
+        self.is_guided = settings.cfg_scale != 1  # whether the program takes a scale of guidance
 
         def draw(params, index, condition, root, guidance):
             def model_fn(x, t, condition, drop):
                 return model.apply({"params": params}, x, t, condition, drop)
 
             keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-            chosen = None if never else guidance
+            chosen = guidance if self.is_guided else None
             return samplers.sample(
                 model_fn, keys, condition, shape, grid, settings, guidance=chosen
             )
 
         self.batch_size = batch_size
         self._sharding = sharding.batch_sharding(mesh)
-        self._is_guided = not never
         # To (B, h, w, C) in the model's space, B = batch_size.
         self._draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
         self._are_finite = jax.jit(
@@ -136,7 +135,7 @@ class Sampler:
 
         Raises: ValueError for a sampler that was built without guidance.
         """
-        if not self._is_guided:
+        if not self.is_guided:
             raise ValueError(
                 f"cfg_scale = {cfg_scale}, but the sampler was built with 1, without guidance"
             )
@@ -157,11 +156,6 @@ class Sampler:
         """The program of a batch, not compiled; arrays or ShapeDtypeStructs."""
         return self._draw_batch.lower(params, index, condition, *self.how)
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether the program takes a scale of guidance."""
-        return self._is_guided
-
     def trace(
         self,
         params: Any,
@@ -180,7 +174,7 @@ class Sampler:
         Returns: (B, h, w, C) float32.
         """
         guidance = self._guidance
-        if self._is_guided:
+        if self.is_guided:
             guidance = Guidance(cfg_scale, guidance.is_guided)
         root = jax.random.key(seed)
         latents = self._draw_batch(params, index, condition, root, guidance)
