@@ -35,7 +35,7 @@ from lit_jax.porting.read import (
     read_autoencoder,
     read_checkpoint,
 )
-from lit_jax.porting.t5 import read_text_encoder
+from lit_jax.porting.t5 import T5Checkpoint, read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.sampling import Sampler
 from lit_jax.settings import naming, read_settings, reading
@@ -568,12 +568,18 @@ class Experiment:
         settings = self.config.text
         if self.is_told_tokens:  # it is a part of the model
             return {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
+        tokenizer, checkpoint = self.read_text_encoder()
+        identity = text.identity_of(tokenizer, checkpoint.report.checksum, self.text_settings)
+        return identity | {"dtype": settings.dtype}
+
+    def read_text_encoder(self) -> tuple[text.Tokenizer, T5Checkpoint]:
+        """Tokenizer and text encoder of the config, whose leaves are still in their files.
+
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
         path = self._text_checkpoint
         with self._reading_text("text.checkpoint", path):
-            tokenizer = text.Tokenizer(settings.tokenizer or path)
-            weights = read_text_encoder(path).report.checksum
-        identity = text.identity_of(tokenizer, weights, self.text_settings)
-        return identity | {"dtype": settings.dtype}
+            return text.Tokenizer(self.config.text.tokenizer or path), read_text_encoder(path)
 
     @functools.cached_property
     def null_caption(self) -> np.ndarray:
