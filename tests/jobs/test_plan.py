@@ -191,6 +191,32 @@ def test_memory_is_what_the_arrays_take_by_hand(planned):
         assert by_hand < programs[name]["arguments"] < 1.15 * by_hand, name
 
 
+def test_a_captioned_model_with_came_is_planned_by_bucket(tmp_path):
+    """Parameters, EMA and one moment, where AdamW has two; the factors are vectors."""
+    config = tiny_config(fsdp=4)
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+            depth=2, cross_heads=4, caption_channels=64, caption_length=20,
+            position_base=8,
+        )  # fmt: skip
+    config.optimizer.update(name="came", warmup=12)
+    config.train.steps = 100
+    config.plan.update(programs=("distill",), buckets=("8x32",), topology="v5e:2x4")
+    plan.run(config, tmp_path)
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"].items()
+    planner = plan.Planner(plan.of_bucket(config, "8x32"), topology_devices("v5e:2x4"))
+    parameters = checkpoint.parameter_count(param_shapes(planner.model.config))
+    teacher = checkpoint.parameter_count(planner.teacher_params)
+    with_came, with_adamw = ((n * 4 * parameters + 2 * teacher) / 4 for n in (3, 4))
+    # The factors of the tiny convolutions fill tiles of 128 columns each.
+    assert found[0] == "distill 8x32" and with_came < found[1]["arguments"] < 0.95 * with_adamw
+    # 16 x 64 cells: the model's tokens are those of the bucket.
+    once = planner.model.config.forward_flops((16, 64))
+    frozen = planner.teacher.config.forward_flops((16, 64))
+    assert found[1]["flops"] == pytest.approx(64 * (3 * once + frozen) / 8, rel=0.01)
+
+
 def test_the_step_writes_the_new_state_over_the_old(planned):
     """What is not donated, or donated and not reused, is there twice: here only the metrics are."""
     _, programs = planned
