@@ -61,7 +61,8 @@ class Experiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.process = GaussianDiffusion()
+        with naming("train"):
+            self.process = GaussianDiffusion(min_snr_gamma=config.train.min_snr_gamma)
         settings = read_settings(config, self.process)
         self.model_config = settings.model
         self.sampler_settings = settings.sampler
@@ -873,6 +874,7 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
+            "train.min_snr_gamma": config.train.min_snr_gamma,
             "teacher.checkpoint": distilled_from
             and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,
