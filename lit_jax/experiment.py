@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from lit_jax import conditions, inherit, ranges, sharding, text
 from lit_jax.data import buckets, caption_records, dataset, digit_scenes, pipeline
-from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
@@ -61,9 +60,8 @@ class Experiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        with naming("train"):
-            self.process = GaussianDiffusion(min_snr_gamma=config.train.min_snr_gamma)
-        settings = read_settings(config, self.process)
+        settings = read_settings(config)
+        self.process = settings.process
         self.model_config = settings.model
         self.sampler_settings = settings.sampler
         self.optimizer_settings = settings.optimizer
@@ -184,7 +182,12 @@ class Experiment:
             ours = getattr(self.model_config, name)
             theirs = getattr(found, name)
             if ours != theirs:
-                raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
+                # Of a convention a bare file of weights tells nothing: the user may know better.
+                is_told = name not in self.model_config.conventions
+                advice = "" if is_told else f"; if it has {ours}, port it with port.{name}={ours}"
+                raise ValueError(
+                    f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
+                )
         return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:

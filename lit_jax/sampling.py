@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax import ranges, samplers, sharding
-from lit_jax.diffusion import GaussianDiffusion, Process
+from lit_jax.diffusion import PROCESSES, Process
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.samplers import Guidance, SamplerSettings
@@ -65,7 +65,7 @@ class Sampler:
     Args:
       settings: which sampler, its steps and the guidance.
       batch_size: global; the devices of the mesh must divide it.
-      process: what the model was trained on; None: DiT's.
+      process: what the model was trained on; None: what its config says it predicts.
       mesh: None: all devices, as replicas.
       size: (h, w) of an image in the model's space; None: what the model was trained on.
     Raises: ValueError where the settings ask for a variance that the model does not predict, or
@@ -84,7 +84,7 @@ class Sampler:
         size: tuple[int, int] | None = None,
         autoencoder: Autoencoder | None = None,
     ):
-        process = process or GaussianDiffusion()
+        process = process or PROCESSES[model.config.prediction]()
         mesh = mesh or sharding.make_mesh()
         sharding.check_batch(batch_size, mesh)
         shape = (*(size or _trained_size(model)), model.config.in_channels)
