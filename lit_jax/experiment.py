@@ -27,13 +27,14 @@ from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.porting.pixart import NoNullCaptionError
 from lit_jax.porting.read import (
     KEY_TABLES,
+    AutoencoderCheckpoint,
     Checkpoint,
     checksum,
     load_params,
     read_autoencoder,
     read_checkpoint,
 )
-from lit_jax.porting.t5 import read_text_encoder
+from lit_jax.porting.t5 import T5Checkpoint, read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.sampling import Sampler
 from lit_jax.settings import naming, read_settings, reading
@@ -310,11 +311,14 @@ class Experiment:
                 classes=conditions.count_classes(self.model_config),
             )
 
-    @functools.cached_property
-    def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+    def read_autoencoder(self) -> AutoencoderCheckpoint | None:
+        """The autoencoder of the config, not on the devices; None: the model works on pixels.
+
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
-            return None, None
+            return None
         with reading("autoencoder.checkpoint", wanted.checkpoint, "it is a download"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
@@ -323,26 +327,32 @@ class Experiment:
                 f"model.in_channels = {self.model_config.in_channels}, but the latents of "
                 f"autoencoder.checkpoint = {wanted.checkpoint} have {channels} channels"
             )
+        return checkpoint
+
+    @functools.cached_property
+    def _bare_autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+        """It without its parameters, and what tells it from others.
+
+        Its file is read for that, and let go: who only asks for a size needs no memory for it.
+        """
+        checkpoint = self.read_autoencoder()
+        if checkpoint is None:
+            return None, None
+        wanted = self.config.autoencoder
+        with naming("autoencoder"):
+            bare = make_autoencoder(None, checkpoint.architecture, self.autoencoder_settings)
         # Latents depend on the encoder alone: decoders that were tuned for one encoder share them.
         encoder = {
             name: tree
             for name, tree in checkpoint.params.items()
             if name in ("encoder", "quant_conv")
         }
-        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
-        everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
-        with naming("autoencoder"):
-            built = make_autoencoder(
-                load_params(checkpoint.params, everywhere),
-                checkpoint.architecture,
-                self.autoencoder_settings,
-            )
-        return built, {
+        return bare, {
             "name": epath.Path(wanted.checkpoint).name,
             "sha256": checkpoint.report.checksum,
             "encoder_sha256": checksum(encoder),
-            "scaling_factor": built.scaling_factor,
-            "shift_factor": built.shift_factor,
+            "scaling_factor": bare.scaling_factor,
+            "shift_factor": bare.shift_factor,
             "dtype": wanted.dtype,
             "tile_size": wanted.tile_size,
         }
@@ -373,20 +383,26 @@ class Experiment:
     @property
     def autoencoder_factor(self) -> int:
         """Pixels of an image along each side of a cell of the model's input."""
-        if self.autoencoder:
-            return self.autoencoder.module.factor
+        if bare := self._bare_autoencoder[0]:
+            return bare.module.factor
         # As many channels as a picture has are pixels; a latent's cell has 8.
         return 1 if self.model_config.in_channels in (1, 3) else 8
 
-    @property
+    @functools.cached_property
     def autoencoder(self) -> Autoencoder | None:
         """Its parameters on every device of the mesh; None: the model works on pixels."""
-        return self._autoencoder[0]
+        bare, _ = self._bare_autoencoder
+        checkpoint = self.read_autoencoder()
+        if bare is None or checkpoint is None:
+            return None
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
+        everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
+        return dataclasses.replace(bare, params=load_params(checkpoint.params, everywhere))
 
     @property
     def autoencoder_identity(self) -> dict[str, Any] | None:
         """What tells the autoencoder from others: names, hashes, scale; None for pixels."""
-        return self._autoencoder[1]
+        return self._bare_autoencoder[1]
 
     def batches(self) -> Any:
         """The endless batches of this process's rows; see `pipeline.make_batches`."""
@@ -554,12 +570,20 @@ class Experiment:
     def text_identity(self) -> dict[str, Any]:
         """What tells the text encoder from others; it is read, not loaded."""
         settings = self.config.text
+        if self.is_told_tokens:  # it is a part of the model
+            return {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
+        tokenizer, checkpoint = self.read_text_encoder()
+        identity = text.identity_of(tokenizer, checkpoint.report.checksum, self.text_settings)
+        return identity | {"dtype": settings.dtype}
+
+    def read_text_encoder(self) -> tuple[text.Tokenizer, T5Checkpoint]:
+        """Tokenizer and text encoder of the config, whose leaves are still in their files.
+
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
         path = self._text_checkpoint
         with self._reading_text("text.checkpoint", path):
-            tokenizer = text.Tokenizer(settings.tokenizer or path)
-            weights = read_text_encoder(path).report.checksum
-        identity = text.identity_of(tokenizer, weights, self.text_settings)
-        return identity | {"dtype": settings.dtype}
+            return text.Tokenizer(self.config.text.tokenizer or path), read_text_encoder(path)
 
     @functools.cached_property
     def null_caption(self) -> np.ndarray:
@@ -623,8 +647,7 @@ class Experiment:
         cleaned = [text.clean_prompt(prompt, settings.cleaning) for prompt in prompts]
         ids, mask, cut = self.tokenizer(cleaned, settings.max_length)
         self._warn_of_prompts(prompts, cut, self.tokenizer)
-        identity = {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
-        return {"caption_ids": ids, "caption_mask": mask}, identity
+        return {"caption_ids": ids, "caption_mask": mask}, self.text_identity()
 
     def _warn_of_prompts(
         self, prompts: Sequence[str], cuts: np.ndarray, tokenizer: text.Tokenizer
@@ -662,7 +685,13 @@ class Experiment:
         """
         if self.is_told_captions:
             rows = index % len(self.prompts.texts)
-            return {name: value[rows] for name, value in self.prompt_condition.items()}
+            told = {name: value[rows] for name, value in self.prompt_condition.items()}
+            # To one length whatever the prompts are: a picture follows from its own alone.
+            missing = self.text_settings.max_length - told["caption_mask"].shape[1]
+            return {
+                name: np.pad(value, ((0, 0), (0, missing)) + ((0, 0),) * (value.ndim - 2))
+                for name, value in told.items()
+            }
         with naming("sample"):
             return conditions.for_images(
                 self.model_config, index, seed=self.config.seed, labels=labels

@@ -116,13 +116,25 @@ class Sampler:
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
         )
+        self._mesh = mesh
+        self._set_autoencoder(autoencoder)
+
+    def _set_autoencoder(self, autoencoder):
         self._autoencoder = autoencoder
         if autoencoder:
+            bare = dataclasses.replace(autoencoder, params=None)
+
             # Its parameters are an argument: closed over, they would be constants of the program.
             def decode(params, latents):
-                return dataclasses.replace(autoencoder, params=params).from_latents(latents)
+                return dataclasses.replace(bare, params=params).from_latents(latents)
 
-            self._decode = sharding.map_rows(decode, mesh)
+            self._decode = sharding.map_rows(decode, self._mesh)
+
+    def with_autoencoder(self, autoencoder: Autoencoder | None) -> "Sampler":
+        """The same program for latents, which this autoencoder decodes; None: nothing does."""
+        other = copy.copy(self)
+        other._set_autoencoder(autoencoder)
+        return other
 
     def with_seed(self, seed: int) -> "Sampler":
         """The same program with other noise."""

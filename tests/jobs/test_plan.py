@@ -231,7 +231,7 @@ def test_the_programs_are_those_that_a_tpu_would_run():
         planner = plan.Planner(config, devices)
         return planner.model.implementation, planner.teacher.implementation
 
-    # 256 tokens: the flash kernel takes multiples of 128. Then 64.
+    # 256 tokens: the flash kernel takes 128 and more.
     assert implementations(patch_size=2) == ("pallas_tpu", "pallas_tpu")
     assert implementations(implementation="xla") == ("xla", "xla")
     assert implementations(conv_size=9)[0] == "xla"  # no kernel offers it
