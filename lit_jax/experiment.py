@@ -296,7 +296,7 @@ class Experiment:
     def dataset(self) -> Any:
         """What training reads: a `Dataset`, or a `BucketedDataset` of images with captions."""
         data = self.config.data
-        with naming("data"):
+        with naming("data", directory="data.dir"):
             if self.is_told_captions:
                 return caption_records.open_captions(data.name, data.dir, data.split)
             return dataset.open_dataset(

@@ -3,6 +3,7 @@
 The line names the flag or the field, and both values.
 """
 
+import logging
 import os
 import pathlib
 import signal
@@ -38,6 +39,20 @@ def expect_error(monkeypatch, folder, arguments, *parts):
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
     assert sorted(folder.rglob("*")) == before
+
+
+# What is logged. ----------------------------------------------------------------------------------
+
+
+def test_of_the_log_lines_of_libraries_only_warnings_that_mean_something_are_shown():
+    def shows(path, level):
+        return main.is_ours(logging.LogRecord("absl", level, path, 1, "text", (), None))
+
+    assert shows("/x/lit_jax/jobs/train.py", logging.INFO)
+    assert not shows("/x/orbax/checkpoint/handler.py", logging.INFO)
+    assert shows("/x/orbax/checkpoint/handler.py", logging.WARNING)
+    # It warns of a folder into which a data set is about to be written.
+    assert not shows("/x/tensorflow_datasets/core/utils/file_utils.py", logging.WARNING)
 
 
 # Which config is meant. ---------------------------------------------------------------------------
@@ -294,6 +309,7 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
             ["evaluate.weights = no/such.pth"],
         ),
         (["--mode=benchmark", "benchmark.what=('data',)", "data.name=none"], ["data.name", "none"]),
+        (["data.name=cifar10"], ["data.name = 'cifar10'", "data.dir = ", "tfds build cifar10"]),
         (["data.dir=gcs://bucket/x"], ["data.dir=gcs://bucket/x", "gs://"]),
         (["port.target=~no_such_user/x"], ["port.target=~no_such_user/x", "./~no_such_user"]),
     ],

@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if jax.process_index() != 0:
         return
     workdir = epath.Path(workdir)
-    with naming("evaluate"):
+    with naming("evaluate", directory="data.dir"):
         if config.evaluate.compare:
             compare(config, workdir)
         elif config.evaluate.geneval:
