@@ -57,10 +57,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
 
     # ---- The model and its checkpoint, still on disk -------------------------
     experiment.check_platform()
+    checkpoint = experiment.read_sampled(workdir)
     path = settings.checkpoint or str(workdir)
-    field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
-    checkpoint = experiment.read_checkpoint(field, path)
-    experiment.check_checkpoint(checkpoint, path)
     if settings.cfg_scale != 1 and never_dropped(path):
         logging.warning(
             "%s was trained with train.label_dropout = 0, so no step trained the "
@@ -145,6 +143,9 @@ def draw_missing(
     params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
     size = settings.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    # Ahead of the clock, which a run that draws one batch would stop with the compilation in it.
+    logging.info("compiling the sampler for %d images at once", size)
+    sampler = sampler.compile(params, condition(todo[:1]))
     latents: list[jax.Array] = []
     if settings.offload:
         # All latents first: the model's memory is the decoder's afterwards.
@@ -154,7 +155,6 @@ def draw_missing(
                 latents.append(jax.block_until_ready(drawn))
                 advance(len(batch))
         del params
-    untimed = 0  # images of the first batch
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
     with progress.progress("sampling", len(paths), len(paths) - len(todo)) as advance:
@@ -167,18 +167,12 @@ def draw_missing(
                 # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
                 advance(len(pending[0]))
-            elif len(batch) < len(todo):
-                # The clock starts when the first batch is there, unless it is
-                # the only one: its time is that of compilation.
-                jax.block_until_ready(images)
-                clock = time.monotonic()
-                untimed = len(batch)
             pending = (batch, images)
         if pending:
             save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
     # With offload the clock has seen the decoder alone.
-    return None if settings.offload else (len(todo) - untimed) / (time.monotonic() - clock)
+    return None if settings.offload else len(todo) / (time.monotonic() - clock)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
