@@ -42,7 +42,12 @@ def get_config() -> ConfigDict:
             # Height = width of the images or latents, or (height, width).
             input_size=ml_collections.FieldReference(32, field_type=object),
             in_channels=4,  # 4: SD latents; 3: RGB pixels; 1: grey pixels
-            learn_sigma=True,  # predict the variance too: twice the output channels
+            # What the model predicts: noise (DiT), or the velocity of a straight path (SiT), whose
+            # samplers are euler, heun and euler_maruyama. Checkpoints hold it.
+            prediction="noise",
+            # Predict the variance too: twice the output channels. A velocity has no variance;
+            # SiT's models have these channels all the same and do not use them.
+            learn_sigma=True,
             qkv_bias=True,  # the layer qkv (softmax), or q and kv (linear), has a bias
             # Linear attention: relu, gelu, focused or focused_gelu, as in the paper's ablation.
             kernel_function="relu",
@@ -186,6 +191,10 @@ def get_config() -> ConfigDict:
             batch_size=256,  # images a step, over all devices
             steps=400_000,  # in total: a resumed run counts from its first start
             label_dropout=0.1,  # share of labels replaced by the null class
+            # Min-SNR (Hang et al. 2023): where the signal-to-noise ratio is above it, mse counts
+            # gamma / ratio. 5 in the paper; a small one teaches what a picture holds before its
+            # edges. 0: all timesteps count alike, as in DiT.
+            min_snr_gamma=0.0,
             accumulation=1,  # microbatches a step
             remat="dots",  # none, dots or full: what the backward pass recomputes
             log_every=100,  # steps between log lines
@@ -269,8 +278,10 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(
         dict(
             checkpoint="",  # what --mode=sample reads; empty: the workdir
-            sampler="ddpm",  # ddpm, ddim or dpm++
-            steps=250,  # model evaluations an image
+            # ddpm, ddim or dpm++; for model.prediction=velocity euler, heun, or euler_maruyama, the
+            # sampler of SiT's published scores.
+            sampler="ddpm",
+            steps=250,  # model evaluations an image; heun's are two a step
             # Timesteps: respaced, leading, trailing, linspace or time_uniform (PixArt's).
             # Empty: the sampler's default.
             spacing="",
@@ -283,7 +294,8 @@ def get_config() -> ConfigDict:
             batch_size=64,  # images at once, over all devices
             cfg_scale=1.5,  # strength of guidance; 1: no guidance
             cfg_channels="3",  # leading channels that are guided: 3 (as in DiT), or all
-            cfg_interval=(0.0, 1000.0),  # guided where low <= t <= high, in training timesteps
+            # Guided where low <= t <= high: in training timesteps, or in [0, 1] for a velocity.
+            cfg_interval=(0.0, 1000.0),
             # Which classes are drawn: random (DiT's protocol), balanced, a class by its number or
             # name, or a list of them, which follow each other.
             labels=ml_collections.FieldReference("random", field_type=object),
@@ -331,6 +343,9 @@ def get_config() -> ConfigDict:
             timestep_freq_shift=ml_collections.config_dict.placeholder(int),
             # None: likewise.
             mlp_norm_epsilon=ml_collections.config_dict.placeholder(float),
+            # What a bare file of weights was trained to predict: noise (DiT) or velocity (SiT).
+            # None: what it tells (docs/porting.md).
+            prediction=ml_collections.config_dict.placeholder(str),
             # The checkpoint must be of the model that config.model describes, or a teacher of it.
             check_model=True,
         )

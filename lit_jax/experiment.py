@@ -20,9 +20,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lit_jax import conditions, inherit, ranges, sharding, text
+from lit_jax.checkpoint import is_checkpoint
 from lit_jax.data import buckets, caption_records, dataset, digit_scenes, pipeline
-from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import FAMILIES, Architecture, Model
+from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import ATTENTIONS
 from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.porting.pixart import NoNullCaptionError
@@ -62,8 +63,8 @@ class Experiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.process = GaussianDiffusion()
-        settings = read_settings(config, self.process)
+        settings = read_settings(config)
+        self.process = settings.process
         self.model_config = settings.model
         self.sampler_settings = settings.sampler
         self.optimizer_settings = settings.optimizer
@@ -111,6 +112,26 @@ class Experiment:
             remat=config.train.remat,
             implementation=config.model.implementation,
         )
+
+    def read_sampled(self, workdir: epath.PathLike) -> Checkpoint:
+        """The checkpoint that is drawn from, of the config's model, still on disk.
+
+        That is what sample.checkpoint names, or the newest of the workdir.
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
+        path = self.config.sample.checkpoint
+        field = "sample.checkpoint"
+        if not path:
+            path = str(workdir)
+            field = "sample.checkpoint is empty; --workdir"
+            if not is_checkpoint(epath.Path(path)):
+                raise FileNotFoundError(
+                    f"{field} = {path} holds no checkpoint yet: train first, by the same command "
+                    f"with --mode=train, or name another's in sample.checkpoint"
+                )
+        checkpoint = self.read_checkpoint(field, path)
+        self.check_checkpoint(checkpoint, path)
+        return checkpoint
 
     def read_checkpoint(
         self, field: str, path: str, weights: str = "ema", overrides: Any = None
@@ -184,7 +205,12 @@ class Experiment:
             ours = getattr(self.model_config, name)
             theirs = getattr(found, name)
             if ours != theirs:
-                raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
+                # Of a convention a bare file of weights tells nothing: the user may know better.
+                is_told = name not in self.model_config.conventions
+                advice = "" if is_told else f"; if it has {ours}, port it with port.{name}={ours}"
+                raise ValueError(
+                    f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
+                )
         return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
@@ -196,12 +222,14 @@ class Experiment:
             name: getattr(self.model_config, name) for name in self.model_config.teacher_defaults
         }
         with naming("teacher"):
+            size = teacher.size or model.size
+            width = 0 if teacher.size else model.width
             architecture = FAMILIES[model.family].config.of_size(
-                teacher.size or model.size,
+                size,
                 attention="softmax",
                 depth=0 if teacher.size else model.depth,
-                width=0 if teacher.size else model.width,
-                num_heads=teacher.num_heads,
+                width=width,
+                num_heads=teacher.num_heads or heads_of_size(size, "softmax", width),
                 grid=self.model_config.grid,
                 **like_the_student,
             )
@@ -258,8 +286,21 @@ class Experiment:
                     f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
-        with naming("inherit"):
-            inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
+        try:
+            with naming("inherit"):
+                inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
+        except ValueError as error:
+            # One number that differs shows in every leaf.
+            for name in ("width", "depth", "patch_size", "in_channels", "learn_sigma"):
+                ours = getattr(self.model_config, name)
+                theirs = getattr(checkpoint.config, name)
+                if ours != theirs:
+                    raise ValueError(
+                        f"model.{name} = {ours}, but {checkpoint.report.source}, which the student "
+                        f"inherits from, has {theirs}; set model.{name}={theirs}, or inherit from "
+                        f"another checkpoint"
+                    ) from error
+            raise
 
     @property
     def inheritance(self) -> dict[str, tuple[str, ...]]:
@@ -297,7 +338,7 @@ class Experiment:
     def dataset(self) -> Any:
         """What training reads: a `Dataset`, or a `BucketedDataset` of images with captions."""
         data = self.config.data
-        with naming("data"):
+        with naming("data", directory="data.dir"):
             if self.is_told_captions:
                 return caption_records.open_captions(data.name, data.dir, data.split)
             return dataset.open_dataset(
@@ -902,6 +943,7 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
+            "train.min_snr_gamma": config.train.min_snr_gamma,
             "teacher.checkpoint": distilled_from
             and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import sharding
+from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.experiment import Experiment
 from lit_jax.models.pixart import PixArtConfig
 from lit_jax.models.pixart_t5 import PixArtT5Config
@@ -215,10 +216,17 @@ def _export_lit(experiment, checkpoint, source, target):
     report = checkpoint.report
     channels = (found.in_channels, found.out_channels)
     settings = experiment.sampler_settings
-    variance = experiment.process.choose_variance(settings.variance, *channels)
+    process = experiment.process
+    if not isinstance(process, GaussianDiffusion) or found.prediction != "noise":
+        raise ValueError(
+            f"layout = diffusers, but {source} predicts the {found.prediction} and the config's "
+            f"model the {experiment.model_config.prediction}; the pipeline draws with a model "
+            f"that predicts noise; export a velocity as .safetensors"
+        )
+    variance = process.choose_variance(settings.variance, *channels)
     settings = dataclasses.replace(settings, variance=variance)
     with naming("sample"):
-        lit_pipeline.scheduler_config(settings, experiment.process.num_steps)
+        lit_pipeline.scheduler_config(settings, process.num_steps)
     asked = config.autoencoder
     folder = None
     about_vae = ""
@@ -249,7 +257,7 @@ def _export_lit(experiment, checkpoint, source, target):
         target,
         found,
         lit_pipeline.PipelineSettings(
-            settings, experiment.process.num_steps, card, folder, asked.scaling_factor
+            settings, process.num_steps, card, folder, asked.scaling_factor
         ),
     )
 

@@ -57,10 +57,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
 
     # ---- The model and its checkpoint, still on disk -------------------------
     experiment.check_platform()
+    checkpoint = experiment.read_sampled(workdir)
     path = settings.checkpoint or str(workdir)
-    field = "sample.checkpoint" if settings.checkpoint else "sample.checkpoint is empty; --workdir"
-    checkpoint = experiment.read_checkpoint(field, path)
-    experiment.check_checkpoint(checkpoint, path)
     if settings.cfg_scale != 1 and never_dropped(path):
         logging.warning(
             "%s was trained with train.label_dropout = 0, so no step trained the "
@@ -142,44 +140,43 @@ def draw_missing(
     """
     settings = experiment.config.sample
     params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
-    todo = told.todo
-    condition = told.condition
     batches = told.batches(settings.batch_size)
+    if not settings.offload:
+        sampler = sampler.with_autoencoder(experiment.autoencoder)
+    # Ahead of the clock, which a run that draws one batch would stop with the compilation in it.
+    logging.info("compiling the sampler for %d images at once", settings.batch_size)
+    of_length = {
+        length: sampler.compile(params, told.condition(rows[:1]))
+        for length, rows in dict(batches).items()
+    }
     latents: list[jax.Array] = []
     if settings.offload:
         # All latents first: the model's memory is the decoder's afterwards.
-        with progress.progress("latents", len(todo)) as advance:
-            for batch in batches:
-                drawn = sampler.draw_latents(params, batch, condition(batch))
+        with progress.progress("latents", len(told.todo)) as advance:
+            for length, rows in batches:
+                drawn = of_length[length].draw_latents(params, rows, told.condition(rows))
                 latents.append(jax.block_until_ready(drawn))
-                advance(len(batch))
+                advance(len(rows))
         del params
-    sampler = sampler.with_autoencoder(experiment.autoencoder)
-    untimed = 0  # images of the first batch
+        sampler = sampler.with_autoencoder(experiment.autoencoder)
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
-    with progress.progress("sampling", len(paths), len(paths) - len(todo)) as advance:
-        for number, batch in enumerate(batches):
+    with progress.progress("sampling", len(paths), len(paths) - len(told.todo)) as advance:
+        for number, (length, rows) in enumerate(batches):
             if settings.offload:
                 images = sampler.decode(latents[number])
             else:
-                images = sampler.draw(params, batch, condition(batch))
+                images = of_length[length].draw(params, rows, told.condition(rows))
             if pending:
                 # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
                 advance(len(pending[0]))
-            elif len(batch) < len(todo):
-                # The clock starts when the first batch is there, unless it is
-                # the only one: its time is that of compilation.
-                jax.block_until_ready(images)
-                clock = time.monotonic()
-                untimed = len(batch)
-            pending = (batch, images)
+            pending = (rows, images)
         if pending:
             save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
     # With offload the clock has seen the decoder alone.
-    return None if settings.offload else (len(todo) - untimed) / (time.monotonic() - clock)
+    return None if settings.offload else len(told.todo) / (time.monotonic() - clock)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
@@ -265,12 +262,12 @@ class Told:
     lengths: np.ndarray
     condition: Condition
 
-    def batches(self, size: int) -> list[np.ndarray]:
-        """The numbers in batches of at most `size` and of one length each, the shortest first."""
+    def batches(self, size: int) -> list[tuple[int, np.ndarray]]:
+        """Batches of at most `size`: the length of each, and its numbers; the shortest first."""
         found = []
         for length in np.unique(self.lengths):
             rows = self.todo[self.lengths == length]
-            found += [rows[i : i + size] for i in range(0, len(rows), size)]
+            found += [(int(length), rows[i : i + size]) for i in range(0, len(rows), size)]
         return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import jax
 
 from lit_jax import ranges
+from lit_jax.diffusion import PROCESSES
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
 from lit_jax.models.attention import ATTENTIONS, make_attention
 from lit_jax.ranges import Range
@@ -26,6 +27,19 @@ SIZES = {
     "XL": (28, 1152, 16, 4),
 }
 MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
+
+
+def heads_of_size(size: str, attention: str, width: int = 0) -> int:
+    """The size's number of heads or, for a width that it does not divide, the next that does.
+
+    Args: width: 0: the size's own.
+    Raises: ValueError for an unknown size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
+    _, size_width, softmax_heads, linear_heads = SIZES[size]
+    heads = softmax_heads if attention == "softmax" else linear_heads
+    return next(n for n in range(heads, 0, -1) if (width or size_width) % n == 0)
 
 
 def is_count(value: Any, low: int = 1) -> bool:
@@ -61,6 +75,8 @@ class Architecture:
     conv_size: int = 5  # linear: the K x K depth-wise convolution of v; 0: none
     kernel_function: str = "relu"  # linear: relu, gelu, focused, focused_gelu
     grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
+    # What its outputs are: noise, at timesteps 0 to 999, or velocity, at times in [0, 1].
+    prediction: str = "noise"
 
     # What each field may hold; a family adds its own.
     ranges: ClassVar[dict[str, Range]] = {
@@ -72,11 +88,12 @@ class Architecture:
         "conv_size": Range("odd, or 0", lambda x: is_count(x, 0) and (x == 0 or x % 2 == 1)),
         "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
         "grid": Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
+        "prediction": ranges.one_of(*PROCESSES),
     }
     # Fields in which a teacher must be as its student, whatever its size.
-    shared_with_teacher: ClassVar[tuple[str, ...]] = ("in_channels", "learn_sigma")
+    shared_with_teacher: ClassVar[tuple[str, ...]] = ("in_channels", "learn_sigma", "prediction")
     # Fields that say how a checkpoint's own code computes, which no shape tells.
-    conventions: ClassVar[tuple[str, ...]] = ()
+    conventions: ClassVar[tuple[str, ...]] = ("prediction",)
     # Paths of leaves that travel with the weights and are not trained.
     frozen: ClassVar[tuple[str, ...]] = ()
 

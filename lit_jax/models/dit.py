@@ -45,8 +45,8 @@ class DiTConfig(Architecture):
             "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
         ),
     }
-    shared_with_teacher: ClassVar = ("in_channels", "num_classes", "learn_sigma")
-    conventions: ClassVar = ("timestep_freq_shift", "mlp_norm_epsilon")
+    shared_with_teacher: ClassVar = (*Architecture.shared_with_teacher, "num_classes")
+    conventions: ClassVar = (*Architecture.conventions, "timestep_freq_shift", "mlp_norm_epsilon")
 
     def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the model is told of each image besides x and t: its label, (B,) int32."""
@@ -267,6 +267,8 @@ class DiT(nn.Module):
         drop: jax.Array | None = None,
     ) -> jax.Array:
         """The predicted noise and, with `learn_sigma`, the variance's raw values.
+
+        A velocity model predicts the velocity; with `learn_sigma` its second half is unused.
 
         Args:
           x: (B, h, w, C). t: (B,) timesteps, integer or float32.

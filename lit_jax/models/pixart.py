@@ -62,14 +62,13 @@ class PixArtConfig(Architecture):
         ),
     }
     shared_with_teacher: ClassVar = (
-        "in_channels",
-        "learn_sigma",
+        *Architecture.shared_with_teacher,
         "caption_channels",
         "caption_length",
         "position_base",
         "position_scale",
     )
-    conventions: ClassVar = ("cross_heads",)
+    conventions: ClassVar = (*Architecture.conventions, "cross_heads")
     frozen: ClassVar = ("y_embedder/y_embedding",)
 
     def __post_init__(self):

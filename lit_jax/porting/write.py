@@ -83,6 +83,12 @@ def export_diffusers(params: Any, path: epath.PathLike, config: Any) -> None:
     path = epath.Path(path)
     family = KEY_TABLES[type(config)]
     family.check_diffusers(config)
+    # The transformer would compute the same, but what draws with it reads noise.
+    if config.prediction != "noise":
+        raise PortingError(
+            f"the model predicts the {config.prediction}, and diffusers draws with one of this "
+            f"class that predicts noise; export it as .safetensors or .pt"
+        )
     tensors = family.diffusers_tensors(params, config)
     fields = family.diffusers_config(config)
     write_folder(path, fields, "diffusion_pytorch_model.safetensors", tensors)

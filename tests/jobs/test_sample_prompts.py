@@ -95,7 +95,7 @@ def test_what_a_prompt_is_told_with_depends_on_it_alone(config):
         params = read_checkpoint(config.sample.checkpoint).params
         asked = sample.what_is_asked(experiment, ())
         told, _ = sample.tell(experiment, asked, params, np.array(numbers))
-        (batch,) = told.batches(8)
+        ((_, batch),) = told.batches(8)
         return told.condition(batch) | {"preview": experiment.conditions(batch, "")["caption"]}
 
     alone = condition(PROMPTS[:1], [0])

@@ -220,6 +220,7 @@ def test_repa_projectors_are_left_out_and_named(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "a.pt")
     assert set(checkpoint.report.left_out) == set(extra)
     assert any("REPA" in note for note in checkpoint.report.notes)
+    assert checkpoint.config.prediction == "velocity"
     assert (
         checkpoint.report.checksum
         == read_checkpoint(save(model, tmp_path / "b.pt")).report.checksum
