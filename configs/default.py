@@ -325,7 +325,8 @@ def get_config() -> ConfigDict:
             source="",  # .pt, .safetensors, .ckpt, a diffusers or Orbax folder, or a workdir
             target="",  # .pt, .safetensors or a new folder
             # orbax, dit or diffusers; empty: dit for a file, orbax for a folder. A LiT for
-            # diffusers is a pipeline that draws as `sample` says.
+            # diffusers is a pipeline that draws as `sample` says; so is a PixArt, with what `text`
+            # and `autoencoder` name.
             layout="",
             weights="ema",  # ema or model, where a training checkpoint has both
             # For a checkpoint that does not tell its heads.
