@@ -243,7 +243,8 @@ def test_a_captioned_model_with_came_is_planned_by_bucket(tmp_path):
     state = on_a_chip(planner, config)
     assert state == pytest.approx(3 * 4 * parameters / 4, rel=0.15)
     by_hand = state + 2 * checkpoint.parameter_count(planner.teacher_params) / 4
-    assert found[0] == "distill 8x32" and by_hand < found[1]["arguments"] < 1.15 * by_hand
+    # The factors of small convolutions fill tiles of 128 columns. AdamW's state would be 1.3 times.
+    assert found[0] == "distill 8x32" and by_hand < found[1]["arguments"] < 1.2 * by_hand
     # 16 x 64 cells: the model's tokens are those of the bucket.
     once = planner.model.config.forward_flops((16, 64))
     frozen = planner.teacher.config.forward_flops((16, 64))
