@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lit_jax.kernels import linear_attention
 from lit_jax.kernels.linear_attention import Case, take_or_xla
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -319,4 +320,4 @@ def make_attention(
 
 
 def _dense(features, use_bias, dtype, name):
-    return nn.Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)
+    return Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)
