@@ -130,7 +130,7 @@ class Sampler:
             def decode(params, latents):
                 return dataclasses.replace(bare, params=params).from_latents(latents)
 
-            self._decode = sharding.map_rows(decode, self._mesh)
+            self._decode: Any = sharding.map_rows(decode, self._mesh)
             self._decode_program: Callable[..., Any] = self._decode
 
     def with_autoencoder(self, autoencoder: Autoencoder | None) -> "Sampler":
