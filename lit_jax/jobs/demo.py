@@ -42,9 +42,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise ValueError('--mode=demo needs the package gradio: pip install "lit_jax[demo]"')
     studio = Studio(config, epath.Path(workdir))
     page = make_page(studio)
-    address = serve(page, config.demo.host, config.demo.port)
-    logging.info("the page is at %s; Ctrl-C closes it", address)
     try:
+        address = serve(page, config.demo.host, config.demo.port)
+        logging.info("the page is at %s; Ctrl-C closes it", address)
         threading.Event().wait()
     except TryAgainError:
         logging.info("the page is closed")

@@ -2,9 +2,13 @@
 
 import base64
 import io
+import logging
+import os
 import re
 import shutil
+import signal
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from configs import quickstart
 from lit_jax.data.dataset import open_dataset, read_all
 from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.jobs import demo
+from lit_jax.runtime import preemption
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -97,6 +102,31 @@ def test_a_port_that_is_taken_is_named(studio):
         page = demo.make_page(studio)
         with pytest.raises(OSError, match=f"demo.port = {port} on demo.host = 127.0.0.1"):
             demo.serve(page, "127.0.0.1", port)
+
+
+def test_sigterm_closes_the_page_which_is_its_good_end(studio, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(demo, "Studio", lambda *_: studio)
+    serve = demo.serve
+
+    def serve_and_be_told(*args):
+        address = serve(*args)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return address
+
+    monkeypatch.setattr(demo, "serve", serve_and_be_told)
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    config = quickstart.get_config()
+    config.demo.port = 0
+    with preemption.signals_stop(), caplog.at_level("INFO"):
+        demo.run(config, tmp_path)
+    assert "the page is at http://127.0.0.1:" in caplog.text
+    assert "the page is closed" in caplog.text
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "lit_jax\[demo\]"'):
+        demo.run(quickstart.get_config(), tmp_path)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: the demo's page is seen by nobody")
