@@ -363,6 +363,14 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # --mode=demo: a web page where teacher and student draw (docs/demo.md).
+    config.demo = ConfigDict(
+        dict(
+            host="127.0.0.1",  # this machine alone; 0.0.0.0: whoever reaches it
+            port=7860,  # 0: one that is free
+        )
+    )
+
     # --mode=evaluate, and evaluation during training (docs/evaluation.md).
     config.evaluate = ConfigDict(
         dict(

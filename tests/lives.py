@@ -220,7 +220,6 @@ def serve() -> None:
     # Everything that a life would load, before it is forked.
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
-
     from jax._src import cache_key
 
     import lit_jax.jobs.train  # noqa: F401
