@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lit_jax import ranges
+
 
 class Process(Protocol):
     """What the train step and the samplers ask of a process."""
@@ -58,10 +60,14 @@ class GaussianDiffusion:
     Tables are NumPy float64 and are cast to float32 when they are indexed: jnp would quietly make
     float32 of them before the cumulative product, whose end is then off by a part in a thousand.
 
-    Raises: ValueError for betas that are no vector of two values or more in (0, 1].
+    Raises: ValueError for betas that are no vector of two values or more in (0, 1], or a negative
+      gamma.
     """
 
     betas: np.ndarray = dataclasses.field(default_factory=linear_betas)
+    # Where the signal-to-noise ratio is above gamma, the loss counts gamma / ratio (Min-SNR, Hang
+    # et al. 2023, equation 8 for epsilon); 0: all timesteps count alike.
+    min_snr_gamma: float = 0.0
 
     # The rows of samplers.SAMPLERS that make sense of this process.
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "dpm++")
@@ -77,6 +83,7 @@ class GaussianDiffusion:
                 f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape} "
                 f"in [{low:g}, {high:g}]"
             )
+        ranges.check(self, min_snr_gamma=ranges.NOT_NEGATIVE)
 
     # ---- Tables ----------------------------------------------------------------------------------
 
@@ -93,6 +100,12 @@ class GaussianDiffusion:
     def alphas_cumprod(self) -> np.ndarray:
         """Signal power of x_t."""
         return np.cumprod(1.0 - self.betas)
+
+    @functools.cached_property
+    def loss_weight(self) -> np.ndarray:
+        """Of the simple loss, in (0, 1]; see `min_snr_gamma`."""
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        return np.minimum(snr, self.min_snr_gamma or np.inf) / snr
 
     @functools.cached_property
     def _alphas_cumprod_prev(self) -> np.ndarray:
@@ -145,8 +158,10 @@ class GaussianDiffusion:
         """
         C = x_start.shape[-1]
         parts = self.parts(output, C)
-        # Unweighted over t: the simple loss of DDPM, equation 14.
+        # The simple loss of DDPM, equation 14, which weighs all timesteps alike.
         terms = {"mse": mean_square(parts["noise"] - noise)}
+        if self.min_snr_gamma:
+            terms["mse"] *= at(self.loss_weight, t)[:, 0, 0, 0]
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
             terms["vb"] = self._variational_bound(eps, parts["variance"], x_start, x_t, t)

@@ -112,17 +112,32 @@ class Sampler:
         self._sharding = sharding.batch_sharding(mesh)
         # To (B, h, w, C) in the model's space, B = batch_size.
         self._draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        # What is called: the two, or what `compile` made of them.
+        self._draw_program: Callable[..., Any] = self._draw_batch
         self._are_finite = jax.jit(
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
         )
+        self._mesh = mesh
+        self._set_autoencoder(autoencoder)
+
+    def _set_autoencoder(self, autoencoder):
         self._autoencoder = autoencoder
         if autoencoder:
+            bare = dataclasses.replace(autoencoder, params=None)
+
             # Its parameters are an argument: closed over, they would be constants of the program.
             def decode(params, latents):
-                return dataclasses.replace(autoencoder, params=params).from_latents(latents)
+                return dataclasses.replace(bare, params=params).from_latents(latents)
 
-            self._decode = sharding.map_rows(decode, mesh)
+            self._decode = sharding.map_rows(decode, self._mesh)
+            self._decode_program: Callable[..., Any] = self._decode
+
+    def with_autoencoder(self, autoencoder: Autoencoder | None) -> "Sampler":
+        """The same program for latents, which this autoencoder decodes; None: nothing does."""
+        other = copy.copy(self)
+        other._set_autoencoder(autoencoder)
+        return other
 
     def with_seed(self, seed: int) -> "Sampler":
         """The same program with other noise."""
@@ -155,6 +170,28 @@ class Sampler:
     def lower(self, params: Any, index: Any, condition: Mapping[str, Any]) -> jax.stages.Lowered:
         """The program of a batch, not compiled; arrays or ShapeDtypeStructs."""
         return self._draw_batch.lower(params, index, condition, *self.how)
+
+    def compile(self, params: Any, condition: Mapping[str, Any]) -> "Sampler":
+        """The same with its programs compiled: what it draws takes the time of drawing alone.
+
+        Args:
+          params: those that it will draw with, or ShapeDtypeStructs with their sharding.
+          condition: arrays (n, ...) of any n, of which the shapes are read.
+        """
+
+        def rows(shape, dtype):
+            return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=self._sharding)
+
+        shapes = {name: rows(value.shape[1:], value.dtype) for name, value in condition.items()}
+        program = self.lower(params, rows((), np.int32), shapes).compile()
+        other = self._with(_draw_program=program)
+        if self._autoencoder:
+            latents = program.out_info
+            decoder = self._decode.lower(
+                self._autoencoder.params, rows(latents.shape[1:], latents.dtype)
+            )
+            other = other._with(_decode_program=decoder.compile())
+        return other
 
     def trace(
         self,
@@ -226,11 +263,13 @@ class Sampler:
             return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
 
         placed = {name: put(rows) for name, rows in condition.items()}
-        return self._draw_batch(params, put(index), placed, *self.how)
+        return self._draw_program(params, put(np.asarray(index, np.int32)), placed, *self.how)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images of what `draw_latents` returned: the same, where there is no autoencoder."""
-        return self._decode(self._autoencoder.params, latents) if self._autoencoder else latents
+        if self._autoencoder is None:
+            return latents
+        return self._decode_program(self._autoencoder.params, latents)
 
     def are_finite(self, images: jax.Array) -> np.ndarray:
         """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.

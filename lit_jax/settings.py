@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import fields, ranges, samplers
 from lit_jax.data.raw_images import ImageSettings
-from lit_jax.diffusion import PROCESSES, Process
+from lit_jax.diffusion import PROCESSES, GaussianDiffusion, Process
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES
 from lit_jax.models.architecture import Architecture
@@ -109,7 +109,7 @@ def read_settings(config: ConfigDict) -> Settings:
     fields.check(config)
     model = _model_config(config)
     _check_implementations(config, model)
-    process = PROCESSES[model.prediction]()
+    process = _process(config, model)
     sampler = _of_group(SamplerSettings, config.sample, "sample")
     with naming("sample"):
         _check_grid(sampler, model, process)
@@ -176,6 +176,20 @@ def _check_implementations(config: ConfigDict, model: Architecture) -> None:
     for group, names in known.items():
         with naming(group):
             ranges.check(config[group], implementation=ranges.one_of(None, *names))
+
+
+def _process(config: ConfigDict, model: Architecture) -> Process:
+    """That of what the model predicts."""
+    gamma = config.train.min_snr_gamma
+    if PROCESSES[model.prediction] is GaussianDiffusion:
+        with naming("train"):
+            return GaussianDiffusion(min_snr_gamma=gamma)
+    if gamma:
+        raise ValueError(
+            f"train.min_snr_gamma = {gamma:g} weighs the error of a predicted noise, but "
+            f"model.prediction = {model.prediction}; set it to 0"
+        )
+    return PROCESSES[model.prediction]()
 
 
 def _check_grid(settings: SamplerSettings, model: Architecture, process: Process) -> None:

@@ -411,6 +411,7 @@ def test_the_defaults_are_the_papers():
         "ema.decay": 0.9999,
         "train.batch_size": 256,
         "train.label_dropout": 0.1,
+        "train.min_snr_gamma": 0.0,
         "sample.steps": 250,
         "sample.cfg_channels": "3",
         "model.conv_size": 5,

@@ -152,6 +152,15 @@ def test_a_sampler_without_guidance_gets_none():
         make_sampler(cfg_scale=1.0).with_guidance(2.0)
 
 
+def test_a_compiled_sampler_draws_the_same_and_compiles_no_more(images):
+    condition = random_labels(np.arange(3))
+    sampler = make_sampler().compile(PARAMS, condition)
+    drawn = sampler.with_seed(0)(PARAMS, np.arange(3), condition)
+    np.testing.assert_array_equal(drawn, images[:3])
+    # Nothing went through the function that would compile when it is called.
+    assert sampler._draw_batch._cache_size() == 0
+
+
 def test_random_labels_belong_to_the_number_and_are_uniform():
     labels = random_labels(np.arange(2000))["label"]
     np.testing.assert_array_equal(random_labels([1999, 5, 70])["label"], labels[[1999, 5, 70]])

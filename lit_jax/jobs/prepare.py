@@ -193,6 +193,11 @@ def image_settings(experiment: Experiment) -> ImageSettings:
     return dataclasses.replace(experiment.image_settings, channels=channels)
 
 
+def directory_field(config: ConfigDict) -> str:
+    """The field that says where prepare.source is looked for."""
+    return "prepare.dir" if config.prepare.dir else "data.dir"
+
+
 def plan_classes(experiment: Experiment) -> Plan:
     """Images with labels, one square or rectangle for all."""
     config = experiment.config
@@ -200,7 +205,7 @@ def plan_classes(experiment: Experiment) -> Plan:
     target = config.data
     autoencoder = experiment.autoencoder
     settings = image_settings(experiment)
-    with naming("prepare", name="prepare.source", directory="prepare.dir"):
+    with naming("prepare", name="prepare.source", directory=directory_field(config)):
         images = open_images(
             prepare.source,
             prepare.dir or target.dir,
@@ -238,7 +243,7 @@ def plan_captions(experiment: Experiment, folder: epath.Path) -> Plan:
     with naming("prepare", size="prepare.image_size", names="prepare.buckets"):
         nominal: Any = settings.size  # of the square; two sides are refused
         buckets = Buckets(nominal, tuple(prepare.buckets))
-    with naming("prepare", name="prepare.source", directory="prepare.dir"):
+    with naming("prepare", name="prepare.source", directory=directory_field(config)):
         # Paths of a list start beside it, unless the user says where.
         directory = prepare.dir or ("" if is_list(prepare.source) else target.dir)
         images = open_captioned(prepare.source, directory, prepare.split or target.split)
@@ -371,7 +376,7 @@ def check_target(config: ConfigDict) -> None:
         storage.user_path(prepare.source, "prepare.source")
     if prepare.split:
         is_file = is_list(prepare.source) or prepare.source.endswith(".tar")
-        with naming("prepare", name="prepare.source"):
+        with naming("prepare", name="prepare.source", directory=directory_field(config)):
             if is_file or find_folder(prepare.source, prepare.dir or target.dir) is not None:
                 raise ValueError(
                     f"prepare.split = {prepare.split} is of TFDS data sets; prepare.source = "

@@ -29,6 +29,19 @@ SIZES = {
 MAX_COUNT = 10**6  # of any size in a config: a checkpoint from a stranger may name anything
 
 
+def heads_of_size(size: str, attention: str, width: int = 0) -> int:
+    """The size's number of heads or, for a width that it does not divide, the next that does.
+
+    Args: width: 0: the size's own.
+    Raises: ValueError for an unknown size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
+    _, size_width, softmax_heads, linear_heads = SIZES[size]
+    heads = softmax_heads if attention == "softmax" else linear_heads
+    return next(n for n in range(heads, 0, -1) if (width or size_width) % n == 0)
+
+
 def is_count(value: Any, low: int = 1) -> bool:
     """Whether a value is a whole number from `low` to MAX_COUNT."""
     # A bool is an int to Python, and no size.

@@ -25,8 +25,8 @@ SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 # in the forward pass, and the bias was added again in the backward.
 PROJECTED = "projected"
 
-# What the TPU flash kernel's default blocks
-# divide: tokens, and columns of wide heads.
+# The tokens of a block of the TPU flash kernel,
+# and what columns of wide heads are multiples of.
 FLASH_BLOCK = 128
 
 
@@ -44,8 +44,8 @@ def softmax_attention(
     Args:
       q, k, v: (B, T, N, H).
       implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash
-        kernel, T a multiple of 128). A named one runs or raises. None takes
-        cudnn or pallas_tpu where they can run, else xla, and logs which.
+        kernel, T at least 128). A named one runs or raises. None takes cudnn
+        or pallas_tpu where they can run, else xla, and logs which.
     Returns: (B, T, N, H) in the dtype of q.
     Raises: ValueError for an unknown name, or a named implementation that does
       not offer the case.
@@ -64,14 +64,26 @@ def softmax_attention(
     if implementation != "pallas_tpu":
         known: Any = implementation  # JAX's type lists its names, "xla" and "cudnn"
         return jax.nn.dot_product_attention(q, k, v, implementation=known)
+    return split_rows(_flash_attention, (q, k, v))
+
+
+def _flash_attention(q, k, v):
+    """JAX's TPU kernel on (B, T, N, H), any T."""
     # Imported here: it imports only where Pallas has TPUs.
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
-    def flash(q, k, v):
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
-        return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
-
-    return split_rows(flash, (q, k, v))
+    B, T, N, H = q.shape
+    padding = -T % FLASH_BLOCK
+    edges = ((0, 0), (0, 0), (0, padding), (0, 0))
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), edges) for x in (q, k, v))  # (B, N, T + padding, H)
+    segments = None
+    if padding:
+        # What fills the last block is a segment of its own: no token sees it.
+        ids = jnp.broadcast_to(jnp.arange(T + padding) >= T, (B, T + padding))
+        ids = ids.astype(jnp.int32)
+        segments = kernel.SegmentIds(ids, ids)
+    out = kernel.flash_attention(q, k, v, segment_ids=segments, sm_scale=H**-0.5)
+    return out[:, :, :T].swapaxes(1, 2)
 
 
 def softmax_refusal(
@@ -85,10 +97,10 @@ def softmax_refusal(
     For "cudnn" that depends on this machine's GPU.
     """
     if implementation == "pallas_tpu":
-        if tokens % FLASH_BLOCK:
+        # XLA's form holds the scores of so few in one tile.
+        if tokens < FLASH_BLOCK:
             return (
-                f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, "
-                f"got {tokens} tokens; use xla"
+                f"the TPU flash kernel takes at least {FLASH_BLOCK} tokens, got {tokens}; use xla"
             )
         # One block of tokens takes heads of any width; several do not.
         if tokens > FLASH_BLOCK < head_width and head_width % FLASH_BLOCK:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -100,6 +101,34 @@ def test_flops_are_those_of_the_layers_by_hand(planned):
     # Four steps, with and without the label.
     sample = programs["sample"]
     assert sample["flops"] == sample["executed_flops"] == 8 * 4 * 2 * STUDENT / CHIPS
+
+
+def test_a_small_model_is_described_in_units_that_show_it(planned):
+    _, programs = planned
+    for fields in programs.values():
+        text = plan.describe(plan.Estimate(**fields))
+        numbers = re.findall(r"\d[\d.,]*", text)
+        assert len(numbers) > 15 and not [x for x in numbers if re.fullmatch(r"0\.0+", x)], text
+    step = plan.describe(plan.Estimate(**programs["distill"]))
+    assert "of 15.8 GiB a chip" in step and "a chip   21.1 GFLOP" in step
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (plan.binary(15.75 * chips.GiB), "15.8 GiB"),
+        (plan.binary(1023), "0.999 KiB"),
+        (plan.binary(0), "0 B"),
+        (plan.binary(5000 * chips.GiB), "5,000 GiB"),
+        (plan.decimal(21_072_707_584, "FLOP"), "21.1 GFLOP"),
+        (plan.decimal(999.7e6, "B"), "1 GB"),
+        (plan.decimal(0.000042, "s"), "42 us"),
+        (plan.decimal(4321.0, "s"), "4,321 s"),
+        (plan.decimal(0.0, "s"), "0 ns"),
+    ],
+)
+def test_units_leave_three_digits(text, expected):
+    assert text == expected
 
 
 def test_what_rematerialisation_repeats_is_executed_and_no_use():
@@ -231,7 +260,7 @@ def test_the_programs_are_those_that_a_tpu_would_run():
         planner = plan.Planner(config, devices)
         return planner.model.implementation, planner.teacher.implementation
 
-    # 256 tokens: the flash kernel takes multiples of 128. Then 64.
+    # 256 tokens: the flash kernel takes 128 and more.
     assert implementations(patch_size=2) == ("pallas_tpu", "pallas_tpu")
     assert implementations(implementation="xla") == ("xla", "xla")
     assert implementations(conv_size=9)[0] == "xla"  # no kernel offers it
