@@ -109,10 +109,15 @@ def get_config() -> ConfigDict:
 
     # Hybrid distillation (paper):
     # loss = mse + vb + noise_weight * kd_noise + variance_weight * kd_variance.
+    # denoising_weight multiplies mse + vb, and attention_weight * kd_attention is added.
     config.distill = ConfigDict(
         dict(
             noise_weight=0.5,  # lambda_1 of the paper
             variance_weight=0.05,  # lambda_2 of the paper
+            denoising_weight=1.0,  # of mse and vb; without a teacher it is 1
+            # Of the layer-wise regression: each attention learns what the teacher's gives for the
+            # teacher's own input. With the other weights at 0 nothing else is computed.
+            attention_weight=0.0,
             # raw: compare the values of the variance heads.
             # log_variance: compare the log-variances that these values stand for.
             variance_target="raw",
@@ -220,6 +225,8 @@ def get_config() -> ConfigDict:
         dict(
             name="adamw",  # adamw, or came: PixArt-Sigma's, which needs a warm-up
             learning_rate=1e-4,
+            # Times that for what the student inherited as a whole; 1: one rate for all.
+            inherited_rate=1.0,
             b1=0.9,  # decay of the mean gradient (came: of the mean update)
             b2=0.999,  # and of its square
             b3=0.9999,  # came: of the updates' squared distance from their mean

@@ -222,6 +222,8 @@ def _step_settings(config: ConfigDict) -> StepSettings:
             noise_weight=config.distill.noise_weight,
             variance_weight=config.distill.variance_weight,
             variance_target=config.distill.variance_target,
+            denoising_weight=config.distill.denoising_weight,
+            attention_weight=config.distill.attention_weight,
             teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
         )
 

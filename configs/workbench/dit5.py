@@ -17,6 +17,7 @@ def get_config():
     config = imagenet256_lit_xl.get_config()
     config.model.update(attention="dit5", conv_size=3)
     config.inherit.load = ("q", "k", "v", "o")
+    config.optimizer.update(learning_rate=1e-3, inherited_rate=0.01)
     config.train.steps = 40_000  # 8 epochs
     config.distill.update(noise_weight=0.0, variance_weight=0.0)
     return config

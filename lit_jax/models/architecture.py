@@ -38,7 +38,8 @@ def heads_of_size(size: str, attention: str, width: int = 0) -> int:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
     _, size_width, softmax_heads, linear_heads = SIZES[size]
-    heads = softmax_heads if attention == "softmax" else linear_heads
+    has_few = attention in ATTENTIONS and ATTENTIONS[attention].few_heads
+    heads = linear_heads if has_few else softmax_heads
     return next(n for n in range(heads, 0, -1) if (width or size_width) % n == 0)
 
 
@@ -133,13 +134,11 @@ class Architecture:
         """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
-        size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
-        has_few = attention in ATTENTIONS and ATTENTIONS[attention].few_heads
-        size_heads = linear_heads if has_few else softmax_heads
+        size_depth, size_width, _, _ = SIZES[size]
         return cls(
             depth=depth or size_depth,
             width=width or size_width,
-            num_heads=num_heads or size_heads,
+            num_heads=num_heads or heads_of_size(size, attention),
             attention=attention,
             **fields,
         )

@@ -215,6 +215,7 @@ def test_few_heads_are_the_default_of_the_linear_model():
         for size in ("S", "B", "L", "XL")
     }
     assert heads == {"S": 2, "B": 3, "L": 4, "XL": 4}
+    assert dit.DiTConfig.of_size("XL", attention="mhla").num_heads == 16  # as the teacher's
 
 
 @pytest.mark.parametrize(
