@@ -17,7 +17,7 @@ import numpy as np
 
 from lit_jax.models.architecture import COUNT, Architecture, is_count
 from lit_jax.models.attention import make_attention, xavier_uniform
-from lit_jax.models.blocks import scan_blocks
+from lit_jax.models.blocks import attend, scan_blocks
 from lit_jax.models.dense import Dense
 from lit_jax.partitioning import constrain_rows
 from lit_jax.ranges import Range
@@ -213,9 +213,8 @@ class Block(nn.Module):
             modulation, 6, axis=-1
         )
         attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
-        x = x + gate_msa[:, None] * attn(
-            modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
-        )
+        modulated = modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa)
+        x = x + gate_msa[:, None] * attend(self, attn, modulated, self.grid)
         mlp = Mlp(self.dtype, name="mlp")
         x = x + gate_mlp[:, None] * mlp(
             modulate(LayerNorm(self.config.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)

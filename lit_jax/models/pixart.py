@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lit_jax.models.architecture import COUNT, COUNT_OR_NONE, SIZES, Architecture
 from lit_jax.models.attention import PROJECTED, make_attention, xavier_uniform
-from lit_jax.models.blocks import scan_blocks
+from lit_jax.models.blocks import attend, scan_blocks
 from lit_jax.models.dense import Dense
 from lit_jax.models.dit import (
     FREQUENCIES,
@@ -221,9 +221,8 @@ class Block(nn.Module):
             modulation, 1, 0
         )
         attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
-        x = x + gate_msa[:, None] * attn(
-            modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
-        )
+        modulated = modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa)
+        x = x + gate_msa[:, None] * attend(self, attn, modulated, self.grid)
         # A config from a checkpoint may not know its heads; such a one builds no model.
         num_heads = self.config.cross_heads or 1
         cross = CrossAttention(num_heads, self.dtype, name="cross_attn")
