@@ -34,10 +34,13 @@ def get_config() -> ConfigDict:
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
             width=0,  # D, channels of a token; 0: that of the size
-            # 0: the size's number for the attention. LiT-S, B, L, XL have 2, 3, 4, 4.
+            # 0: the size's number for the attention. LiT-S, B, L, XL have 2, 3, 4, 4; the other
+            # designs have those of softmax, 6, 12, 16, 16.
             num_heads=0,
             patch_size=2,  # pixels (or latent cells) along each side of a token's patch
-            attention="linear",  # linear (LiT) or softmax (DiT)
+            # linear (LiT), softmax (DiT), or another linear attention: mhla, mala, dit5
+            # (docs/workbench.md).
+            attention="linear",
             num_classes=1000,  # without the null class of guidance, which is added
             # Height = width of the images or latents, or (height, width).
             input_size=ml_collections.FieldReference(32, field_type=object),
@@ -49,10 +52,12 @@ def get_config() -> ConfigDict:
             # SiT's models have these channels all the same and do not use them.
             learn_sigma=True,
             qkv_bias=True,  # the layer qkv (softmax), or q and kv (linear), has a bias
-            # Linear attention: relu, gelu, focused or focused_gelu, as in the paper's ablation.
+            # linear, mhla: relu, gelu, focused or focused_gelu, as in the paper's ablation.
             kernel_function="relu",
-            # Linear attention: side of the depth-wise convolution of v; 0: no convolution.
+            # linear, mhla, mala: side of the depth-wise convolution of v. dit5: of those of q and
+            # k. 0: no convolution.
             conv_size=5,
+            num_blocks=16,  # mhla: square blocks of the image, each with its own state
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
             # Fields of the family dit, as num_classes above. Another family's recipe sets them to
@@ -104,10 +109,15 @@ def get_config() -> ConfigDict:
 
     # Hybrid distillation (paper):
     # loss = mse + vb + noise_weight * kd_noise + variance_weight * kd_variance.
+    # denoising_weight multiplies mse + vb, and attention_weight * kd_attention is added.
     config.distill = ConfigDict(
         dict(
             noise_weight=0.5,  # lambda_1 of the paper
             variance_weight=0.05,  # lambda_2 of the paper
+            denoising_weight=1.0,  # of mse and vb; without a teacher it is 1
+            # Of the layer-wise regression: each attention learns what the teacher's gives for the
+            # teacher's own input. With the other weights at 0 nothing else is computed.
+            attention_weight=0.0,
             # raw: compare the values of the variance heads.
             # log_variance: compare the log-variances that these values stand for.
             variance_target="raw",
@@ -215,6 +225,8 @@ def get_config() -> ConfigDict:
         dict(
             name="adamw",  # adamw, or came: PixArt-Sigma's, which needs 12 steps of warm-up or more
             learning_rate=1e-4,
+            # Times that for what the student inherited as a whole; 1: one rate for all.
+            inherited_rate=1.0,
             b1=0.9,  # decay of the mean gradient (came: of the mean update)
             b2=0.999,  # and of its square
             b3=0.9999,  # came: of the updates' squared distance from their mean
@@ -360,6 +372,14 @@ def get_config() -> ConfigDict:
             # True: the weights are constants of the program, up to 1.9 GB; False: a file beside it.
             weights_inside=False,
             batch_size=0,  # images of a call; 0: any number
+        )
+    )
+
+    # --mode=demo: a web page where teacher and student draw (docs/demo.md).
+    config.demo = ConfigDict(
+        dict(
+            host="127.0.0.1",  # this machine alone; 0.0.0.0: whoever reaches it
+            port=7860,  # 0: one that is free
         )
     )
 

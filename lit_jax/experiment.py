@@ -86,6 +86,7 @@ class Experiment:
         """Those of the step, with the scale of the data that it reads."""
         return dataclasses.replace(
             self.unscaled_step_settings,
+            inherited=self.inherited_paths,
             scaling_factor=self.dataset.scaling_factor,
             shift_factor=self.dataset.shift_factor,
         )
@@ -211,6 +212,15 @@ class Experiment:
                 raise ValueError(
                     f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
                 )
+        weight = self.unscaled_step_settings.attention_weight
+        for name in ("depth", "width", "patch_size"):
+            ours = getattr(self.model_config, name)
+            theirs = getattr(found, name)
+            if weight and ours != theirs:
+                raise ValueError(
+                    f"distill.attention_weight = {weight:g} compares layer with layer, but the "
+                    f"student has {name} {ours} and {path} has {theirs}; set it to 0"
+                )
         return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
@@ -310,6 +320,21 @@ class Experiment:
         if load == ("auto",):
             load = self._whole_attention()
         return {"load": load, "keep_init": tuple(chosen.keep_init)}
+
+    @functools.cached_property
+    def inherited_paths(self) -> tuple[str, ...]:
+        """Leaves that are inherited as a whole, where they have a learning rate of their own."""
+        rate = self.optimizer_settings.inherited_rate
+        if rate == 1:
+            return ()
+        if self.init_checkpoint is None:
+            raise ValueError(
+                f"optimizer.inherited_rate = {rate:g}, but student.init = random inherits nothing; "
+                f"set it to 1"
+            )
+        source = self.init_checkpoint.params
+        _, report = inherit.plan_merge(source, self.state_shapes.params, **self.inheritance)
+        return tuple(path for path in report.inherited if path not in report.at_init)
 
     def _whole_attention(self) -> tuple[str, ...]:
         """All parts of an attention that the student shares with its source; of another, none.
@@ -959,6 +984,9 @@ class Experiment:
             for name, value in config[group].items():
                 if name != "implementation":
                     decisive[f"{group}.{name}"] = value
+        # Which parameters have the rate of inherited ones is asked at every start.
+        if config.optimizer.inherited_rate != 1:
+            decisive["inherit"] = config.inherit.to_dict()
         # A cosine's length decides every step; a constant rate's does not.
         if config.optimizer.schedule != "constant":
             decisive["train.steps"] = config.train.steps

@@ -19,7 +19,7 @@ from lit_jax.diffusion import PROCESSES, GaussianDiffusion, Process
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES
 from lit_jax.models.architecture import Architecture
-from lit_jax.models.attention import ATTENTIONS
+from lit_jax.models.attention import ATTENTIONS, make_attention
 from lit_jax.models.autoencoder import AutoencoderSettings
 from lit_jax.porting.read import KEY_TABLES
 from lit_jax.samplers import SamplerSettings
@@ -160,6 +160,10 @@ def _model_config(config: ConfigDict) -> Any:
         )
     # The model takes any grid; this one is what checkpoints say it was trained on.
     grid = (h // found.patch_size, w // found.patch_size)
+    if found.num_heads and (
+        reason := make_attention(found, parent=None).refusal("xla", found.width, grid)
+    ):
+        raise ValueError(f"model.attention = {found.attention}: {reason}")
     return dataclasses.replace(found, grid=grid)
 
 
@@ -218,6 +222,8 @@ def _step_settings(config: ConfigDict) -> StepSettings:
             noise_weight=config.distill.noise_weight,
             variance_weight=config.distill.variance_weight,
             variance_target=config.distill.variance_target,
+            denoising_weight=config.distill.denoising_weight,
+            attention_weight=config.distill.attention_weight,
             teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
         )
 

@@ -24,7 +24,9 @@ from lit_jax.train_step import make_train_step
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 ALL = NAMES + sorted(
-    f"ablation.{path.stem}" for path in (ROOT / "configs" / "ablation").glob("*.py")
+    f"{folder}.{path.stem}"
+    for folder in ("ablation", "workbench")
+    for path in (ROOT / "configs" / folder).glob("*.py")
 )
 
 
@@ -78,7 +80,9 @@ def test_a_config_is_a_recipe(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+    "name",
+    [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+    + [f"workbench.{name}" for name in ("mhla", "mala", "dit5")],
 )
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the mesh of the config, over pretend devices.

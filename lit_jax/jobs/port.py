@@ -44,7 +44,7 @@ from lit_jax.settings import naming, reading
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
 # A source with another attention than the config's model is its teacher.
-OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function")
+OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function", "num_blocks")
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> Report:

@@ -38,7 +38,8 @@ def heads_of_size(size: str, attention: str, width: int = 0) -> int:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
     _, size_width, softmax_heads, linear_heads = SIZES[size]
-    heads = softmax_heads if attention == "softmax" else linear_heads
+    has_few = attention in ATTENTIONS and ATTENTIONS[attention].few_heads
+    heads = linear_heads if has_few else softmax_heads
     return next(n for n in range(heads, 0, -1) if (width or size_width) % n == 0)
 
 
@@ -67,13 +68,14 @@ class Architecture:
     depth: int
     width: int  # D
     num_heads: int | None  # None: a checkpoint that does not tell; such a config builds no model
-    attention: str = "softmax"  # softmax: the teacher's; linear: LiT
+    attention: str = "softmax"  # softmax: the teacher's; linear: LiT; a row of ATTENTIONS
     patch_size: int = 2  # p
     in_channels: int = 4  # C
     learn_sigma: bool = True  # the output holds the variance's values too: 2C channels
     qkv_bias: bool = True
-    conv_size: int = 5  # linear: the K x K depth-wise convolution of v; 0: none
-    kernel_function: str = "relu"  # linear: relu, gelu, focused, focused_gelu
+    conv_size: int = 5  # K of the depth-wise convolution of v (dit5: of q and k); 0: none
+    kernel_function: str = "relu"  # linear, mhla: relu, gelu, focused, focused_gelu
+    num_blocks: int = 16  # mhla: square blocks of the grid
     grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
     # What its outputs are: noise, at timesteps 0 to 999, or velocity, at times in [0, 1].
     prediction: str = "noise"
@@ -87,6 +89,10 @@ class Architecture:
         "qkv_bias": FLAG,
         "conv_size": Range("odd, or 0", lambda x: is_count(x, 0) and (x == 0 or x % 2 == 1)),
         "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
+        "num_blocks": Range(
+            "a square from 1 to 4096",
+            lambda x: is_count(x) and x <= 4096 and math.isqrt(x) ** 2 == x,
+        ),
         "grid": Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
         "prediction": ranges.one_of(*PROCESSES),
     }
@@ -98,13 +104,13 @@ class Architecture:
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
+        self.check_fields(dataclasses.asdict(self))
         # What the attention does not read: two equal models must not differ in it.
         design = ATTENTIONS.get(self.attention)
-        unread = {"conv_size": 0, "kernel_function": "relu"}
+        unread = {"conv_size": 0, "kernel_function": "relu", "num_blocks": 16}
         for name, value in unread.items():
             if design and name not in design.fields:
                 object.__setattr__(self, name, value)
-        self.check_fields(dataclasses.asdict(self))
         if self.width % 4:
             raise ValueError(
                 f"width = {self.width} is not a multiple of 4, as the position table needs"
@@ -128,12 +134,11 @@ class Architecture:
         """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
-        size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
-        size_heads = softmax_heads if attention == "softmax" else linear_heads
+        size_depth, size_width, _, _ = SIZES[size]
         return cls(
             depth=depth or size_depth,
             width=width or size_width,
-            num_heads=num_heads or size_heads,
+            num_heads=num_heads or heads_of_size(size, attention),
             attention=attention,
             **fields,
         )

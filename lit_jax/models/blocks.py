@@ -5,8 +5,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from lit_jax.models.attention import PROJECTED
+from lit_jax.models.attention import PROJECTED, make_attention
 from lit_jax.partitioning import gather_weights
 
 REMAT_POLICIES = {
@@ -17,6 +18,12 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.save_only_these_names(PROJECTED),
     ),
 }
+
+
+EPSILON = 1e-12  # of a mean square: an attention that gives nothing has no relative error
+# The collection in which a block leaves what its attention read and gave, where a
+# caller of `apply` asks for it (mutable=[ATTENTION]).
+ATTENTION = "attention"
 
 
 def scan_blocks(
@@ -51,8 +58,49 @@ def scan_blocks(
         gathered = nn.remat(gathered, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
         gathered,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ATTENTION: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * shared_inputs or 0,
         length=depth,
     )
+
+
+def attend(block: nn.Module, attn: Any, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """attn(x, grid); what it reads and gives stays in the collection ATTENTION of its block."""
+    out = attn(x, grid)
+    block.sow(ATTENTION, "read", x)
+    block.sow(ATTENTION, "gave", out)
+    return out
+
+
+def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -> jax.Array:
+    """How far each attention of a model is from that of its teacher on the teacher's own input.
+
+    The layer-wise regression of Grafting (arXiv 2506.05340): no layer sees the errors of those
+    before it, and gradients stay in each layer's attention. The squared distance is relative to
+    the mean square of the teacher's attention in that layer, so that all layers count alike.
+
+    Args:
+      model, params: the student, whose parameters are `blocks/attn` and more.
+      seen: the collection ATTENTION of the teacher, of as many blocks and as wide; detached here.
+      grid: (h, w) in tokens.
+    Returns: (B,) float32, the mean over the layers.
+    """
+    attn = make_attention(model.config, model.implementation, model.dtype, parent=None)
+    # A list of one: `sow` appends.
+    (read,), (gave,) = (jax.lax.stop_gradient(seen["blocks"][name]) for name in ("read", "gave"))
+
+    @jax.checkpoint
+    def layer(params, x, wanted):
+        params = gather_weights(params, dtype=model.dtype)
+        out = attn.apply({"params": params}, x.astype(model.dtype), grid)
+        wanted = wanted.astype(jnp.float32)
+        distance = jnp.square(out.astype(jnp.float32) - wanted).mean(axis=(1, 2))
+        return distance / (jnp.square(wanted).mean() + EPSILON)
+
+    def add(total, rows):
+        return total + layer(*rows), None
+
+    start = jnp.zeros(read.shape[1], jnp.float32)
+    total, _ = jax.lax.scan(add, start, (params["blocks"]["attn"], read, gave))
+    return total / len(read)
