@@ -226,14 +226,14 @@ def get_config() -> ConfigDict:
     # AdamW and its learning rate.
     config.optimizer = ConfigDict(
         dict(
-            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs a warm-up
+            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs 12 steps of warm-up or more
             learning_rate=1e-4,
             # Times that for what the student inherited as a whole; 1: one rate for all.
             inherited_rate=1.0,
             b1=0.9,  # decay of the mean gradient (came: of the mean update)
             b2=0.999,  # and of its square
             b3=0.9999,  # came: of the updates' squared distance from their mean
-            epsilon=1e-8,  # adamw
+            epsilon=1e-8,  # adamw; 1e-10 where clip_norm is 0.01
             weight_decay=0.0,
             clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
             schedule="constant",  # constant, or cosine to zero at train.steps
@@ -340,7 +340,8 @@ def get_config() -> ConfigDict:
             source="",  # .pt, .safetensors, .ckpt, a diffusers or Orbax folder, or a workdir
             target="",  # .pt, .safetensors or a new folder
             # orbax, dit or diffusers; empty: dit for a file, orbax for a folder. A LiT for
-            # diffusers is a pipeline that draws as `sample` says.
+            # diffusers is a pipeline that draws as `sample` says; so is a PixArt, with what `text`
+            # and `autoencoder` name.
             layout="",
             weights="ema",  # ema or model, where a training checkpoint has both
             # For a checkpoint that does not tell its heads.
@@ -374,6 +375,14 @@ def get_config() -> ConfigDict:
             # True: the weights are constants of the program, up to 1.9 GB; False: a file beside it.
             weights_inside=False,
             batch_size=0,  # images of a call; 0: any number
+        )
+    )
+
+    # --mode=demo: a web page where teacher and student draw (docs/demo.md).
+    config.demo = ConfigDict(
+        dict(
+            host="127.0.0.1",  # this machine alone; 0.0.0.0: whoever reaches it
+            port=7860,  # 0: one that is free
         )
     )
 

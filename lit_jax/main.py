@@ -31,7 +31,7 @@ CONFIG = config_flags.DEFINE_config_file(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "evaluate", "port", "export", "prepare", "plan", "benchmark"],
+    ["train", "sample", "evaluate", "port", "export", "prepare", "plan", "benchmark", "demo"],
     "The job.",
 )
 WORKDIR = flags.DEFINE_string(

@@ -459,51 +459,74 @@ def sample(
     Returns: (B, h, w, C) float32.
     Raises: ValueError if the grid needs a variance that the model does not give.
     """
-    B = rng_keys.shape[0]  # may be symbolic: `len` would want a number
-    C = shape[-1]
-    steps, order = grid.x_start_coefs.shape
     if guidance is None:
         guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
-    scale, is_guided = guidance
     # Known when it is traced: then a sampler that always guides, or never, needs no branch.
-    is_known = isinstance(is_guided, np.ndarray)
-    needs_noise = grid.log_variance_bounds is not None or grid.noise_scale.any()
+    is_guided = guidance.is_guided
+    always = None
+    if isinstance(is_guided, np.ndarray) and is_guided.all() == is_guided.any():
+        always = bool(is_guided.all())
+    step = make_step(
+        model_fn,
+        rng_keys,
+        condition,
+        StepKind.of(grid, settings),
+        scale=guidance.scale,
+        is_guided=always,
+    )
+    x = step_noise(rng_keys, 0, shape) if noise is None else jnp.asarray(noise, jnp.float32)
 
-    def plain(x, t):
-        return model_fn(x, t, condition, jnp.zeros((B,), bool))
+    def without_x_start(carry, row):
+        return step(carry, row)[0], None
 
-    def guided(x, t):
-        return guide(model_fn, x, t, condition, scale, settings.cfg_channels)
+    start = Progress(x, no_past(x, grid))
+    end, _ = jax.lax.scan(without_x_start, start, table_of(grid, guidance))
+    return end.x
 
-    def step(carry, row):
-        x, past_x_starts = carry  # (B, h, w, C), (order - 1, B, h, w, C)
-        t = jnp.full((B,), row["timestep"])
-        if is_known and is_guided.all():
-            out = guided(x, t)
-        elif is_known and not is_guided.any():
-            out = plain(x, t)
-        else:
-            out = jax.lax.cond(row["is_guided"], guided, plain, x, t)
-        out = out.astype(jnp.float32)
-        x_start = row["x_start_from_x"] * x + row["x_start_from_output"] * out[..., :C]
-        if settings.clip_denoised:
-            x_start = jnp.clip(x_start, -1.0, 1.0)
-        x_starts = jnp.concatenate([x_start[None], past_x_starts])  # (order, B, h, w, C)
-        mixed = jnp.einsum("j,jbhwc->bhwc", row["x_start_coefs"], x_starts, precision="highest")
-        x = row["x_coef"] * x + mixed
-        if grid.learned_noise_scale and grid.log_variance_bounds is not None:
-            noise_scale = grid.learned_noise_scale(out, row["log_variance_bounds"], C)
-            noise_scale = noise_scale * row["is_not_last"]
-        else:
-            noise_scale = row["noise_scale"]
-        if needs_noise:
-            x = x + noise_scale * step_noise(rng_keys, row["step"] + 1, shape)
-        return (x, x_starts[:-1]), None
 
+# ---- One step, which the scan runs, and whoever wants to see the image on its way ----------------
+
+
+class Progress(NamedTuple):
+    """An image between two steps."""
+
+    x: jax.Array  # (B, h, w, C) float32
+    past_x_starts: jax.Array  # (order - 1, B, h, w, C) float32: of the steps before, newest first
+
+
+class StepKind(NamedTuple):
+    """What the program of a step depends on; all else are numbers, which it takes as arguments."""
+
+    learned_noise_scale: Callable[..., jax.Array] | None  # None: the noise is that of the table
+    needs_noise: bool
+    order: int  # x_starts that a step mixes
+    clip_denoised: bool
+    cfg_channels: str
+
+    @classmethod
+    def of(cls, grid: Grid, settings: SamplerSettings) -> "StepKind":
+        is_learned = grid.log_variance_bounds is not None
+        return cls(
+            grid.learned_noise_scale if is_learned else None,
+            bool(is_learned or grid.noise_scale.any()),
+            grid.x_start_coefs.shape[1],
+            settings.clip_denoised,
+            settings.cfg_channels,
+        )
+
+
+def no_past(x: jax.Array, grid: Grid) -> jax.Array:
+    """What stands for the x_starts before the first step."""
+    return jnp.zeros((grid.x_start_coefs.shape[1] - 1, *x.shape), jnp.float32)
+
+
+def table_of(grid: Grid, guidance: Guidance) -> dict[str, jax.Array]:
+    """The rows of a grid, (S, ...), by name: what `make_step`'s function takes one of."""
+    steps = len(grid.timesteps)
     table: dict[str, Any] = {
         "step": np.arange(steps, dtype=np.int32),
         "timestep": grid.timesteps,
-        "is_guided": is_guided,
+        "is_guided": guidance.is_guided,
         "is_not_last": np.arange(steps) < steps - 1,
         "x_start_from_x": grid.x_start_from_x,
         "x_start_from_output": grid.x_start_from_output,
@@ -513,11 +536,58 @@ def sample(
     }
     if grid.log_variance_bounds is not None:
         table["log_variance_bounds"] = grid.log_variance_bounds
-    rows = {name: _on_device(column) for name, column in table.items()}
-    x = step_noise(rng_keys, 0, shape) if noise is None else jnp.asarray(noise, jnp.float32)
-    past_x_starts = jnp.zeros((order - 1, *x.shape), jnp.float32)
-    (x, _), _ = jax.lax.scan(step, (x, past_x_starts), rows)
-    return x
+    return {name: _on_device(column) for name, column in table.items()}
+
+
+def make_step(
+    model_fn: Callable[..., jax.Array],
+    rng_keys: jax.Array,
+    condition: Condition,
+    kind: StepKind,
+    *,
+    scale: Any,
+    is_guided: bool | None = None,
+) -> Callable[[Progress, dict[str, jax.Array]], tuple[Progress, jax.Array]]:
+    """The step of every sampler, (progress, row of the table) to (progress, x_start).
+
+    Args:
+      model_fn, rng_keys, condition: as for `sample`.
+      scale: of guidance. is_guided: at every step, or at none; None: the row says it.
+    Returns: a function for `lax.scan`; x_start (B, h, w, C) is the model's estimate of the image.
+    """
+    B = rng_keys.shape[0]  # may be symbolic: `len` would want a number
+
+    def plain(x, t):
+        return model_fn(x, t, condition, jnp.zeros((B,), bool))
+
+    def guided(x, t):
+        return guide(model_fn, x, t, condition, scale, kind.cfg_channels)
+
+    def step(progress, row):
+        x = progress.x
+        C = x.shape[-1]
+        t = jnp.full((B,), row["timestep"])
+        if is_guided is None:
+            out = jax.lax.cond(row["is_guided"], guided, plain, x, t)
+        else:
+            out = guided(x, t) if is_guided else plain(x, t)
+        out = out.astype(jnp.float32)
+        x_start = row["x_start_from_x"] * x + row["x_start_from_output"] * out[..., :C]
+        if kind.clip_denoised:
+            x_start = jnp.clip(x_start, -1.0, 1.0)
+        x_starts = jnp.concatenate([x_start[None], progress.past_x_starts])  # (order, B, h, w, C)
+        mixed = jnp.einsum("j,jbhwc->bhwc", row["x_start_coefs"], x_starts, precision="highest")
+        x = row["x_coef"] * x + mixed
+        if kind.learned_noise_scale:
+            noise_scale = kind.learned_noise_scale(out, row["log_variance_bounds"], C)
+            noise_scale = noise_scale * row["is_not_last"]
+        else:
+            noise_scale = row["noise_scale"]
+        if kind.needs_noise:
+            x = x + noise_scale * step_noise(rng_keys, row["step"] + 1, x.shape[1:])
+        return Progress(x, x_starts[:-1]), x_start
+
+    return step
 
 
 def _on_device(column: np.ndarray) -> jax.Array:

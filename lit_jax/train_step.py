@@ -58,6 +58,10 @@ class TrainState:
 # ---- The optimizer -------------------------------------------------------------------------------
 
 
+# Steps after which the first update of CAME, of 11.1 learning rates, is not above one any more.
+CAME_WARMUP = 12
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW or CAME, its schedule and clipping.
@@ -96,11 +100,24 @@ class OptimizerSettings:
         )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} is not shorter than steps = {self.steps}")
-        if self.name == "came" and not self.warmup:
+        if self.name == "came" and self.warmup < CAME_WARMUP:
             raise ValueError(
-                "warmup = 0, but the first updates of came are 11 times the learning rate; "
-                "PixArt-Sigma's warm-up is of 1000 steps"
+                f"warmup = {self.warmup}, but the first update of came is 11 times the learning "
+                f"rate: at least {CAME_WARMUP} steps keep it below; PixArt-Sigma's warm-up is of "
+                f"1000"
             )
+
+    def remark(self, parameters: int) -> str:
+        """What a user should know of these settings for a model of so many parameters, or ""."""
+        # Of a gradient of the largest norm, spread evenly.
+        rms = self.clip_norm * parameters**-0.5
+        if self.name != "adamw" or not self.clip_norm or self.epsilon <= rms / 100:
+            return ""
+        return (
+            f"optimizer.epsilon = {self.epsilon:g} of adamw is not small beside gradients that "
+            f"optimizer.clip_norm = {self.clip_norm:g} leaves an rms of {rms:.1g} an element, and "
+            f"shortens every update: set epsilon below {rms / 100:.0e}, or clip_norm=1.0"
+        )
 
     def rates(self) -> optax.Schedule:
         """The learning rate of an update, by the number of good steps before it."""

@@ -10,7 +10,7 @@ from tiny_sampler import NULL, PROCESS, SHAPE, make_grid, make_keys, model_fn, r
 from lit_jax import diffusion, samplers, sharding
 
 
-def ddpm_oracle(steps, noises, labels, variance="learned_range"):
+def ddpm_oracle(steps, noises, labels, variance="learned_range", model_fn=model_fn):
     """The respaced chain in float64, one step after another.
 
     It follows the definition and does not use our tables.

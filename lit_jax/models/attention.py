@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lit_jax.kernels import dit5, linear_attention, mala, mhla
 from lit_jax.kernels.depthwise import depthwise_conv
 from lit_jax.kernels.linear_attention import Case, take_or_xla
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -484,4 +485,4 @@ def _heads(x, num_heads):
 
 
 def _dense(features, use_bias, dtype, name):
-    return nn.Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)
+    return Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)

@@ -18,6 +18,7 @@ import numpy as np
 from lit_jax.models.architecture import COUNT, Architecture, is_count
 from lit_jax.models.attention import make_attention, xavier_uniform
 from lit_jax.models.blocks import attend, scan_blocks
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import constrain_rows
 from lit_jax.ranges import Range
 
@@ -152,10 +153,10 @@ class TimestepEmbedder(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        x = nn.Dense(self.width, kernel_init=init, name="mlp_0")(
+        x = Dense(self.width, kernel_init=init, name="mlp_0")(
             timestep_embedding(t, self.freq_shift)
         )
-        return nn.Dense(self.width, kernel_init=init, name="mlp_2")(nn.silu(x))
+        return Dense(self.width, kernel_init=init, name="mlp_2")(nn.silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -182,8 +183,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         D = x.shape[-1]
-        x = nn.Dense(4 * D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc1")(x)
-        return nn.Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(
+        x = Dense(4 * D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc1")(x)
+        return Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(
             nn.gelu(x, approximate=True)
         )
 
@@ -205,7 +206,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, c = map(constrain_rows, carry)
         D = x.shape[-1]
-        modulation = nn.Dense(
+        modulation = Dense(
             6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation"
         )(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
@@ -233,13 +234,11 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         D, zeros = x.shape[-1], nn.initializers.zeros
-        modulation = nn.Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(
-            c
-        )
+        modulation = Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(c)
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x = modulate(LayerNorm(name="norm_final")(x), shift, scale)
         # The output is a regression target: its product accumulates and stays in float32.
-        return nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(
+        return Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(
             x.astype(jnp.float32)
         )
 

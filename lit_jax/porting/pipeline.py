@@ -67,58 +67,63 @@ def export_pipeline(params: Any, path: epath.PathLike, config: PixArtConfig, par
     is_lit = config.attention == "linear"
     _check_parts(config, parts)
     check_sampler(config, parts)
-    if is_lit:
-        fields = pixart.lit_config(config)
-        tensors = pixart.official_tensors(params, config)
-    else:
-        pixart.check_diffusers(config)
     kind, scheduler = _scheduler(parts)
-    index: dict[str, Any] = {
-        "_class_name": "PixArtSigmaPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", kind],
-        "transformer": ["diffusers", "PixArtTransformer2DModel"],
-        "tokenizer": ["transformers", "T5Tokenizer"] if parts.tokenizer else [None, None],
-        "text_encoder": ["transformers", "T5EncoderModel"] if parts.text_encoder else [None, None],
-        "vae": ["diffusers", "AutoencoderKL"] if parts.autoencoder else [None, None],
-    }
-    if is_lit:
-        index["_class_name"] = ["lit_text_pipeline", "LiTTextPipeline"]
-        index["transformer"] = ["lit_text_transformer", pixart.LIT_CLASS]
-        index |= {
-            "num_inference_steps": parts.sampler.steps,
-            "guidance_scale": parts.sampler.cfg_scale,
-            "eta": parts.sampler.eta,
-            "cleaning": parts.cleaning,
-            "max_sequence_length": config.caption_length,
-        }
-
     with whole_folder(path) as folder:
-        model = folder / "transformer"
         if is_lit:
-            model.mkdir()
-            write_json(model / "config.json", fields)
-            # Our own reader learns the architecture from here.
-            metadata = {"format": "pt", "architecture": json.dumps(config.to_json())}
-            write_safetensors(model / WEIGHTS, tensors, metadata)
-            for name in ("lit_text_transformer.py", "lit_torch.py"):
-                (model / name).write_text((ASSETS / name).read_text())
-            code = "lit_text_pipeline.py"
-            (folder / code).write_text((ASSETS / code).read_text())
-            (folder / "README.md").write_text(parts.card)
+            _write_lit(params, folder, config, parts.card)
         else:
-            export_diffusers(params, model, config)
+            export_diffusers(params, folder / "transformer", config)
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if parts.tokenizer:
             _write_tokenizer(folder / "tokenizer", parts)
         if parts.text_encoder:
-            export_text_encoder(
-                parts.text_encoder[0], folder / "text_encoder", parts.text_encoder[1]
-            )
+            text_params, text_config = parts.text_encoder
+            export_text_encoder(text_params, folder / "text_encoder", text_config)
         if parts.autoencoder:
-            export_autoencoder(parts.autoencoder[0], folder / "vae", parts.autoencoder[1])
-        write_json(folder / "model_index.json", index)
+            vae_params, architecture = parts.autoencoder
+            export_autoencoder(vae_params, folder / "vae", architecture)
+        write_json(folder / "model_index.json", _index(config, parts, kind))
+
+
+def _index(config, parts, scheduler):
+    """model_index.json: where each part's class is, and null for one that is not there."""
+    nothing = [None, None]
+    index: dict[str, Any] = {
+        "_class_name": "PixArtSigmaPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"] if parts.tokenizer else nothing,
+        "text_encoder": ["transformers", "T5EncoderModel"] if parts.text_encoder else nothing,
+        "vae": ["diffusers", "AutoencoderKL"] if parts.autoencoder else nothing,
+    }
+    if config.attention != "linear":
+        return index
+    return index | {
+        "_class_name": ["lit_text_pipeline", "LiTTextPipeline"],
+        "transformer": ["lit_text_transformer", pixart.LIT_CLASS],
+        "num_inference_steps": parts.sampler.steps,
+        "guidance_scale": parts.sampler.cfg_scale,
+        "eta": parts.sampler.eta,
+        "cleaning": parts.cleaning,
+        "max_sequence_length": config.caption_length,
+    }
+
+
+def _write_lit(params, folder, config, card):
+    """transformer/, and the code that diffusers does not have."""
+    model = folder / "transformer"
+    model.mkdir()
+    write_json(model / "config.json", pixart.lit_config(config))
+    # Our own reader learns the architecture from here.
+    metadata = {"format": "pt", "architecture": json.dumps(config.to_json())}
+    write_safetensors(model / WEIGHTS, pixart.official_tensors(params, config), metadata)
+    for name in ("lit_text_transformer.py", "lit_torch.py"):
+        (model / name).write_text((ASSETS / name).read_text())
+    pipeline = "lit_text_pipeline.py"
+    (folder / pipeline).write_text((ASSETS / pipeline).read_text())
+    (folder / "README.md").write_text(card)
 
 
 def _check_parts(config, parts):

@@ -201,23 +201,53 @@ def test_chips_of_a_slice_share_what_leaves_it():
 # ---- Memory and collectives ----------------------------------------------------------------------
 
 
-def test_memory_is_what_the_arrays_take_by_hand(planned):
-    planner, programs = planned
-    shapes = state_shapes(
-        planner.model, make_optimizer(Experiment(tiny_config()).optimizer_settings)
-    )
+def on_a_chip(planner, config):
+    """Bytes of a chip's shards of the training state."""
+    optimizer = make_optimizer(Experiment(config).optimizer_settings)
+    shapes = state_shapes(planner.model, optimizer)
     shardings = sharding.fsdp_sharding(shapes, planner.mesh)
-    state = sum(
+    return sum(
         np.prod(h.shard_shape(s.shape)) * s.dtype.itemsize
         for s, h in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
     )
-    parameters = checkpoint.parameter_count(shapes.params)
+
+
+def test_memory_is_what_the_arrays_take_by_hand(planned):
+    planner, programs = planned
+    state = on_a_chip(planner, tiny_config())
+    parameters = checkpoint.parameter_count(param_shapes(planner.model.config))
     # Parameters, EMA, two moments; float32; four chips.
     assert state == pytest.approx(4 * 4 * parameters / 4, rel=0.05)
     teacher = 2 * checkpoint.parameter_count(planner.teacher_params) / 4
     # What is small is padded: a stack of six biases fills eight rows of a tile.
     for name, by_hand in (("distill", state + teacher), ("sample", 4 * parameters / 4)):
         assert by_hand < programs[name]["arguments"] < 1.15 * by_hand, name
+
+
+def test_a_captioned_model_with_came_is_planned_by_bucket(tmp_path):
+    """Parameters, EMA and one moment, where AdamW has two; the factors are vectors."""
+    config = tiny_config(fsdp=4)
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+            depth=2, cross_heads=4, caption_channels=64, caption_length=20,
+            position_base=8,
+        )  # fmt: skip
+    config.optimizer.update(name="came", warmup=12)
+    config.train.steps = 100
+    config.plan.update(programs=("distill",), buckets=("8x32",), topology="v5e:2x4")
+    plan.run(config, tmp_path)
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"].items()
+    planner = plan.Planner(plan.of_bucket(config, "8x32"), topology_devices("v5e:2x4"))
+    parameters = checkpoint.parameter_count(param_shapes(planner.model.config))
+    state = on_a_chip(planner, config)
+    assert state == pytest.approx(3 * 4 * parameters / 4, rel=0.15)
+    by_hand = state + 2 * checkpoint.parameter_count(planner.teacher_params) / 4
+    assert found[0] == "distill 8x32" and by_hand < found[1]["arguments"] < 1.15 * by_hand
+    # 16 x 64 cells: the model's tokens are those of the bucket.
+    once = planner.model.config.forward_flops((16, 64))
+    frozen = planner.teacher.config.forward_flops((16, 64))
+    assert found[1]["flops"] == pytest.approx(64 * (3 * once + frozen) / 8, rel=0.01)
 
 
 def test_the_step_writes_the_new_state_over_the_old(planned):

@@ -93,7 +93,7 @@ def ours(config):
     asked = sample.what_is_asked(experiment, ())
     told, _ = sample.tell(experiment, asked, params, index)
     condition = {}
-    for rows in told.batches(8):
+    for _, rows in told.batches(8):
         for name, value in told.condition(rows).items():
             edges = ((0, 0), (0, 20 - value.shape[1])) + ((0, 0),) * (value.ndim - 2)
             condition.setdefault(name, []).append(np.pad(value, edges))
