@@ -167,6 +167,7 @@ def get_config() -> ConfigDict:
             # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
             # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
+            # teacher: what teacher.checkpoint draws, as config.sample says: no images are needed.
             source="imagenet2012",
             # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
             # empty: the folder InternImgs beside its own, or its own.
