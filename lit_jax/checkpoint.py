@@ -347,6 +347,31 @@ def check_fields(
     )
 
 
+def find_newest(
+    directory: epath.PathLike, items_shape: Items, fields: dict[str, Any], *, force: bool = False
+) -> int | None:
+    """The step that `Checkpointer.restore` would go on from, before anything is compiled for it.
+
+    It reads names, shapes and metadata, no array, and leaves everything as it is.
+
+    Args: as `Checkpointer.restore`.
+    Returns: None: there is no checkpoint, or the newest is damaged.
+    Raises: MismatchError and OSError as `Checkpointer.restore`.
+    """
+    folder = _find(orbax_path(directory))
+    if folder is None:
+        return None
+    try:
+        with reading(folder):
+            metadata = _read_metadata(folder)
+        if not force:
+            check_fields(folder, metadata.get("fields", {}), fields, force)
+        check_shapes(folder, items_shape)
+    except DamagedError:
+        return None
+    return int(folder.name)
+
+
 def check_shapes(path: epath.Path, items_shape: Items) -> None:
     """Compares the arrays of a checkpoint with those of a run.
 

@@ -31,7 +31,7 @@ CONFIG = config_flags.DEFINE_config_file(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "evaluate", "port", "export", "prepare", "plan", "benchmark"],
+    ["train", "sample", "evaluate", "port", "export", "prepare", "plan", "benchmark", "demo"],
     "The job.",
 )
 WORKDIR = flags.DEFINE_string(
@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_ours)
     config = CONFIG.value
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    logging.info("--mode=%s of %s: loading the libraries", MODE.value, config_file)
 
     # Here: JAX and the data libraries take seconds to load, and a wrong flag has failed by now.
     import jax
@@ -88,7 +90,6 @@ def main(argv: list[str]) -> None:
     fields.resolve_paths(config)
     Experiment(config)  # checks all settings, whatever the job needs of them
 
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     default = f"workdir/{pathlib.Path(config_file).stem}"
     workdir = storage.user_path(WORKDIR.value or default, "--workdir")
     # A job would find it out as well, but after minutes of loading.
@@ -169,9 +170,15 @@ def only_libtpu() -> bool:
 
 
 def is_ours(record: LogRecord) -> bool:
-    """A log filter: keeps all warnings, and of other lines only our own."""
-    ours = "lit_jax" in pathlib.Path(record.pathname).parts
-    return ours or record.levelno > INFO
+    """A log filter: keeps all warnings, and of other lines only our own.
+
+    TFDS warns of every folder that is no data set yet, though it is about to become one; where it
+    matters an error of ours says so.
+    """
+    path = pathlib.Path(record.pathname)
+    if "tensorflow_datasets" in path.parts and path.name == "file_utils.py":
+        return False
+    return "lit_jax" in path.parts or record.levelno > INFO
 
 
 def find_config(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax import ranges, samplers, sharding
-from lit_jax.diffusion import GaussianDiffusion, Process
+from lit_jax.diffusion import PROCESSES, Process
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.samplers import Guidance, SamplerSettings
@@ -65,7 +65,7 @@ class Sampler:
     Args:
       settings: which sampler, its steps and the guidance.
       batch_size: global; the devices of the mesh must divide it.
-      process: what the model was trained on; None: DiT's.
+      process: what the model was trained on; None: what its config says it predicts.
       mesh: None: all devices, as replicas.
       size: (h, w) of an image in the model's space; None: what the model was trained on.
     Raises: ValueError where the settings ask for a variance that the model does not predict, or
@@ -84,45 +84,88 @@ class Sampler:
         size: tuple[int, int] | None = None,
         autoencoder: Autoencoder | None = None,
     ):
-        process = process or GaussianDiffusion()
+        process = process or PROCESSES[model.config.prediction]()
         mesh = mesh or sharding.make_mesh()
         sharding.check_batch(batch_size, mesh)
-        shape = (*(size or _trained_size(model)), model.config.in_channels)
-        channels = (model.config.in_channels, model.config.out_channels)
-        variance = process.choose_variance(settings.variance, *channels)
-        settings = dataclasses.replace(settings, variance=variance)
-        grid = samplers.make_grid(process, settings)
+        self.batch_size = batch_size
+        self._model = model
+        self._process = process
+        self._mesh = mesh
+        self._shape = (*(size or _trained_size(model)), model.config.in_channels)
+        self._sharding = sharding.batch_sharding(mesh)
         # One root for all images: a key of the batch would tie an image to its neighbours.
         self._root = jax.random.key(seed)
-        self._grid = grid
-        self._guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
-        self.is_guided = settings.cfg_scale != 1  # whether the program takes a scale of guidance
-
-        def draw(params, index, condition, root, guidance):
-            def model_fn(x, t, condition, drop):
-                return model.apply({"params": params}, x, t, condition, drop)
-
-            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-            chosen = guidance if self.is_guided else None
-            return samplers.sample(
-                model_fn, keys, condition, shape, grid, settings, guidance=chosen
-            )
-
-        self.batch_size = batch_size
-        self._sharding = sharding.batch_sharding(mesh)
-        # To (B, h, w, C) in the model's space, B = batch_size.
-        self._draw_batch = jax.jit(sharding.on_mesh(draw, mesh), out_shardings=self._sharding)
+        self._set(settings)
+        self._begin = jax.jit(self._trace_begin, out_shardings=self._sharding)
+        self._advance = jax.jit(sharding.on_mesh(self._trace_step, mesh), static_argnums=7)
         self._are_finite = jax.jit(
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
         )
+        self._set_autoencoder(autoencoder)
+
+    def _set_autoencoder(self, autoencoder):
         self._autoencoder = autoencoder
         if autoencoder:
+            bare = dataclasses.replace(autoencoder, params=None)
+
             # Its parameters are an argument: closed over, they would be constants of the program.
             def decode(params, latents):
-                return dataclasses.replace(autoencoder, params=params).from_latents(latents)
+                return dataclasses.replace(bare, params=params).from_latents(latents)
 
-            self._decode = sharding.map_rows(decode, mesh)
+            self._decode: Any = sharding.map_rows(decode, self._mesh)
+            self._decode_program: Callable[..., Any] = self._decode
+
+    def with_autoencoder(self, autoencoder: Autoencoder | None) -> "Sampler":
+        """The same program for latents, which this autoencoder decodes; None: nothing does."""
+        other = copy.copy(self)
+        other._set_autoencoder(autoencoder)
+        return other
+
+    def _set(self, settings: SamplerSettings) -> None:
+        """The grid of the settings, and its program."""
+        config = self._model.config
+        channels = (config.in_channels, config.out_channels)
+        variance = self._process.choose_variance(settings.variance, *channels)
+        settings = dataclasses.replace(settings, variance=variance)
+        grid = samplers.make_grid(self._process, settings)
+        self._settings = settings
+        self._grid = grid
+        self._guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
+        is_guided = settings.cfg_scale != 1
+        self.is_guided = is_guided  # whether the program takes a scale of guidance
+        shape = self._shape
+
+        def draw(params, index, condition, root, guidance):
+            return samplers.sample(
+                self._model_fn(params),
+                _keys(root, index),
+                condition,
+                shape,
+                grid,
+                settings,
+                guidance=guidance if is_guided else None,
+            )
+
+        # To (B, h, w, C) in the model's space, B = batch_size.
+        self._draw_batch = jax.jit(sharding.on_mesh(draw, self._mesh), out_shardings=self._sharding)
+        # What is called: this, or what `compile` made of it.
+        self._draw_program: Callable[..., Any] = self._draw_batch
+
+    def _model_fn(self, params: Any) -> Callable[..., jax.Array]:
+        def model_fn(x, t, condition, drop):
+            return self._model.apply({"params": params}, x, t, condition, drop)
+
+        return model_fn
+
+    def with_settings(self, settings: SamplerSettings) -> "Sampler":
+        """The same model by another sampler; `stream` compiles nothing for other steps or guidance.
+
+        Raises: ValueError as the class does.
+        """
+        other = copy.copy(self)
+        other._set(settings)
+        return other
 
     def with_seed(self, seed: int) -> "Sampler":
         """The same program with other noise."""
@@ -152,9 +195,36 @@ class Sampler:
         """The program's last arguments: the seed's key, and the guidance."""
         return self._root, self._guidance
 
+    @property
+    def step_kind(self) -> samplers.StepKind:
+        """Two samplers of a model that have the same one share the program of `stream`'s step."""
+        return samplers.StepKind.of(self._grid, self._settings)
+
     def lower(self, params: Any, index: Any, condition: Mapping[str, Any]) -> jax.stages.Lowered:
         """The program of a batch, not compiled; arrays or ShapeDtypeStructs."""
         return self._draw_batch.lower(params, index, condition, *self.how)
+
+    def compile(self, params: Any, condition: Mapping[str, Any]) -> "Sampler":
+        """The same with its programs compiled: what it draws takes the time of drawing alone.
+
+        Args:
+          params: those that it will draw with, or ShapeDtypeStructs with their sharding.
+          condition: arrays (n, ...) of any n, of which the shapes are read.
+        """
+
+        def rows(shape, dtype):
+            return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=self._sharding)
+
+        shapes = {name: rows(value.shape[1:], value.dtype) for name, value in condition.items()}
+        program = self.lower(params, rows((), np.int32), shapes).compile()
+        other = self._with(_draw_program=program)
+        if self._autoencoder:
+            latents = program.out_info
+            decoder = self._decode.lower(
+                self._autoencoder.params, rows(latents.shape[1:], latents.dtype)
+            )
+            other = other._with(_decode_program=decoder.compile())
+        return other
 
     def trace(
         self,
@@ -219,6 +289,10 @@ class Sampler:
         self, params: Any, index: np.ndarray, condition: Mapping[str, np.ndarray]
     ) -> jax.Array:
         """As `draw`, but in the model's space: for an autoencoder that is loaded later."""
+        return self._draw_program(params, *self._place(index, condition), *self.how)
+
+    def _place(self, index, condition):
+        """A batch on the devices, filled up with its last row."""
         fill = self.batch_size - len(index)
 
         def put(rows):
@@ -226,11 +300,44 @@ class Sampler:
             return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
 
         placed = {name: put(rows) for name, rows in condition.items()}
-        return self._draw_batch(params, put(index), placed, *self.how)
+        return put(np.asarray(index, np.int32)), placed
+
+    def stream(
+        self, params: Any, index: np.ndarray, condition: Mapping[str, np.ndarray]
+    ) -> Iterator[jax.Array]:
+        """One batch step by step, in the model's space, as `draw_latents` draws it at once.
+
+        Yields: after each step the model's estimate of the images, (batch_size, h, w, C) float32,
+          and after the last one the images themselves.
+        """
+        numbers, placed = self._place(index, condition)
+        root, guidance = self.how
+        progress = self._begin(root, numbers)
+        progress = samplers.Progress(progress, samplers.no_past(progress, self._grid))
+        table = jax.device_get(samplers.table_of(self._grid, guidance))
+        kind = self.step_kind
+        last = len(self._grid.timesteps) - 1
+        for s in range(last + 1):
+            row = {name: column[s] for name, column in table.items()}
+            progress, x_start = self._advance(
+                params, numbers, placed, root, guidance.scale, progress, row, kind
+            )
+            yield x_start if s < last else progress.x
+
+    def _trace_begin(self, root, index):
+        return samplers.step_noise(_keys(root, index), 0, self._shape)
+
+    def _trace_step(self, params, index, condition, root, scale, progress, row, kind):
+        step = samplers.make_step(
+            self._model_fn(params), _keys(root, index), condition, kind, scale=scale
+        )
+        return step(progress, row)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images of what `draw_latents` returned: the same, where there is no autoencoder."""
-        return self._decode(self._autoencoder.params, latents) if self._autoencoder else latents
+        if self._autoencoder is None:
+            return latents
+        return self._decode_program(self._autoencoder.params, latents)
 
     def are_finite(self, images: jax.Array) -> np.ndarray:
         """Which images of a batch that `draw` returned hold neither NaN nor infinity, (B,) bool.
@@ -238,6 +345,10 @@ class Sampler:
         Finite weights may overflow all the same. The answer is the same on every process.
         """
         return np.asarray(self._are_finite(images))
+
+
+def _keys(root: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
 
 
 def _trained_size(model: Model) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 The line names the flag or the field, and both values.
 """
 
+import logging
 import os
 import pathlib
 import signal
@@ -28,16 +29,34 @@ def folder(tmp_path_factory):
 
 
 def expect_error(monkeypatch, folder, arguments, *parts):
-    """Runs the command, which must fail with one line that has all the parts, and write no file."""
+    """Runs the command, which must fail with one line that has all the parts, and write no file.
+
+    The line is one that a person can take in.
+    """
     before = sorted(folder.rglob("*"))
     code = command.run(monkeypatch, *arguments)
     assert isinstance(code, str), (
         f"the command ended with {code!r}"
     )  # a string: Python prints it and exits with 1
     assert code.startswith("error: ") and "\n" not in code and "\\n" not in code, code
+    assert len(code) < 700, code
     for part in parts:
         assert part in code, f"{part!r} is not in {code!r}"
     assert sorted(folder.rglob("*")) == before
+
+
+# What is logged. ----------------------------------------------------------------------------------
+
+
+def test_of_the_log_lines_of_libraries_only_warnings_that_mean_something_are_shown():
+    def shows(path, level):
+        return main.is_ours(logging.LogRecord("absl", level, path, 1, "text", (), None))
+
+    assert shows("/x/lit_jax/jobs/train.py", logging.INFO)
+    assert not shows("/x/orbax/checkpoint/handler.py", logging.INFO)
+    assert shows("/x/orbax/checkpoint/handler.py", logging.WARNING)
+    # It warns of a folder into which a data set is about to be written.
+    assert not shows("/x/tensorflow_datasets/core/utils/file_utils.py", logging.WARNING)
 
 
 # Which config is meant. ---------------------------------------------------------------------------
@@ -173,12 +192,17 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
         (["model.num_classes=11"], ["model.num_classes", "11", "10"]),
         (["model.in_channels=3"], ["model.in_channels", "3", "1"]),
         (["model.learn_sigma=False"], ["model.learn_sigma", "False", "True"]),
-        (["model.width=64"], ["(2, 64, 256)", "(2, 32, 128)"]),
-        (["model.depth=3"], ["(3,", "(2,"]),
+        (["model.width=64"], ["model.width = 64", "has 32; set model.width=32"]),
+        (["model.depth=3"], ["model.depth = 3", "has 2; set model.depth=2"]),
         # values out of range
         (["train.steps=-5"], ["train.steps", "-5"]),
         (["train.batch_size=0"], ["train.batch_size", "0"]),
         (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
+        (["train.min_snr_gamma=-1"], ["train.min_snr_gamma", "-1"]),
+        (
+            ["train.min_snr_gamma=5", "model.prediction=velocity", "sample.sampler=euler"],
+            ["train.min_snr_gamma = 5", "model.prediction = velocity"],
+        ),
         (["distill.noise_weight=nan"], ["distill.noise_weight", "nan"]),
         (["ema.decay=1.0"], ["ema.decay", "1.0"]),
         (["optimizer.warmup=9"], ["optimizer.warmup", "9", "3"]),
@@ -248,6 +272,8 @@ def test_an_unreadable_teacher(monkeypatch, folder, tmp_path, content):
         (dict(in_channels=3), ["model.in_channels", "1", "3"]),
         (dict(num_classes=12), ["model.num_classes", "10", "12"]),
         (dict(learn_sigma=False), ["model.learn_sigma", "True", "False"]),
+        (dict(width=64), ["model.width = 32, but ", "inherits from, has 64; set model.width=64"]),
+        (dict(depth=3), ["model.depth = 2, but ", "inherits from, has 3; set model.depth=3"]),
     ],
 )
 def test_a_teacher_of_other_images(monkeypatch, folder, tmp_path, change, parts):
@@ -281,7 +307,9 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
     "arguments, parts",
     [
         (["--mode=sample", "sample.checkpoint=no/such"], ["sample.checkpoint = no/such"]),
-        (["--mode=sample"], ["sample.checkpoint is empty; --workdir = "]),
+        (["--mode=sample"], ["sample.checkpoint is empty; --workdir = ", "--mode=train"]),
+        (["--mode=export"], ["sample.checkpoint is empty; --workdir = ", "--mode=train"]),
+        (["--mode=evaluate"], ["evaluate.samples is empty", "samples.npz", "--mode=sample"]),
         (["autoencoder.checkpoint=no/such"], ["autoencoder.checkpoint = no/such"]),
         (["--mode=evaluate", "evaluate.samples=no/such.npz"], ["evaluate.samples = no/such.npz"]),
         (
@@ -294,6 +322,7 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
             ["evaluate.weights = no/such.pth"],
         ),
         (["--mode=benchmark", "benchmark.what=('data',)", "data.name=none"], ["data.name", "none"]),
+        (["data.name=cifar10"], ["data.name = 'cifar10'", "data.dir = ", "tfds build cifar10"]),
         (["data.dir=gcs://bucket/x"], ["data.dir=gcs://bucket/x", "gs://"]),
         (["port.target=~no_such_user/x"], ["port.target=~no_such_user/x", "./~no_such_user"]),
     ],
@@ -308,7 +337,7 @@ def test_files_that_are_not_there_are_named_with_their_field(monkeypatch, folder
 def test_the_home_folder_is_meant_in_the_workdir(monkeypatch, folder):
     monkeypatch.setenv("HOME", str(folder / "home"))
     arguments = command.debug_arguments(folder, folder / "teacher.safetensors", "--mode=sample")
-    expect_error(monkeypatch, folder, [*arguments, "--workdir=~/x"], f" = {folder}/home/x: no such")
+    expect_error(monkeypatch, folder, [*arguments, "--workdir=~/x"], f" = {folder}/home/x holds no")
 
 
 def test_a_signal_after_the_job_does_not_change_its_status(monkeypatch):

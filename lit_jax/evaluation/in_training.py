@@ -64,6 +64,16 @@ def draw_images(
     return Drawn(pictures.to_uint8(images), count)
 
 
+def preview_path(folder: epath.Path, step: int) -> epath.Path:
+    """The grid of a step. Zeros in front, so that the files are sorted by step."""
+    return folder / f"step_{step:07d}.png"
+
+
+def evaluation_path(workdir: epath.Path, step: int) -> epath.Path:
+    """The scores of a step."""
+    return workdir / f"evaluation_{step:07d}.json"
+
+
 class Previews:
     """Grids of the same images at every step, the student below the teacher.
 
@@ -87,8 +97,7 @@ class Previews:
 
     def path(self, step: int) -> epath.Path:
         """The grid of a step."""
-        # Zeros in front, so that the files are sorted by step.
-        return self._folder / f"step_{step:07d}.png"
+        return preview_path(self._folder, step)
 
     def draw(
         self,
@@ -152,7 +161,7 @@ class PeriodicEvaluation:
 
     def path(self, step: int) -> epath.Path:
         """The JSON of a step."""
-        return self._workdir / f"evaluation_{step:07d}.json"
+        return evaluation_path(self._workdir, step)
 
     def score(
         self,

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from lit_jax import checkpoint, pictures
-from lit_jax.evaluation import geneval
+from lit_jax.evaluation import geneval, in_training
 from lit_jax.evaluation.in_training import DrawImages, Drawn, draw_images
 from lit_jax.runtime import metric_writer, storage
 
@@ -25,7 +25,7 @@ def report(
     condition: Mapping[str, np.ndarray],
     workdir: epath.PathLike,
     *,
-    steps: int,
+    asked: Mapping[str, Any],
     captions: Sequence[str] = (),
     read_labels: Callable[[np.ndarray], float] | None = None,
     score_prompts: Callable[[np.ndarray], geneval.Scores] | None = None,
@@ -39,7 +39,8 @@ def report(
       samplers: by the name of the model, the student last.
       params: the parameters of each sampler's model; of the student its EMA.
       condition: arrays (n, ...) for n images of each model.
-      steps: how many the run has made.
+      asked: JSON values that the report depends on, its "step" among them; report.json
+        repeats them.
       captions: of the n images, where they have any.
       read_labels: how often a classifier finds in images (n, h, w, C) uint8
         the label that they were asked to have. None: no classifier.
@@ -55,14 +56,14 @@ def report(
     }
     # The last one is what the run has made; the teacher is there to compare.
     student = list(images.values())[-1].images
-    result: dict[str, Any] = {"num_images": len(student)}
+    result: dict[str, Any] = {"asked": asked, "num_images": len(student)}
     not_finite = {name: drawn.not_finite for name, drawn in images.items() if drawn.not_finite}
     if not_finite:
         result["images_not_finite"] = not_finite
 
     # The metrics of a finished run may have been removed or damaged; its report
     # is drawn all the same.
-    lines = metric_writer.read_training(workdir) or [{"step": steps}]
+    lines = metric_writer.read_training(workdir) or [{"step": asked["step"]}]
     first = lines[0]
     last = lines[-1]
     result["loss"] = {}
@@ -180,11 +181,8 @@ def summary(
         counts = [f"{name} {count}" for name, count in result["images_not_finite"].items()]
         lines.append(f"not finite     images of {result['num_images']} each: {', '.join(counts)}")
 
-    names = (
-        f"previews/step_{last:07d}.png",
-        "samples.png",
-        "curves.png",
-    )
-    paths = [f"{workdir}/{name}" for name in names]
+    preview = in_training.preview_path(epath.Path(workdir) / "previews", last)
+    paths = [str(preview)] if preview.exists() else []
+    paths += [f"{workdir}/{name}" for name in ("samples.png", "curves.png")]
     lines.append(f"pictures       {', '.join(paths)}")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from lit_jax.costs.flops import train_step_flops
 from lit_jax.experiment import Experiment
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import Model, init_params
+from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
 from lit_jax.sampling import Sampler
 from lit_jax.settings import naming
@@ -134,16 +135,18 @@ def make_models(config: ConfigDict) -> tuple[Model, Model]:
 
     One of them is the config's own; the linear one of a softmax config is LiT's.
     The other has the heads and the implementation of config.teacher if it is
-    softmax, and the heads of its size if it is linear.
+    softmax, and the heads of its size if it is linear. Where these do not divide the width, it has
+    the next fewer that do.
     """
 
     def build(attention, num_heads, implementation):
         # A copy: the caller's config says what is trained.
         ours = ConfigDict(config.to_dict())
-        if attention != config.model.attention:
+        model = config.model
+        if attention != model.attention:
             ours.model.update(
                 attention=attention,
-                num_heads=num_heads,
+                num_heads=num_heads or heads_of_size(model.size, attention, model.width),
                 implementation=implementation,
             )
         return Experiment(ours).model

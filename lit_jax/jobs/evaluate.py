@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if jax.process_index() != 0:
         return
     workdir = epath.Path(workdir)
-    with naming("evaluate"):
+    with naming("evaluate", directory="data.dir"):
         if config.evaluate.compare:
             compare(config, workdir)
         elif config.evaluate.geneval:
@@ -102,6 +102,11 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> None:
 
     # ---- Samples: their headers alone, so that mistakes are found at once ----
     path = epath.Path(wanted.samples or workdir / "samples.npz")
+    if not wanted.samples and not path.exists():
+        raise FileNotFoundError(
+            f"evaluate.samples is empty, and {path} is not there yet: draw the samples first, by "
+            f"the same command with --mode=sample, or name an npz or a folder"
+        )
     check_exists("evaluate.samples", path, "--mode=sample writes WORKDIR/samples.npz")
     if wanted.weights:
         check_exists(

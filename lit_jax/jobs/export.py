@@ -79,11 +79,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
 
     # ---- The model and its checkpoint ----------------------------------------
-    sample = config.sample
-    path = sample.checkpoint or str(workdir)
-    field = "sample.checkpoint" if sample.checkpoint else "sample.checkpoint is empty; --workdir"
-    checkpoint = experiment.read_checkpoint(field, path)
-    experiment.check_checkpoint(checkpoint, path)
+    checkpoint = experiment.read_sampled(workdir)
     model = experiment.model
     model = model.clone(implementation=model.implementation or "xla")
     sampler = experiment.sampler(model, batch_size=asked.batch_size or 1)

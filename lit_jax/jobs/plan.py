@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from lit_jax import checkpoint, sharding
 from lit_jax.costs import chips, hlo
-from lit_jax.costs.chips import GB, TPU, GiB
+from lit_jax.costs.chips import TPU, GiB
 from lit_jax.costs.flops import train_step_flops
 from lit_jax.costs.tpu_schedule import topology_devices
 from lit_jax.data.buckets import UNITS, Buckets, name_of
@@ -536,38 +536,61 @@ def memory_shortage(message: str) -> tuple[float, float] | None:
 def describe(e: Estimate) -> str:
     """A program's estimate in a few lines."""
     head = (
-        f"{e.program}: batch {e.batch_size}, "
-        f"needs {e.needs / GiB:.2f} GiB of {e.capacity / GiB:.2f} GiB a chip"
+        f"{e.program}: batch {e.batch_size}, needs {binary(e.needs)} of {binary(e.capacity)} a chip"
     )
     if not e.fits:
-        return f"{head}: {(e.needs - e.capacity) / GiB:.2f} GiB too much"
+        return f"{head}: {binary(e.needs - e.capacity)} too much"
 
     lines = [
-        f"{head} (arguments {e.arguments / GiB:.2f}, "
-        f"temporaries {e.temporaries / GiB:.2f}); "
+        f"{head} (arguments {binary(e.arguments)}, "
+        f"temporaries {binary(e.temporaries)}); "
         f"compiled in {e.compile_seconds:.0f} s",
-        f"  a chip   {e.flops / 1e12:.3f} TFLOP "
-        f"({e.executed_flops / 1e12:.3f} with rematerialisation), "
-        f"{e.traffic / GB:.2f} GB through memory",
+        f"  a chip   {decimal(e.flops, 'FLOP')} "
+        f"({decimal(e.executed_flops, 'FLOP')} with rematerialisation), "
+        f"{decimal(e.traffic, 'B')} through memory",
     ]
     for kind, entry in sorted(e.collectives.items()):
         lines.append(
             f"  {kind:<19}{entry['runs']:>6.0f} x, "
-            f"{entry['bytes'] / GB:.3f} GB in all, "
-            f"a chip sends {entry['wire_bytes'] / GB:.3f} GB"
+            f"{decimal(entry['bytes'], 'B')} in all, "
+            f"a chip sends {decimal(entry['wire_bytes'], 'B')}"
         )
 
-    ms = {name: seconds * 1e3 for name, seconds in e.seconds.items()}
-    parts = ", ".join(f"{name} {x:.1f} ms" for name, x in ms.items() if x)
+    parts = ", ".join(f"{name} {decimal(x, 's')}" for name, x in e.seconds.items() if x)
     what = "batch of samples" if e.program == "sample" else "step"
-    largest = [f"{shape} {size / GB:.2f} GB" for size, shape, _ in e.largest[:3]]
+    largest = [f"{shape} {decimal(size, 'B')}" for size, shape, _ in e.largest[:3]]
     lines += [
-        f"  {what}   at least {ms[e.bound]:.1f} ms, bound by {e.bound} ({parts}; "
-        f"{sum(ms.values()):.1f} ms if nothing overlaps)",
-        f"  so at most {e.images_per_second:,.0f} images/s, MFU {e.mfu:.1%}",
+        f"  {what}   at least {decimal(e.seconds[e.bound], 's')}, bound by {e.bound} ({parts}; "
+        f"{decimal(sum(e.seconds.values()), 's')} if nothing overlaps)",
+        f"  so at most {e.images_per_second:,.0f} images/s, MFU {100 * e.mfu:.3g} %",
         f"  largest  {', '.join(largest)}",
     ]
     return "\n".join(lines)
+
+
+def binary(count: float) -> str:
+    """Bytes of memory for people, in three digits: "15.8 GiB"."""
+    unit, *larger = ("B", "KiB", "MiB", "GiB")
+    while larger and count >= 999.5:
+        count /= 1024.0
+        unit = larger.pop(0)
+    return f"{_three_digits(count)} {unit}"
+
+
+def decimal(amount: float, unit: str) -> str:
+    """An amount with a prefix of SI, in three digits: "5.3 ms"."""
+    # A second has no kilos to anybody.
+    prefixes = ["n", "u", "m", "", *([] if unit == "s" else ["k", "M", "G", "T"])]
+    amount *= 1e9
+    prefix = prefixes.pop(0)
+    while prefixes and amount >= 999.5:
+        amount /= 1000.0
+        prefix = prefixes.pop(0)
+    return f"{_three_digits(amount)} {prefix}{unit}"
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
 
 
 def _show(text: str) -> None:

@@ -89,6 +89,9 @@ def train(
             100 * share,
             config.train.steps,
         )
+    parameters = checkpoint.parameter_count(state_shapes.params)
+    if remark := experiment.optimizer_settings.remark(parameters):
+        logging.warning("%s", remark)
 
     # ---- Data ------------------------------------------------------------------------------------
     data = experiment.dataset
@@ -97,7 +100,27 @@ def train(
     rows = sharding.batch_sharding(mesh)
     start_up.part_ended("devices and data")
 
+    # ---- What the workdir has already: another run, or all that is asked for ---------------------
+    decisive = experiment.decisive_fields()
+    with naming("checkpoint", force="checkpoint.force_config"):
+        newest = checkpoint.find_newest(
+            workdir / "checkpoints",
+            state_shapes.items(),
+            decisive,
+            force=config.checkpoint.force_config,
+        )
+    if newest is not None and is_complete(experiment, workdir, newest):
+        logging.info(
+            "nothing to do: step %d of train.steps = %d is saved, with all pictures and scores; %s",
+            newest,
+            config.train.steps,
+            where_next(workdir, newest),
+        )
+        return
+
     # ---- The teacher's parameters, and what will draw pictures -----------------------------------
+    if config.teacher.checkpoint:
+        logging.info("loading the teacher %s", config.teacher.checkpoint)
     teacher_params = experiment.load_teacher()
     start_up.part_ended("teacher")
     due = Pictures.of(experiment, teacher_params, workdir)
@@ -113,7 +136,9 @@ def train(
 
     # ---- Resume or start -------------------------------------------------------------------------
     # A new state comes before the workdir: one for which there is no memory leaves no file.
-    new = new_student(experiment) if is_missing(workdir / "checkpoints") else None
+    is_new = is_missing(workdir / "checkpoints")
+    logging.info("making the first state" if is_new else "reading the newest checkpoint")
+    new = new_student(experiment) if is_new else None
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(workdir_lock.lock_workdir(workdir))
     checkpoints = checkpoint.Checkpointer(
@@ -121,7 +146,6 @@ def train(
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )
-    decisive = experiment.decisive_fields()
     with naming("checkpoint", force="checkpoint.force_config"):
         restored = checkpoints.restore(
             state_shapes.items(), decisive, force=config.checkpoint.force_config
@@ -251,7 +275,8 @@ def train(
         if jax.process_index() == 0:
             pictures.plot_curves(workdir)
         if config.report.num_images:
-            write_report(experiment, state, teacher_params, workdir, stop)
+            write_report(experiment, state, teacher_params, workdir, step, stop)
+        logging.info("done: %s", where_next(workdir, step))
     except preemption.StopRequest:
         if saved_step != step:
             save(checkpoints, state, step, window, batches, metadata)
@@ -402,6 +427,47 @@ class Trace:
             logging.info("a profiler trace is in %s", self._folder)
 
 
+def where_next(workdir: epath.Path, step: int) -> str:
+    """Where the result of a run is, and what may be done with it."""
+    return (
+        f"the result is {workdir}/checkpoints/{step}; the same command draws from it with "
+        f"--mode=sample, and --mode=port and --mode=export pass it on"
+    )
+
+
+def is_complete(experiment: Experiment, workdir: epath.Path, newest: int) -> bool:
+    """Whether the steps are made and what is drawn after the last one is there.
+
+    Args: newest: the step of the newest checkpoint.
+    Returns: the same on every process.
+    """
+    config = experiment.config
+    if newest < config.train.steps:
+        return False
+    files = [workdir / "curves.png"]
+    if config.train.preview_every:
+        files.append(in_training.preview_path(workdir / "previews", newest))
+    if config.evaluate.every:
+        files.append(in_training.evaluation_path(workdir, newest))
+    wanted = {}
+    found = None
+    if config.report.num_images:
+        files.append(workdir / "samples.png")
+        wanted = what_report_depends_on(experiment, newest)
+        path = workdir / "report.json"
+        found = storage.read_object(path) if path.exists() else None
+    is_drawn = (found or {}).get("asked", {}) == wanted
+    there = [pictures.is_whole(f) if f.suffix == ".png" else f.exists() for f in files]
+    return bool(multihost_utils.broadcast_one_to_all(np.bool(is_drawn and all(there))))
+
+
+def what_report_depends_on(experiment: Experiment, step: int) -> dict[str, Any]:
+    """JSON values: with others, the report is drawn again."""
+    config = json.loads(experiment.config.to_json_best_effort())
+    names = ("seed", "sample", "report")
+    return {"step": step} | {name: config[name] for name in names}
+
+
 def is_due(every: int, step: int, is_last: bool) -> bool:
     return every > 0 and (step % every == 0 or is_last)
 
@@ -467,6 +533,7 @@ class Pictures:
             and (not only_missing or is_missing(self.previews.path(step)))
         ):
             params = {"teacher": self.teacher_params, "student": state.ema_params}
+            logging.info("drawing the preview of step %d", step)
             log.add_picture("preview", step, self.previews.draw(params, step, stop.check))
             log.start(step)  # a preview is not training time
         if self.evaluation is None:
@@ -474,6 +541,7 @@ class Pictures:
         if is_due(config.evaluate.every, step, is_last) and (
             not only_missing or is_missing(self.evaluation.path(step))
         ):
+            logging.info("drawing and scoring %d images", config.evaluate.every_images)
             log.write_scores(step, self.evaluation.score(state.ema_params, step, stop.check))
             log.start(step)
 
@@ -489,6 +557,7 @@ def write_report(
     state: TrainState,
     teacher_params: Any,
     workdir: epath.Path,
+    step: int,
     stop: preemption.Preemption,
 ) -> None:
     """The end of a run in a few lines and pictures; see `run_report`."""
@@ -499,6 +568,7 @@ def write_report(
         samplers = {"teacher": experiment.sampler(experiment.teacher)} | samplers
         params["teacher"] = teacher_params
     num_images = config.report.num_images
+    logging.info("drawing the report: %d images with %s", num_images, " and ".join(samplers))
     condition = balanced(experiment, num_images)
     read_labels = None
     if config.report.read_labels:
@@ -513,7 +583,7 @@ def write_report(
         params,
         condition,
         workdir,
-        steps=config.train.steps,
+        asked=what_report_depends_on(experiment, step),
         captions=captions,
         read_labels=read_labels,
         score_prompts=scene_reader(experiment) if config.report.read_scenes else None,
@@ -538,7 +608,7 @@ def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.
     config = experiment.config
     settings = evaluation_settings(config)
     num_images = config.evaluate.every_images
-    with naming("evaluate"):
+    with naming("evaluate", directory="data.dir"):
         evaluator = make_evaluator(settings, num_images, config.data.dir, workdir)
     about = sampling.protocol(
         experiment.sampler_settings,

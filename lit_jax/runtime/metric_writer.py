@@ -150,6 +150,8 @@ class MetricWriter:
 
     def _show(self, line: str) -> None:
         if self._terminal:
+            # Not rich's bar: its thread redraws between steps, when nothing is new, and takes
+            # stderr from libraries that write there.
             # A line that wraps could not be cleared again.
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write(CLEAR_LINE + line[:width])

@@ -187,6 +187,13 @@ def test_a_data_set_may_be_in_a_bucket(directory, monkeypatch):
             open_dataset("cifar10", "gs://bucket/data", "train")
 
 
+def test_tfds_prints_nothing_of_a_download_that_there_is_not(tmp_path, capsys, monkeypatch):
+    few = (np.zeros((4, 28, 28), np.uint8), np.arange(4), np.arange(4) == 0)
+    monkeypatch.setattr(mnist_digits, "load_digits", lambda: few)
+    open_dataset("mnist_digits", str(tmp_path), "train")
+    assert capsys.readouterr().out == ""
+
+
 def test_other_object_stores_are_refused():
     with pytest.raises(ValueError, match="^name = 'cifar10' cannot be read from 's3://bucket'"):
         open_dataset("cifar10", "s3://bucket", "train")
@@ -195,12 +202,14 @@ def test_other_object_stores_are_refused():
 def test_a_data_set_or_split_that_is_not_there_is_named(directory, tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=rf"^name = 'cifar10' is no prepared TFDS data set in the directory '{directory}', "
-        "which holds: .*mnist_digits",
+        match=rf"^name = 'cifar10' is no prepared TFDS data set in directory = '{directory}', "
+        rf"which holds: .*mnist_digits.*; make it by `tfds build cifar10 --data_dir={directory} "
+        "--file_format=array_record`",
     ):
         open_dataset("cifar10", str(directory), "train")
     with pytest.raises(
-        FileNotFoundError, match="^name = 'no_such_set' is no .*, which holds: nothing"
+        FileNotFoundError,
+        match="^name = 'no_such_set' is no .*, which holds: nothing; --mode=prepare makes",
     ):
         open_dataset("no_such_set", str(tmp_path / "empty"), "train")
     with pytest.raises(

@@ -45,7 +45,7 @@ def report(tmp_path, caplog):
                 PARAMS,
                 {"label": LABELS},
                 tmp_path,
-                steps=300,
+                asked={"step": 300},
                 **options,
             )
         assert json.loads((tmp_path / "report.json").read_text()) == result
@@ -70,6 +70,7 @@ def test_a_report_holds_the_first_and_the_last_losses(report, tmp_path):
     write_metrics(tmp_path)
     result, logged = report()
     assert result == {
+        "asked": {"step": 300},
         "num_images": 9,
         "loss": {"loss": {"start": 3.0, "end": 0.5}, "mse": {"start": 2.0, "end": 0.25}},
         "parameters": {"teacher": 13, "student": 1},
@@ -79,8 +80,7 @@ def test_a_report_holds_the_first_and_the_last_losses(report, tmp_path):
         "loss terms     mean of steps 1 to 100 -> of the last ones, up to 300",
         "  loss         3.0000 -> 0.5000",
         "  mse          2.0000 -> 0.2500",
-        f"pictures       {tmp_path}/previews/step_0000300.png, {tmp_path}/samples.png, "
-        f"{tmp_path}/curves.png",
+        f"pictures       {tmp_path}/samples.png, {tmp_path}/curves.png",
     ):
         assert text in logged
     assert "inheritance" not in logged and "labels read" not in logged

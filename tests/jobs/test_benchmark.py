@@ -93,6 +93,20 @@ def test_the_models_that_are_timed_are_the_configs(measured, monkeypatch):
     assert "kd_noise" in " ".join(measured[4][1]) and "kd_noise" not in " ".join(measured[3][1])
 
 
+def test_a_width_that_the_sizes_heads_do_not_divide_has_the_next_fewer_that_do():
+    """The 6 heads of S for a width of 32."""
+    config = debug.get_config()
+    config.model.size = "S"
+    dit, lit = benchmark.make_models(config)
+    assert (dit.config.width, dit.config.num_heads) == (32, 4)
+    assert lit.config.num_heads == 2
+    # A plan without a teacher's file plans such a one too.
+    assert Experiment(config).default_teacher().config.num_heads == 4
+    config.teacher.num_heads = 5
+    with pytest.raises(ValueError, match="num_heads = 5 does not divide the width 32"):
+        benchmark.make_models(config)
+
+
 def test_the_attention_that_is_timed_is_the_configs(measured):
     config = tiny_config()
     rows = list(benchmark.time_attention(config))

@@ -206,10 +206,10 @@ def test_four_processes_prepare_captions_byte_for_byte(server, recipe, captions,
 
 def test_from_a_pipeline_to_genevals_folder(server, recipe, captions, tmp_path):
     """CAME on three buckets of stored features; killed, and resumed bit for bit; then sampled."""
-    steps = 6
+    steps = 13
     overrides = (
         *recipe, f"--config.data.dir={captions}", f"--config.train.steps={steps}",
-        "--config.train.log_every=1", "--config.checkpoint.every=2", "--config.optimizer.warmup=2",
+        "--config.train.log_every=1", "--config.checkpoint.every=2", "--config.optimizer.warmup=12",
         "--config.train.remat=none", "--config.train.preview_images=4",
         "--config.sample.steps=2", "--config.sample.batch_size=4",
         "--config.sample.images_per_prompt=2",

@@ -348,7 +348,12 @@ def test_bad_input_is_named(folder, autoencoder, tmp_path):
         (
             {"source": "nothing"},
             FileNotFoundError,
-            "^prepare.source = 'nothing' is no prepared TFDS data set in the directory",
+            "^prepare.source = 'nothing' is no prepared TFDS data set in data.dir = ",
+        ),
+        (
+            {"source": "cifar10", "dir": f"{tmp_path}/elsewhere"},
+            FileNotFoundError,
+            f"data set in prepare.dir = '{tmp_path}/elsewhere', .*`tfds build cifar10 --data_dir=",
         ),
         ({"source": f"{tmp_path}/"}, ValueError, "^prepare.source = .*no class folders of images"),
         (
@@ -630,7 +635,7 @@ def test_a_name_with_a_slash_may_be_a_config_of_a_tfds_data_set(tmp_path):
     assert [int(prepared[i]["label"]) for i in range(len(prepared))] == [1, 2]
     assert len(open_dataset("resized/16x16", str(directory), "train[:2]")) == 2
     config.prepare.source = "resized/8x8"
-    message = "^prepare.source = 'resized/8x8' is no folder, and no data set of the directory"
+    message = "^prepare.source = 'resized/8x8' is no folder, and no data set in prepare.dir = "
     with pytest.raises(FileNotFoundError, match=message):
         run(config)
 

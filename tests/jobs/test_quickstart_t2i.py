@@ -55,7 +55,7 @@ def workdir(config, teacher):
 def test_the_teacher_and_its_text_encoder_learn_together(teacher):
     """Both are in the folder, and both have left their first values."""
     names = sorted(path.name for path in teacher.iterdir())
-    assert names == ["text_encoder", "tokenizer", "transformer"]
+    assert names == ["model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer"]
     lines = [
         json.loads(line)
         for line in (teacher.parent / "teacher" / "metrics.jsonl").read_text().splitlines()

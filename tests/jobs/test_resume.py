@@ -380,6 +380,7 @@ def go_on(started, *, data=None, teacher=0, **changes):
         ("data.flip", {"data.flip": True}),
         ("train.batch_size", {"train.batch_size": 8}),
         ("train.label_dropout", {"train.label_dropout": 0.25}),
+        ("train.min_snr_gamma", {"train.min_snr_gamma": 5.0}),
         ("train.steps", {"train.steps": 4}),  # the cosine's length
         ("model.conv_size", {"model.conv_size": 3}),
         ("model.dtype", {"model.dtype": "bfloat16"}),

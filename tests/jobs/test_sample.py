@@ -5,6 +5,7 @@ Neither the batch, nor the devices, nor an interruption changes an image.
 
 import json
 import shutil
+import types
 
 import full_disk
 import jax
@@ -14,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from configs import debug
-from lit_jax import checkpoint, conditions, pictures, sharding
+from lit_jax import checkpoint, conditions, pictures, sampling, sharding
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import sample
 from lit_jax.models import param_shapes
@@ -132,6 +133,28 @@ def test_any_image_can_be_missing(config, drawn, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.png")}
     assert draw(config, tmp_path) == images
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+
+
+def test_the_speed_of_a_resumed_run_holds_no_compilation(config, drawn, tmp_path, monkeypatch):
+    """By a clock that moves where something is compiled, drawn or written."""
+    images, workdir = drawn
+    shutil.copytree(workdir / "samples", tmp_path / "samples")
+    (tmp_path / "samples" / "000021.png").unlink()
+    now = [0.0]
+
+    def taking(seconds, function):
+        def slower(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return slower
+
+    monkeypatch.setattr(sample, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for name, seconds in (("compile", 1000.0), ("draw", 0.5)):
+        function = getattr(sampling.Sampler, name)
+        monkeypatch.setattr(sampling.Sampler, name, taking(seconds, function))
+    assert draw(config, tmp_path) == images
+    assert json.loads((tmp_path / "samples" / "speed.json").read_text())["images_per_second"] == 2
 
 
 def test_fewer_images_are_the_first_ones(config, drawn, tmp_path):

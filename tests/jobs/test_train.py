@@ -148,7 +148,13 @@ def test_the_report_adds_up(first_run):
     assert report["inheritance"]["inherited"] + report["inheritance"]["at_init"] == student
     assert set(report["labels_read"]) == {"teacher", "student"}
     assert all(0 <= share <= 1 for share in report["labels_read"].values())
-    for text in (f"student {student:,}", "inherited", "kd_noise", "labels read", "samples.png"):
+    for text in (
+        f"student {student:,}",
+        "inherited",
+        "kd_noise",
+        "labels read",
+        "step_0000003.png",
+    ):
         assert text in logged
 
 
@@ -164,12 +170,57 @@ def test_everything_but_attention_came_from_the_teacher(first_run):
     assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
 
 
-def test_the_same_command_again_changes_no_parameter(first_run, folder):
+def test_a_line_comes_before_every_long_silence_and_the_last_one_says_where_the_result_is(
+    first_run,
+):
+    workdir, logged = first_run
+    lines = (
+        "--mode=train of ",
+        "loading the teacher ",
+        "compiling the step for pictures of 28 x 28",
+        "making the first state",
+        "first step after ",
+        "drawing the preview of step 3",
+        "drawing the report: 8 images with teacher and student",
+        f"done: the result is {workdir}/checkpoints/3",
+    )
+    places = [logged.index(line) for line in lines]
+    assert places == sorted(places)
+    assert "--mode=sample" in logged.splitlines()[-1]
+
+
+def must_not_compile(*_):
+    raise AssertionError("a program was compiled")
+
+
+def test_the_same_command_again_has_nothing_to_do_and_compiles_nothing(
+    first_run, folder, caplog, monkeypatch
+):
+    workdir, _ = first_run
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train.StepPrograms, "compile", must_not_compile)
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    with caplog.at_level("INFO"):
+        assert run_debug(folder) is None
+    assert "nothing to do: step 3 of train.steps = 3 is saved" in caplog.text
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_only_what_a_finished_run_lacks_is_drawn_and_no_parameter_changes(first_run, folder):
     workdir, _ = first_run
     before, lines = final_params(workdir), read_lines(workdir)
-    assert run_debug(folder, "--config.report.num_images=0") is None
-    assert read_lines(workdir) == lines
+    report = json.loads((workdir / "report.json").read_text())
+    (workdir / "curves.png").unlink()
+    # Another seed of the run would be refused, other guidance draws another report.
+    assert run_debug(folder, "--config.sample.cfg_scale=1.5") is None
+    assert (workdir / "curves.png").exists() and read_lines(workdir) == lines
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), before)
+    again = json.loads((workdir / "report.json").read_text())
+    assert (report["asked"]["sample"]["cfg_scale"], again["asked"]["sample"]["cfg_scale"]) == (
+        2,
+        1.5,
+    )
+    assert again["asked"]["step"] == 3
 
 
 def test_resuming_equals_the_run_that_was_not_interrupted(folder):
@@ -215,8 +266,11 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_its_steps_are_made_again(fol
     jax.tree.map(np.testing.assert_array_equal, final_params(folder / "damaged"), expected)
 
 
-def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(first_run, folder):
+def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(
+    first_run, folder, monkeypatch
+):
     workdir, _ = first_run
+    monkeypatch.setattr(train.StepPrograms, "compile", must_not_compile)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     error = run_debug(folder, "--config.model.conv_size=3")
     assert error.startswith("error: ") and "\n" not in error
@@ -508,7 +562,7 @@ def test_the_report_is_of_the_ema(tmp_path):
     )
     state = ema_state()
     stop = types.SimpleNamespace(check=None)
-    train.write_report(experiment, state, None, epath.Path(tmp_path), stop)
+    train.write_report(experiment, state, None, epath.Path(tmp_path), 3, stop)
     assert drawn_from == [state.ema_params]
 
 
