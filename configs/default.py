@@ -57,6 +57,9 @@ def get_config() -> ConfigDict:
             # linear, mhla, mala: side of the depth-wise convolution of v. dit5: of those of q and
             # k. 0: no convolution.
             conv_size=5,
+            # Of a linear attention: every so many-th layer keeps softmax, inherited whole; 0: none.
+            softmax_every=0,
+            softmax_heads=0,  # of those layers; 0: the size's
             num_blocks=16,  # mhla: square blocks of the image, each with its own state
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
@@ -164,6 +167,7 @@ def get_config() -> ConfigDict:
             # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
             # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
+            # teacher: what teacher.checkpoint draws, as config.sample says: no images are needed.
             source="imagenet2012",
             # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
             # empty: the folder InternImgs beside its own, or its own.

@@ -221,6 +221,11 @@ class Experiment:
                     f"distill.attention_weight = {weight:g} compares layer with layer, but the "
                     f"student has {name} {ours} and {path} has {theirs}; set it to 0"
                 )
+        if weight and found.softmax_every:
+            raise ValueError(
+                f"distill.attention_weight = {weight:g} needs a teacher of one attention, but "
+                f"{path} has softmax_every = {found.softmax_every}; set it to 0"
+            )
         return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
@@ -296,6 +301,7 @@ class Experiment:
                     f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
+        self._check_softmax_layers(checkpoint)
         try:
             with naming("inherit"):
                 inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
@@ -321,6 +327,20 @@ class Experiment:
             load = self._whole_attention()
         return {"load": load, "keep_init": tuple(chosen.keep_init)}
 
+    def _check_softmax_layers(self, source: Checkpoint) -> None:
+        """Raises ValueError where layers that keep softmax would have other heads than it had."""
+        ours = self.model_config.softmax_heads
+        theirs = source.config.num_heads
+        # A bare file does not tell its heads, but the config may name the teacher's.
+        if source is self.teacher_checkpoint and self.teacher:
+            theirs = self.teacher.config.num_heads
+        if ours and source.config.attention == "softmax" and theirs not in (None, ours):
+            raise ValueError(
+                f"model.softmax_heads = {ours}, but {source.report.source}, whose attention every "
+                f"{self.model_config.softmax_every}th layer keeps, has {theirs} heads; set "
+                f"model.softmax_heads={theirs}"
+            )
+
     @functools.cached_property
     def inherited_paths(self) -> tuple[str, ...]:
         """Leaves that are inherited as a whole, where they have a learning rate of their own."""
@@ -345,7 +365,8 @@ class Experiment:
         ours = self.model_config
         if source is None or source.config.attention != ours.attention:
             return ()
-        for name in ("num_heads", *ATTENTIONS[ours.attention].fields):
+        shared = ("num_heads", "softmax_every", "softmax_heads")
+        for name in (*shared, *ATTENTIONS[ours.attention].fields):
             value = getattr(ours, name)
             theirs = getattr(source.config, name)
             # A file of softmax attention may not tell its heads.

@@ -82,7 +82,7 @@ def test_a_config_is_a_recipe(name):
 @pytest.mark.parametrize(
     "name",
     [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
-    + [f"workbench.{name}" for name in ("mhla", "mala", "dit5")],
+    + [f"workbench.{name}" for name in ("mhla", "mala", "dit5", "hybrid")],
 )
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the mesh of the config, over pretend devices.

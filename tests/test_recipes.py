@@ -53,3 +53,11 @@ def test_layers_are_compared_with_those_of_a_teacher_of_the_same_shape(teacher):
             distill__noise_weight=0.0,
             distill__variance_weight=0.0,
         )
+
+
+def test_layers_that_keep_softmax_have_the_teachers_heads(teacher):
+    kept = dict(model__softmax_every=3, model__softmax_heads=3)
+    experiment(teacher, **kept).check_inheritance()
+    other = experiment(teacher, **kept | dict(model__softmax_heads=6))
+    with pytest.raises(ValueError, match="^model.softmax_heads = 6, but .* has 3 heads; set model"):
+        other.check_inheritance()

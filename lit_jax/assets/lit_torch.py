@@ -619,6 +619,8 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | 
 
     if fields["attention"] not in ("softmax", "linear"):
         raise ValueError(f"{path}: no attention = {fields['attention']} here")
+    if fields.get("softmax_every"):
+        raise ValueError(f"{path}: no layers of two kinds here, softmax_every")
     kind = CaptionArchitecture if "caption_channels" in fields else Architecture
     # Fields of other attentions are none of these two's.
     known = {field.name for field in dataclasses.fields(kind)}

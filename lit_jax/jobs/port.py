@@ -44,7 +44,16 @@ from lit_jax.settings import naming, reading
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
 # A source with another attention than the config's model is its teacher.
-OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function", "num_blocks")
+OF_ATTENTION = (
+    "attention",
+    "num_heads",
+    "qkv_bias",
+    "conv_size",
+    "kernel_function",
+    "num_blocks",
+    "softmax_every",
+    "softmax_heads",
+)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
@@ -138,6 +147,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
 
 def _export_diffusers(experiment, checkpoint, source, target):
     found = checkpoint.config
+    if found.prediction != "noise" or found.softmax_every:
+        raise ValueError(
+            f"layout = diffusers, but {source} has prediction = {found.prediction} and "
+            f"softmax_every = {found.softmax_every}, and the pipelines draw with models that "
+            f"predict noise and have one attention; export it as .safetensors or .pt"
+        )
     if isinstance(found, PixArtConfig):
         _export_pipeline(experiment, checkpoint, source, target)
     elif found.attention == "linear":

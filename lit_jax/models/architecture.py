@@ -76,6 +76,8 @@ class Architecture:
     conv_size: int = 5  # K of the depth-wise convolution of v (dit5: of q and k); 0: none
     kernel_function: str = "relu"  # linear, mhla: relu, gelu, focused, focused_gelu
     num_blocks: int = 16  # mhla: square blocks of the grid
+    softmax_every: int = 0  # of a linear attention: every so many-th layer keeps softmax; 0: none
+    softmax_heads: int = 0  # of those layers
     grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
     # What its outputs are: noise, at timesteps 0 to 999, or velocity, at times in [0, 1].
     prediction: str = "noise"
@@ -93,6 +95,10 @@ class Architecture:
             "a square from 1 to 4096",
             lambda x: is_count(x) and x <= 4096 and math.isqrt(x) ** 2 == x,
         ),
+        "softmax_every": Range(
+            f"0, or a whole number from 2 to {MAX_COUNT}", lambda x: is_count(x, 0) and x != 1
+        ),
+        "softmax_heads": Range(f"a whole number from 0 to {MAX_COUNT}", lambda x: is_count(x, 0)),
         "grid": Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
         "prediction": ranges.one_of(*PROCESSES),
     }
@@ -111,6 +117,18 @@ class Architecture:
         for name, value in unread.items():
             if design and name not in design.fields:
                 object.__setattr__(self, name, value)
+        if self.attention == "softmax":
+            object.__setattr__(self, "softmax_every", 0)
+        if not self.softmax_every:
+            object.__setattr__(self, "softmax_heads", 0)
+        elif self.depth % self.softmax_every:
+            raise ValueError(
+                f"softmax_every = {self.softmax_every} does not divide the depth {self.depth}"
+            )
+        elif not self.softmax_heads or self.width % self.softmax_heads:
+            raise ValueError(
+                f"softmax_heads = {self.softmax_heads} does not divide the width {self.width}"
+            )
         if self.width % 4:
             raise ValueError(
                 f"width = {self.width} is not a multiple of 4, as the position table needs"
@@ -129,9 +147,10 @@ class Architecture:
         depth: int = 0,
         width: int = 0,
         num_heads: int = 0,
+        softmax_heads: int = 0,
         **fields: Any,
     ) -> Self:
-        """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
+        """The config of a size's name; depth, width and heads of 0 are the size's own."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
         size_depth, size_width, _, _ = SIZES[size]
@@ -140,6 +159,7 @@ class Architecture:
             width=width or size_width,
             num_heads=num_heads or heads_of_size(size, attention),
             attention=attention,
+            softmax_heads=softmax_heads or heads_of_size(size, "softmax", width),
             **fields,
         )
 
@@ -195,6 +215,13 @@ class Architecture:
         """The same with the heads that a checkpoint did not tell."""
         return dataclasses.replace(self, num_heads=num_heads)
 
+    def layer(self, index: int) -> Self:
+        """The same with the attention of one layer, by its number, in all of them."""
+        if self.softmax_every and (index + 1) % self.softmax_every == 0:
+            changes: dict[str, Any] = {"attention": "softmax", "num_heads": self.softmax_heads}
+            return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, softmax_every=0)
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with `learn_sigma`."""
@@ -217,5 +244,8 @@ class Architecture:
     def attention_flops(self, input_size: tuple[int, int]) -> float:
         """FLOPs of one image's attention without its projections, in all layers."""
         T = math.prod(input_size) // self.patch_size**2
-        attention = make_attention(self, parent=None)
-        return 2.0 * self.depth * attention.macs(T, self.width)
+        # A group of layers, as often as there are groups.
+        every = self.softmax_every or 1
+        layers = [make_attention(self.layer(i), parent=None) for i in range(every)]
+        macs = sum(attention.macs(T, self.width) for attention in layers)
+        return 2.0 * (self.depth // every) * macs

@@ -294,7 +294,14 @@ class DiT(nn.Module):
         y = label if drop is None else jnp.where(drop, config.num_classes, label)
         c = nn.silu(c + LabelEmbedder(config.num_classes, D, name="y_embedder")(y))  # (B, D)
 
-        blocks = scan_blocks(self, Block, config.depth, dtype=self.dtype, remat=self.remat)
+        blocks = scan_blocks(
+            self,
+            Block,
+            config.depth,
+            dtype=self.dtype,
+            remat=self.remat,
+            group=config.softmax_every,
+        )
         # c never changes, yet is carried. As an input that the forward and the backward loop share,
         # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
         # overlaps with another chunk") from 8 rows a chip down.

@@ -319,7 +319,13 @@ class PixArt(nn.Module):
 
         # The caption is no part of the carry, which the backward pass keeps of every layer.
         blocks = scan_blocks(
-            self, Block, config.depth, dtype=self.dtype, remat=self.remat, shared_inputs=2
+            self,
+            Block,
+            config.depth,
+            dtype=self.dtype,
+            remat=self.remat,
+            shared_inputs=2,
+            group=config.softmax_every,
         )
         stack = blocks(config, (h, w), self.implementation, self.dtype, name="blocks")
         (x, _), _ = stack((x, t0), y, mask)

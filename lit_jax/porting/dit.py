@@ -24,6 +24,7 @@ from lit_jax.models.architecture import MAX_COUNT
 from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
+    GROUP,
     INDEX,
     LEAVES,
     Entry,
@@ -326,12 +327,14 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
     # The shapes tell the same as in the official layout, so they get its names:
     # those of the first block are enough.
     shapes = {}
+    first = f"{GROUP}0/"
+    plain = {name.replace(first, "blocks/"): leaf for name, leaf in flat.items()}
     for module, official in MODULES.items():
         for ours, theirs in LEAVES.items():
             name = f"{module}/{ours}"
-            if name not in flat:
+            if name not in plain:
                 continue
-            shape = tuple(flat[name].shape)
+            shape = tuple(plain[name].shape)
             entry = Entry(name, (), shape)
             ndims = (2, 4) if ours == "kernel" else (1, 2)
             if len(shape) - entry.is_stacked not in ndims:
@@ -342,7 +345,8 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
     told = _told(shapes, stored, path)
     blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
     depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
-    told["depth"] = checked_depth(max(depths, default=0), path)
+    layers = len({name.split("/")[1] for name in flat if name.startswith(GROUP)}) or 1
+    told["depth"] = checked_depth(max(depths, default=0) * layers, path)
     fields = _assumed(told, shapes, path) | told
     fields |= agreeing(told, stored, path, "its metadata")
     config = make_config(DiTConfig, fields, path)
@@ -656,7 +660,8 @@ def check_official(config: DiTConfig) -> None:
 
 def torch_module(config: DiTConfig) -> pathlib.Path | None:
     """The PyTorch module to go with an export; None: official code can read it."""
-    return LIT_TORCH if config.attention == "linear" else None
+    is_lit = config.attention == "linear" and not config.softmax_every
+    return LIT_TORCH if is_lit else None
 
 
 def official_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
@@ -758,6 +763,11 @@ def lit_config(config: DiTConfig) -> dict[str, Any]:
         raise PortingError(
             f"the pipeline draws with a model that predicts noise, this one predicts the "
             f"{config.prediction}; export it as .safetensors or .pt"
+        )
+    if config.softmax_every:
+        raise PortingError(
+            f"the pipeline has no model of two attentions, this one has softmax_every = "
+            f"{config.softmax_every}; export it as .safetensors or .pt"
         )
     _require(config, {}, "diffusers")
     fields = config.to_json()

@@ -518,7 +518,8 @@ def check_official(config: PixArtConfig) -> None:
 
 def torch_module(config: PixArtConfig) -> pathlib.Path | None:
     """The PyTorch module to go with an export; None: official code can read it."""
-    return LIT_TORCH if config.attention == "linear" else None
+    is_lit = config.attention == "linear" and not config.softmax_every
+    return LIT_TORCH if is_lit else None
 
 
 def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:
