@@ -67,7 +67,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             path,
             settings.cfg_scale,
         )
-    sampler = experiment.sampler()
+    model = experiment.for_drawing(experiment.model)
+    sampler = experiment.sampler(model)
     asked = what_is_asked(experiment, checkpoint.class_names)
     folder = workdir / "samples"
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
@@ -87,7 +88,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- Draw ----------------------------------------------------------------
     speed = None
     if len(todo):
-        speed = draw_missing(experiment, sampler, checkpoint.params, condition, todo, paths)
+        speed = draw_missing(experiment, model, sampler, checkpoint.params, condition, todo, paths)
     else:
         logging.info("all %d images are in %s already", len(paths), folder)
     multihost_utils.sync_global_devices("samples written")
@@ -125,6 +126,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
 
 def draw_missing(
     experiment: Experiment,
+    model: Any,
     sampler: sampling.Sampler,
     params: Any,
     condition: Condition,
@@ -134,6 +136,7 @@ def draw_missing(
     """Draws the images of the numbers `todo` into their paths.
 
     Args:
+      model: what the sampler draws with.
       params: the model's, still on disk.
       condition: what the model is told of images.
       paths: of all images.
@@ -141,6 +144,7 @@ def draw_missing(
     """
     settings = experiment.config.sample
     params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
+    params = experiment.drawn_params(model, params)
     size = settings.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     # Ahead of the clock, which a run that draws one batch would stop with the compilation in it.
@@ -269,7 +273,10 @@ def tell(
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
     """What the images depend on, as it goes into protocol.json and the npz."""
     config = experiment.config
-    return sampling.protocol(
+    quantize = config.sample.quantize
+    # Folders that were begun before it could be anything do not name it.
+    precision = {} if quantize == "none" else {"quantize": quantize}
+    return precision | sampling.protocol(
         experiment.sampler_settings,
         input_size=config.model.input_size,
         seed=config.seed,
