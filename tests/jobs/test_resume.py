@@ -47,7 +47,10 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(server):
     life = server.run(
-        server.folder / "undisturbed", *ALONE, f"--config.checkpoint.every={STEPS - 3}"
+        server.folder / "undisturbed",
+        *ALONE,
+        f"--config.checkpoint.every={STEPS // 3}",
+        "--config.checkpoint.keep=3",
     )
     return server.folder / "undisturbed", life.ids()
 
@@ -192,11 +195,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once_with_its_folde
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(server, undisturbed):
     workdir = server.folder / "damaged"
     shutil.copytree(undisturbed[0], workdir)
-    damage_by_flip(workdir / "checkpoints" / str(STEPS))
-    life = server.run(workdir, *RHYTHM)
-    assert f"checkpoint {workdir}/checkpoints/{STEPS} is damaged and skipped" in life.text()
-    assert life.first_step() == STEPS - 3
-    assert (workdir / "checkpoints" / f"{STEPS}.damaged").is_dir()
+    first, newest, last = (STEPS // 3, 2 * STEPS // 3, STEPS)
+    shutil.rmtree(workdir / "checkpoints" / str(last))
+    damage_by_flip(workdir / "checkpoints" / str(newest))
+    life = server.run(workdir, *TO_THE_END)
+    assert f"checkpoint {workdir}/checkpoints/{newest} is damaged and skipped" in life.text()
+    assert life.first_step() == first
+    assert (workdir / "checkpoints" / f"{newest}.damaged").is_dir()
     check_same_end(workdir, undisturbed)
 
 
