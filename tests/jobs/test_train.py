@@ -458,9 +458,9 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     root = jax.random.key(seed)
     own = jax.random.split(root, 2)[1]
 
+    @jax.jit
     def kernel(rng):
-        params = init_params(experiment.model, rng)
-        return np.asarray(params["blocks"]["mlp"]["fc1"]["kernel"])
+        return init_params(experiment.model, rng)["blocks"]["mlp"]["fc1"]["kernel"]
 
     np.testing.assert_array_equal(state.params["blocks"]["mlp"]["fc1"]["kernel"], kernel(own))
     # split(key, 2)[1] is fold_in(key, 1) in JAX, but a step draws only from the parts of its key.

@@ -75,10 +75,10 @@ def test_it_is_a_pixart_that_is_told_its_text_encoders_features(params, told, im
     readable = mask.copy()
     readable[1] = np.arange(20) == 0
     encoder = T5Encoder(CONFIG.text_encoder, jnp.float32)
-    features = encoder.apply({"params": params["text_encoder"]}, ids, readable)
+    features = jax.jit(encoder.apply)({"params": params["text_encoder"]}, ids, readable)
     condition = {"caption": features, "caption_mask": mask}
     model = PixArt(CONFIG.transformer, jnp.float32)
-    expected = model.apply({"params": params["transformer"]}, *images, condition)
+    expected = jax.jit(model.apply)({"params": params["transformer"]}, *images, condition)
     # The same sums; XLA orders those of another program otherwise.
     assert_close(outputs, expected)
 
@@ -86,7 +86,7 @@ def test_it_is_a_pixart_that_is_told_its_text_encoders_features(params, told, im
 def test_the_mask_of_nothing_may_be_its_own(params, told, images, outputs):
     own = told | {"null_mask": np.tile(np.arange(20) == 0, (3, 1))}
     model = PixArtT5(CONFIG, jnp.float32)
-    found = model.apply({"params": params}, *images, own, DROP)
+    found = jax.jit(model.apply)({"params": params}, *images, own, DROP)
     assert_close(found[::2], outputs[::2])
     assert np.abs(found[1] - outputs[1]).max() > 1e-2
 
@@ -121,7 +121,8 @@ def test_the_pipelines_folder_computes_the_same(params, tokenizer, told, images,
     features, mask, _ = encoder([CAPTIONS[0], CAPTIONS[50], "a cat"])
     condition = {"caption": features, "caption_mask": mask}
     loaded = jax.tree.map(np.asarray, found.params)
-    output = PixArt(found.config, jnp.float32).apply({"params": loaded}, *images, condition, DROP)
+    apply = jax.jit(PixArt(found.config, jnp.float32).apply)
+    output = apply({"params": loaded}, *images, condition, DROP)
     assert_close(output, outputs)
     assert (folder / "tokenizer" / "spiece.model").read_bytes() == spiece_model()
 

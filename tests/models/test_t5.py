@@ -1,5 +1,7 @@
 """The text encoder against its formulas in NumPy: positions, padding, dtypes, the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,8 +160,8 @@ def test_fresh_features_have_unit_variance():
     """T5's own initialisation, which scales no product, keeps sizes in bounds."""
     config = T5Config(64, 32, 2, 4, 8, 64)
     ids, mask = make_batch(16, (16, 16))
-    fresh = t5.init_params(config, jax.random.key(0))
-    out = T5Encoder(config, dtype=jnp.float32).apply({"params": fresh}, ids, mask)
+    fresh = jax.jit(functools.partial(t5.init_params, config))(jax.random.key(0))
+    out = jax.jit(T5Encoder(config, dtype=jnp.float32).apply)({"params": fresh}, ids, mask)
     assert np.mean(np.square(out)) == pytest.approx(1, rel=1e-3)
     q = fresh["blocks"]["layer_0"]["SelfAttention"]["q"]["kernel"]
     assert q.std() == pytest.approx((32 * 8) ** -0.5, rel=0.1)
