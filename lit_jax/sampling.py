@@ -108,7 +108,7 @@ class Sampler:
             def decode(params, latents):
                 return dataclasses.replace(autoencoder, params=params).from_latents(latents)
 
-            self._decode = sharding.map_rows(decode, mesh)
+            self._decode: Any = sharding.map_rows(decode, mesh)
             self._decode_program: Callable[..., Any] = self._decode
 
     def _set(self, settings: SamplerSettings) -> None:

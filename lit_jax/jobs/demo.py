@@ -149,13 +149,15 @@ class Studio:
 
     def settings(self, request: Request) -> SamplerSettings:
         """The sampler of a request. Raises: ValueError for one that cannot be."""
+        defaults = self.defaults
+        if request.sampler != defaults.sampler:
+            # Those of the config may be of its own sampler alone.
+            defaults = dataclasses.replace(defaults, spacing="", variance="")
         return dataclasses.replace(
-            self.defaults,
+            defaults,
             sampler=request.sampler,
             steps=request.steps,
             cfg_scale=request.cfg_scale,
-            # Spacing and variance of the config may be of another sampler.
-            **({} if request.sampler == self.defaults.sampler else dict(spacing="", variance="")),
         )
 
     def condition(self, wanted: str) -> dict[str, np.ndarray]:
