@@ -34,20 +34,33 @@ def get_config() -> ConfigDict:
             size="XL",
             depth=0,  # number of blocks; 0: that of the size
             width=0,  # D, channels of a token; 0: that of the size
-            # 0: the size's number for the attention. LiT-S, B, L, XL have 2, 3, 4, 4.
+            # 0: the size's number for the attention. LiT-S, B, L, XL have 2, 3, 4, 4; the other
+            # designs have those of softmax, 6, 12, 16, 16.
             num_heads=0,
             patch_size=2,  # pixels (or latent cells) along each side of a token's patch
-            attention="linear",  # linear (LiT) or softmax (DiT)
+            # linear (LiT), softmax (DiT), or another linear attention: mhla, mala, dit5
+            # (docs/workbench.md).
+            attention="linear",
             num_classes=1000,  # without the null class of guidance, which is added
             # Height = width of the images or latents, or (height, width).
             input_size=ml_collections.FieldReference(32, field_type=object),
             in_channels=4,  # 4: SD latents; 3: RGB pixels; 1: grey pixels
-            learn_sigma=True,  # predict the variance too: twice the output channels
+            # What the model predicts: noise (DiT), or the velocity of a straight path (SiT), whose
+            # samplers are euler, heun and euler_maruyama. Checkpoints hold it.
+            prediction="noise",
+            # Predict the variance too: twice the output channels. A velocity has no variance;
+            # SiT's models have these channels all the same and do not use them.
+            learn_sigma=True,
             qkv_bias=True,  # the layer qkv (softmax), or q and kv (linear), has a bias
-            # Linear attention: relu, gelu, focused or focused_gelu, as in the paper's ablation.
+            # linear, mhla: relu, gelu, focused or focused_gelu, as in the paper's ablation.
             kernel_function="relu",
-            # Linear attention: side of the depth-wise convolution of v; 0: no convolution.
+            # linear, mhla, mala: side of the depth-wise convolution of v. dit5: of those of q and
+            # k. 0: no convolution.
             conv_size=5,
+            # Of a linear attention: every so many-th layer keeps softmax, inherited whole; 0: none.
+            softmax_every=0,
+            softmax_heads=0,  # of those layers; 0: the size's
+            num_blocks=16,  # mhla: square blocks of the image, each with its own state
             # xla, pallas_tpu or pallas_gpu; None: chosen by platform.
             implementation=ml_collections.config_dict.placeholder(str),
             # Fields of the family dit, as num_classes above. Another family's recipe sets them to
@@ -99,10 +112,15 @@ def get_config() -> ConfigDict:
 
     # Hybrid distillation (paper):
     # loss = mse + vb + noise_weight * kd_noise + variance_weight * kd_variance.
+    # denoising_weight multiplies mse + vb, and attention_weight * kd_attention is added.
     config.distill = ConfigDict(
         dict(
             noise_weight=0.5,  # lambda_1 of the paper
             variance_weight=0.05,  # lambda_2 of the paper
+            denoising_weight=1.0,  # of mse and vb; without a teacher it is 1
+            # Of the layer-wise regression: each attention learns what the teacher's gives for the
+            # teacher's own input. With the other weights at 0 nothing else is computed.
+            attention_weight=0.0,
             # raw: compare the values of the variance heads.
             # log_variance: compare the log-variances that these values stand for.
             variance_target="raw",
@@ -149,6 +167,7 @@ def get_config() -> ConfigDict:
             # With captions: LIST.json, LIST.jsonl, a folder of images with NAME.txt beside them,
             # or tar files as of WebDataset, too.
             # TFDS configs go with their set: imagenet_resized/64x64.
+            # teacher: what teacher.checkpoint draws, as config.sample says: no images are needed.
             source="imagenet2012",
             # TFDS directory of prepare.source; empty: data.dir. Of a list: where its paths start;
             # empty: the folder InternImgs beside its own, or its own.
@@ -186,6 +205,10 @@ def get_config() -> ConfigDict:
             batch_size=256,  # images a step, over all devices
             steps=400_000,  # in total: a resumed run counts from its first start
             label_dropout=0.1,  # share of labels replaced by the null class
+            # Min-SNR (Hang et al. 2023): where the signal-to-noise ratio is above it, mse counts
+            # gamma / ratio. 5 in the paper; a small one teaches what a picture holds before its
+            # edges. 0: all timesteps count alike, as in DiT.
+            min_snr_gamma=0.0,
             accumulation=1,  # microbatches a step
             remat="dots",  # none, dots or full: what the backward pass recomputes
             log_every=100,  # steps between log lines
@@ -204,12 +227,14 @@ def get_config() -> ConfigDict:
     # AdamW and its learning rate.
     config.optimizer = ConfigDict(
         dict(
-            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs a warm-up
+            name="adamw",  # adamw, or came: PixArt-Sigma's, which needs 12 steps of warm-up or more
             learning_rate=1e-4,
+            # Times that for what the student inherited as a whole; 1: one rate for all.
+            inherited_rate=1.0,
             b1=0.9,  # decay of the mean gradient (came: of the mean update)
             b2=0.999,  # and of its square
             b3=0.9999,  # came: of the updates' squared distance from their mean
-            epsilon=1e-8,  # adamw
+            epsilon=1e-8,  # adamw; 1e-10 where clip_norm is 0.01
             weight_decay=0.0,
             clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
             schedule="constant",  # constant, or cosine to zero at train.steps
@@ -269,8 +294,10 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(
         dict(
             checkpoint="",  # what --mode=sample reads; empty: the workdir
-            sampler="ddpm",  # ddpm, ddim or dpm++
-            steps=250,  # model evaluations an image
+            # ddpm, ddim or dpm++; for model.prediction=velocity euler, heun, or euler_maruyama, the
+            # sampler of SiT's published scores.
+            sampler="ddpm",
+            steps=250,  # model evaluations an image; heun's are two a step
             # Timesteps: respaced, leading, trailing, linspace or time_uniform (PixArt's).
             # Empty: the sampler's default.
             spacing="",
@@ -283,7 +310,8 @@ def get_config() -> ConfigDict:
             batch_size=64,  # images at once, over all devices
             cfg_scale=1.5,  # strength of guidance; 1: no guidance
             cfg_channels="3",  # leading channels that are guided: 3 (as in DiT), or all
-            cfg_interval=(0.0, 1000.0),  # guided where low <= t <= high, in training timesteps
+            # Guided where low <= t <= high: in training timesteps, or in [0, 1] for a velocity.
+            cfg_interval=(0.0, 1000.0),
             # Which classes are drawn: random (DiT's protocol), balanced, a class by its number or
             # name, or a list of them, which follow each other.
             labels=ml_collections.FieldReference("random", field_type=object),
@@ -316,7 +344,8 @@ def get_config() -> ConfigDict:
             source="",  # .pt, .safetensors, .ckpt, a diffusers or Orbax folder, or a workdir
             target="",  # .pt, .safetensors or a new folder
             # orbax, dit or diffusers; empty: dit for a file, orbax for a folder. A LiT for
-            # diffusers is a pipeline that draws as `sample` says.
+            # diffusers is a pipeline that draws as `sample` says; so is a PixArt, with what `text`
+            # and `autoencoder` name.
             layout="",
             weights="ema",  # ema or model, where a training checkpoint has both
             # For a checkpoint that does not tell its heads.
@@ -334,6 +363,9 @@ def get_config() -> ConfigDict:
             timestep_freq_shift=ml_collections.config_dict.placeholder(int),
             # None: likewise.
             mlp_norm_epsilon=ml_collections.config_dict.placeholder(float),
+            # What a bare file of weights was trained to predict: noise (DiT) or velocity (SiT).
+            # None: what it tells (docs/porting.md).
+            prediction=ml_collections.config_dict.placeholder(str),
             # The checkpoint must be of the model that config.model describes, or a teacher of it.
             check_model=True,
         )

@@ -47,6 +47,8 @@ def get_config():
     # A caption says left and right. With its padded captions a batch is a gigabyte.
     config.data.update(name="text_to_image_512", dir="data", flip=False, prefetch=4)
     config.distill.update(noise_weight=1.0, variance_weight=0.05)
+    # With adamw: epsilon=1e-10 or clip_norm=1.0. The clip leaves an element's gradient an rms of
+    # 4e-7, which AdamW's usual 1e-8 would shorten by 2.5 %.
     config.optimizer.update(name="came", learning_rate=2e-5, warmup=1000, clip_norm=0.01)
     config.train.update(batch_size=384, steps=106_000, remat="full", preview_every=2_500)
     config.checkpoint.update(every=2_500)

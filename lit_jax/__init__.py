@@ -19,18 +19,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_jax.diffusion import GaussianDiffusion
+    from lit_jax.diffusion import GaussianDiffusion, RectifiedFlow
     from lit_jax.models.dit import DiT, DiTConfig
     from lit_jax.porting.load import load
     from lit_jax.samplers import SamplerSettings
     from lit_jax.sampling import Sampler
 
-__all__ = ["DiT", "DiTConfig", "GaussianDiffusion", "Sampler", "SamplerSettings", "load"]
+__all__ = [
+    "DiT",
+    "DiTConfig",
+    "GaussianDiffusion",
+    "RectifiedFlow",
+    "Sampler",
+    "SamplerSettings",
+    "load",
+]
 
 _HOMES = {
     "DiT": "lit_jax.models.dit",
     "DiTConfig": "lit_jax.models.dit",
     "GaussianDiffusion": "lit_jax.diffusion",
+    "RectifiedFlow": "lit_jax.diffusion",
     "Sampler": "lit_jax.sampling",
     "SamplerSettings": "lit_jax.samplers",
     "load": "lit_jax.porting.load",

@@ -6,6 +6,9 @@ A process answers five questions, and nothing else in the house knows epsilon or
 `GaussianDiffusion` is DDPM's (Ho et al. 2020) with the learned variance of Improved DDPM (Nichol &
 Dhariwal 2021), in the exact form DiT trains and samples with: 1000 linear betas, epsilon
 prediction, a variance interpolated between its two bounds.
+
+`RectifiedFlow` is the linear path of SiT (Ma et al. 2024): velocity prediction, at times from 0,
+the noise, to 1, the image. `PROCESSES` has both by what their models predict.
 """
 
 import dataclasses
@@ -16,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lit_jax import ranges
+
 
 class Process(Protocol):
     """What the train step and the samplers ask of a process."""
@@ -23,8 +28,8 @@ class Process(Protocol):
     samplers: ClassVar[tuple[str, ...]]
 
     @property
-    def num_steps(self) -> int:
-        """Timesteps that a sampler may visit are in [0, num_steps - 1]."""
+    def time_range(self) -> tuple[float, float]:
+        """The timesteps that a sampler may visit: from that of most noise to that of least."""
 
     def draw_t(self, rng: jax.Array, batch_size: int) -> jax.Array: ...
 
@@ -37,20 +42,9 @@ class Process(Protocol):
     def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:
         """The named parts of an output, each of which is distilled."""
 
-    def log_variance(self, variance: jax.Array, t: jax.Array) -> jax.Array:
-        """Asked of a process whose outputs have the part "variance"."""
-
     def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
-    def signal_power(self, timesteps: np.ndarray) -> np.ndarray:
-        """Asked by the samplers that it names."""
-
     def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str: ...
-
-    def learned_noise_scale(
-        self, output: jax.Array, log_variance_bounds: jax.Array, in_channels: int
-    ) -> jax.Array:
-        """Asked where `choose_variance` answers learned_range."""
 
 
 def linear_betas(num_steps: int = 1000) -> np.ndarray:
@@ -66,10 +60,14 @@ class GaussianDiffusion:
     Tables are NumPy float64 and are cast to float32 when they are indexed: jnp would quietly make
     float32 of them before the cumulative product, whose end is then off by a part in a thousand.
 
-    Raises: ValueError for betas that are no vector of two values or more in (0, 1].
+    Raises: ValueError for betas that are no vector of two values or more in (0, 1], or a negative
+      gamma.
     """
 
     betas: np.ndarray = dataclasses.field(default_factory=linear_betas)
+    # Where the signal-to-noise ratio is above gamma, the loss counts gamma / ratio (Min-SNR, Hang
+    # et al. 2023, equation 8 for epsilon); 0: all timesteps count alike.
+    min_snr_gamma: float = 0.0
 
     # The rows of samplers.SAMPLERS that make sense of this process.
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "dpm++")
@@ -85,6 +83,7 @@ class GaussianDiffusion:
                 f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape} "
                 f"in [{low:g}, {high:g}]"
             )
+        ranges.check(self, min_snr_gamma=ranges.NOT_NEGATIVE)
 
     # ---- Tables ----------------------------------------------------------------------------------
 
@@ -92,10 +91,21 @@ class GaussianDiffusion:
     def num_steps(self) -> int:
         return len(self.betas)
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The last timestep, which is nearly noise, and 0."""
+        return self.num_steps - 1, 0
+
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """Signal power of x_t."""
         return np.cumprod(1.0 - self.betas)
+
+    @functools.cached_property
+    def loss_weight(self) -> np.ndarray:
+        """Of the simple loss, in (0, 1]; see `min_snr_gamma`."""
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        return np.minimum(snr, self.min_snr_gamma or np.inf) / snr
 
     @functools.cached_property
     def _alphas_cumprod_prev(self) -> np.ndarray:
@@ -148,8 +158,10 @@ class GaussianDiffusion:
         """
         C = x_start.shape[-1]
         parts = self.parts(output, C)
-        # Unweighted over t: the simple loss of DDPM, equation 14.
+        # The simple loss of DDPM, equation 14, which weighs all timesteps alike.
         terms = {"mse": mean_square(parts["noise"] - noise)}
+        if self.min_snr_gamma:
+            terms["mse"] *= at(self.loss_weight, t)[:, 0, 0, 0]
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
             terms["vb"] = self._variational_bound(eps, parts["variance"], x_start, x_t, t)
@@ -247,6 +259,66 @@ class GaussianDiffusion:
         min_log, max_log = log_variance_bounds
         fraction = (parts["variance"] + 1.0) / 2.0  # v in [-1, 1]: share of the upper bound
         return jnp.exp(0.5 * (min_log + fraction * (max_log - min_log)))
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight path from noise at t = 0 to an image at t = 1, as SiT trains and samples on it.
+
+        x_t = t x_start + (1 - t) noise,   velocity = x_start - noise
+
+    SiT: arXiv 2401.08740, its linear interpolant with velocity prediction. The model is told t as
+    it is, in [0, 1]: of DiT's sinusoids, made for 0 to 999, most hardly move. A velocity model with
+    2C output channels (learn_sigma, as SiT's have) leaves the second half unused and untrained.
+    """
+
+    # The rows of samplers.SAMPLERS that make sense of this process.
+    samplers: ClassVar[tuple[str, ...]] = ("euler", "heun", "euler_maruyama")
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Noise, and the image."""
+        return 0.0, 1.0
+
+    def draw_t(self, rng: jax.Array, batch_size: int) -> jax.Array:
+        """Times to train at, (B,) float32, uniform in [0, 1)."""
+        return jax.random.uniform(rng, (batch_size,))
+
+    def perturb(self, x_start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """x_t on the path between the two; x_start, noise (B, h, w, C), t (B,)."""
+        t = t[:, None, None, None]
+        return t * x_start + (1.0 - t) * noise
+
+    def loss(
+        self, output: jax.Array, x_start: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The squared error of the velocity, unweighted over t: SiT's loss.
+
+        Args: output (B, h, w, C or 2C); x_start, noise (B, h, w, C). All float32.
+        Returns: {"mse": (B,)}.
+        """
+        velocity = self.parts(output, x_start.shape[-1])["velocity"]
+        return {"mse": mean_square(velocity - (x_start - noise))}
+
+    def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:
+        """{"velocity": the first C channels of an output (B, h, w, C or 2C)}."""
+        return {"velocity": output[..., :in_channels]}
+
+    def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """a and b, (S',) float64, of x_start = a x_t + b output at the times of a sampler."""
+        return np.ones(len(timesteps)), 1.0 - np.asarray(timesteps, np.float64)
+
+    def choose_variance(self, asked: str, in_channels: int, out_channels: int) -> str:
+        """ "": its samplers know no variance. Raises: ValueError where one is asked for."""
+        if asked:
+            raise ValueError(
+                f"variance = {asked}, but a model of velocities has none; leave it empty"
+            )
+        return ""
+
+
+# By what the model predicts: the field `prediction` of its architecture.
+PROCESSES = {"noise": GaussianDiffusion, "velocity": RectifiedFlow}
 
 
 def respaced_timesteps(num_original: int, num_steps: int) -> np.ndarray:

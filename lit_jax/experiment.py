@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from lit_jax import conditions, inherit, quantization, ranges, sharding, text
 from lit_jax.checkpoint import is_checkpoint
 from lit_jax.data import buckets, caption_records, dataset, digit_scenes, pipeline
-from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.models import FAMILIES, Architecture, Model
 from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import ATTENTIONS
@@ -30,13 +29,14 @@ from lit_jax.models.autoencoder import Autoencoder, make_autoencoder
 from lit_jax.porting.pixart import NoNullCaptionError
 from lit_jax.porting.read import (
     KEY_TABLES,
+    AutoencoderCheckpoint,
     Checkpoint,
     checksum,
     load_params,
     read_autoencoder,
     read_checkpoint,
 )
-from lit_jax.porting.t5 import read_text_encoder
+from lit_jax.porting.t5 import T5Checkpoint, read_text_encoder
 from lit_jax.prompts import Prompts, choose_prompts, to_condition
 from lit_jax.sampling import Sampler
 from lit_jax.settings import naming, read_settings, reading
@@ -63,8 +63,8 @@ class Experiment:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.process = GaussianDiffusion()
-        settings = read_settings(config, self.process)
+        settings = read_settings(config)
+        self.process = settings.process
         self.model_config = settings.model
         self.sampler_settings = settings.sampler
         self.optimizer_settings = settings.optimizer
@@ -86,6 +86,7 @@ class Experiment:
         """Those of the step, with the scale of the data that it reads."""
         return dataclasses.replace(
             self.unscaled_step_settings,
+            inherited=self.inherited_paths,
             scaling_factor=self.dataset.scaling_factor,
             shift_factor=self.dataset.shift_factor,
         )
@@ -205,7 +206,26 @@ class Experiment:
             ours = getattr(self.model_config, name)
             theirs = getattr(found, name)
             if ours != theirs:
-                raise ValueError(f"model.{name} = {ours}, but the teacher {path} has {theirs}")
+                # Of a convention a bare file of weights tells nothing: the user may know better.
+                is_told = name not in self.model_config.conventions
+                advice = "" if is_told else f"; if it has {ours}, port it with port.{name}={ours}"
+                raise ValueError(
+                    f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
+                )
+        weight = self.unscaled_step_settings.attention_weight
+        for name in ("depth", "width", "patch_size"):
+            ours = getattr(self.model_config, name)
+            theirs = getattr(found, name)
+            if weight and ours != theirs:
+                raise ValueError(
+                    f"distill.attention_weight = {weight:g} compares layer with layer, but the "
+                    f"student has {name} {ours} and {path} has {theirs}; set it to 0"
+                )
+        if weight and found.softmax_every:
+            raise ValueError(
+                f"distill.attention_weight = {weight:g} needs a teacher of one attention, but "
+                f"{path} has softmax_every = {found.softmax_every}; set it to 0"
+            )
         return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
@@ -281,6 +301,7 @@ class Experiment:
                     f"inherits from, computes with {theirs}; set model.{name}={theirs} or, if it "
                     f"was trained with {ours}, port it with port.{name}={ours} first"
                 )
+        self._check_softmax_layers(checkpoint)
         try:
             with naming("inherit"):
                 inherit.plan_merge(checkpoint.params, self.state_shapes.params, **self.inheritance)
@@ -306,6 +327,35 @@ class Experiment:
             load = self._whole_attention()
         return {"load": load, "keep_init": tuple(chosen.keep_init)}
 
+    def _check_softmax_layers(self, source: Checkpoint) -> None:
+        """Raises ValueError where layers that keep softmax would have other heads than it had."""
+        ours = self.model_config.softmax_heads
+        theirs = source.config.num_heads
+        # A bare file does not tell its heads, but the config may name the teacher's.
+        if source is self.teacher_checkpoint and self.teacher:
+            theirs = self.teacher.config.num_heads
+        if ours and source.config.attention == "softmax" and theirs not in (None, ours):
+            raise ValueError(
+                f"model.softmax_heads = {ours}, but {source.report.source}, whose attention every "
+                f"{self.model_config.softmax_every}th layer keeps, has {theirs} heads; set "
+                f"model.softmax_heads={theirs}"
+            )
+
+    @functools.cached_property
+    def inherited_paths(self) -> tuple[str, ...]:
+        """Leaves that are inherited as a whole, where they have a learning rate of their own."""
+        rate = self.optimizer_settings.inherited_rate
+        if rate == 1:
+            return ()
+        if self.init_checkpoint is None:
+            raise ValueError(
+                f"optimizer.inherited_rate = {rate:g}, but student.init = random inherits nothing; "
+                f"set it to 1"
+            )
+        source = self.init_checkpoint.params
+        _, report = inherit.plan_merge(source, self.state_shapes.params, **self.inheritance)
+        return tuple(path for path in report.inherited if path not in report.at_init)
+
     def _whole_attention(self) -> tuple[str, ...]:
         """All parts of an attention that the student shares with its source; of another, none.
 
@@ -315,7 +365,8 @@ class Experiment:
         ours = self.model_config
         if source is None or source.config.attention != ours.attention:
             return ()
-        for name in ("num_heads", *ATTENTIONS[ours.attention].fields):
+        shared = ("num_heads", "softmax_every", "softmax_heads")
+        for name in (*shared, *ATTENTIONS[ours.attention].fields):
             value = getattr(ours, name)
             theirs = getattr(source.config, name)
             # A file of softmax attention may not tell its heads.
@@ -343,11 +394,14 @@ class Experiment:
                 classes=conditions.count_classes(self.model_config),
             )
 
-    @functools.cached_property
-    def _autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+    def read_autoencoder(self) -> AutoencoderCheckpoint | None:
+        """The autoencoder of the config, not on the devices; None: the model works on pixels.
+
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
         wanted = self.config.autoencoder
         if not wanted.checkpoint:
-            return None, None
+            return None
         with reading("autoencoder.checkpoint", wanted.checkpoint, "it is a download"):
             checkpoint = read_autoencoder(wanted.checkpoint, scaling_factor=wanted.scaling_factor)
         channels = checkpoint.architecture["latent_channels"]
@@ -356,26 +410,32 @@ class Experiment:
                 f"model.in_channels = {self.model_config.in_channels}, but the latents of "
                 f"autoencoder.checkpoint = {wanted.checkpoint} have {channels} channels"
             )
+        return checkpoint
+
+    @functools.cached_property
+    def _bare_autoencoder(self) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+        """It without its parameters, and what tells it from others.
+
+        Its file is read for that, and let go: who only asks for a size needs no memory for it.
+        """
+        checkpoint = self.read_autoencoder()
+        if checkpoint is None:
+            return None, None
+        wanted = self.config.autoencoder
+        with naming("autoencoder"):
+            bare = make_autoencoder(None, checkpoint.architecture, self.autoencoder_settings)
         # Latents depend on the encoder alone: decoders that were tuned for one encoder share them.
         encoder = {
             name: tree
             for name, tree in checkpoint.params.items()
             if name in ("encoder", "quant_conv")
         }
-        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
-        everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
-        with naming("autoencoder"):
-            built = make_autoencoder(
-                load_params(checkpoint.params, everywhere),
-                checkpoint.architecture,
-                self.autoencoder_settings,
-            )
-        return built, {
+        return bare, {
             "name": epath.Path(wanted.checkpoint).name,
             "sha256": checkpoint.report.checksum,
             "encoder_sha256": checksum(encoder),
-            "scaling_factor": built.scaling_factor,
-            "shift_factor": built.shift_factor,
+            "scaling_factor": bare.scaling_factor,
+            "shift_factor": bare.shift_factor,
             "dtype": wanted.dtype,
             "tile_size": wanted.tile_size,
         }
@@ -406,20 +466,26 @@ class Experiment:
     @property
     def autoencoder_factor(self) -> int:
         """Pixels of an image along each side of a cell of the model's input."""
-        if self.autoencoder:
-            return self.autoencoder.module.factor
+        if bare := self._bare_autoencoder[0]:
+            return bare.module.factor
         # As many channels as a picture has are pixels; a latent's cell has 8.
         return 1 if self.model_config.in_channels in (1, 3) else 8
 
-    @property
+    @functools.cached_property
     def autoencoder(self) -> Autoencoder | None:
         """Its parameters on every device of the mesh; None: the model works on pixels."""
-        return self._autoencoder[0]
+        bare, _ = self._bare_autoencoder
+        checkpoint = self.read_autoencoder()
+        if bare is None or checkpoint is None:
+            return None
+        # Whole on every device: 0.3 GB, and its convolutions work on each device's own images.
+        everywhere = jax.tree.map(lambda _: sharding.replicated(self.mesh), checkpoint.params)
+        return dataclasses.replace(bare, params=load_params(checkpoint.params, everywhere))
 
     @property
     def autoencoder_identity(self) -> dict[str, Any] | None:
         """What tells the autoencoder from others: names, hashes, scale; None for pixels."""
-        return self._autoencoder[1]
+        return self._bare_autoencoder[1]
 
     def batches(self) -> Any:
         """The endless batches of this process's rows; see `pipeline.make_batches`."""
@@ -587,12 +653,20 @@ class Experiment:
     def text_identity(self) -> dict[str, Any]:
         """What tells the text encoder from others; it is read, not loaded."""
         settings = self.config.text
+        if self.is_told_tokens:  # it is a part of the model
+            return {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
+        tokenizer, checkpoint = self.read_text_encoder()
+        identity = text.identity_of(tokenizer, checkpoint.report.checksum, self.text_settings)
+        return identity | {"dtype": settings.dtype}
+
+    def read_text_encoder(self) -> tuple[text.Tokenizer, T5Checkpoint]:
+        """Tokenizer and text encoder of the config, whose leaves are still in their files.
+
+        Raises: ValueError or FileNotFoundError naming the field.
+        """
         path = self._text_checkpoint
         with self._reading_text("text.checkpoint", path):
-            tokenizer = text.Tokenizer(settings.tokenizer or path)
-            weights = read_text_encoder(path).report.checksum
-        identity = text.identity_of(tokenizer, weights, self.text_settings)
-        return identity | {"dtype": settings.dtype}
+            return text.Tokenizer(self.config.text.tokenizer or path), read_text_encoder(path)
 
     @functools.cached_property
     def null_caption(self) -> np.ndarray:
@@ -656,8 +730,7 @@ class Experiment:
         cleaned = [text.clean_prompt(prompt, settings.cleaning) for prompt in prompts]
         ids, mask, cut = self.tokenizer(cleaned, settings.max_length)
         self._warn_of_prompts(prompts, cut, self.tokenizer)
-        identity = {"tokenizer": self.tokenizer.sha256, "cleaning": settings.cleaning}
-        return {"caption_ids": ids, "caption_mask": mask}, identity
+        return {"caption_ids": ids, "caption_mask": mask}, self.text_identity()
 
     def _warn_of_prompts(
         self, prompts: Sequence[str], cuts: np.ndarray, tokenizer: text.Tokenizer
@@ -695,7 +768,13 @@ class Experiment:
         """
         if self.is_told_captions:
             rows = index % len(self.prompts.texts)
-            return {name: value[rows] for name, value in self.prompt_condition.items()}
+            told = {name: value[rows] for name, value in self.prompt_condition.items()}
+            # To one length whatever the prompts are: a picture follows from its own alone.
+            missing = self.text_settings.max_length - told["caption_mask"].shape[1]
+            return {
+                name: np.pad(value, ((0, 0), (0, missing)) + ((0, 0),) * (value.ndim - 2))
+                for name, value in told.items()
+            }
         with naming("sample"):
             return conditions.for_images(
                 self.model_config, index, seed=self.config.seed, labels=labels
@@ -921,6 +1000,7 @@ class Experiment:
             "data.content": f"of checksum {self.dataset.content()}",
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
+            "train.min_snr_gamma": config.train.min_snr_gamma,
             "teacher.checkpoint": distilled_from
             and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,
@@ -936,6 +1016,9 @@ class Experiment:
             for name, value in config[group].items():
                 if name != "implementation":
                     decisive[f"{group}.{name}"] = value
+        # Which parameters have the rate of inherited ones is asked at every start.
+        if config.optimizer.inherited_rate != 1:
+            decisive["inherit"] = config.inherit.to_dict()
         # A cosine's length decides every step; a constant rate's does not.
         if config.optimizer.schedule != "constant":
             decisive["train.steps"] = config.train.steps

@@ -94,9 +94,7 @@ RANGES = {
     "port.scaling_factor": NOT_NEGATIVE,
     "export.platforms": NAMES,
     "export.batch_size": between(0, 1_000_000),
-    "demo.host": Range(
-        "the name or number of an interface", lambda x: isinstance(x, str) and x != ""
-    ),
+    "demo.host": Range("the name or number of an interface", lambda x: bool(str(x))),
     "demo.port": between(0, 65_535),
     "evaluate.every": AT_LEAST_0,
     "evaluate.every_images": BATCH,

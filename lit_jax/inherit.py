@@ -19,6 +19,8 @@ from lit_jax.models import attention
 # Self-attention alone. Another attention, such as cross-attention, has its own path: it is the same
 # function in both models, and inherited with the rest.
 ATTENTION = "blocks/attn/"
+# Of a model whose layers follow a pattern, blocks/layer_1/ holds layer 1 of each group.
+GROUP = "blocks/layer_"
 # What `load` may name: the parts of projections, and all modules that are none ("rest").
 PARTS = (*dict.fromkeys(part for parts in attention.PARTS.values() for part in parts), "rest")
 
@@ -58,6 +60,9 @@ def merge_params(
     init but for the parts that `load` names. The q, k, v of a softmax source are the thirds of its
     `qkv`; a linear student's k and v are the halves of `kv`.
 
+    Where every k-th layer of the student keeps softmax attention, that of a softmax source is taken
+    whole in these layers. A source with a pattern of its own fits a student with the same.
+
     Args:
       loaded: the source's tree of NumPy-like leaves. They are read one by one, and may still be in
         a file.
@@ -94,11 +99,13 @@ def plan_merge(
     at_init: dict[str, int] = {}
     used: set[str] = set()
     problems: list[str] = []
+    groups = len({path.split("/")[1] for path in target if path.startswith(GROUP)})
+    # A uniform source has the layers of all groups in one leaf.
+    spread = groups if not any(path.startswith(GROUP) for path in source) else 0
     for path, leaf in target.items():
         parts: list[Part | None] = []
         if not any(_is_under(path, kept) for kept in keep_init):
-            is_attention = path.startswith(ATTENTION)
-            parts = _attention_parts(path, source, load) if is_attention else [Part(path)]
+            parts = _find_parts(path, source, load, spread)
         taken = [part for part in parts if part]
         if not taken:
             at_init[path] = leaf.size
@@ -125,7 +132,7 @@ def plan_merge(
     for path in source.keys() - used:
         is_kept = any(_is_under(path, kept) for kept in keep_init)
         shape = tuple(source[path].shape)
-        if path.startswith(ATTENTION) or is_kept:
+        if plain_path(path).startswith(ATTENTION) or is_kept:
             left_behind[path] = int(np.prod(shape))
         else:
             problems.append(f"{path} {shape}: the student has no such parameter")
@@ -136,17 +143,26 @@ def plan_merge(
 
 def parts_of(params: Any) -> tuple[str, ...]:
     """The parts of attention that a tree of parameters has, the modules of no part among them."""
-    leaves = [path for path in flatten_dict(params, sep="/") if path.startswith(ATTENTION)]
+    paths = map(plain_path, flatten_dict(params, sep="/"))
+    leaves = [path for path in paths if path.startswith(ATTENTION)]
     modules = {path.removeprefix(ATTENTION).rpartition("/")[0] for path in leaves}
     known = [part for m, parts in attention.PARTS.items() if m in modules for part in parts]
     return (*known, *(["rest"] if modules - attention.PARTS.keys() else []))
+
+
+def plain_path(path: str) -> str:
+    """The path without the layer of a pattern: blocks/layer_1/attn/q is blocks/attn/q."""
+    if not path.startswith(GROUP):
+        return path
+    return "blocks/" + path.removeprefix(GROUP).partition("/")[2]
 
 
 def _check_names(target, load, keep_init):
     unknown = [part for part in load if part not in PARTS]
     if unknown:
         raise ValueError(f"load = {', '.join(unknown)}: it may name {', '.join(PARTS)}")
-    leaves = sorted(path for path in target if path.startswith(ATTENTION))
+    plain = set(map(plain_path, target))
+    leaves = sorted(path for path in plain if path.startswith(ATTENTION))
     if "conv" in load and not any(path.startswith(f"{ATTENTION}dwc/") for path in leaves):
         raise ValueError(
             f"load = conv, but the student has no convolution: its attention is {', '.join(leaves)}"
@@ -171,13 +187,19 @@ class Part:
     path: str
     index: int = 0
     count: int = 1
+    first: int = 0  # the layers first, first + every, ... of the leaf
+    every: int = 0  # 0: all of the leaf
 
     def shape(self, source: dict[str, Any]) -> tuple[int, ...]:
         *axes, last = source[self.path].shape
+        if self.every:
+            axes[0] = len(range(self.first, axes[0], self.every))
         return (*axes, last // self.count)
 
     def read(self, source: dict[str, Any]) -> Any:
         leaf = source[self.path]
+        if self.every:
+            leaf = leaf[self.first :: self.every]
         if self.count == 1:
             return leaf  # still in its file: a sharded load reads only what each device holds
         leaf = np.asarray(leaf)
@@ -185,8 +207,34 @@ class Part:
         return leaf[..., self.index * width : (self.index + 1) * width]
 
 
+def _find_parts(path: str, source: dict, load: tuple[str, ...], spread: int) -> list[Part | None]:
+    """What makes up a leaf along its last axis; None for a part that stays at init.
+
+    Args: spread: the layers of the student's pattern, of which the source has none; 0: as the
+      student.
+    """
+    plain = plain_path(path)
+    is_attention = plain.startswith(ATTENTION)
+    if plain == path:
+        return _attention_parts(path, source, load) if is_attention else [Part(path)]
+    group = path.removesuffix(plain.removeprefix("blocks/"))
+    first = int(group.removeprefix(GROUP).rstrip("/"))
+    if not spread:
+        own = {plain_path(name): leaf for name, leaf in source.items() if name.startswith(group)}
+        parts = _attention_parts(plain, own, load) if is_attention else [Part(plain)]
+        return [part and _in_group(part, group) for part in parts]
+    # The last layer of a pattern is softmax attention, as all of the teacher's are.
+    load = ("q", "k", "v", "o") if first == spread - 1 else load
+    parts = _attention_parts(plain, source, load) if is_attention else [Part(plain)]
+    return [part and dataclasses.replace(part, first=first, every=spread) for part in parts]
+
+
+def _in_group(part: Part, group: str) -> Part:
+    return dataclasses.replace(part, path=group + part.path.removeprefix("blocks/"))
+
+
 def _attention_parts(path: str, source: dict, load: tuple[str, ...]) -> list[Part | None]:
-    """What makes up an attention leaf along its last axis; None for a part that stays at init."""
+    """`_find_parts` of an attention leaf, by its plain path."""
     module, _, leaf = path.removeprefix(ATTENTION).rpartition("/")
     if module not in attention.PARTS:
         return [Part(path) if "rest" in load else None]

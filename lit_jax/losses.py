@@ -5,7 +5,7 @@ Each term is per sample and unweighted: {name: (B,)}. The train step weighs and 
 
 import jax
 
-from lit_jax.diffusion import Process, mean_square
+from lit_jax.diffusion import GaussianDiffusion, Process, mean_square
 
 VARIANCE_TARGETS = ("raw", "log_variance")
 
@@ -27,7 +27,8 @@ def distillation_terms(
       in_channels: C, the channels of x_t.
       variance_target: "raw" compares the variance head's values as they are (the paper's code),
         "log_variance" the interpolated log-variances that they stand for.
-    Returns: {"kd_noise": (B,)} and, where there is a variance head, {"kd_variance": (B,)}.
+    Returns: {"kd_noise": (B,)} and, where there is a variance head, {"kd_variance": (B,)};
+      {"kd_velocity": (B,)} of a RectifiedFlow.
     Raises: ValueError for outputs of two shapes.
     """
     if student_output.shape != teacher_output.shape:
@@ -39,7 +40,8 @@ def distillation_terms(
     student = process.parts(student_output, in_channels)
     teacher = process.parts(jax.lax.stop_gradient(teacher_output), in_channels)
     # Both heads' values stand for a log-variance between the same two bounds at this t.
-    if variance_target == "log_variance" and "variance" in student:
+    has_variance = "variance" in student
+    if isinstance(process, GaussianDiffusion) and has_variance and variance_target != "raw":
         for parts in (student, teacher):
             parts["variance"] = process.log_variance(parts["variance"], t)
     return {f"kd_{name}": mean_square(student[name] - teacher[name]) for name in student}

@@ -1,13 +1,15 @@
-"""Samplers: guidance, and DDPM, DDIM, DPM-Solver++ as one scan over an explicit grid of timesteps.
+"""Samplers: guidance, and every sampler as one scan over an explicit grid of timesteps.
 
+DDPM, DDIM and DPM-Solver++ are those of a diffusion; Euler, Heun and Euler-Maruyama of a flow.
 Every sampler here is one linear multistep rule. With x_start_s the model's estimate of the clean
 image at step s,
 
     x_{s+1} = x_coef[s] x_s + sum_j x_start_coefs[s, j] x_start_{s-j} + noise_scale[s] noise_s
 
 so a sampler is a table of coefficients (`Grid`, NumPy float64), and all of them share one
-`lax.scan`. The process (diffusion.py) says how x_start follows from the model's output. A new
-sampler is a row of `SAMPLERS` and its name in the process that it belongs to.
+`lax.scan`. The process (diffusion.py) says how x_start follows from the model's output; a rule that
+mixes the outputs themselves has them in the place of x_start. A new sampler is a row of `SAMPLERS`
+and its name in the process that it belongs to.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from lit_jax.diffusion import GaussianDiffusion, Process, respaced_timesteps
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 SPACINGS = ("respaced", "leading", "trailing", "linspace", "time_uniform")
 CFG_CHANNELS = ("3", "all")
+LAST_STEP = 0.04  # of Euler-Maruyama: that of SiT
 INTERVAL = ranges.Range(
     "two numbers, the first not above the second",
     lambda x: len(x) == 2 and all(isinstance(end, int | float) for end in x) and x[0] <= x[1],
@@ -38,7 +41,7 @@ class SamplerSettings:
     Raises: ValueError whose text starts with the field's name.
     """
 
-    sampler: str = "ddpm"  # ddpm, ddim, dpm++
+    sampler: str = "ddpm"  # ddpm, ddim, dpm++; of a velocity: euler, heun, euler_maruyama
     steps: int = 250  # model evaluations an image
     spacing: str = ""  # timesteps: one of SPACINGS; "": the sampler's own
     variance: str = ""  # ddpm's noise: one of VARIANCES; "": the model's if it predicts one
@@ -72,10 +75,9 @@ class SamplerSettings:
 class Grid:
     """What a sampler does at each of its S steps, most noise first; NumPy float64 unless said."""
 
-    timesteps: (
-        np.ndarray
-    )  # (S,) int32 or, between the process's steps, float32: what the model sees
-    x_start_from_x: np.ndarray  # (S,) x_start = x_start_from_x x + x_start_from_output output
+    timesteps: np.ndarray  # (S,) what the model sees: int32 or, where one is not whole, float32
+    # x_start = x_start_from_x x + x_start_from_output output; a rule of outputs has the output here
+    x_start_from_x: np.ndarray  # (S,)
     x_start_from_output: np.ndarray  # (S,)
     x_coef: np.ndarray  # (S,) weight of the current image
     x_start_coefs: np.ndarray  # (S, order) weights of this step's x_start and of those before it
@@ -221,20 +223,83 @@ def _dpm_solver(process, settings, timesteps):
     return Coefficients(x_coef, x_start_coefs, np.zeros(steps))
 
 
+# ---- Samplers of a flow: t goes from 0, the noise, to 1, and velocity = (x_start - x) / (1 - t) --
+
+
+def _uniform_times(steps):
+    """0, 1/S, ... (S - 1)/S: SiT's ODE with --num-sampling-steps S + 1, whose last point is 1."""
+    return np.arange(steps) / steps
+
+
+def _euler(process, settings, timesteps):
+    """dx = velocity dt."""
+    share = np.diff(timesteps, append=1.0) / (1.0 - timesteps)
+    return Coefficients(1.0 - share, share[:, None], np.zeros(len(timesteps)))
+
+
+def _paired_times(steps):
+    """Both ends of each interval, 0, h, h, 2h, ... 1: a step looks at each of them."""
+    if steps % 2:
+        raise ValueError(
+            f"steps = {steps}, but sampler = heun calls the model twice a step; name an even number"
+        )
+    return np.repeat(np.linspace(0.0, 1.0, steps // 2 + 1), 2)[1:-1]
+
+
+def _heun(process, settings, timesteps):
+    """Heun's rule, x += h (v_0 + v_1) / 2, where v_1 is that at the point that Euler's step finds.
+
+    Its two evaluations are two steps here, and it mixes the model's outputs: at t = 1 the velocity
+    does not follow from x_start.
+    """
+    begin = timesteps[::2]
+    end = timesteps[1::2]
+    if (begin[1:] != end[:-1]).any():
+        raise ValueError(f"timesteps of heun must be both ends of each step, got {timesteps}")
+    coefs = np.zeros((len(begin), 2, 2))
+    coefs[:, 0, 0] = end - begin  # Euler's step, to v_1's point
+    coefs[:, 1] = (end - begin)[:, None] * [0.5, -0.5]  # from there, half of the way back
+    steps = len(timesteps)
+    return Coefficients(np.ones(steps), coefs.reshape(steps, 2), np.zeros(steps))
+
+
+def _stochastic_times(steps):
+    """SiT's grid for its SDE: `LAST_STEP` is left for the last evaluation."""
+    if steps < 2:
+        raise ValueError(f"steps = {steps}, but sampler = euler_maruyama needs at least 2")
+    return np.linspace(0.0, 1.0 - LAST_STEP, steps)
+
+
+def _euler_maruyama(process, settings, timesteps):
+    """SiT's SDE: dx = (velocity + w score) dt + sqrt(2 w) dW with w = 1 - t.
+
+    The score is (t velocity - x) / (1 - t), which makes the drift (1 + t) velocity - x. The last
+    step has no noise.
+    """
+    dt = np.diff(timesteps, append=1.0)
+    share = dt * (1.0 + timesteps) / (1.0 - timesteps)
+    return Coefficients(1.0 - dt - share, share[:, None], np.sqrt(2.0 * (1.0 - timesteps) * dt))
+
+
 class SamplerRow(NamedTuple):
-    """A sampler, and the timesteps that it visits by default."""
+    """A sampler, and the timesteps that it visits by default: those of a spacing, or its own."""
 
     coefficients: Callable[..., Coefficients]  # of (process, settings, timesteps)
-    spacing: str
+    spacing: str = ""
     skips_zero: bool = False  # see `space_timesteps`
+    own_timesteps: Callable[[int], np.ndarray] | None = None  # of the number of steps
+    mixes_outputs: bool = False  # the rule is of the model's outputs in place of x_start
 
 
-# The default timesteps are DiT's own respacing, and those of diffusers'
-# DPMSolverMultistepScheduler.
+# The default timesteps are DiT's own respacing, those of diffusers' DPMSolverMultistepScheduler,
+# and SiT's.
 SAMPLERS = {
     "ddpm": SamplerRow(_ddpm, "respaced"),
     "ddim": SamplerRow(_ddim, "respaced"),
     "dpm++": SamplerRow(_dpm_solver, "linspace", skips_zero=True),
+    "euler": SamplerRow(_euler, own_timesteps=_uniform_times),
+    "heun": SamplerRow(_heun, own_timesteps=_paired_times, mixes_outputs=True),
+    "euler_maruyama": SamplerRow(_euler_maruyama, own_timesteps=_stochastic_times),
 }
 
 
@@ -245,9 +310,9 @@ def make_grid(
 
     Args:
       settings: `variance` must be named for DDPM.
-      timesteps: (steps,) decreasing timesteps to visit instead of those of a spacing.
+      timesteps: (steps,) to visit instead of those of a spacing, from most noise to least.
     Raises: ValueError for a sampler that the process does not offer, or timesteps that are not
-      `steps` decreasing ones of the process.
+      `steps` ordered ones of the process.
     """
     if settings.sampler not in process.samplers:
         raise ValueError(
@@ -256,26 +321,45 @@ def make_grid(
         )
     row = SAMPLERS[settings.sampler]
     steps = settings.steps
-    num_train = process.num_steps
-    if timesteps is None:
-        spacing = settings.spacing or row.spacing
-        timesteps = space_timesteps(num_train, steps, spacing, skip_zero=row.skips_zero)
-    timesteps = np.asarray(timesteps)
-    # float32 holds them to 3e-5; bfloat16 would round 999 to 1000.
-    is_whole = (timesteps == timesteps.round()).all()
-    timesteps = timesteps.astype(np.int32 if is_whole else np.float32)
-    # JAX would clamp an index outside the schedule without a word.
-    is_inside = timesteps.min() >= 0 and timesteps.max() <= num_train - 1
-    if len(timesteps) != steps or not is_inside or (np.diff(timesteps) >= 0).any():
+    first, last = process.time_range
+    if row.own_timesteps and settings.spacing:
         raise ValueError(
-            f"timesteps must be {steps} decreasing ones in [0, {num_train - 1}], "
+            f"spacing = {settings.spacing}, but sampler = {settings.sampler} has timesteps of its "
+            f"own; leave it empty"
+        )
+    if row.mixes_outputs and settings.clip_denoised:
+        raise ValueError(
+            f"clip_denoised = True, but sampler = {settings.sampler} does not look at the "
+            f"predicted image; take euler"
+        )
+    if timesteps is None and row.own_timesteps:
+        timesteps = row.own_timesteps(steps)
+    elif timesteps is None:
+        spacing = settings.spacing or row.spacing
+        timesteps = space_timesteps(int(first) + 1, steps, spacing, skip_zero=row.skips_zero)
+    timesteps = np.asarray(timesteps)
+    is_whole = (timesteps == timesteps.round()).all()
+    timesteps = timesteps.astype(np.int32 if is_whole else np.float64)
+    # JAX would clamp an index outside the schedule without a word.
+    low, high = sorted((first, last))
+    is_inside = timesteps.min() >= low and timesteps.max() <= high
+    strides = np.diff(timesteps) * np.sign(last - first)
+    # Heun's ends of a step are visited once more, as the next one's beginning.
+    is_ordered = (strides >= 0 if row.mixes_outputs else strides > 0).all()
+    if len(timesteps) != steps or not is_inside or not is_ordered:
+        order = "decreasing" if last < first else "increasing"
+        raise ValueError(
+            f"timesteps must be {steps} {order} ones in [{low:g}, {high:g}], "
             f"got {timesteps.tolist()}"
         )
     table = row.coefficients(process, settings, timesteps)
     table.noise_scale[-1] = 0.0
     x_start_from_x, x_start_from_output = process.x_start_columns(timesteps)
+    if row.mixes_outputs:
+        x_start_from_x, x_start_from_output = np.zeros(steps), np.ones(steps)
     return Grid(
-        timesteps=timesteps,
+        # float32 holds them to 3e-5; bfloat16 would round 999 to 1000.
+        timesteps=timesteps if is_whole else timesteps.astype(np.float32),
         x_start_from_x=x_start_from_x,
         x_start_from_output=x_start_from_output,
         **table._asdict(),

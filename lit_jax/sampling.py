@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lit_jax import ranges, samplers, sharding
-from lit_jax.diffusion import GaussianDiffusion, Process
+from lit_jax.diffusion import PROCESSES, Process
 from lit_jax.models import Model
 from lit_jax.models.autoencoder import Autoencoder
 from lit_jax.samplers import Guidance, SamplerSettings
@@ -65,7 +65,7 @@ class Sampler:
     Args:
       settings: which sampler, its steps and the guidance.
       batch_size: global; the devices of the mesh must divide it.
-      process: what the model was trained on; None: DiT's.
+      process: what the model was trained on; None: what its config says it predicts.
       mesh: None: all devices, as replicas.
       size: (h, w) of an image in the model's space; None: what the model was trained on.
     Raises: ValueError where the settings ask for a variance that the model does not predict, or
@@ -84,7 +84,7 @@ class Sampler:
         size: tuple[int, int] | None = None,
         autoencoder: Autoencoder | None = None,
     ):
-        process = process or GaussianDiffusion()
+        process = process or PROCESSES[model.config.prediction]()
         mesh = mesh or sharding.make_mesh()
         sharding.check_batch(batch_size, mesh)
         self.batch_size = batch_size
@@ -102,14 +102,25 @@ class Sampler:
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
         )
+        self._set_autoencoder(autoencoder)
+
+    def _set_autoencoder(self, autoencoder):
         self._autoencoder = autoencoder
         if autoencoder:
+            bare = dataclasses.replace(autoencoder, params=None)
+
             # Its parameters are an argument: closed over, they would be constants of the program.
             def decode(params, latents):
-                return dataclasses.replace(autoencoder, params=params).from_latents(latents)
+                return dataclasses.replace(bare, params=params).from_latents(latents)
 
-            self._decode: Any = sharding.map_rows(decode, mesh)
+            self._decode: Any = sharding.map_rows(decode, self._mesh)
             self._decode_program: Callable[..., Any] = self._decode
+
+    def with_autoencoder(self, autoencoder: Autoencoder | None) -> "Sampler":
+        """The same program for latents, which this autoencoder decodes; None: nothing does."""
+        other = copy.copy(self)
+        other._set_autoencoder(autoencoder)
+        return other
 
     def _set(self, settings: SamplerSettings) -> None:
         """The grid of the settings, and its program."""

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 
 from lit_jax import fields, ranges, samplers
 from lit_jax.data.raw_images import ImageSettings
-from lit_jax.diffusion import Process
+from lit_jax.diffusion import PROCESSES, GaussianDiffusion, Process
 from lit_jax.evaluation.evaluator import EvaluationSettings
 from lit_jax.models import FAMILIES
 from lit_jax.models.architecture import Architecture
-from lit_jax.models.attention import ATTENTIONS
+from lit_jax.models.attention import ATTENTIONS, make_attention
 from lit_jax.models.autoencoder import AutoencoderSettings
 from lit_jax.porting.read import KEY_TABLES
 from lit_jax.samplers import SamplerSettings
@@ -91,6 +91,7 @@ class Settings:
     """The groups of a config, each as the dataclass that checks itself."""
 
     model: Any  # an Architecture
+    process: Process  # that of what the model predicts
     sampler: SamplerSettings
     optimizer: OptimizerSettings
     step: StepSettings  # without the scale of the data, which the data tell
@@ -100,15 +101,15 @@ class Settings:
     port: Any  # the family's Overrides
 
 
-def read_settings(config: ConfigDict, process: Process) -> Settings:
+def read_settings(config: ConfigDict) -> Settings:
     """All settings of a config: a mistake in sample.* is told before hours of training.
 
-    Args: process: it knows which timesteps a sampler may visit.
     Raises: ValueError naming the field, before any device or file is touched.
     """
     fields.check(config)
     model = _model_config(config)
     _check_implementations(config, model)
+    process = _process(config, model)
     sampler = _of_group(SamplerSettings, config.sample, "sample")
     with naming("sample"):
         _check_grid(sampler, model, process)
@@ -117,6 +118,7 @@ def read_settings(config: ConfigDict, process: Process) -> Settings:
     evaluation_settings(config)
     return Settings(
         model=model,
+        process=process,
         sampler=sampler,
         optimizer=optimizer,
         step=_step_settings(config),
@@ -158,6 +160,10 @@ def _model_config(config: ConfigDict) -> Any:
         )
     # The model takes any grid; this one is what checkpoints say it was trained on.
     grid = (h // found.patch_size, w // found.patch_size)
+    if found.num_heads and (
+        reason := make_attention(found, parent=None).refusal("xla", found.width, grid)
+    ):
+        raise ValueError(f"model.attention = {found.attention}: {reason}")
     return dataclasses.replace(found, grid=grid)
 
 
@@ -172,16 +178,30 @@ def _check_implementations(config: ConfigDict, model: Architecture) -> None:
             ranges.check(config[group], implementation=ranges.one_of(None, *names))
 
 
+def _process(config: ConfigDict, model: Architecture) -> Process:
+    """That of what the model predicts."""
+    gamma = config.train.min_snr_gamma
+    if PROCESSES[model.prediction] is GaussianDiffusion:
+        with naming("train"):
+            return GaussianDiffusion(min_snr_gamma=gamma)
+    if gamma:
+        raise ValueError(
+            f"train.min_snr_gamma = {gamma:g} weighs the error of a predicted noise, but "
+            f"model.prediction = {model.prediction}; set it to 0"
+        )
+    return PROCESSES[model.prediction]()
+
+
 def _check_grid(settings: SamplerSettings, model: Architecture, process: Process) -> None:
     """Raises ValueError for steps that the sampler's timesteps cannot be."""
     channels = (model.in_channels, model.out_channels)
     variance = process.choose_variance(settings.variance, *channels)
     samplers.make_grid(process, dataclasses.replace(settings, variance=variance))
     low, high = settings.cfg_interval
-    last = process.num_steps - 1
-    if settings.cfg_scale != 1 and (low > last or high < 0):
+    first, last = sorted(process.time_range)
+    if settings.cfg_scale != 1 and (low > last or high < first):
         raise ValueError(
-            f"cfg_interval = ({low}, {high}) holds none of the timesteps 0 to {last}, so "
+            f"cfg_interval = ({low}, {high}) holds none of the timesteps {first:g} to {last:g}, so "
             f"nothing would be guided; set sample.cfg_scale=1 for that"
         )
 
@@ -202,6 +222,8 @@ def _step_settings(config: ConfigDict) -> StepSettings:
             noise_weight=config.distill.noise_weight,
             variance_weight=config.distill.variance_weight,
             variance_target=config.distill.variance_target,
+            denoising_weight=config.distill.denoising_weight,
+            attention_weight=config.distill.attention_weight,
             teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
         )
 

@@ -262,6 +262,11 @@ class TextSettings:
         """The token counts that there are programs for."""
         return (*(length for length in LENGTHS if length < self.max_length), self.max_length)
 
+    def fitting(self, counts: np.ndarray) -> np.ndarray:
+        """The shortest of `lengths` that holds each of the token counts (n,)."""
+        lengths = np.array(self.lengths)
+        return lengths[np.searchsorted(lengths, counts)]
+
 
 class TextFeatures(NamedTuple):
     """The features of n prompts, padded to the shortest length that holds all.
@@ -344,11 +349,10 @@ class TextEncoder:
         """
         cleaned = [clean_prompt(prompt, self.settings.cleaning) for prompt in prompts]
         ids, mask, cut = self.tokenizer(cleaned, self.settings.max_length)
-        lengths = np.array(self.settings.lengths)
         # The length of each prompt by itself, not of its batch: what is near it must not
         # change a bit of it.
-        fitting = lengths[np.searchsorted(lengths, mask.sum(axis=1))]
-        S = int(fitting.max(initial=lengths[0]))
+        fitting = self.settings.fitting(mask.sum(axis=1))
+        S = int(fitting.max(initial=self.settings.lengths[0]))
         features = np.zeros((len(prompts), S, self.config.width), self._dtype)
         for length in np.unique(fitting):
             rows = np.flatnonzero(fitting == length)

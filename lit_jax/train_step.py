@@ -17,6 +17,7 @@ from lit_jax import came, losses, ranges, sharding
 from lit_jax.diffusion import Process
 from lit_jax.models import Model, init_params
 from lit_jax.models.autoencoder import sample_posterior
+from lit_jax.models.blocks import ATTENTION, attention_error
 
 
 @flax.struct.dataclass
@@ -57,6 +58,10 @@ class TrainState:
 # ---- The optimizer -------------------------------------------------------------------------------
 
 
+# Steps after which the first update of CAME, of 11.1 learning rates, is not above one any more.
+CAME_WARMUP = 12
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW or CAME, its schedule and clipping.
@@ -67,6 +72,7 @@ class OptimizerSettings:
     steps: int  # of the whole run
     name: str = "adamw"  # or came, PixArt-Sigma's
     learning_rate: float = 1e-4
+    inherited_rate: float = 1.0  # times that, of parameters that were inherited
     b1: float = 0.9
     b2: float = 0.999
     b3: float = 0.9999  # came: of the residual
@@ -82,6 +88,7 @@ class OptimizerSettings:
             steps=ranges.between(1, 2**31 - 2),  # the state counts them in int32
             name=ranges.one_of("adamw", "came"),
             learning_rate=ranges.NOT_NEGATIVE,
+            inherited_rate=ranges.NOT_NEGATIVE,
             b1=ranges.BELOW_1,
             b2=ranges.BELOW_1,
             b3=ranges.BELOW_1,
@@ -93,11 +100,24 @@ class OptimizerSettings:
         )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} is not shorter than steps = {self.steps}")
-        if self.name == "came" and not self.warmup:
+        if self.name == "came" and self.warmup < CAME_WARMUP:
             raise ValueError(
-                "warmup = 0, but the first updates of came are 11 times the learning rate; "
-                "PixArt-Sigma's warm-up is of 1000 steps"
+                f"warmup = {self.warmup}, but the first update of came is 11 times the learning "
+                f"rate: at least {CAME_WARMUP} steps keep it below; PixArt-Sigma's warm-up is of "
+                f"1000"
             )
+
+    def remark(self, parameters: int) -> str:
+        """What a user should know of these settings for a model of so many parameters, or ""."""
+        # Of a gradient of the largest norm, spread evenly.
+        rms = self.clip_norm * parameters**-0.5
+        if self.name != "adamw" or not self.clip_norm or self.epsilon <= rms / 100:
+            return ""
+        return (
+            f"optimizer.epsilon = {self.epsilon:g} of adamw is not small beside gradients that "
+            f"optimizer.clip_norm = {self.clip_norm:g} leaves an rms of {rms:.1g} an element, and "
+            f"shortens every update: set epsilon below {rms / 100:.0e}, or clip_norm=1.0"
+        )
 
     def rates(self) -> optax.Schedule:
         """The learning rate of an update, by the number of good steps before it."""
@@ -184,6 +204,9 @@ class StepSettings:
     variance_weight: float = 0.05  # lambda_2
     variance_target: str = "raw"  # see losses.distillation_terms
     teacher_sees_dropped: bool = False  # False, the paper's code: the teacher is told everything
+    denoising_weight: float = 1.0  # of the process's own loss
+    attention_weight: float = 0.0  # of the layer-wise regression, see `blocks.attention_error`
+    inherited: tuple[str, ...] = ()  # paths whose updates the optimizer's inherited_rate scales
     scaling_factor: float = 1.0  # of latents, see `images_to_model`
     shift_factor: float = 0.0
 
@@ -194,9 +217,15 @@ class StepSettings:
             accumulation=ranges.AT_LEAST_1,
             ema_decay=ranges.BELOW_1,
             noise_weight=ranges.NOT_NEGATIVE,
+            denoising_weight=ranges.NOT_NEGATIVE,
+            attention_weight=ranges.NOT_NEGATIVE,
             variance_weight=ranges.NOT_NEGATIVE,
             variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
         )
+        if not self.reads_outputs and not self.attention_weight:
+            raise ValueError(
+                "denoising_weight = 0, and so are all other weights: nothing would be learned"
+            )
 
     def ema_of_start(self, steps: int) -> float:
         """The share that the first parameters have in the EMA after `steps` steps."""
@@ -206,6 +235,11 @@ class StepSettings:
     def distillation_weight(self, term: str) -> float:
         """Of a distillation term: lambda_2 for the variance, lambda_1 for all else."""
         return self.variance_weight if term == "kd_variance" else self.noise_weight
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether any term is of the student's output, or all are of its layers alone."""
+        return bool(self.denoising_weight or self.noise_weight or self.variance_weight)
 
 
 def images_to_model(
@@ -253,13 +287,30 @@ def make_train_step(
 
     def loss_fn(params, teacher_params, x_start, noise, t, condition, drop):
         x_t = process.perturb(x_start, t, noise)
-        output: Any = model.apply({"params": params}, x_t, t, condition, drop)
-        terms = process.loss(output, x_start, x_t, t, noise)
-        weights = dict.fromkeys(terms, 1.0)
+        terms: dict[str, jax.Array] = {}
+        weights: dict[str, float] = {}
+        output: Any = None
+        # A regression of the layers alone needs no pass through the student.
+        if teacher is None or settings.reads_outputs:
+            output = model.apply({"params": params}, x_t, t, condition, drop)
+            terms = process.loss(output, x_start, x_t, t, noise)
+            weights = dict.fromkeys(terms, settings.denoising_weight if teacher else 1.0)
+
+        seen: Any = {}
+        teacher_output: Any = None
         if teacher is not None:
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
-            teacher_output: Any = teacher.apply(frozen, x_t, t, condition, teacher_drop)
+            told = (frozen, x_t, t, condition, teacher_drop)
+            if settings.attention_weight:
+                teacher_output, seen = teacher.apply(*told, mutable=[ATTENTION])
+                patch = model.config.patch_size
+                grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
+                terms["kd_attention"] = attention_error(model, params, seen[ATTENTION], grid)
+                weights["kd_attention"] = settings.attention_weight
+            else:
+                teacher_output = teacher.apply(*told)
+        if teacher is not None and output is not None:
             distillation: dict[str, jax.Array] = losses.distillation_terms(
                 process,
                 output,
@@ -302,6 +353,7 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = _scaled(updates, settings.inherited, optimizer.inherited_rate)
         params = optax.apply_updates(state.params, updates)
         # Neither weight decay nor the rounding of an average may move what is not trained.
         params = _with_leaves_of(params, state.params, model.config.frozen)
@@ -338,6 +390,12 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)
+
+
+def _scaled(tree: Any, paths: tuple[str, ...], factor: float) -> Any:
+    """The tree with the leaves at some paths multiplied by a factor."""
+    leaves = flatten_dict(tree, sep="/")
+    return unflatten_dict(leaves | {path: factor * leaves[path] for path in paths}, sep="/")
 
 
 def _with_leaves_of(tree: Any, other: Any, paths: tuple[str, ...]) -> Any:

@@ -25,6 +25,8 @@ os.environ["XLA_FLAGS"] = (
 )
 # Most of the suite's time is compilation, and most programs are small and run once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# With two workers on two cores a second thread of BLAS and torch mostly waits, and burns its time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # libtpu only compiles here: it must not look for a TPU's metadata server.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Test processes that run at the same time each load the compiler.
@@ -38,9 +40,10 @@ for name in ("JAX_COMPILATION_CACHE_DIR", "SESSION_FILES"):
         os.environ[name] = tempfile.mkdtemp(prefix="lit_jax_tests_")
         atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 # To pack and write a program that compiles faster costs more than it saves.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -134,6 +137,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
+    write_small_arrays_whole()
+
+
+def write_small_arrays_whole() -> None:
+    """Of an array that all eight devices hold, one writes everything.
+
+    Orbax would compile eight programs for each shape, which cut out an eighth each. The processes
+    of tests/lives.py write as it does by itself.
+    """
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    handler._min_slice_bytes_for_replica_parallel = 2**30
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

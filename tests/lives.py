@@ -52,6 +52,7 @@ class Server:
             OMP_NUM_THREADS="1",
             JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_SHARE_BINARY_BETWEEN_HOSTS="1",  # process 0 compiles for all processes of its run
         )
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -214,11 +215,20 @@ def record_ids(path: str, batches: int, pause: float) -> None:
 
 
 def serve() -> None:
-    # Everything that a life would load, before it is forked.
+    # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
+    # loads where it can, for nothing that a life asks of it.
+    sys.modules["torch"] = None
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
+    from jax._src import cache_key
 
     import lit_jax.jobs.train  # noqa: F401
+
+    del sys.modules["torch"]
+
+    # On a CPU the key of a compiled program says by which process it is used. So every process but
+    # the first, which alone writes to the cache, would compile everything in each of its lives.
+    cache_key._hash_accelerator_config = cache_key._hash_devices
 
     # A third of a life would go into searching the libraries' objects for garbage, whose pages
     # would all be copied for it.

@@ -24,7 +24,9 @@ from lit_jax.train_step import make_train_step
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 ALL = NAMES + sorted(
-    f"ablation.{path.stem}" for path in (ROOT / "configs" / "ablation").glob("*.py")
+    f"{folder}.{path.stem}"
+    for folder in ("ablation", "workbench")
+    for path in (ROOT / "configs" / folder).glob("*.py")
 )
 
 
@@ -78,7 +80,9 @@ def test_a_config_is_a_recipe(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+    "name",
+    [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+    + [f"workbench.{name}" for name in ("mhla", "mala", "dit5", "hybrid")],
 )
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the mesh of the config, over pretend devices.
@@ -114,9 +118,12 @@ def test_one_train_step_of_every_config_traces(name):
         lambda x: (x.shape, x.dtype), state
     )
     norms = {"grad_norm", "param_norm", "update_norm", "learning_rate"}
-    wanted = {"loss", "mse"} | norms | ({"vb"} if config.model.learn_sigma else set())
+    wanted = {"loss", "mse"} | norms
+    has_variance = config.model.learn_sigma and config.model.prediction == "noise"
+    if has_variance:
+        wanted |= {"vb"}
     if teacher:
-        wanted |= {"kd_noise"} | ({"kd_variance"} if config.model.learn_sigma else set())
+        wanted |= {f"kd_{config.model.prediction}"} | ({"kd_variance"} if has_variance else set())
     assert set(metrics) == wanted
     assert all(
         leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema_params, metrics))
@@ -404,6 +411,7 @@ def test_the_defaults_are_the_papers():
         "ema.decay": 0.9999,
         "train.batch_size": 256,
         "train.label_dropout": 0.1,
+        "train.min_snr_gamma": 0.0,
         "sample.steps": 250,
         "sample.cfg_channels": "3",
         "model.conv_size": 5,

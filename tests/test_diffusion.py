@@ -265,6 +265,26 @@ def test_the_posterior_itself_has_no_divergence():
     np.testing.assert_allclose(values[1:], 0.0, atol=1e-5)
 
 
+def test_min_snr_counts_what_is_nearly_clean_as_gamma_over_its_ratio():
+    x_start, noise, x_t, output = make_batch()
+    gamma = 0.05
+    plain = PROCESS.loss(output, x_start, x_t, STEPS, noise)
+    process = diffusion.GaussianDiffusion(min_snr_gamma=gamma)
+    weighted = process.loss(output, x_start, x_t, STEPS, noise)
+    # At t = 998 the ratio is 4e-5, at 499 0.09: gamma lies below the one and above the other.
+    weights = [min(1.0, gamma * (1 - a) / a) for a in ALPHAS_CUMPROD[STEPS]]
+    assert weights[-2:] == [1.0, 1.0] and weights[4] < 1
+    # Tables and products are float32.
+    np.testing.assert_allclose(weighted["mse"], plain["mse"] * np.array(weights), rtol=1e-6)
+    np.testing.assert_array_equal(weighted["vb"], plain["vb"])
+
+
+@pytest.mark.parametrize("gamma", [-1.0, math.nan, math.inf])
+def test_an_impossible_gamma_is_refused(gamma):
+    with pytest.raises(ValueError, match="^min_snr_gamma must be a finite number, at least 0"):
+        diffusion.GaussianDiffusion(min_snr_gamma=gamma)
+
+
 def test_formulas_work_under_jit_with_traced_steps():
     x_start, noise, x_t, output = make_batch()
     eager = bound(output, x_start, x_t, noise)

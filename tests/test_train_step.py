@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from oracles import assert_close
 
 from lit_jax import checkpoint, inherit, sharding
@@ -332,11 +333,30 @@ def test_the_teacher_sees_the_labels_it_should(sees_dropped):
         (dict(variance_target="sigma"), "variance_target must be one of raw, log_variance; got"),
         (dict(dropout=1.0), "dropout must be in .0, 1.; got 1.0"),
         (dict(accumulation=0), "accumulation must be at least 1; got 0"),
+        (
+            dict(denoising_weight=0.0, noise_weight=0.0, variance_weight=0.0),
+            "^denoising_weight = 0, and so are all other weights",
+        ),
     ],
 )
 def test_impossible_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         StepSettings(**change)
+
+
+def test_what_was_inherited_has_a_rate_of_its_own():
+    moved = {}
+    for inherited in ((), ("w",)):
+        optimizer = OptimizerSettings(**OPTIMIZER | dict(inherited_rate=0.25, weight_decay=0.1))
+        settings = StepSettings(**STEP, inherited=inherited)
+        mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+        step = make_train_step(Scalar("one"), None, PROCESS, optimizer, settings, mesh)
+        state = fresh_state({"w": np.float32(-4.0)}, make_optimizer(optimizer))
+        state, _ = step(state, None, make_images(8), RNG)
+        moved[inherited] = float(state.params["w"]) + 4.0
+    # Adam's first step is the rate; weight decay is a tenth of w, times the rate.
+    assert moved[()] == pytest.approx(1e-2 * 1.4, rel=1e-3)
+    assert moved["w",] == pytest.approx(moved[()] / 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -459,6 +479,20 @@ def test_the_loss_falls_on_one_repeated_batch_and_its_terms_add_up(start):
         )
         assert last < 0.7 * first, name
     assert state.step == 40 and state.skipped == 0
+
+
+def test_layers_alone_are_regressed_where_nothing_else_has_a_weight(start):
+    """On several devices: the one term falls, and attention alone moves."""
+    alone = dict(noise_weight=0.0, variance_weight=0.0, denoising_weight=0.0, attention_weight=2.0)
+    teacher = DiT(DiTConfig(2, 32, 4, **PIXELS), dtype=jnp.float32)
+    params = start[0]
+    state, history = run(12, params, random_params(teacher, 5), teacher=teacher, **alone)
+    assert set(history[0]) == {"loss", "kd_attention"} | NORMS
+    assert history[0]["loss"] == pytest.approx(2.0 * history[0]["kd_attention"])
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    before = flatten_dict(params, sep="/")
+    for path, leaf in flatten_dict(state.params, sep="/").items():
+        assert ("blocks/attn/" in path) == (leaf != before[path]).any(), path
 
 
 def test_the_teacher_does_not_move(start):

@@ -1,5 +1,6 @@
 """The one train step with a model that is told a caption, and PixArt-Sigma's optimizer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,7 +28,7 @@ STUDENT = PixArt(PixArtConfig(num_heads=2, attention="linear", **FIELDS), dtype=
 TEACHER = PixArt(PixArtConfig(num_heads=4, **FIELDS), dtype=np.float32)
 NULL = STUDENT.config.frozen[0]
 OPTIMIZER = OptimizerSettings(
-    steps=10, name="came", learning_rate=1e-3, weight_decay=0.1, clip_norm=0.01, warmup=2
+    steps=20, name="came", learning_rate=1e-3, weight_decay=0.1, clip_norm=0.01, warmup=12
 )
 STEP = StepSettings(dropout=0.5, ema_decay=0.9, noise_weight=1.0, scaling_factor=0.13025)
 
@@ -72,7 +73,9 @@ def test_the_hybrid_loss_is_that_of_class_conditional_models():
     for metrics in history:
         total = sum(metrics[name] for name in ("mse", "vb", "kd_noise"))
         assert metrics["loss"] == pytest.approx(total + 0.05 * metrics["kd_variance"], rel=1e-5)
-    assert [metrics["learning_rate"] for metrics in history] == pytest.approx([5e-4, 1e-3])
+    assert [metrics["learning_rate"] for metrics in history] == pytest.approx(
+        [1e-3 / 12, 2e-3 / 12]
+    )
 
 
 def test_a_mesh_of_eight_steps_as_one_device_does():
@@ -97,6 +100,17 @@ def test_all_but_the_null_caption_is_trained():
             assert np.array_equal(new[path], old) == (path == NULL), (tree, path)
 
 
-def test_came_without_a_warm_up_is_refused():
-    with pytest.raises(ValueError, match="^warmup = 0, but the first updates of came are 11 times"):
-        OptimizerSettings(steps=10, name="came")
+@pytest.mark.parametrize("warmup", [0, 11])
+def test_came_whose_first_update_would_be_above_the_learning_rate_is_refused(warmup):
+    """It is 11.1 times as large (test_came.py): a twelfth of the rate is the first that does."""
+    with pytest.raises(ValueError, match=f"^warmup = {warmup}, but the first update of came is 11"):
+        OptimizerSettings(steps=20, name="came", warmup=warmup)
+    assert 11.1 * OPTIMIZER.rates()(0) < OPTIMIZER.learning_rate
+
+
+def test_an_epsilon_that_a_small_clip_makes_large_is_remarked():
+    """PixArt-Sigma's clip of 0.01 with AdamW: an element's rms is 4e-7."""
+    settings = OptimizerSettings(steps=20, clip_norm=0.01)
+    assert "leaves an rms of 4e-07 an element" in settings.remark(610_856_096)
+    for change in (dict(epsilon=1e-10), dict(clip_norm=1.0), dict(name="came", warmup=12)):
+        assert not dataclasses.replace(settings, **change).remark(610_856_096)

@@ -63,6 +63,7 @@ class Architecture:
     grid: Grid
     timestep_freq_shift: int
     mlp_norm_epsilon: float
+    prediction: str = "noise"  # or velocity: of a straight path, at times in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class CaptionArchitecture:
     caption_length: int
     position_base: int  # positions span base / scale on both axes
     position_scale: float
+    prediction: str = "noise"
 
 
 def position_table(grid: Grid, width: int, base: int | None = None, scale: float = 1.0) -> Tensor:
@@ -321,6 +323,7 @@ class LiT(nn.Module):
         self.grid = (h, w)
         C = arch.in_channels
         self.in_channels = C
+        self.prediction = arch.prediction
         self.out_channels = 2 * C if arch.learn_sigma else C
 
         self.x_embedder = PatchEmbed(p, C, D)
@@ -455,6 +458,7 @@ class CaptionLiT(nn.Module):
         C = arch.in_channels
         self.patch_size = p
         self.in_channels = C
+        self.prediction = arch.prediction
         self.out_channels = 2 * C if arch.learn_sigma else C
         self.position = (D, arch.position_base, arch.position_scale)
 
@@ -546,7 +550,8 @@ def sample(
     """Images or latents by DDIM without fresh noise (arXiv 2010.02502), float32.
 
     The timesteps are evenly spaced from 999 to 0: lit_jax draws the same with
-    sample.sampler=ddim.
+    sample.sampler=ddim. A model of velocities takes steps of Euler from 0 to 1: the same as
+    sample.sampler=euler.
 
     Args:
       noise: (B, C, h, w), standard normal.
@@ -556,15 +561,25 @@ def sample(
 
     Returns: (B, C, h, w), pixels about [-1, 1], or scaled latents of an autoencoder.
     """
+    dtype = next(model.parameters()).dtype
+    B, C = noise.shape[:2]
+    x = noise.float()
+    if model.prediction == "velocity":
+        for step in range(steps):
+            t = torch.full((B,), step / steps, device=x.device)
+            out = guide(model, x.to(dtype), t, condition, cfg_scale, cfg_channels)
+            x_start = x + (1.0 - step / steps) * out[:, :C].float()
+            if clip_denoised:
+                x_start = x_start.clamp(-1.0, 1.0)
+            x = x + (x_start - x) / (steps - step)
+        return x
+
     # float64: the product of 1000 factors is off by 2e-5 in float32.
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     powers = torch.cumprod(1.0 - betas, dim=0)
     # Accumulated, not multiplied: halves round as in DiT's code.
     strides = itertools.accumulate([0.0] + [999 / (steps - 1)] * (steps - 1))
     timesteps = torch.tensor([round(position) for position in strides][::-1])
-    dtype = next(model.parameters()).dtype
-    B, C = noise.shape[:2]
-    x = noise.float()
 
     for step, t in enumerate(timesteps):
         power = powers[t]
@@ -604,6 +619,8 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | 
 
     if fields["attention"] not in ("softmax", "linear"):
         raise ValueError(f"{path}: no attention = {fields['attention']} here")
+    if fields.get("softmax_every"):
+        raise ValueError(f"{path}: no layers of two kinds here, softmax_every")
     kind = CaptionArchitecture if "caption_channels" in fields else Architecture
     # Fields of other attentions are none of these two's.
     known = {field.name for field in dataclasses.fields(kind)}

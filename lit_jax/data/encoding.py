@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lit_jax import sharding
-from lit_jax.data.raw_images import RawImages
+from lit_jax.data.raw_images import ImageSettings
 from lit_jax.models.autoencoder import Autoencoder
 
 Record = dict[str, Any]
@@ -18,7 +18,22 @@ Record = dict[str, Any]
 Encode = Callable[[np.ndarray], dict[str, Any]]
 
 
-def make_features(images: RawImages, autoencoder: Autoencoder | None) -> tfds.features.FeaturesDict:
+class LabelledImages(Protocol):
+    """What the features of records follow from; `RawImages` are such."""
+
+    @property
+    def settings(self) -> ImageSettings: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    @property
+    def num_classes(self) -> int: ...
+
+
+def make_features(
+    images: LabelledImages, autoencoder: Autoencoder | None
+) -> tfds.features.FeaturesDict:
     """What a record holds: the arrays of `make_encoder`, the label, the id."""
     shapes: dict[str, tuple[int, ...]] = {}
     if autoencoder:

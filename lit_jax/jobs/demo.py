@@ -149,16 +149,11 @@ class Studio:
 
     def settings(self, request: Request) -> SamplerSettings:
         """The sampler of a request. Raises: ValueError for one that cannot be."""
-        defaults = self.defaults
-        if request.sampler != defaults.sampler:
-            # Those of the config may be of its own sampler alone.
-            defaults = dataclasses.replace(defaults, spacing="", variance="")
-        return dataclasses.replace(
-            defaults,
-            sampler=request.sampler,
-            steps=request.steps,
-            cfg_scale=request.cfg_scale,
-        )
+        base = self.defaults
+        if request.sampler != base.sampler:
+            # Spacing and variance of the config may be of another sampler.
+            base = dataclasses.replace(base, sampler=request.sampler, spacing="", variance="")
+        return dataclasses.replace(base, steps=request.steps, cfg_scale=request.cfg_scale)
 
     def condition(self, wanted: str) -> dict[str, np.ndarray]:
         """What the models are told, arrays (1, ...)."""

@@ -19,8 +19,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lit_jax import sharding
+from lit_jax.diffusion import GaussianDiffusion
 from lit_jax.experiment import Experiment
-from lit_jax.models.dit import DiTConfig
+from lit_jax.models.pixart import PixArtConfig
 from lit_jax.models.pixart_t5 import PixArtT5Config
 from lit_jax.porting import lit_pipeline, model_card, pipeline, pixart
 from lit_jax.porting.matching import Report, plain
@@ -32,13 +33,27 @@ from lit_jax.porting.read import (
     read_checkpoint,
 )
 from lit_jax.porting.untrusted import is_remote
-from lit_jax.porting.write import export_diffusers, export_official, export_orbax
+from lit_jax.porting.write import (
+    export_autoencoder,
+    export_diffusers,
+    export_official,
+    export_orbax,
+)
 from lit_jax.settings import naming, reading
 
 LAYOUTS = ("orbax", "dit", "diffusers")
 TORCH_SUFFIXES = (".pth", ".ckpt", ".bin")  # read, but written as .pt
 # A source with another attention than the config's model is its teacher.
-OF_ATTENTION = ("attention", "num_heads", "qkv_bias", "conv_size", "kernel_function")
+OF_ATTENTION = (
+    "attention",
+    "num_heads",
+    "qkv_bias",
+    "conv_size",
+    "kernel_function",
+    "num_blocks",
+    "softmax_every",
+    "softmax_heads",
+)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
@@ -76,10 +91,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     # The library speaks of its arguments, which are the fields of config.port.
     with reading("port.source", source, "it is a download", family="model.family"):
         if is_autoencoder(source):
-            if layout != "orbax":
+            if layout == "dit":
                 raise ValueError(
                     f"layout = {layout}, but {source} is an autoencoder, "
-                    "which is ported to orbax only"
+                    "which is ported to orbax or diffusers"
                 )
             checkpoint = read_autoencoder(
                 source,
@@ -99,19 +114,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
         if layout == "orbax":
             shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
             export_orbax(checkpoint, target, shardings=shardings, consume=True)
-        elif isinstance(checkpoint, Checkpoint) and writes:
-            if layout == "diffusers" and isinstance(checkpoint.config, PixArtT5Config):
-                pipeline.export_pipeline(
-                    checkpoint.params, target, checkpoint.config, experiment.tokenizer
-                )
-            elif layout == "diffusers" and _is_lit(checkpoint.config):
-                _export_lit(experiment, checkpoint, source, target)
-            elif layout == "diffusers":
-                export_diffusers(checkpoint.params, target, checkpoint.config)
-            else:
-                written = export_official(checkpoint.params, target, checkpoint.config)
-                names = [path.name for path in written]
-                report.notes.append(f"wrote {', '.join(names)}")
+        elif not writes:
+            pass
+        elif isinstance(checkpoint, AutoencoderCheckpoint):
+            export_autoencoder(checkpoint.params, target, checkpoint.architecture)
+        elif layout == "diffusers":
+            _export_diffusers(experiment, checkpoint, source, target)
+        else:
+            written = export_official(checkpoint.params, target, checkpoint.config)
+            names = [path.name for path in written]
+            report.notes.append(f"wrote {', '.join(names)}")
 
     # ---- Report ----------------------------------------------------------------------------------
 
@@ -133,8 +145,83 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
     return report
 
 
-def _is_lit(config):
-    return isinstance(config, DiTConfig) and config.attention == "linear"
+def _export_diffusers(experiment, checkpoint, source, target):
+    found = checkpoint.config
+    if found.prediction != "noise" or found.softmax_every:
+        raise ValueError(
+            f"layout = diffusers, but {source} has prediction = {found.prediction} and "
+            f"softmax_every = {found.softmax_every}, and the pipelines draw with models that "
+            f"predict noise and have one attention; export it as .safetensors or .pt"
+        )
+    if isinstance(found, PixArtConfig):
+        _export_pipeline(experiment, checkpoint, source, target)
+    elif found.attention == "linear":
+        _export_lit(experiment, checkpoint, source, target)
+    else:
+        export_diffusers(checkpoint.params, target, found)
+
+
+def _export_pipeline(experiment, checkpoint, source, target):
+    """A text-to-image model as a pipeline's folder, with the parts that the config names.
+
+    A PixArt without any is the folder of its transformer alone.
+    """
+    asked = experiment.config
+    params = checkpoint.params
+    found = checkpoint.config
+    report = checkpoint.report
+    tokenizer = None
+    text_encoder = None
+    if isinstance(found, PixArtT5Config):
+        tokenizer = experiment.tokenizer
+        text_encoder = (params["text_encoder"], found.text_encoder)
+        params = params["transformer"]
+        found = found.transformer
+    elif asked.text.checkpoint:
+        tokenizer, read = experiment.read_text_encoder()
+        text_encoder = (read.params, read.config)
+    elif asked.text.tokenizer:
+        tokenizer = experiment.tokenizer
+    vae = experiment.read_autoencoder()
+    is_lit = found.attention == "linear"
+    if not (is_lit or tokenizer or vae):
+        export_diffusers(params, target, found)
+        return
+
+    def note(text):
+        report.notes.append(text)
+        logging.warning("%s", text)
+
+    if text_encoder is None:
+        note("no text_encoder/ was written: text.checkpoint is empty")
+    if vae is None and (found.in_channels not in (1, 3) or not is_lit):
+        note("no vae/ was written: autoencoder.checkpoint is empty")
+    settings = experiment.sampler_settings
+    if settings.spacing == "time_uniform":
+        note(
+            "scheduler/ has timestep_spacing = linspace, as PixArt's published pipelines: no "
+            "scheduler of diffusers has sample.spacing = time_uniform"
+        )
+    parts = pipeline.Parts(
+        settings,
+        experiment.process.num_steps,
+        tokenizer,
+        text_encoder,
+        (vae.params, vae.architecture) if vae else None,
+        cleaning=asked.text.cleaning,
+        card=model_card.make_card(
+            target.name,
+            model_card.read_run(source),
+            found,
+            settings,
+            parameters=report.parameters,
+            checksum=report.checksum,
+            vae="",
+        ),
+    )
+    with naming("sample"):
+        pipeline.check_sampler(found, parts)
+    pipeline.export_pipeline(params, target, found, parts)
 
 
 def _export_lit(experiment, checkpoint, source, target):
@@ -144,10 +231,17 @@ def _export_lit(experiment, checkpoint, source, target):
     report = checkpoint.report
     channels = (found.in_channels, found.out_channels)
     settings = experiment.sampler_settings
-    variance = experiment.process.choose_variance(settings.variance, *channels)
+    process = experiment.process
+    if not isinstance(process, GaussianDiffusion) or found.prediction != "noise":
+        raise ValueError(
+            f"layout = diffusers, but {source} predicts the {found.prediction} and the config's "
+            f"model the {experiment.model_config.prediction}; the pipeline draws with a model "
+            f"that predicts noise; export a velocity as .safetensors"
+        )
+    variance = process.choose_variance(settings.variance, *channels)
     settings = dataclasses.replace(settings, variance=variance)
     with naming("sample"):
-        lit_pipeline.scheduler_config(settings, experiment.process.num_steps)
+        lit_pipeline.scheduler_config(settings, process.num_steps)
     asked = config.autoencoder
     folder = None
     about_vae = ""
@@ -178,7 +272,7 @@ def _export_lit(experiment, checkpoint, source, target):
         target,
         found,
         lit_pipeline.PipelineSettings(
-            settings, experiment.process.num_steps, card, folder, asked.scaling_factor
+            settings, process.num_steps, card, folder, asked.scaling_factor
         ),
     )
 

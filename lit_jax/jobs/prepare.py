@@ -21,6 +21,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
@@ -28,8 +29,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
-from lit_jax import conditions, sharding
-from lit_jax.data import caption_records
+from lit_jax import conditions, sampling, sharding
+from lit_jax.data import caption_records, teacher_images
 from lit_jax.data.buckets import Buckets, name_of, split_of
 from lit_jax.data.caption_records import (
     BucketImages,
@@ -55,6 +56,8 @@ from lit_jax.experiment import Experiment
 from lit_jax.runtime import storage, workdir_lock
 from lit_jax.runtime.progress import progress
 from lit_jax.settings import naming
+
+Images = RawImages | BucketImages | teacher_images.TeacherImages
 
 # What folders did that were begun before these were fields.
 BEFORE = {"background": "", "exif_orientation": False}
@@ -87,7 +90,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     folder = epath.Path(target.dir) / target.name / VERSION
     # Beside the folder, which TFDS reads: another split may be prepared in it.
     place = folder.parent
-    if experiment.is_told_captions:
+    if prepare.source == teacher_images.SOURCE:
+        plan = plan_teacher(experiment)
+    elif experiment.is_told_captions:
         plan = plan_captions(experiment, place)
     else:
         plan = plan_classes(experiment)
@@ -176,7 +181,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 class Plan:
     """The images of each split that is written, and what is made of them."""
 
-    splits: Mapping[str, RawImages | BucketImages]
+    splits: Mapping[str, Images]
     features: tfds.features.FeaturesDict  # of a record
     encode: Encode
     about: dict[str, Any]  # by the keys of prepared.json, which folders that are there have
@@ -225,6 +230,55 @@ def plan_classes(experiment: Experiment) -> Plan:
         features=make_features(images, autoencoder),
         encode=make_encoder(autoencoder, experiment.mesh),
         about={"crop": "adm", **images.about(), "autoencoder": experiment.autoencoder_identity},
+    )
+
+
+def plan_teacher(experiment: Experiment) -> Plan:
+    """Images that the teacher draws, as many as sample.num_images, as config.sample says."""
+    config = experiment.config
+    if experiment.is_told_captions:
+        raise ValueError(
+            f"prepare.source = teacher draws images of classes, but model.family = "
+            f"{config.model.family} is told captions; name images with captions"
+        )
+    if not config.teacher.checkpoint:
+        raise ValueError(
+            "prepare.source = teacher, but teacher.checkpoint is empty; name the model whose "
+            "images are written"
+        )
+    checkpoint = experiment.teacher_checkpoint
+    teacher = experiment.teacher
+    assert checkpoint is not None and teacher is not None
+    names = checkpoint.class_names
+    index = np.arange(config.sample.num_images)
+    labels = experiment.conditions(index, experiment.labels(names))["label"]
+    autoencoder = experiment.autoencoder
+    h, w = experiment.sample_size
+    factor = experiment.autoencoder_factor
+    sampler = experiment.sampler(teacher, config.prepare.batch_size)
+    images = teacher_images.TeacherImages(
+        np.asarray(labels),
+        conditions.count_classes(experiment.model_config),
+        names or None,
+        settings=dataclasses.replace(experiment.image_settings, size=(h * factor, w * factor)),
+        channels=autoencoder.module.in_channels if autoencoder else teacher.config.in_channels,
+        protocol=sampling.protocol(
+            experiment.sampler_settings,
+            input_size=experiment.sample_size,
+            seed=config.seed,
+            dtype=config.teacher.dtype,
+            weights=checkpoint.report.checksum,
+            autoencoder=experiment.autoencoder_identity,
+            labels=str(config.sample.labels),
+        ),
+    )
+    encode = make_encoder(autoencoder, experiment.mesh, batch_size=config.prepare.batch_size)
+    params = experiment.load_teacher()
+    return Plan(
+        splits={config.data.split: images},
+        features=make_features(images, autoencoder),
+        encode=teacher_images.make_drawer(sampler, params, images.labels, encode),
+        about={"crop": "none", **images.about(), "autoencoder": experiment.autoencoder_identity},
     )
 
 
@@ -411,7 +465,7 @@ def check_name(name: str, directory: epath.Path) -> None:
 # ---- What goes into the folder -------------------------------------------------------------------
 
 
-def enter_folder(shards: Shards, images: RawImages | BucketImages, about: dict[str, Any]) -> None:
+def enter_folder(shards: Shards, images: Images, about: dict[str, Any]) -> None:
     """Notes in the folder what is prepared there, or checks it against an earlier note.
 
     Args: about: what is true of all splits of the data set.
@@ -457,7 +511,7 @@ def enter_folder(shards: Shards, images: RawImages | BucketImages, about: dict[s
 
 def write_shards(
     shards: Shards,
-    images: RawImages | BucketImages,
+    images: Images,
     features: tfds.features.FeaturesDict,
     encode: Encode,
     *,
@@ -541,7 +595,7 @@ class Tally:
         return False
 
 
-def read_image(images: RawImages | BucketImages, index: int) -> dict[str, Any]:
+def read_image(images: Images, index: int) -> dict[str, Any]:
     """Record `index`; of a broken image {"broken": what is wrong, "name": of which}."""
     try:
         return images[index]

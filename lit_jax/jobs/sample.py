@@ -67,8 +67,9 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             path,
             settings.cfg_scale,
         )
+    # The decoder joins it when its turn has come.
     model = experiment.for_drawing(experiment.model)
-    sampler = experiment.sampler(model)
+    sampler = experiment.sampler(model, decodes=False)
     asked = what_is_asked(experiment, checkpoint.class_names)
     folder = workdir / "samples"
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
@@ -77,18 +78,17 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     missing = np.array([not pictures.is_whole(path) for path in paths], np.int32)
     # One list for all processes: they draw a batch together.
     todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
-    # The text encoder comes and goes here, before the model is loaded. It encodes all prompts, as
-    # their padding follows the longest; where nothing is missing, none.
-    condition, told = tell(experiment, asked, checkpoint.params, draws=len(todo) > 0)
+    protocol = protocol_of(experiment, checkpoint.report.checksum) | asked.protocol
+    # The text encoder comes and goes here, before the model is loaded.
+    told, text = tell(experiment, asked, checkpoint.params, todo)
     # Its own lock: a run may be training in the workdir.
     stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
-    protocol = protocol_of(experiment, checkpoint.report.checksum) | asked.protocol | told
-    claim_folder(folder, protocol)
+    claim_folder(folder, protocol | text)
 
     # ---- Draw ----------------------------------------------------------------
     speed = None
     if len(todo):
-        speed = draw_missing(experiment, model, sampler, checkpoint.params, condition, todo, paths)
+        speed = draw_missing(experiment, model, sampler, checkpoint.params, told, paths)
     else:
         logging.info("all %d images are in %s already", len(paths), folder)
     multihost_utils.sync_global_devices("samples written")
@@ -129,54 +129,58 @@ def draw_missing(
     model: Any,
     sampler: sampling.Sampler,
     params: Any,
-    condition: Condition,
-    todo: np.ndarray,
+    told: "Told",
     paths: Sequence[epath.Path],
 ) -> float | None:
-    """Draws the images of the numbers `todo` into their paths.
+    """Draws the images of the numbers `told.todo` into their paths.
 
     Args:
       model: what the sampler draws with.
+      sampler: without a decoder, which is loaded here.
       params: the model's, still on disk.
-      condition: what the model is told of images.
       paths: of all images.
     Returns: images a second; None: the decoder had a turn of its own.
     """
     settings = experiment.config.sample
     params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
     params = experiment.drawn_params(model, params)
-    size = settings.batch_size
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    batches = told.batches(settings.batch_size)
+    if not settings.offload:
+        sampler = sampler.with_autoencoder(experiment.autoencoder)
     # Ahead of the clock, which a run that draws one batch would stop with the compilation in it.
-    logging.info("compiling the sampler for %d images at once", size)
-    sampler = sampler.compile(params, condition(todo[:1]))
+    logging.info("compiling the sampler for %d images at once", settings.batch_size)
+    of_length = {
+        length: sampler.compile(params, told.condition(rows[:1]))
+        for length, rows in dict(batches).items()
+    }
     latents: list[jax.Array] = []
     if settings.offload:
         # All latents first: the model's memory is the decoder's afterwards.
-        with progress.progress("latents", len(todo)) as advance:
-            for batch in batches:
-                drawn = sampler.draw_latents(params, batch, condition(batch))
+        with progress.progress("latents", len(told.todo)) as advance:
+            for length, rows in batches:
+                drawn = of_length[length].draw_latents(params, rows, told.condition(rows))
                 latents.append(jax.block_until_ready(drawn))
-                advance(len(batch))
+                advance(len(rows))
         del params
+        sampler = sampler.with_autoencoder(experiment.autoencoder)
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
-    with progress.progress("sampling", len(paths), len(paths) - len(todo)) as advance:
-        for number, batch in enumerate(batches):
+    with progress.progress("sampling", len(paths), len(paths) - len(told.todo)) as advance:
+        for number, (length, rows) in enumerate(batches):
             if settings.offload:
                 images = sampler.decode(latents[number])
             else:
-                images = sampler.draw(params, batch, condition(batch))
+                images = of_length[length].draw(params, rows, told.condition(rows))
             if pending:
                 # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
                 advance(len(pending[0]))
-            pending = (batch, images)
+            pending = (rows, images)
         if pending:
             save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
     # With offload the clock has seen the decoder alone.
-    return None if settings.offload else len(todo) / (time.monotonic() - clock)
+    return None if settings.offload else len(told.todo) / (time.monotonic() - clock)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
@@ -247,27 +251,60 @@ def what_is_asked(experiment: Experiment, names: Sequence[str]) -> Asked:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What the model is told of the images that are missing.
+
+    Attributes:
+      todo: their numbers, (n,), ascending.
+      lengths: of their captions with padding, (n,). A caption's depends on it alone, and all of a
+        batch have one: another padding would round an image's last bits otherwise.
+      condition: of the numbers of a batch.
+    """
+
+    todo: np.ndarray
+    lengths: np.ndarray
+    condition: Condition
+
+    def batches(self, size: int) -> list[tuple[int, np.ndarray]]:
+        """Batches of at most `size`: the length of each, and its numbers; the shortest first."""
+        found = []
+        for length in np.unique(self.lengths):
+            rows = self.todo[self.lengths == length]
+            found += [(int(length), rows[i : i + size]) for i in range(0, len(rows), size)]
+        return found
+
+
 def tell(
-    experiment: Experiment, asked: Asked, params: Any, *, draws: bool
-) -> tuple[Condition, dict[str, Any]]:
-    """What the model is told of images by number, and what the protocol says of that.
+    experiment: Experiment, asked: Asked, params: Any, todo: np.ndarray
+) -> tuple[Told, dict[str, Any]]:
+    """What the model is told of images, and what the protocol says of that.
 
     Args:
       params: the model's, still on disk. A text encoder is compared with their null caption.
-      draws: False: no image is drawn, and no text encoder is loaded.
+      todo: the numbers of those that are missing; where none is, no text encoder is loaded.
     """
     if not experiment.is_told_captions:
-        return lambda index: {name: rows[index] for name, rows in asked.names.items()}, {}
-    if not draws:
-        return lambda index: {}, {"text": experiment.text_identity()}
+        same = np.zeros(len(todo), int)
+        named = asked.names
+        return Told(todo, same, lambda index: {name: named[name][index] for name in named}), {}
+    if not len(todo):
+        return Told(todo, todo, lambda index: {}), {"text": experiment.text_identity()}
     prompts = experiment.prompts
     null_caption = flatten_dict(params, sep="/")[experiment.model_config.frozen[0]]
-    features, identity = experiment.encode(prompts.texts, null_caption)
+    numbers, rows = np.unique(prompts.of(todo), return_inverse=True)
+    texts = [prompts.texts[number] for number in numbers]
+    features, identity = experiment.encode(texts, null_caption)
+    lengths = experiment.text_settings.fitting(features["caption_mask"].sum(axis=1))
+    if experiment.is_told_tokens:  # all of one length
+        lengths = np.full(len(texts), features["caption_mask"].shape[1])
 
     def of_prompt(index):
-        return {name: rows[prompts.of(index)] for name, rows in features.items()}
+        chosen = np.searchsorted(numbers, prompts.of(index))
+        S = lengths[chosen].max()
+        return {name: value[chosen, :S] for name, value in features.items()}
 
-    return of_prompt, {"text": identity}
+    return Told(todo, lengths[rows], of_prompt), {"text": identity}
 
 
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:

@@ -89,6 +89,9 @@ def train(
             100 * share,
             config.train.steps,
         )
+    parameters = checkpoint.parameter_count(state_shapes.params)
+    if remark := experiment.optimizer_settings.remark(parameters):
+        logging.warning("%s", remark)
 
     # ---- Data ------------------------------------------------------------------------------------
     data = experiment.dataset

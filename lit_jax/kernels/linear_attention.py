@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from lit_jax.kernels.depthwise import depthwise_conv
 from lit_jax.kernels.linear_attention_case import (
     EPSILON,
     KERNEL_FUNCTIONS,
@@ -37,6 +38,7 @@ __all__ = [
     "KERNEL_FUNCTIONS",
     "Case",
     "choose_implementation",
+    "feature_map",
     "linear_attention",
     "refusal",
     "take_or_xla",
@@ -305,8 +307,8 @@ def _linear_attention_xla(q, kv, conv_kernel, conv_bias, case):
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
-    phi_q = _phi(q_heads.astype(jnp.float32), case.kernel_function)
-    phi_k = _phi(k_heads.astype(jnp.float32), case.kernel_function)
+    phi_q = feature_map(q_heads.astype(jnp.float32), case.kernel_function)
+    phi_k = feature_map(k_heads.astype(jnp.float32), case.kernel_function)
     state = einsum("bnth,bntm->bnhm", phi_k.astype(q.dtype), v_heads) / T
     numerator = einsum(
         "bnth,bnhm->bntm",
@@ -318,12 +320,13 @@ def _linear_attention_xla(q, kv, conv_kernel, conv_bias, case):
     out = numerator / (denominator + EPSILON)  # (B, N, T, H)
     out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
     if conv_kernel is not None:
-        out = out + _depthwise_conv(v, conv_kernel, conv_bias, case)
+        filters = jnp.tile(conv_kernel, (1, 1, N))
+        out = out + depthwise_conv(v, filters, jnp.tile(conv_bias, N), case.grid)
     return out.astype(q.dtype)
 
 
-def _phi(x, kernel_function):
-    """The kernel function of (..., H) float32; norms are per head."""
+def feature_map(x: jax.Array, kernel_function: str) -> jax.Array:
+    """phi: the kernel function of (..., H) float32; norms are per head."""
     if kernel_function in ("relu", "focused"):
         phi = jax.nn.relu(x) + EPSILON
     else:
@@ -335,24 +338,3 @@ def _phi(x, kernel_function):
         power = (phi / norm) ** FOCUSING_FACTOR
         phi = norm / jnp.linalg.norm(power, axis=-1, keepdims=True) * power
     return phi
-
-
-def _depthwise_conv(v, conv_kernel, conv_bias, case):
-    """The zero-padded depth-wise convolution of (B, T, D) over the grid, float32."""
-    B, T, D = v.shape
-    h, w = case.grid
-    K = case.conv_size
-    pad = K // 2
-    # float32 before the taps and not at each: so
-    # the gradient of v is summed in float32 too.
-    image = v.astype(jnp.float32).reshape(B, h, w, D)
-    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-
-    taps = jnp.tile(conv_kernel.astype(jnp.float32), (1, 1, case.num_heads))
-    taps = taps[:, :, None, None, None]  # (K, K, 1, 1, 1, D)
-    bias = jnp.tile(conv_bias.astype(jnp.float32), case.num_heads)
-    out = bias[None, None, None]
-    for dy in range(K):
-        for dx in range(K):
-            out = out + padded[:, dy : dy + h, dx : dx + w] * taps[dy, dx]
-    return out.reshape(B, T, D)

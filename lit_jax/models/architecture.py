@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import jax
 
 from lit_jax import ranges
+from lit_jax.diffusion import PROCESSES
 from lit_jax.kernels.linear_attention import KERNEL_FUNCTIONS
 from lit_jax.models.attention import ATTENTIONS, make_attention
 from lit_jax.ranges import Range
@@ -37,7 +38,8 @@ def heads_of_size(size: str, attention: str, width: int = 0) -> int:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
     _, size_width, softmax_heads, linear_heads = SIZES[size]
-    heads = softmax_heads if attention == "softmax" else linear_heads
+    has_few = attention in ATTENTIONS and ATTENTIONS[attention].few_heads
+    heads = linear_heads if has_few else softmax_heads
     return next(n for n in range(heads, 0, -1) if (width or size_width) % n == 0)
 
 
@@ -66,14 +68,19 @@ class Architecture:
     depth: int
     width: int  # D
     num_heads: int | None  # None: a checkpoint that does not tell; such a config builds no model
-    attention: str = "softmax"  # softmax: the teacher's; linear: LiT
+    attention: str = "softmax"  # softmax: the teacher's; linear: LiT; a row of ATTENTIONS
     patch_size: int = 2  # p
     in_channels: int = 4  # C
     learn_sigma: bool = True  # the output holds the variance's values too: 2C channels
     qkv_bias: bool = True
-    conv_size: int = 5  # linear: the K x K depth-wise convolution of v; 0: none
-    kernel_function: str = "relu"  # linear: relu, gelu, focused, focused_gelu
+    conv_size: int = 5  # K of the depth-wise convolution of v (dit5: of q and k); 0: none
+    kernel_function: str = "relu"  # linear, mhla: relu, gelu, focused, focused_gelu
+    num_blocks: int = 16  # mhla: square blocks of the grid
+    softmax_every: int = 0  # of a linear attention: every so many-th layer keeps softmax; 0: none
+    softmax_heads: int = 0  # of those layers
     grid: tuple[int, int] | None = None  # tokens that it was trained on, h x w; None: not known
+    # What its outputs are: noise, at timesteps 0 to 999, or velocity, at times in [0, 1].
+    prediction: str = "noise"
 
     # What each field may hold; a family adds its own.
     ranges: ClassVar[dict[str, Range]] = {
@@ -84,23 +91,44 @@ class Architecture:
         "qkv_bias": FLAG,
         "conv_size": Range("odd, or 0", lambda x: is_count(x, 0) and (x == 0 or x % 2 == 1)),
         "kernel_function": ranges.one_of(*KERNEL_FUNCTIONS),
+        "num_blocks": Range(
+            "a square from 1 to 4096",
+            lambda x: is_count(x) and x <= 4096 and math.isqrt(x) ** 2 == x,
+        ),
+        "softmax_every": Range(
+            f"0, or a whole number from 2 to {MAX_COUNT}", lambda x: is_count(x, 0) and x != 1
+        ),
+        "softmax_heads": Range(f"a whole number from 0 to {MAX_COUNT}", lambda x: is_count(x, 0)),
         "grid": Range("two whole numbers, or None", lambda x: x is None or _is_grid(x)),
+        "prediction": ranges.one_of(*PROCESSES),
     }
     # Fields in which a teacher must be as its student, whatever its size.
-    shared_with_teacher: ClassVar[tuple[str, ...]] = ("in_channels", "learn_sigma")
+    shared_with_teacher: ClassVar[tuple[str, ...]] = ("in_channels", "learn_sigma", "prediction")
     # Fields that say how a checkpoint's own code computes, which no shape tells.
-    conventions: ClassVar[tuple[str, ...]] = ()
+    conventions: ClassVar[tuple[str, ...]] = ("prediction",)
     # Paths of leaves that travel with the weights and are not trained.
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
+        self.check_fields(dataclasses.asdict(self))
         # What the attention does not read: two equal models must not differ in it.
         design = ATTENTIONS.get(self.attention)
-        unread = {"conv_size": 0, "kernel_function": "relu"}
+        unread = {"conv_size": 0, "kernel_function": "relu", "num_blocks": 16}
         for name, value in unread.items():
             if design and name not in design.fields:
                 object.__setattr__(self, name, value)
-        self.check_fields(dataclasses.asdict(self))
+        if self.attention == "softmax":
+            object.__setattr__(self, "softmax_every", 0)
+        if not self.softmax_every:
+            object.__setattr__(self, "softmax_heads", 0)
+        elif self.depth % self.softmax_every:
+            raise ValueError(
+                f"softmax_every = {self.softmax_every} does not divide the depth {self.depth}"
+            )
+        elif not self.softmax_heads or self.width % self.softmax_heads:
+            raise ValueError(
+                f"softmax_heads = {self.softmax_heads} does not divide the width {self.width}"
+            )
         if self.width % 4:
             raise ValueError(
                 f"width = {self.width} is not a multiple of 4, as the position table needs"
@@ -119,18 +147,19 @@ class Architecture:
         depth: int = 0,
         width: int = 0,
         num_heads: int = 0,
+        softmax_heads: int = 0,
         **fields: Any,
     ) -> Self:
-        """The config of a size's name; depth, width and num_heads of 0 are the size's own."""
+        """The config of a size's name; depth, width and heads of 0 are the size's own."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
-        size_depth, size_width, softmax_heads, linear_heads = SIZES[size]
-        size_heads = softmax_heads if attention == "softmax" else linear_heads
+        size_depth, size_width, _, _ = SIZES[size]
         return cls(
             depth=depth or size_depth,
             width=width or size_width,
-            num_heads=num_heads or size_heads,
+            num_heads=num_heads or heads_of_size(size, attention),
             attention=attention,
+            softmax_heads=softmax_heads or heads_of_size(size, "softmax", width),
             **fields,
         )
 
@@ -186,6 +215,13 @@ class Architecture:
         """The same with the heads that a checkpoint did not tell."""
         return dataclasses.replace(self, num_heads=num_heads)
 
+    def layer(self, index: int) -> Self:
+        """The same with the attention of one layer, by its number, in all of them."""
+        if self.softmax_every and (index + 1) % self.softmax_every == 0:
+            changes: dict[str, Any] = {"attention": "softmax", "num_heads": self.softmax_heads}
+            return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, softmax_every=0)
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with `learn_sigma`."""
@@ -208,5 +244,8 @@ class Architecture:
     def attention_flops(self, input_size: tuple[int, int]) -> float:
         """FLOPs of one image's attention without its projections, in all layers."""
         T = math.prod(input_size) // self.patch_size**2
-        attention = make_attention(self, parent=None)
-        return 2.0 * self.depth * attention.macs(T, self.width)
+        # A group of layers, as often as there are groups.
+        every = self.softmax_every or 1
+        layers = [make_attention(self.layer(i), parent=None) for i in range(every)]
+        macs = sum(attention.macs(T, self.width) for attention in layers)
+        return 2.0 * (self.depth // every) * macs

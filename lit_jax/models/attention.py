@@ -1,4 +1,4 @@
-"""The two attentions of the one model: DiT's softmax, and LiT's linear attention.
+"""The attentions of the one model: DiT's softmax, LiT's linear attention, and other linear ones.
 
 Each is a Flax module on (B, T, D). Its `refusal` tells whether an
 implementation offers its case, and `macs` what it costs, so that nobody else
@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lit_jax.kernels import linear_attention
+from lit_jax.kernels import dit5, linear_attention, mala, mhla
+from lit_jax.kernels.depthwise import depthwise_conv
 from lit_jax.kernels.linear_attention import Case, take_or_xla
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import split_rows
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -24,8 +26,8 @@ SOFTMAX_IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu")
 # in the forward pass, and the bias was added again in the backward.
 PROJECTED = "projected"
 
-# What the TPU flash kernel's default blocks
-# divide: tokens, and columns of wide heads.
+# The tokens of a block of the TPU flash kernel,
+# and what columns of wide heads are multiples of.
 FLASH_BLOCK = 128
 
 
@@ -43,8 +45,8 @@ def softmax_attention(
     Args:
       q, k, v: (B, T, N, H).
       implementation: "xla"; "cudnn" (NVIDIA, 16 bit); "pallas_tpu" (JAX's flash
-        kernel, T a multiple of 128). A named one runs or raises. None takes
-        cudnn or pallas_tpu where they can run, else xla, and logs which.
+        kernel, T at least 128). A named one runs or raises. None takes cudnn
+        or pallas_tpu where they can run, else xla, and logs which.
     Returns: (B, T, N, H) in the dtype of q.
     Raises: ValueError for an unknown name, or a named implementation that does
       not offer the case.
@@ -63,14 +65,26 @@ def softmax_attention(
     if implementation != "pallas_tpu":
         known: Any = implementation  # JAX's type lists its names, "xla" and "cudnn"
         return jax.nn.dot_product_attention(q, k, v, implementation=known)
+    return split_rows(_flash_attention, (q, k, v))
+
+
+def _flash_attention(q, k, v):
+    """JAX's TPU kernel on (B, T, N, H), any T."""
     # Imported here: it imports only where Pallas has TPUs.
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
-    def flash(q, k, v):
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, N, T, H)
-        return flash_attention(q, k, v, sm_scale=H**-0.5).swapaxes(1, 2)
-
-    return split_rows(flash, (q, k, v))
+    B, T, N, H = q.shape
+    padding = -T % FLASH_BLOCK
+    edges = ((0, 0), (0, 0), (0, padding), (0, 0))
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), edges) for x in (q, k, v))  # (B, N, T + padding, H)
+    segments = None
+    if padding:
+        # What fills the last block is a segment of its own: no token sees it.
+        ids = jnp.broadcast_to(jnp.arange(T + padding) >= T, (B, T + padding))
+        ids = ids.astype(jnp.int32)
+        segments = kernel.SegmentIds(ids, ids)
+    out = kernel.flash_attention(q, k, v, segment_ids=segments, sm_scale=H**-0.5)
+    return out[:, :, :T].swapaxes(1, 2)
 
 
 def softmax_refusal(
@@ -84,10 +98,10 @@ def softmax_refusal(
     For "cudnn" that depends on this machine's GPU.
     """
     if implementation == "pallas_tpu":
-        if tokens % FLASH_BLOCK:
+        # XLA's form holds the scores of so few in one tile.
+        if tokens < FLASH_BLOCK:
             return (
-                f"the TPU flash kernel takes T in multiples of {FLASH_BLOCK}, "
-                f"got {tokens} tokens; use xla"
+                f"the TPU flash kernel takes at least {FLASH_BLOCK} tokens, got {tokens}; use xla"
             )
         # One block of tokens takes heads of any width; several do not.
         if tokens > FLASH_BLOCK < head_width and head_width % FLASH_BLOCK:
@@ -158,19 +172,20 @@ class SoftmaxAttention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """The filters and the bias that LiT's attention convolves v with.
+    """The filters and the bias of a depth-wise convolution of tokens.
 
-    One filter a head channel, shared by the heads. They start as PyTorch's
+    In LiT's attention there is one filter a head channel, shared by the heads;
+    in other designs one for each of the D channels. They start as PyTorch's
     Conv2d does, uniform in +-1 / sqrt(K * K), the bias too: the plain random
     start of the paper's section 3.2.
     """
 
     size: int  # K
-    channels: int  # H
+    channels: int  # H, or D
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns: filters (K, K, H) and bias (H,), float32."""
+        """Returns: filters (K, K, channels) and bias (channels,), float32."""
         limit = 1.0 / self.size
 
         def uniform(key, shape, dtype=jnp.float32):
@@ -225,11 +240,8 @@ class LinearAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        B, T, D = x.shape
-        q = _dense(D, self.qkv_bias, self.dtype, "q")(x)
-        kv = _dense(2 * D, self.qkv_bias, self.dtype, "kv")(x)
-        q = checkpoint_name(q, PROJECTED)
-        kv = checkpoint_name(kv, PROJECTED)
+        D = x.shape[-1]
+        q, kv = _project(x, self.qkv_bias, self.dtype)
         conv_kernel = None
         conv_bias = None
         if self.conv_size:
@@ -248,6 +260,137 @@ class LinearAttention(nn.Module):
         return _dense(D, True, self.dtype, "proj")(x)
 
 
+# ---- Other linear attentions -------------------------------------------------
+
+
+class BlockAttention(nn.Module):
+    """MHLA on (B, T, D): a state for each block of the image, mixed for each block.
+
+    A convolution of v with a filter for each channel is added before `proj`. The
+    formula is in kernels/mhla.py.
+    """
+
+    num_heads: int
+    qkv_bias: bool = True
+    kernel_function: str = "relu"
+    conv_size: int = 3  # 0: no convolution
+    num_blocks: int = 16  # M, a square
+    implementation: str | None = None  # xla is the only one
+    dtype: Any = jnp.bfloat16
+
+    def refusal(self, implementation: str, width: int, grid: tuple[int, int]) -> str:
+        """Why an implementation or a grid does not offer it, or ""."""
+        return _xla_alone(implementation) or mhla.refusal(self.num_blocks, grid)
+
+    def macs(self, tokens: int, width: int) -> int:
+        """Multiply-adds for one image without the projections.
+
+        States and read-out, 2 T D H, their mixing, M M D H, the convolution, K K T D.
+        """
+        head_width = width // self.num_heads
+        products = (2 * tokens + self.num_blocks**2) * width * head_width
+        return products + self.conv_size**2 * tokens * width
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        D = x.shape[-1]
+        q, k, v = _split(*_project(x, self.qkv_bias, self.dtype))
+        N = self.num_heads
+        mix = self.param("mix", lambda _: jnp.asarray(mhla.initial_mix(self.num_blocks)))
+        out = v
+        # Parameters are made for one token, which has no blocks.
+        if not self.is_initializing():
+            heads = (_heads(q, N), _heads(k, N), _heads(v, N))
+            out = mhla.mhla(*heads, mix, grid=grid, kernel_function=self.kernel_function)
+            out = out.reshape(x.shape)
+        if self.conv_size:
+            conv = DepthwiseConv(self.conv_size, D, name="dwc")
+            out = (out + depthwise_conv(v, *conv(), grid)).astype(self.dtype)
+        return _dense(D, True, self.dtype, "proj")(out)
+
+
+class MagnitudeAttention(nn.Module):
+    """MALA on (B, T, D): the magnitude of a query counts.
+
+    A convolution of v is added; the sum is multiplied by a linear gate of x, then
+    `proj`. The formula is in kernels/mala.py.
+    """
+
+    num_heads: int
+    qkv_bias: bool = True
+    conv_size: int = 5  # 0: no convolution
+    implementation: str | None = None  # xla is the only one
+    dtype: Any = jnp.bfloat16
+
+    def refusal(self, implementation: str, width: int, grid: tuple[int, int]) -> str:
+        """Why an implementation does not offer it, or ""."""
+        return _xla_alone(implementation)
+
+    def macs(self, tokens: int, width: int) -> int:
+        """Multiply-adds for one image without q, k, v and proj.
+
+        State and read-out, 2 T D H, the convolution, K K T D, the gate, T D D.
+        """
+        head_width = width // self.num_heads
+        return tokens * width * (2 * head_width + self.conv_size**2 + width)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        D = x.shape[-1]
+        q, k, v = _split(*_project(x, self.qkv_bias, self.dtype))
+        N = self.num_heads
+        out = mala.mala(_heads(q, N), _heads(k, N), _heads(v, N)).reshape(x.shape)
+        if self.conv_size:
+            conv = DepthwiseConv(self.conv_size, D, name="dwc")
+            out = (out + depthwise_conv(v, *conv(), grid)).astype(self.dtype)
+        gate = _dense(D, True, self.dtype, "gate")(x)
+        return _dense(D, True, self.dtype, "proj")(out * gate)
+
+
+class FastWeightAttention(nn.Module):
+    """DiT5's attention on (B, T, D): one closed-form step of a small network a head.
+
+    Keys are centred over the tokens; a convolution of q and one of k are added to
+    them. All four projections are those of softmax attention, which a student can
+    inherit. The formula is in kernels/dit5.py.
+    """
+
+    num_heads: int
+    qkv_bias: bool = True
+    conv_size: int = 3  # of q and of k; 0: no convolutions
+    implementation: str | None = None  # xla is the only one
+    dtype: Any = jnp.bfloat16
+
+    def refusal(self, implementation: str, width: int, grid: tuple[int, int]) -> str:
+        """Why an implementation does not offer it, or ""."""
+        return _xla_alone(implementation)
+
+    def macs(self, tokens: int, width: int) -> int:
+        """Multiply-adds for one image without the projections.
+
+        Five products of T D H for the step, two for the queries, 2 K K T D.
+        """
+        head_width = width // self.num_heads
+        return tokens * width * (7 * head_width + 2 * self.conv_size**2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        D = x.shape[-1]
+        N = self.num_heads
+        q, k, v = _split(*_project(x, self.qkv_bias, self.dtype))
+        k = dit5.centre_keys(k)
+        if self.conv_size:
+            of_q = DepthwiseConv(self.conv_size, D, name="dwc_q")
+            of_k = DepthwiseConv(self.conv_size, D, name="dwc_k")
+            q = (q + depthwise_conv(q, *of_q(), grid)).astype(self.dtype)
+            k = (k + depthwise_conv(k, *of_k(), grid)).astype(self.dtype)
+        start = nn.initializers.truncated_normal(0.02)
+        w1 = self.param("w1", start, (N, D // N, D // N))
+        w2 = self.param("w2", start, (N, D // N, D // N))
+        out = dit5.dit5(_heads(q, N), _heads(k, N), _heads(v, N), w1, w2)
+        return _dense(D, True, self.dtype, "proj")(out.reshape(x.shape))
+
+
 # ---- The table ---------------------------------------------------------------
 
 
@@ -259,15 +402,22 @@ class Design(NamedTuple):
 
     module: type[nn.Module]
     implementations: tuple[str, ...]
-    fields: tuple[str, ...] = ()  # of the model's config, that only this attention reads
+    fields: tuple[str, ...] = ()  # of the model's config, that not every attention reads
+    few_heads: bool = False  # a size has LiT's few heads; otherwise those of its softmax
 
 
 # `attention` of a config names one.
 ATTENTIONS = {
     "softmax": Design(SoftmaxAttention, SOFTMAX_IMPLEMENTATIONS),
     "linear": Design(
-        LinearAttention, linear_attention.IMPLEMENTATIONS, ("kernel_function", "conv_size")
+        LinearAttention,
+        linear_attention.IMPLEMENTATIONS,
+        ("kernel_function", "conv_size"),
+        few_heads=True,
     ),
+    "mhla": Design(BlockAttention, ("xla",), ("kernel_function", "conv_size", "num_blocks")),
+    "mala": Design(MagnitudeAttention, ("xla",), ("conv_size",)),
+    "dit5": Design(FastWeightAttention, ("xla",), ("conv_size",)),
 }
 
 # The parts that a module of an attention computes, side by side on the last
@@ -296,6 +446,11 @@ def make_attention(
         parameters and answers `refusal` and `macs`.
     """
     design = ATTENTIONS[config.attention]
+    if implementation not in (None, *design.implementations):
+        raise ValueError(
+            f"implementation must be one of {', '.join(design.implementations)} for "
+            f"{config.attention} attention; got {implementation!r}"
+        )
     return design.module(
         num_heads=config.num_heads,
         qkv_bias=config.qkv_bias,
@@ -306,5 +461,28 @@ def make_attention(
     )
 
 
+def _xla_alone(implementation):
+    return "" if implementation == "xla" else f"{implementation} has no such attention; use xla"
+
+
+def _project(x, use_bias, dtype):
+    """q (B, T, D) and kv (B, T, 2D), by modules of the caller; remat can save them."""
+    D = x.shape[-1]
+    q = _dense(D, use_bias, dtype, "q")(x)
+    kv = _dense(2 * D, use_bias, dtype, "kv")(x)
+    return checkpoint_name(q, PROJECTED), checkpoint_name(kv, PROJECTED)
+
+
+def _split(q, kv):
+    """(B, T, D) and (B, T, 2D) to q, k and v."""
+    return q, *jnp.split(kv, 2, axis=-1)
+
+
+def _heads(x, num_heads):
+    """(B, T, D) to (B, T, N, H)."""
+    B, T, D = x.shape
+    return x.reshape(B, T, num_heads, D // num_heads)
+
+
 def _dense(features, use_bias, dtype, name):
-    return nn.Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)
+    return Dense(features, use_bias, dtype, kernel_init=xavier_uniform, name=name)

@@ -5,8 +5,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from lit_jax.models.attention import PROJECTED
+from lit_jax.models.attention import PROJECTED, make_attention
 from lit_jax.partitioning import gather_weights
 
 REMAT_POLICIES = {
@@ -19,6 +20,12 @@ REMAT_POLICIES = {
 }
 
 
+EPSILON = 1e-12  # of a mean square: an attention that gives nothing has no relative error
+# The collection in which a block leaves what its attention read and gave, where a
+# caller of `apply` asks for it (mutable=[ATTENTION]).
+ATTENTION = "attention"
+
+
 def scan_blocks(
     model: nn.Module,
     block: type[nn.Module],
@@ -27,6 +34,7 @@ def scan_blocks(
     dtype: Any,
     remat: str = "none",
     shared_inputs: int = 0,
+    group: int = 0,
 ) -> Any:
     """A class of modules that applies `depth` blocks one after the other.
 
@@ -38,6 +46,8 @@ def scan_blocks(
       dtype: in which the blocks use their matrices.
       remat: a name of REMAT_POLICIES.
       shared_inputs: how many inputs all layers read; 0: None is their one input.
+      group: of a pattern of so many different layers, `layer_0` and so on, over which it scans
+        as a whole; 0: all layers are alike. The block's config then answers `layer`.
     """
     # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
     gathered = nn.map_variables(
@@ -49,10 +59,84 @@ def scan_blocks(
     )
     if remat != "none":
         gathered = nn.remat(gathered, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if group:
+        gathered = _group_of(gathered, group)
     return nn.scan(
         gathered,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ATTENTION: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * shared_inputs or 0,
-        length=depth,
+        length=depth // (group or 1),
     )
+
+
+def _group_of(block, size):
+    """A class of modules that applies `size` blocks, each with the config of its layer."""
+
+    class Group(nn.Module):
+        config: Any
+        grid: tuple[int, int]
+        implementation: str | None  # of the attention that is not softmax
+        dtype: Any
+
+        @nn.compact
+        def __call__(self, carry, *inputs):
+            for index in range(size):
+                layer = self.config.layer(index)
+                is_own = layer.attention == self.config.attention
+                implementation = self.implementation if is_own else None
+                fields = (layer, self.grid, implementation, self.dtype)
+                carry, _ = block(*fields, name=f"layer_{index}")(carry, *inputs)
+            return carry, None
+
+    return Group
+
+
+def attend(block: nn.Module, attn: Any, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """attn(x, grid); what it reads and gives stays in the collection ATTENTION of its block."""
+    out = attn(x, grid)
+    block.sow(ATTENTION, "read", x)
+    block.sow(ATTENTION, "gave", out)
+    return out
+
+
+def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -> jax.Array:
+    """How far each attention of a model is from that of its teacher on the teacher's own input.
+
+    The layer-wise regression of Grafting (arXiv 2506.05340): no layer sees the errors of those
+    before it, and gradients stay in each layer's attention. The squared distance is relative to
+    the mean square of the teacher's attention in that layer, so that all layers count alike.
+
+    Args:
+      model, params: the student. Its layers that keep softmax do not count.
+      seen: the collection ATTENTION of the teacher, of as many blocks and as wide; detached here.
+      grid: (h, w) in tokens.
+    Returns: (B,) float32, the mean over the layers.
+    """
+    config = model.config.layer(0)
+    attn = make_attention(config, model.implementation, model.dtype, parent=None)
+    # A list of one: `sow` appends.
+    (read,), (gave,) = (jax.lax.stop_gradient(seen["blocks"][name]) for name in ("read", "gave"))
+
+    @jax.checkpoint
+    def layer(params, x, wanted):
+        params = gather_weights(params, dtype=model.dtype)
+        out = attn.apply({"params": params}, x.astype(model.dtype), grid)
+        wanted = wanted.astype(jnp.float32)
+        distance = jnp.square(out.astype(jnp.float32) - wanted).mean(axis=(1, 2))
+        return distance / (jnp.square(wanted).mean() + EPSILON)
+
+    def add(total, rows):
+        return total + layer(*rows), None
+
+    total = jnp.zeros(read.shape[1], jnp.float32)
+    blocks = params["blocks"]
+    every = model.config.softmax_every
+    if not every:
+        total, _ = jax.lax.scan(add, total, (blocks["attn"], read, gave))
+        return total / len(read)
+    # The layers that keep softmax are the teacher's.
+    for i in range(every - 1):
+        own = blocks[f"layer_{i}"]["attn"]
+        total, _ = jax.lax.scan(add, total, (own, read[i::every], gave[i::every]))
+    return total / (len(read) * (every - 1) // every)

@@ -17,7 +17,8 @@ import numpy as np
 
 from lit_jax.models.architecture import COUNT, Architecture, is_count
 from lit_jax.models.attention import make_attention, xavier_uniform
-from lit_jax.models.blocks import scan_blocks
+from lit_jax.models.blocks import attend, scan_blocks
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import constrain_rows
 from lit_jax.ranges import Range
 
@@ -45,8 +46,8 @@ class DiTConfig(Architecture):
             "a number between 0 and 1", lambda x: isinstance(x, float) and 0 < x < 1
         ),
     }
-    shared_with_teacher: ClassVar = ("in_channels", "num_classes", "learn_sigma")
-    conventions: ClassVar = ("timestep_freq_shift", "mlp_norm_epsilon")
+    shared_with_teacher: ClassVar = (*Architecture.shared_with_teacher, "num_classes")
+    conventions: ClassVar = (*Architecture.conventions, "timestep_freq_shift", "mlp_norm_epsilon")
 
     def condition_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the model is told of each image besides x and t: its label, (B,) int32."""
@@ -152,10 +153,10 @@ class TimestepEmbedder(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        x = nn.Dense(self.width, kernel_init=init, name="mlp_0")(
+        x = Dense(self.width, kernel_init=init, name="mlp_0")(
             timestep_embedding(t, self.freq_shift)
         )
-        return nn.Dense(self.width, kernel_init=init, name="mlp_2")(nn.silu(x))
+        return Dense(self.width, kernel_init=init, name="mlp_2")(nn.silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -182,8 +183,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         D = x.shape[-1]
-        x = nn.Dense(4 * D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc1")(x)
-        return nn.Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(
+        x = Dense(4 * D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc1")(x)
+        return Dense(D, dtype=self.dtype, kernel_init=xavier_uniform, name="fc2")(
             nn.gelu(x, approximate=True)
         )
 
@@ -205,16 +206,15 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, c = map(constrain_rows, carry)
         D = x.shape[-1]
-        modulation = nn.Dense(
+        modulation = Dense(
             6 * D, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaLN_modulation"
         )(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             modulation, 6, axis=-1
         )
         attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
-        x = x + gate_msa[:, None] * attn(
-            modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
-        )
+        modulated = modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa)
+        x = x + gate_msa[:, None] * attend(self, attn, modulated, self.grid)
         mlp = Mlp(self.dtype, name="mlp")
         x = x + gate_mlp[:, None] * mlp(
             modulate(LayerNorm(self.config.mlp_norm_epsilon, name="norm2")(x), shift_mlp, scale_mlp)
@@ -234,13 +234,11 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         D, zeros = x.shape[-1], nn.initializers.zeros
-        modulation = nn.Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(
-            c
-        )
+        modulation = Dense(2 * D, dtype=self.dtype, kernel_init=zeros, name="adaLN_modulation")(c)
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x = modulate(LayerNorm(name="norm_final")(x), shift, scale)
         # The output is a regression target: its product accumulates and stays in float32.
-        return nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(
+        return Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(
             x.astype(jnp.float32)
         )
 
@@ -268,6 +266,8 @@ class DiT(nn.Module):
     ) -> jax.Array:
         """The predicted noise and, with `learn_sigma`, the variance's raw values.
 
+        A velocity model predicts the velocity; with `learn_sigma` its second half is unused.
+
         Args:
           x: (B, h, w, C). t: (B,) timesteps, integer or float32.
           condition: {"label": (B,) int32}.
@@ -294,7 +294,14 @@ class DiT(nn.Module):
         y = label if drop is None else jnp.where(drop, config.num_classes, label)
         c = nn.silu(c + LabelEmbedder(config.num_classes, D, name="y_embedder")(y))  # (B, D)
 
-        blocks = scan_blocks(self, Block, config.depth, dtype=self.dtype, remat=self.remat)
+        blocks = scan_blocks(
+            self,
+            Block,
+            config.depth,
+            dtype=self.dtype,
+            remat=self.remat,
+            group=config.softmax_every,
+        )
         # c never changes, yet is carried. As an input that the forward and the backward loop share,
         # libtpu 0.0.52 places it twice in the same vector memory and fails ("Value while ...
         # overlaps with another chunk") from 8 rows a chip down.

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from lit_jax.models.architecture import COUNT, COUNT_OR_NONE, SIZES, Architecture
 from lit_jax.models.attention import PROJECTED, make_attention, xavier_uniform
-from lit_jax.models.blocks import scan_blocks
+from lit_jax.models.blocks import attend, scan_blocks
+from lit_jax.models.dense import Dense
 from lit_jax.models.dit import (
     FREQUENCIES,
     LayerNorm,
@@ -62,14 +63,13 @@ class PixArtConfig(Architecture):
         ),
     }
     shared_with_teacher: ClassVar = (
-        "in_channels",
-        "learn_sigma",
+        *Architecture.shared_with_teacher,
         "caption_channels",
         "caption_length",
         "position_base",
         "position_scale",
     )
-    conventions: ClassVar = ("cross_heads",)
+    conventions: ClassVar = (*Architecture.conventions, "cross_heads")
     frozen: ClassVar = ("y_embedder/y_embedding",)
 
     def __post_init__(self):
@@ -158,9 +158,9 @@ class CaptionMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.lecun_normal()
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        x = Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         x = nn.gelu(x, approximate=True)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc2")(x)
+        return Dense(self.width, dtype=self.dtype, kernel_init=init, name="fc2")(x)
 
 
 class CrossAttention(nn.Module):
@@ -180,7 +180,7 @@ class CrossAttention(nn.Module):
         N = self.num_heads
 
         def dense(features, name, init=xavier_uniform):
-            return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+            return Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
         q = dense(D, "q_linear")(x).reshape(B, T, N, D // N)
         kv = dense(2 * D, "kv_linear")(caption).reshape(B, S, 2, N, D // N)
@@ -221,9 +221,8 @@ class Block(nn.Module):
             modulation, 1, 0
         )
         attn = make_attention(self.config, self.implementation, self.dtype, name="attn")
-        x = x + gate_msa[:, None] * attn(
-            modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa), self.grid
-        )
+        modulated = modulate(LayerNorm(name="norm1")(x), shift_msa, scale_msa)
+        x = x + gate_msa[:, None] * attend(self, attn, modulated, self.grid)
         # A config from a checkpoint may not know its heads; such a one builds no model.
         num_heads = self.config.cross_heads or 1
         cross = CrossAttention(num_heads, self.dtype, name="cross_attn")
@@ -249,7 +248,7 @@ class FinalLayer(nn.Module):
         shift, scale = jnp.moveaxis(table[None] + embedded_t[:, None], 1, 0)
         # The output is a regression target: its product accumulates and stays in float32.
         x = modulate(LayerNorm(name="norm_final")(x.astype(jnp.float32)), shift, scale)
-        return nn.Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(x)
+        return Dense(self.features, dtype=jnp.float32, kernel_init=zeros, name="linear")(x)
 
 
 class PixArt(nn.Module):
@@ -311,7 +310,7 @@ class PixArt(nn.Module):
         table = position_embedding((h, w), D, config.position_base, config.position_scale)
         x = x + jnp.asarray(table, self.dtype)[None]  # (B, T, D)
         embedded_t = TimestepEmbedder(D, 0, name="t_embedder")(t)  # (B, D)
-        t0 = nn.Dense(6 * D, kernel_init=normal(0.02), name="t_block")(nn.silu(embedded_t))
+        t0 = Dense(6 * D, kernel_init=normal(0.02), name="t_block")(nn.silu(embedded_t))
         t0 = t0.reshape(B, 6, D)
         y_embedder = CaptionEmbedder(D, config.caption_length, self.dtype, name="y_embedder")
         y = y_embedder(caption, drop)  # (B, S, D)
@@ -320,7 +319,13 @@ class PixArt(nn.Module):
 
         # The caption is no part of the carry, which the backward pass keeps of every layer.
         blocks = scan_blocks(
-            self, Block, config.depth, dtype=self.dtype, remat=self.remat, shared_inputs=2
+            self,
+            Block,
+            config.depth,
+            dtype=self.dtype,
+            remat=self.remat,
+            shared_inputs=2,
+            group=config.softmax_every,
         )
         stack = blocks(config, (h, w), self.implementation, self.dtype, name="blocks")
         (x, _), _ = stack((x, t0), y, mask)

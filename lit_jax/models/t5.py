@@ -19,6 +19,7 @@ from lit_jax import ranges
 from lit_jax.models.architecture import COUNT
 from lit_jax.models.autoencoder import precision_of
 from lit_jax.models.blocks import scan_blocks
+from lit_jax.models.dense import Dense
 from lit_jax.partitioning import constrain_rows
 
 # Of every T5 v1.1; no shape tells the last two.
@@ -115,7 +116,7 @@ class RMSNorm(nn.Module):
 
 def _dense(features, dtype, std, name):
     # T5's initial weights: what follows has a variance of one without any scaling.
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=False,
         dtype=dtype,

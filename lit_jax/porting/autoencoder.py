@@ -32,6 +32,7 @@ from lit_jax.porting.torch_checkpoint import (
     check_diffusers_config,
     is_count,
 )
+from lit_jax.porting.torch_file import NewTensor
 
 DIFFUSERS_CLASSES = ("AutoencoderKL",)
 # Of the autoencoder's keys in a file that has the diffusion model and text
@@ -191,6 +192,39 @@ def _from_ldm(name, last_up):
     for pattern, replacement in LDM_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def diffusers_tensors(params: Any, architecture: Mapping[str, Any]) -> list[NewTensor]:
+    """Every tensor of diffusers' AutoencoderKL.
+
+    Args: params: the tree of `models.autoencoder`, arrays or leaves.
+    Raises: PortingError with both sides unless the tree is that of the architecture.
+    """
+    flat = flatten_dict(params, sep="/")
+    expected = entries(architecture)
+    check_tree(flat, expected, Report("the parameters", "orbax"))
+    tensors = []
+    for entry in expected:
+        read = functools.partial(entry.to_torch, flat[entry.path], 0)
+        tensors.append(NewTensor(entry.keys[0], entry.torch_shape, read))
+    return tensors
+
+
+def diffusers_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of diffusers' AutoencoderKL."""
+    widths = list(architecture["block_out_channels"])
+    return dict(architecture) | {
+        "_class_name": DIFFUSERS_CLASSES[0],
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        # Of a tile, where tiling is asked for; it decides nothing else.
+        "sample_size": 512,
+    }
 
 
 # ---- The architecture ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """DiT and LiT: the keys of every layout, and what tells the architecture.
 
-Three layouts are read: the official one (DiT, fast-DiT, REPA and our exports),
+Three layouts are read: the official one (DiT, fast-DiT, SiT, REPA and our exports),
 that of diffusers, and our own tree in an Orbax checkpoint. The first two are
 written. The official keys are the common spelling, to which those of diffusers
 are renamed.
@@ -18,11 +18,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_jax import ranges
+from lit_jax.diffusion import PROCESSES
 from lit_jax.models import param_shapes
 from lit_jax.models.architecture import MAX_COUNT
 from lit_jax.models.dit import DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
+    GROUP,
     INDEX,
     LEAVES,
     Entry,
@@ -118,6 +120,7 @@ LIT_TORCH = pathlib.Path(__file__).parents[1] / "assets" / "lit_torch.py"
 
 # How the code of a layout computes. No shape tells it, and a model that
 # computes by the other convention gives pictures that are nearly right.
+# What a model predicts is a convention of the weights: see `_prediction`.
 OFFICIAL_CONVENTIONS: dict[str, Any] = {
     "timestep_freq_shift": 0,
     "mlp_norm_epsilon": 1e-6,
@@ -151,6 +154,7 @@ class Overrides:
             keeps it.
         timestep_freq_shift, mlp_norm_epsilon: how the source's code computes.
             None: as that of its layout.
+        prediction: what the source was trained to predict. None: what it tells.
         seed: of new label rows.
     Raises: ValueError whose text starts with the field's name.
     """
@@ -160,6 +164,7 @@ class Overrides:
     input_size: tuple[int, int] | None = None
     timestep_freq_shift: int | None = None
     mlp_norm_epsilon: float | None = None
+    prediction: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -170,6 +175,7 @@ class Overrides:
             input_size=_SIDES,
             timestep_freq_shift=ranges.Range("0 or 1", lambda x: x in (None, 0, 1)),
             mlp_norm_epsilon=ranges.Range("between 0 and 1", lambda x: x is None or 0 < x < 1),
+            prediction=ranges.one_of(None, *PROCESSES),
         )
 
     @classmethod
@@ -205,6 +211,7 @@ def entries(config: DiTConfig) -> tuple[Entry, ...]:
         num_heads=heads_of_shapes(config),
         kernel_function="relu",
         grid=None,
+        prediction="noise",
         **OFFICIAL_CONVENTIONS,
     )
     return _entries(shaped)
@@ -242,6 +249,7 @@ def read_torch(
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
     told["depth"] = checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
+    fields["prediction"] = _prediction(named, told, stored, report)
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
         fields |= agreeing(told, says, path, "config.json")
@@ -258,6 +266,38 @@ def read_torch(
         config = _with_stored_grid(config, table.shape[1], overrides, path)
         report.keys[table.keys[0]] = _check_pos_embed(table.arrays[0], config, report)
     return match(named, entries(config), source, report, checked=checked), config
+
+
+def _prediction(named, told, stored, report):
+    """What the weights were trained to predict: noise, unless something tells a velocity.
+
+    SiT's and DiT's checkpoints have the same keys and shapes.
+    """
+    if "prediction" in stored:
+        return stored["prediction"]
+    if any(key.startswith("projectors.") for key in report.left_out):
+        why = "a REPA model"
+    elif _has_unused_half(named, told):
+        # A flow has no variance: these rows stay at zero, where every DiT has them at first.
+        why = "the half of final_layer.linear for a variance is zero"
+    else:
+        return "noise"
+    report.notes.append(
+        f"{why}: it predicts the velocity of SiT's linear path, at times in [0, 1]; "
+        "if not, name port.prediction"
+    )
+    return "velocity"
+
+
+def _has_unused_half(named, told):
+    """Whether the last layer has two halves, of which the second alone is zero."""
+    parts = [named.get(f"final_layer.linear.{leaf}") for leaf in ("weight", "bias")]
+    C = told["in_channels"]
+    rows = told["patch_size"] ** 2 * 2 * C
+    if not told["learn_sigma"] or not all(part and part.shape[0] == rows for part in parts):
+        return False
+    halves = [np.asarray(part.arrays[0]).reshape(-1, 2, C, *part.shape[1:]) for part in parts]
+    return not any(half[:, 1].any() for half in halves) and halves[0][:, 0].any()
 
 
 def _notes_of_guesses(config, stored, source):
@@ -287,12 +327,14 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
     # The shapes tell the same as in the official layout, so they get its names:
     # those of the first block are enough.
     shapes = {}
+    first = f"{GROUP}0/"
+    plain = {name.replace(first, "blocks/"): leaf for name, leaf in flat.items()}
     for module, official in MODULES.items():
         for ours, theirs in LEAVES.items():
             name = f"{module}/{ours}"
-            if name not in flat:
+            if name not in plain:
                 continue
-            shape = tuple(flat[name].shape)
+            shape = tuple(plain[name].shape)
             entry = Entry(name, (), shape)
             ndims = (2, 4) if ours == "kernel" else (1, 2)
             if len(shape) - entry.is_stacked not in ndims:
@@ -303,7 +345,8 @@ def read_tree(flat: Mapping[str, Any], stored: Any, report: Report) -> DiTConfig
     told = _told(shapes, stored, path)
     blocks = [leaf for name, leaf in flat.items() if name.startswith("blocks/")]
     depths = [leaf.shape[0] for leaf in blocks if leaf.ndim]
-    told["depth"] = checked_depth(max(depths, default=0), path)
+    layers = len({name.split("/")[1] for name in flat if name.startswith(GROUP)}) or 1
+    told["depth"] = checked_depth(max(depths, default=0) * layers, path)
     fields = _assumed(told, shapes, path) | told
     fields |= agreeing(told, stored, path, "its metadata")
     config = make_config(DiTConfig, fields, path)
@@ -322,6 +365,7 @@ def override(
     asked = {
         "timestep_freq_shift": overrides.timestep_freq_shift,
         "mlp_norm_epsilon": overrides.mlp_norm_epsilon,
+        "prediction": overrides.prediction,
         "num_heads": overrides.num_heads or None,
     }
     changes: dict[str, Any] = {}
@@ -389,9 +433,6 @@ def _from_official(source, report):
     if projectors:
         why = "projectors of REPA's training loss"
         report.left_out |= dict.fromkeys(projectors, why)
-        report.notes.append(
-            "a REPA model: it predicts the velocity of SiT's linear path, at times in [0, 1]"
-        )
     return {
         key: Parts((tensor,), (key,))
         for key, tensor in source.tensors.items()
@@ -619,7 +660,8 @@ def check_official(config: DiTConfig) -> None:
 
 def torch_module(config: DiTConfig) -> pathlib.Path | None:
     """The PyTorch module to go with an export; None: official code can read it."""
-    return LIT_TORCH if config.attention == "linear" else None
+    is_lit = config.attention == "linear" and not config.softmax_every
+    return LIT_TORCH if is_lit else None
 
 
 def official_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
@@ -717,6 +759,16 @@ def lit_config(config: DiTConfig) -> dict[str, Any]:
 
     Raises: PortingError where the config does not tell the grid or the heads.
     """
+    if config.prediction != "noise":
+        raise PortingError(
+            f"the pipeline draws with a model that predicts noise, this one predicts the "
+            f"{config.prediction}; export it as .safetensors or .pt"
+        )
+    if config.softmax_every:
+        raise PortingError(
+            f"the pipeline has no model of two attentions, this one has softmax_every = "
+            f"{config.softmax_every}; export it as .safetensors or .pt"
+        )
     _require(config, {}, "diffusers")
     fields = config.to_json()
     return {"_class_name": LIT_CLASS} | {name: fields[name] for name in LIT_FIELDS}

@@ -19,7 +19,7 @@ from lit_jax.models.dit import DiTConfig
 from lit_jax.porting import dit
 from lit_jax.porting.torch_checkpoint import DIFFUSERS_FILES, PortingError, component
 from lit_jax.porting.torch_file import write_safetensors
-from lit_jax.porting.write import whole_folder
+from lit_jax.porting.write import whole_folder, write_json
 from lit_jax.samplers import SAMPLERS, SamplerSettings
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -77,19 +77,19 @@ def export_lit(
     with whole_folder(path) as folder:
         model = folder / "transformer"
         model.mkdir()
-        _write_json(model / "config.json", fields)
+        write_json(model / "config.json", fields)
         # Our own reader learns the architecture from here.
         metadata = {"format": "pt", "architecture": json.dumps(config.to_json())}
         write_safetensors(model / WEIGHTS, tensors, metadata)
         for name in ("lit_transformer.py", "lit_torch.py"):
             (model / name).write_text((ASSETS / name).read_text())
         (folder / "scheduler").mkdir()
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if settings.autoencoder:
             _copy_autoencoder(settings.autoencoder, folder / "vae", settings.scaling_factor)
         (folder / "lit_pipeline.py").write_text((ASSETS / "lit_pipeline.py").read_text())
         (folder / "README.md").write_text(settings.card)
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
 
 
 def scheduler_config(settings: SamplerSettings, num_steps: int) -> tuple[str, dict[str, Any]]:
@@ -171,10 +171,6 @@ def _copy_autoencoder(source, target, scaling_factor):
     config = json.loads((folder / "config.json").read_text())
     if scaling_factor:
         config["scaling_factor"] = scaling_factor
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     name = next(name for name in DIFFUSERS_FILES if (folder / name).exists())
     (folder / name).copy(target / name)
-
-
-def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")

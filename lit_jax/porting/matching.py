@@ -170,6 +170,7 @@ class Entry:
         return self.path.endswith("/kernel")
 
 
+GROUP = "blocks/layer_"  # of models whose layers follow a pattern
 # Our leaf of a module, and torch's; of others the name is the same.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -183,25 +184,35 @@ def tree_entries(
         leaves: the tree by path; their shapes are read.
         modules: the official name of a module, with {} for the number of a block. A module
             that is not there is spelt as its path: blocks/attn/q is blocks.{}.attn.q.
-        depth: the number of blocks.
+        depth: the number of blocks. Those of a pattern, blocks/layer_1/ of k such layers, are the
+            blocks 1, 1 + k, and so on.
     """
     found = {}
+    pattern = {path.split("/")[1] for path in leaves if path.startswith(GROUP)}
+    places = {}
     for path, leaf in leaves.items():
-        module, _, name = path.rpartition("/")
+        layers = range(depth if path.startswith("blocks/") else 1)
+        plain = path
+        if path.startswith(GROUP):
+            first, _, rest = path.removeprefix(GROUP).partition("/")
+            layers = range(int(first), depth, len(pattern))
+            plain = f"blocks/{rest}"
+        places[path] = plain
+        module, _, name = plain.rpartition("/")
         spelt = module.replace("/", ".")
         if f"{module}/".startswith("blocks/"):
             spelt = "blocks.{}" + spelt.removeprefix("blocks")
         official = f"{modules.get(module, spelt)}.{LEAVES.get(name, name)}"
-        layers = range(depth if path.startswith("blocks/") else 1)
         keys = tuple(official.format(layer) for layer in layers)
         found[path] = Entry(path, keys, tuple(leaf.shape))
     order = list(modules)
     kinds = list(LEAVES)
 
     def place(path):
-        module, _, name = path.rpartition("/")
+        module, _, name = places[path].rpartition("/")
         known = order.index(module) if module in order else len(order)
-        return known, module, kinds.index(name) if name in kinds else len(kinds), name
+        kind = kinds.index(name) if name in kinds else len(kinds)
+        return known, module, kind, name, path
 
     return tuple(found[path] for path in sorted(found, key=place))
 

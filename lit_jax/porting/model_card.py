@@ -10,6 +10,7 @@ from etils import epath
 
 from lit_jax import conditions
 from lit_jax.checkpoint import is_checkpoint, open_params
+from lit_jax.models.pixart import PixArtConfig
 from lit_jax.runtime import storage
 from lit_jax.samplers import SamplerSettings
 
@@ -117,27 +118,33 @@ def make_card(
       vae: a sentence about the autoencoder; empty: the model draws pixels.
     """
     licence, why = licence_of(run.sources)
+    is_told_captions = isinstance(config, PixArtConfig)
+    what = "prompts" if is_told_captions else "classes"
+    call = '"a red cat on a blue chair"' if is_told_captions else "class_labels=[0, 1, 2, 3]"
+    code = "lit_text" if is_told_captions else "lit"
+    tag = "text-to-image" if is_told_captions else "unconditional-image-generation"
+    kind = "" if is_told_captions else ", class-conditional"
     lines = [
         "---",
         f"license: {licence}",
         "library_name: diffusers",
-        "pipeline_tag: unconditional-image-generation",
-        "tags: [lit, linear-attention, diffusion, class-conditional]",
+        f"pipeline_tag: {tag}",
+        f"tags: [lit, linear-attention, diffusion{kind}]",
         "---",
         "",
         f"# {name}",
         "",
         "A LiT (arXiv 2501.12976): a diffusion transformer with linear attention, which draws "
-        "images of classes. Made with lit_jax.",
+        f"images of {what}. Made with lit_jax.",
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)',
-        "images = pipeline(class_labels=[0, 1, 2, 3]).images",
+        f"images = pipeline({call}).images",
         "```",
         "",
-        "`trust_remote_code=True` runs lit_pipeline.py, transformer/lit_transformer.py and "
+        f"`trust_remote_code=True` runs {code}_pipeline.py, transformer/{code}_transformer.py and "
         "transformer/lit_torch.py of this folder: diffusers has no LiT.",
         "",
         "## The model",
@@ -185,13 +192,19 @@ def _origins(path: str | epath.Path) -> tuple[str, ...]:
 
 def _architecture(config, parameters, checksum):
     p = config.patch_size
-    h, w = (side * p for side in config.grid)
+    told: tuple[str, Any]
+    if isinstance(config, PixArtConfig):
+        h = w = config.position_base * p
+        told = ("caption", f"{config.caption_length} tokens of {config.caption_channels} channels")
+    else:
+        h, w = (side * p for side in config.grid)
+        told = ("classes", conditions.count_classes(config))
     return [
         ("parameters", f"{parameters:,}"),
         ("blocks, width, heads", f"{config.depth}, {config.width}, {config.num_heads}"),
         ("attention", f"linear, {config.kernel_function}, {config.conv_size} x {config.conv_size}"),
         ("input", f"{h} x {w}, channels: {config.in_channels}, patches of {p} x {p}"),
-        ("classes", conditions.count_classes(config)),
+        told,
         ("SHA-256 of the weights", checksum),
     ]
 

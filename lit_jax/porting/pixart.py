@@ -99,6 +99,13 @@ OTHER_MODELS = {
         "it normalises queries and keys; no released PixArt-Sigma does"
     ),
 }
+# Of the model in the assets, that diffusers runs; sample_size and out_channels go along.
+LIT_CLASS = "LiTTextTransformer2DModel"
+LIT_FIELDS = (
+    "attention", "depth", "width", "num_heads", "patch_size", "in_channels", "out_channels",
+    "learn_sigma", "qkv_bias", "conv_size", "kernel_function", "cross_heads", "caption_channels",
+    "caption_length", "position_base", "position_scale",
+)  # fmt: skip
 NULL_CAPTION = "y_embedder/y_embedding"
 WHAT = "a PixArt-Sigma checkpoint"
 MAX_SIDE = 1 << 10  # tokens: images of 16384 pixels
@@ -511,7 +518,8 @@ def check_official(config: PixArtConfig) -> None:
 
 def torch_module(config: PixArtConfig) -> pathlib.Path | None:
     """The PyTorch module to go with an export; None: official code can read it."""
-    return LIT_TORCH if config.attention == "linear" else None
+    is_lit = config.attention == "linear" and not config.softmax_every
+    return LIT_TORCH if is_lit else None
 
 
 def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:
@@ -536,7 +544,7 @@ def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:
 def check_diffusers(config: PixArtConfig) -> None:
     """Raises PortingError unless diffusers computes what the model computes."""
     if config.attention != "softmax":
-        raise PortingError("diffusers has no LiT; export it in the official layout")
+        raise PortingError("diffusers has no LiT; its pipeline's folder brings the code for it")
     _need_heads(config)
     if config.num_heads != config.cross_heads:
         raise PortingError(
@@ -600,6 +608,17 @@ def diffusers_config(config: PixArtConfig) -> dict[str, Any]:
         # diffusers' default is True at 1024 pixels, for PixArt-alpha.
         "use_additional_conditions": False,
     }
+
+
+def lit_config(config: PixArtConfig) -> dict[str, Any]:
+    """The config.json of the LiTTextTransformer2DModel in the assets.
+
+    Raises: PortingError where the config does not tell the heads.
+    """
+    _need_heads(config)
+    size = config.position_base * config.patch_size
+    told = {name: getattr(config, name) for name in LIT_FIELDS}
+    return {"_class_name": LIT_CLASS, "sample_size": size} | told
 
 
 def _need_heads(config):

@@ -35,7 +35,7 @@ _MAX_PREFIXES = 6
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 # In a training checkpoint the report repeats what these arguments were.
-_ARGUMENTS = ("model", "image_size", "resolution", "num_classes", "vae")
+_ARGUMENTS = ("model", "image_size", "resolution", "num_classes", "vae", "path_type", "prediction")
 
 
 class PortingError(ValueError):

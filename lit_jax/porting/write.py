@@ -7,15 +7,20 @@ converted and written one at a time.
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from lit_jax.checkpoint import save_params
+from lit_jax.porting import autoencoder
 from lit_jax.porting.read import KEY_TABLES, AutoencoderCheckpoint, Checkpoint, load_params
-from lit_jax.porting.torch_checkpoint import PortingError
+from lit_jax.porting.torch_checkpoint import DIFFUSERS_FILES, PortingError
 from lit_jax.porting.torch_file import NewTensor, write_safetensors, write_torch
+
+# Of one file of weights: two files for a T5-XXL, as on the Hub.
+SHARD_BYTES = 10 * 1000**3
 
 
 def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epath.Path]:
@@ -78,9 +83,28 @@ def export_diffusers(params: Any, path: epath.PathLike, config: Any) -> None:
     path = epath.Path(path)
     family = KEY_TABLES[type(config)]
     family.check_diffusers(config)
+    # The transformer would compute the same, but what draws with it reads noise.
+    if config.prediction != "noise":
+        raise PortingError(
+            f"the model predicts the {config.prediction}, and diffusers draws with one of this "
+            f"class that predicts noise; export it as .safetensors or .pt"
+        )
     tensors = family.diffusers_tensors(params, config)
     fields = family.diffusers_config(config)
     write_folder(path, fields, "diffusion_pytorch_model.safetensors", tensors)
+
+
+def export_autoencoder(params: Any, path: epath.PathLike, architecture: Mapping[str, Any]) -> None:
+    """Writes a folder that diffusers.AutoencoderKL.from_pretrained loads, float32.
+
+    Args:
+        params: the tree of `models.autoencoder`, arrays or leaves.
+        architecture: that of an `AutoencoderCheckpoint`.
+    Raises: PortingError with both sides unless the tree is that of the architecture.
+    """
+    tensors = autoencoder.diffusers_tensors(params, architecture)
+    fields = autoencoder.diffusers_config(architecture)
+    write_folder(path, fields, DIFFUSERS_FILES[0], tensors)
 
 
 def write_folder(
@@ -88,11 +112,47 @@ def write_folder(
 ) -> None:
     """Writes a folder of config.json and the weights, as a whole or not at all.
 
+    Weights of more than `SHARD_BYTES` are several files and their index, as on the Hub.
+
     Args: name: of the .safetensors file in it.
     """
+    metadata = {"format": "pt"}
+    shards = _shards(tensors)
     with whole_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(folder / name, tensors, {"format": "pt"})
+        write_json(folder / "config.json", config)
+        if len(shards) == 1:
+            write_safetensors(folder / name, tensors, metadata)
+            return
+        stem = name.removesuffix(".safetensors")
+        places: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / file, shard, metadata)
+            places |= {tensor.key: file for tensor in shard}
+        total = {"total_size": sum(map(_size, tensors))}
+        write_json(folder / f"{name}.index.json", {"metadata": total, "weight_map": places})
+
+
+def _shards(tensors):
+    """The tensors in their order, in lists of at most `SHARD_BYTES`, or of one."""
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + _size(tensor) > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += _size(tensor)
+    return shards
+
+
+def _size(tensor):
+    return 4 * math.prod(tensor.shape)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a value as the folders of diffusers and transformers have theirs."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -220,6 +220,35 @@ def test_memory_is_what_the_arrays_take_by_hand(planned):
         assert by_hand < programs[name]["arguments"] < 1.15 * by_hand, name
 
 
+def test_a_captioned_model_with_came_is_planned_by_bucket():
+    """Parameters, EMA and one moment, where AdamW has two; the factors are vectors.
+
+    The program is lowered, not compiled: the recipes' own plans are in docs/text_to_image.md.
+    """
+    config = tiny_config(fsdp=4)
+    with config.model.unlocked():
+        config.model.update(
+            family="pixart", num_classes=None, timestep_freq_shift=None, mlp_norm_epsilon=None,
+            depth=2, cross_heads=4, caption_channels=64, caption_length=20, position_base=8,
+        )  # fmt: skip
+    config.optimizer.update(name="came", warmup=12)
+    config.train.steps = 100
+    planner = plan.Planner(plan.of_bucket(config, "8x32"), topology_devices("v5e:2x4"))
+    lowered = planner.lower("distill", 64)
+    state, teacher, batch, _ = (
+        sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        for part in lowered.args_info[0]
+    )
+    parameters = checkpoint.parameter_count(param_shapes(planner.model.config))
+    assert 3 * 4 * parameters < state < 1.01 * 3 * 4 * parameters
+    assert teacher == 2 * 2 * checkpoint.parameter_count(planner.teacher_params)
+    # 16 x 64 pixels, the number of the image, features of 20 tokens and their mask.
+    assert batch == 64 * (16 * 64 + 4 + 20 * 64 * 2 + 20)
+    once = planner.model.config.forward_flops((16, 64))
+    frozen = planner.teacher.config.forward_flops((16, 64))
+    assert planner.flops("distill", 64)[0] == pytest.approx(64 * (3 * once + frozen))
+
+
 def test_the_step_writes_the_new_state_over_the_old(planned):
     """What is not donated, or donated and not reused, is there twice: here only the metrics are."""
     _, programs = planned
@@ -260,7 +289,7 @@ def test_the_programs_are_those_that_a_tpu_would_run():
         planner = plan.Planner(config, devices)
         return planner.model.implementation, planner.teacher.implementation
 
-    # 256 tokens: the flash kernel takes multiples of 128. Then 64.
+    # 256 tokens: the flash kernel takes 128 and more.
     assert implementations(patch_size=2) == ("pallas_tpu", "pallas_tpu")
     assert implementations(implementation="xla") == ("xla", "xla")
     assert implementations(conv_size=9)[0] == "xla"  # no kernel offers it

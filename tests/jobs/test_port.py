@@ -46,7 +46,7 @@ def test_the_job_ports_an_autoencoder(tmp_path):
     again = read_autoencoder(tmp_path / "b")
     assert again.report.checksum == report.checksum == read_autoencoder(source).report.checksum
     assert again.architecture == report.architecture
-    message = "port.layout = dit, but .* is an autoencoder, which is ported to orbax only"
+    message = "port.layout = dit, but .* is an autoencoder, which is ported to orbax or diffusers"
     with pytest.raises(ValueError, match=message):
         port.run(port_config(source=source, target=tmp_path / "c.pt"), tmp_path / "work")
 

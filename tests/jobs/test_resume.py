@@ -61,9 +61,9 @@ def check_same_end(workdir, undisturbed):
         jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
-def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
+def test_seven_kills_at_random_moments_change_no_bit(server, undisturbed):
     draw, workdir, everything = random.Random(0), server.folder / "killed", []
-    for kill in range(10):
+    for kill in range(7):
         # Every third process is killed at any moment, which may be in its start or its first steps.
         # The others are killed in a save or after one.
         life = server.start(workdir, *RHYTHM, batches=5)
@@ -79,7 +79,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
         assert life.wait() == -signal.SIGKILL
         everything.append(life)
     everything.append(server.run(workdir, *TO_THE_END))
-    assert sorted({life.first_step() for life in everything})[-1] >= 9
+    assert everything[-1].first_step() >= 6  # after two of the kills a save was complete
     for life in everything:
         taken = life.ids()
         assert taken == undisturbed[1][life.first_step() :][: len(taken)]
@@ -201,12 +201,12 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(serv
 
 
 def test_a_change_that_would_change_the_run_is_refused_with_both_values(server, undisturbed):
-    life = server.start(undisturbed[0], *RHYTHM, "--config.train.batch_size=16")
+    life = server.start(undisturbed[0], *RHYTHM, "--config.seed=1")
     assert life.wait() == 1
     message = life.text().splitlines()[-1]
     assert (
         message.startswith("error: ")
-        and "train.batch_size was 8 and is now 16" in message
+        and "seed was 0 and is now 1" in message
         and "force_config" in message
     )
 
@@ -216,9 +216,15 @@ def test_another_number_of_devices_sees_the_same_data_and_the_same_losses(server
         "--config.model.width=128",
         "--config.optimizer.schedule=constant",
         "--config.train.log_every=1",
+        "--config.checkpoint.every=2",
+        "--config.checkpoint.keep=3",
     )
     alone, moving = server.folder / "alone", server.folder / "moving"
     ids = server.run(alone, *wide, "--config.train.steps=6").ids()
+    # The other run begins with the first two steps of this one.
+    shutil.copytree(alone, moving)
+    for step in (4, 6):
+        shutil.rmtree(moving / "checkpoints" / str(step))
     parts = [
         server.run(
             moving,
@@ -226,10 +232,11 @@ def test_another_number_of_devices_sees_the_same_data_and_the_same_losses(server
             f"--config.train.steps={steps}",
             f"--config.mesh.cpu_devices={devices}",
             f"--config.mesh.fsdp={fsdp}",
-        ).ids()
-        for steps, devices, fsdp in ((2, 8, 2), (4, 1, 1), (6, 4, 4))
+        )
+        for steps, devices, fsdp in ((4, 8, 2), (6, 1, 1))
     ]
-    assert sum(parts, []) == ids
+    assert [life.first_step() for life in parts] == [2, 4]
+    assert sum((life.ids() for life in parts), []) == ids[2:]
     expected, actual = lives.losses(alone), lives.losses(moving)
     assert actual.keys() == expected.keys()
     for now, metrics in expected.items():
@@ -373,6 +380,7 @@ def go_on(started, *, data=None, teacher=0, **changes):
         ("data.flip", {"data.flip": True}),
         ("train.batch_size", {"train.batch_size": 8}),
         ("train.label_dropout", {"train.label_dropout": 0.25}),
+        ("train.min_snr_gamma", {"train.min_snr_gamma": 5.0}),
         ("train.steps", {"train.steps": 4}),  # the cosine's length
         ("model.conv_size", {"model.conv_size": 3}),
         ("model.dtype", {"model.dtype": "bfloat16"}),

@@ -1,7 +1,9 @@
 """Images of prompts: which prompt an image is of, GenEval's folder, sizes, and memory in turns."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from tiny_autoencoder import write_autoencoder
 from tiny_text import write_text_encoder
 
 from configs import debug
-from lit_jax import checkpoint
+from lit_jax import checkpoint, experiment, text
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import port, sample
 from lit_jax.models import param_shapes
@@ -19,7 +21,8 @@ from lit_jax.porting.pixart import Overrides, read_null_caption
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
 
-PROMPTS = ("a red cat, left of the tree", "a blue dog")
+# Of 12 and of 20 tokens: they are padded to 16 and to 20.
+PROMPTS = ("a blue dog", "a red cat, on top of the hat")
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +71,39 @@ def images(folder, pattern="*.png"):
 
 
 def test_an_image_depends_on_its_number_and_its_prompt(config, drawn, tmp_path):
-    """Other prompts beside it, other batches and an interruption change nothing."""
+    """Shorter and longer prompts beside it, other batches and an interruption change nothing."""
     six = images(drawn)
     assert len(set(six)) == 6
     others = draw(config, tmp_path / "a", prompts=(PROMPTS[0], "a green house"))
     assert images(others)[:3] == six[:3]
     assert images(others)[3] != six[3]
-    (others / "000001.png").unlink()
-    draw(config, tmp_path / "a", prompts=(PROMPTS[0], "a green house"))
-    assert images(others)[:3] == six[:3]
+    others = draw(config, tmp_path / "b", prompts=("a green house", PROMPTS[1]))
+    assert images(others)[3:] == six[3:]
+    for name in ("000001.png", "000003.png"):
+        (others / name).unlink()
+    draw(config, tmp_path / "b", prompts=("a green house", PROMPTS[1]))
+    assert images(others)[3:] == six[3:]
+
+
+def test_what_a_prompt_is_told_with_depends_on_it_alone(config):
+    """To the bit, before pictures are rounded to bytes: no padding follows a longer neighbour."""
+
+    def condition(prompts, numbers):
+        changed = config.copy_and_resolve_references()
+        changed.sample.update(prompts=prompts, images_per_prompt=1)
+        experiment = Experiment(changed)
+        params = read_checkpoint(config.sample.checkpoint).params
+        asked = sample.what_is_asked(experiment, ())
+        told, _ = sample.tell(experiment, asked, params, np.array(numbers))
+        ((_, batch),) = told.batches(8)
+        return told.condition(batch) | {"preview": experiment.conditions(batch, "")["caption"]}
+
+    alone = condition(PROMPTS[:1], [0])
+    assert alone["caption"].shape == (1, 16, 16) and alone["preview"].shape == (1, 20, 16)
+    for prompts, number in ((PROMPTS, 0), (PROMPTS[::-1], 1)):
+        beside = condition(prompts, [number])
+        for name, value in alone.items():
+            np.testing.assert_array_equal(beside[name], value, strict=True)
 
 
 def test_a_finished_folder_needs_no_text_encoder(config, drawn, tmp_path, monkeypatch, caplog):
@@ -96,8 +123,36 @@ def test_a_finished_folder_needs_no_text_encoder(config, drawn, tmp_path, monkey
             draw(config, tmp_path / "copy")
 
 
-def test_model_and_decoder_can_take_turns(config, drawn, tmp_path):
-    assert images(draw(config, tmp_path, offload=True)) == images(drawn)
+@pytest.mark.parametrize("offload", [False, True])
+def test_text_encoder_model_and_decoder_come_one_after_the_other(
+    config, drawn, tmp_path, monkeypatch, offload
+):
+    """With offload no two of them are in memory; without, the text encoder is gone at least."""
+    events = []
+    alive = {}
+
+    def watch(module, name, what):
+        load = getattr(module, name)
+
+        def loaded(*args, **kwargs):
+            gc.collect()
+            there = [
+                other for other, refs in alive.items() if any(ref() is not None for ref in refs)
+            ]
+            events.append((what, there))
+            found = load(*args, **kwargs)
+            leaves = jax.tree.leaves(found)
+            alive[what] = [weakref.ref(leaf) for leaf in leaves]
+            return found
+
+        monkeypatch.setattr(module, name, loaded)
+
+    watch(text, "load_encoder_params", "text encoder")
+    watch(sample, "load_params", "model")
+    watch(experiment, "load_params", "decoder")
+    assert images(draw(config, tmp_path, offload=offload)) == images(drawn)
+    beside = [] if offload else ["model"]
+    assert events == [("text encoder", []), ("model", []), ("decoder", beside)]
 
 
 def test_the_folder_says_what_its_images_depend_on(config, drawn, tmp_path):

@@ -1,32 +1,48 @@
-"""Softmax attention: its kernels, and which of them a platform gets."""
+"""Softmax attention's kernels, and which a platform gets; costs; every design in a model."""
 
 import contextlib
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_close
 
-from lit_jax.models import attention
+from lit_jax import inherit, models
+from lit_jax.costs import tpu_schedule
+from lit_jax.kernels import dit5, mala, mhla
+from lit_jax.kernels.depthwise import depthwise_conv
+from lit_jax.models import attention, dit
 
 
 def tokens(*shape, seed=5, scale=1.0):
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("head_width", [16, 72])
-def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
+# Whole blocks of 128 tokens, and the 12 x 14 of an aspect that leaves the last one ragged.
+@pytest.mark.parametrize("T, head_width", [(256, 16), (168, 72)])
+def test_the_tpu_flash_kernel_computes_softmax_attention(T, head_width):
     """Values and gradients, in interpret mode, which multiplies in float32: wrong axes show."""
-    q, k, v, do = (jnp.asarray(tokens(1, 256, 2, head_width, seed=seed)) for seed in range(4))
+    q, k, v, do = (jnp.asarray(tokens(1, T, 2, head_width, seed=seed)) for seed in range(4))
     expected, vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
     with pltpu.force_tpu_interpret_mode():
         out, flash_vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "pallas_tpu"), q, k, v)
         gradients = flash_vjp(do)
     for ours, theirs in zip((out, *gradients), (expected, *vjp(do))):
-        assert_close(ours, theirs, reduction=256)
+        assert_close(ours, theirs, reduction=T)
+
+
+def test_the_tpu_compiler_takes_the_flash_kernel_of_a_ragged_aspect():
+    """PixArt-Sigma's 1,008 tokens of the bucket 12x21 at 512 pixels, whose last block has 112."""
+    array = jax.ShapeDtypeStruct((2, 1008, 16, 72), jnp.bfloat16)
+    flash = functools.partial(attention.softmax_attention, implementation="pallas_tpu")
+    compiled = tpu_schedule.compile_for(flash, (array,) * 3, "v5e:2x2")
+    # The scores of all pairs would be 65 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 40e6
 
 
 @pytest.mark.parametrize(
@@ -37,7 +53,8 @@ def test_the_tpu_flash_kernel_computes_softmax_attention(head_width):
         ("tpu", None, "bfloat16", 256, 256, "pallas_tpu"),
         ("tpu", None, "bfloat16", 256, 288, "xla"),  # wide heads in multiples of 128 only,
         ("tpu", None, "bfloat16", 128, 288, "pallas_tpu"),  # unless one block takes all tokens
-        ("tpu", None, "float32", 64, 72, "xla"),  # 128 does not divide the tokens
+        ("tpu", None, "bfloat16", 1008, 72, "pallas_tpu"),  # 128 does not divide the tokens
+        ("tpu", None, "float32", 64, 72, "xla"),  # fewer than a block
         ("gpu", "9.0", "bfloat16", 64, 72, "cudnn"),
         ("gpu", "9.0", "float16", 64, 256, "cudnn"),
         ("gpu", "9.0", "bfloat16", 64, 264, "xla"),  # heads too wide
@@ -85,7 +102,7 @@ def test_none_is_what_was_chosen_and_a_named_softmax_attention_runs_or_raises(mo
     for name, message in (
         ("cudnn", "cudnn runs on NVIDIA's GPUs"),
         ("fast", "must be one of xla, cudnn, pallas_tpu; got 'fast'"),
-        ("pallas_tpu", "in multiples of 128, got 64 tokens"),
+        ("pallas_tpu", "takes at least 128 tokens, got 64;"),
     ):
         with pytest.raises(ValueError, match=message):
             attention.softmax_attention(q[:, :64], k[:, :64], v[:, :64], name)
@@ -105,3 +122,82 @@ def test_linear_attention_passes_each_token_through_its_heads_state_twice():
     # And nine taps for each of the 12 values.
     with_convolution = attention.LinearAttention(num_heads=2, conv_size=3)
     assert with_convolution.macs(tokens=3, width=4) == 48 + 108
+
+
+def test_other_designs_cost_what_their_products_do():
+    """Three tokens (of MHLA: in one block) of two heads of 2 x 2, as above."""
+    state = 48
+    mhla = attention.BlockAttention(num_heads=2, conv_size=0, num_blocks=1)
+    assert mhla.macs(tokens=3, width=4) == state + 8  # a state of 2 x 2 x 2, mixed once
+    mala = attention.MagnitudeAttention(num_heads=2, conv_size=3)
+    assert mala.macs(tokens=3, width=4) == state + 108 + 48  # the gate is a projection of 4 x 4
+    dit5 = attention.FastWeightAttention(num_heads=2, conv_size=3)
+    assert dit5.macs(tokens=3, width=4) == 7 * 24 + 2 * 108
+
+
+# ---- Every design in a model ---------------------------------------------------------------------
+
+OWN_LEAVES = {
+    "mhla": {"mix", "dwc/kernel", "dwc/bias"},
+    "mala": {"gate/kernel", "gate/bias", "dwc/kernel", "dwc/bias"},
+    "dit5": {"w1", "w2", "dwc_q/kernel", "dwc_q/bias", "dwc_k/kernel", "dwc_k/bias"},
+}
+
+
+@pytest.mark.parametrize("name", OWN_LEAVES)
+def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(name):
+    """And it computes: the module against its own kernel, by the leaves that it declares."""
+    config = dit.DiTConfig(
+        depth=2, width=16, num_heads=2, attention=name, num_classes=3, conv_size=3, num_blocks=4
+    )
+    params = models.init_params(dit.DiT(config), jax.random.key(0))
+    own = flatten_dict(params["blocks"]["attn"], sep="/")
+    shared = {f"{m}/{leaf}" for m in ("q", "kv", "proj") for leaf in ("kernel", "bias")}
+    assert set(own) == shared | OWN_LEAVES[name]
+
+    teacher = models.init_params(dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3)), jax.random.key(1))
+    merged, report = inherit.merge_params(teacher, params, load=("q", "k", "v", "o"))
+    assert {path.removeprefix("blocks/attn/") for path in report.at_init} == OWN_LEAVES[name]
+    qkv = teacher["blocks"]["attn"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(merged["blocks"]["attn"]["kv"]["kernel"], qkv[..., 16:])
+
+    layer = jax.tree.map(lambda leaf: leaf[1], merged["blocks"]["attn"])
+    layer = jax.tree.map(lambda x: np.asarray(x) + 0.1 * tokens(*x.shape), layer)
+    x = tokens(2, 24, 16)
+    module = attention.make_attention(config, dtype=jnp.float32, parent=None)
+    out = module.apply({"params": layer}, jnp.asarray(x), (4, 6))
+
+    def dense(name):
+        return np.asarray(x @ layer[name]["kernel"] + layer[name]["bias"])
+
+    def conv(name, x):
+        kernel = layer[name]["kernel"][:, :, 0]
+        return np.asarray(depthwise_conv(jnp.asarray(x), kernel, layer[name]["bias"], (4, 6)))
+
+    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+    if name == "dit5":
+        k = np.asarray(dit5.centre_keys(jnp.asarray(k)))
+        q, k = q + conv("dwc_q", q), k + conv("dwc_k", k)
+    arrays = [jnp.asarray(a.reshape(2, 24, 2, 8)) for a in (q, k, v)]
+    if name == "mhla":
+        mixed = mhla.mhla(*arrays, layer["mix"], grid=(4, 6))
+    elif name == "mala":
+        mixed = mala.mala(*arrays)
+    else:
+        mixed = dit5.dit5(*arrays, layer["w1"], layer["w2"])
+    expected = np.asarray(mixed).reshape(2, 24, 16)
+    if name != "dit5":
+        expected = expected + conv("dwc", v)
+    if name == "mala":
+        expected = expected * dense("gate")
+    expected = expected @ layer["proj"]["kernel"] + layer["proj"]["bias"]
+    assert_close(out, expected, reduction=24, factor=32)
+
+
+def test_a_design_without_kernels_takes_xla_alone():
+    config = dit.DiTConfig(2, 16, 2, attention="mala", num_classes=3)
+    with pytest.raises(ValueError, match="^implementation must be one of xla for mala"):
+        attention.make_attention(config, "pallas_tpu", parent=None)
+    module = attention.make_attention(config, parent=None)
+    assert module.refusal("xla", 16, (4, 4)) == ""
+    assert module.refusal("pallas_tpu", 16, (4, 4)) == "pallas_tpu has no such attention; use xla"

@@ -215,13 +215,14 @@ def test_few_heads_are_the_default_of_the_linear_model():
         for size in ("S", "B", "L", "XL")
     }
     assert heads == {"S": 2, "B": 3, "L": 4, "XL": 4}
+    assert dit.DiTConfig.of_size("XL", attention="mhla").num_heads == 16  # as the teacher's
 
 
 @pytest.mark.parametrize(
     "override, message",
     [
         (dict(size="XXL"), "size must be one of .*; got 'XXL'"),
-        (dict(attention="sigmoid"), "attention must be one of softmax, linear; got 'sigmoid'"),
+        (dict(attention="sigmoid"), "attention must be one of softmax, linear, .*; got 'sigmoid'"),
         (dict(num_heads=5), "num_heads = 5 does not divide the width 384"),
         (dict(width=382), "width = 382 is not a multiple of 4"),
         (dict(conv_size=4, attention="linear"), "conv_size must be odd, or 0; got 4"),

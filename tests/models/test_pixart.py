@@ -9,8 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jaxprs import equations
 from oracles import assert_close
+from test_samplers import ddpm_oracle
+from tiny_sampler import PROCESS, SHAPE, make_keys
 
-from lit_jax import models, sharding
+from lit_jax import models, samplers, sharding
 from lit_jax.costs import tpu_schedule
 from lit_jax.data.buckets import Buckets
 from lit_jax.models import pixart
@@ -66,6 +68,44 @@ def test_the_linear_attentions_caption_heads_stay_the_teachers():
 def test_a_field_that_cannot_be_is_named(field, value):
     with pytest.raises(ValueError, match=f"^{field} "):
         pixart.PixArtConfig.of_size("S", **{field: value})
+
+
+def test_ddpm_with_guidance_of_three_channels_is_the_respaced_chain():
+    """PixArt's IDDPM path: the noise of three channels is guided; the fourth, and the variance that
+    is drawn with, are the prompt's.
+    """
+    fields = dict(depth=1, width=16, num_heads=2, caption_channels=6, caption_length=3)
+    config = pixart.PixArtConfig(cross_heads=2, grid=(2, 2), position_base=2, **fields)
+    model = pixart.PixArt(config, dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), models.param_shapes(config)
+    )
+    condition = {
+        "caption": rng.standard_normal((3, 3, 6), np.float32),
+        "caption_mask": np.arange(3) <= np.arange(3)[:, None],
+    }
+
+    @jax.jit
+    def apply(x, t, condition, drop):
+        return model.apply({"params": params}, x, t, condition, drop)
+
+    def guided(x, t, _, drop):
+        told = apply(x, t, condition, drop)
+        untold = apply(x, t, condition, ~drop)
+        three = untold[..., :3] + 4.5 * (told - untold)[..., :3]
+        return jnp.concatenate([three, told[..., 3:]], axis=-1)
+
+    settings = samplers.SamplerSettings(
+        sampler="ddpm", steps=3, variance="learned_range", cfg_scale=4.5, cfg_channels="3"
+    )
+    grid = samplers.make_grid(PROCESS, settings)
+    keys = make_keys(3)
+    drawn = jax.jit(lambda: samplers.sample(apply, keys, condition, SHAPE, grid, settings))()
+    noises = np.stack([samplers.step_noise(keys, step, SHAPE) for step in range(4)])
+    expected = ddpm_oracle(3, noises, None, model_fn=guided)
+    # As for the class-conditional chain.
+    np.testing.assert_allclose(drawn, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_any_grid_spans_the_same_positions():

@@ -13,9 +13,10 @@ from lit_jax.models.pixart import PixArt
 from lit_jax.models.pixart_t5 import PixArtT5, PixArtT5Config
 from lit_jax.models.t5 import T5Encoder
 from lit_jax.porting import pixart, pixart_t5
-from lit_jax.porting.pipeline import export_pipeline
+from lit_jax.porting.pipeline import Parts, export_pipeline
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
+from lit_jax.samplers import SamplerSettings
 from lit_jax.text import TextSettings, Tokenizer, load_text_encoder
 
 CONFIG = PixArtT5Config(
@@ -112,7 +113,7 @@ def test_multiply_adds_are_those_of_both_models():
 def test_the_pipelines_folder_computes_the_same(params, tokenizer, told, images, outputs, tmp_path):
     """With the null caption that its text encoder makes."""
     folder = tmp_path / "pipeline"
-    export_pipeline(params, folder, CONFIG, tokenizer)
+    export(params, folder, CONFIG, tokenizer)
     settings = TextSettings(max_length=20, batch_size=8, dtype="float32")
     encoder = load_text_encoder(folder, settings)
     overrides = pixart.Overrides(null_caption=encoder.null_features(2))
@@ -125,13 +126,19 @@ def test_the_pipelines_folder_computes_the_same(params, tokenizer, told, images,
     assert (folder / "tokenizer" / "spiece.model").read_bytes() == spiece_model()
 
 
+def export(params, path, config, tokenizer):
+    text = (params["text_encoder"], config.text_encoder)
+    parts = Parts(SamplerSettings(sampler="dpm++"), 1000, tokenizer, text)
+    export_pipeline(params["transformer"], path, config.transformer, parts)
+
+
 def test_a_pipeline_that_cannot_be_leaves_nothing(params, tokenizer, tmp_path):
     small = PixArtT5Config.from_json(CONFIG.to_json() | {"text_vocab_size": 8})
-    with pytest.raises(ValueError, match="^tokenizer has .* pieces, the text encoder knows 8"):
-        export_pipeline(params, tmp_path / "out", small, tokenizer)
-    linear = PixArtT5Config.from_json(CONFIG.to_json() | {"attention": "linear"})
-    with pytest.raises(PortingError, match="diffusers has no LiT"):
-        export_pipeline(params, tmp_path / "out", linear, tokenizer)
+    with pytest.raises(PortingError, match="tokenizer has .* pieces, the text encoder knows 8"):
+        export(params, tmp_path / "out", small, tokenizer)
+    heads = PixArtT5Config.from_json(CONFIG.to_json() | {"cross_heads": 1})
+    with pytest.raises(PortingError, match="diffusers has one number of heads"):
+        export(params, tmp_path / "out", heads, tokenizer)
     assert not list(tmp_path.iterdir())
 
 

@@ -220,6 +220,7 @@ def test_repa_projectors_are_left_out_and_named(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "a.pt")
     assert set(checkpoint.report.left_out) == set(extra)
     assert any("REPA" in note for note in checkpoint.report.notes)
+    assert checkpoint.config.prediction == "velocity"
     assert (
         checkpoint.report.checksum
         == read_checkpoint(save(model, tmp_path / "b.pt")).report.checksum
@@ -667,3 +668,20 @@ def test_another_attention_design_is_ported_under_its_own_names(tmp_path, monkey
     export_orbax(read, tmp_path / "orbax")
     again = read_checkpoint(tmp_path / "orbax")
     assert again.config == config and again.report.checksum == read.report.checksum
+
+
+@pytest.mark.parametrize("design", ["mhla", "mala", "dit5"])
+def test_every_design_goes_out_and_in(tmp_path, design):
+    """Its own leaves too, under their paths; the metadata name the design."""
+    config = dit.DiTConfig(
+        depth=2, width=32, num_heads=2, attention=design, num_classes=3, conv_size=3, num_blocks=4,
+        grid=(4, 4),
+    )  # fmt: skip
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).standard_normal(leaf.shape, np.float32),
+        models.param_shapes(config),
+    )
+    export_official(params, tmp_path / "a.safetensors", config)
+    read = read_checkpoint(tmp_path / "a.safetensors")
+    assert read.config == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(read.params), params)

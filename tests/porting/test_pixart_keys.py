@@ -89,7 +89,7 @@ def test_the_model_computes_what_official_code_computes(tmp_path, attention, gri
     assert_close(run_ours(checkpoint, *arguments), run_torch(model, *arguments), **PARITY)
 
 
-def make_diffusers(seed=0):
+def make_diffusers(seed=0, is_told_sizes=False):
     model = diffusers.PixArtTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=12,
@@ -98,7 +98,7 @@ def make_diffusers(seed=0):
         sample_size=16,
         caption_channels=CHANNELS,
         interpolation_scale=0.5,
-        use_additional_conditions=False,
+        use_additional_conditions=is_told_sizes,
     )
     return randomise_(model, seed).eval()
 
@@ -275,6 +275,40 @@ def test_another_table_is_refused(tmp_path):
     model.pos_embed *= 1.1
     with pytest.raises(PortingError, match="another table, and our model has a fixed one"):
         read_checkpoint(save(model, tmp_path / "a.safetensors"))
+
+
+# ---- PixArt-alpha --------------------------------------------------------------------------------
+
+
+def test_an_alpha_file_is_the_same_model_with_captions_of_120_tokens(tmp_path):
+    """Its 512 has 32 tokens a side at scale 1, and names neither heads nor scale."""
+    model = make_torch(caption_length=120)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "PixArt-XL-2-512x512.pth")
+    read = read_checkpoint(tmp_path / "PixArt-XL-2-512x512.pth", overrides=Overrides(num_heads=4))
+    assert (read.config.caption_length, read.config.position_scale) == (120, 1.0)
+    x, t, condition, drop = inputs(length=120)
+    ours = run_ours(read, x, t, condition, drop)
+    assert_close(ours, run_torch(model, x, t, condition, drop), **PARITY)
+
+
+def test_an_alpha_folder_is_read_unless_it_is_told_the_size(tmp_path):
+    """Its class has the name of diffusers' older releases; the 1024's has two embedders more."""
+    asked = Overrides(null_caption=NULL, caption_length=120)
+    for is_told in (False, True):
+        folder = tmp_path / str(is_told)
+        model = make_diffusers(is_told_sizes=is_told)
+        model.save_pretrained(folder)
+        about = json.loads((folder / "config.json").read_text())
+        about["_class_name"] = "Transformer2DModel"
+        for field in ("interpolation_scale", "use_additional_conditions"):
+            del about[field]
+        (folder / "config.json").write_text(json.dumps(about))
+        if is_told:
+            with pytest.raises(PortingError, match="told the image's size and aspect ratio"):
+                read_checkpoint(folder, overrides=asked)
+            continue
+        config = read_checkpoint(folder, overrides=asked).config
+        assert (config.caption_length, config.position_base, config.position_scale) == (120, 8, 1.0)
 
 
 # ---- Refusals ------------------------------------------------------------------------------------

@@ -161,10 +161,12 @@ def test_the_torch_module_runs_a_dit_too(tmp_path):
     assert rel(run_torch(torch_model, x, t, y), run_torch(model, x, t, y)) < 2e-5
 
 
-def test_the_torch_module_draws_what_our_sampler_draws(tmp_path):
-    """The same noise, DDIM; 21 steps have timesteps that are halves before they are rounded."""
+@pytest.mark.parametrize("prediction, sampler", [("noise", "ddim"), ("velocity", "euler")])
+def test_the_torch_module_draws_what_our_sampler_draws(tmp_path, prediction, sampler):
+    """The same noise; DDIM's 21 steps have timesteps that are halves before they are rounded."""
     model = make_torch(attention="linear")
-    source = save(model, tmp_path / "a.safetensors", kernel_function="relu")
+    told = dict(kernel_function="relu", prediction=prediction)
+    source = save(model, tmp_path / "a.safetensors", **told)
     checkpoint = read_checkpoint(source)
     export_official(checkpoint.params, tmp_path / "b.safetensors", checkpoint.config)
     module = lit_torch(tmp_path / "lit_torch.py")
@@ -174,8 +176,8 @@ def test_the_torch_module_draws_what_our_sampler_draws(tmp_path):
     labels = np.array([1, 8])
 
     def ours(**fields):
-        settings = samplers.SamplerSettings(sampler="ddim", **fields)
-        grid = samplers.make_grid(diffusion.GaussianDiffusion(), settings)
+        settings = samplers.SamplerSettings(sampler=sampler, **fields)
+        grid = samplers.make_grid(diffusion.PROCESSES[prediction](), settings)
         params = load_params(checkpoint.params)
         model = dit.DiT(checkpoint.config, dtype=jnp.float32)
 

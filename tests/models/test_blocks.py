@@ -1,0 +1,66 @@
+"""What attention reads and gives in a block, and the layer-wise regression of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from oracles import assert_close
+from torch_checkpoints import inputs, make_torch, rel, run_torch, save
+
+from lit_jax import models
+from lit_jax.models import attention, dit
+from lit_jax.models.blocks import ATTENTION, attention_error
+from lit_jax.porting.read import load_params, read_checkpoint
+
+GRID = (4, 4)
+
+
+def test_the_regression_compares_each_attention_with_the_teachers_on_its_own_input(tmp_path):
+    """The teacher's side against hooks of torch, the student's layer by layer in NumPy."""
+    torch_model = make_torch()
+    seen_by_torch = {"read": [], "gave": []}
+
+    def keep(_, told, out):
+        seen_by_torch["read"].append(told[0].numpy())
+        seen_by_torch["gave"].append(out.numpy())
+
+    for block in torch_model.blocks:
+        block.attn.register_forward_hook(keep)
+    x, _, y = inputs({})
+    t = np.array([3, 63])
+    expected = run_torch(torch_model, x, t, y)
+
+    path = save(torch_model, tmp_path / "a.safetensors", num_heads=3)
+    checkpoint = read_checkpoint(path)
+    teacher = dit.DiT(checkpoint.config, dtype=jnp.float32)
+    frozen = load_params(checkpoint.params)
+    drop = y == checkpoint.config.num_classes
+    told = (x, t, {"label": np.where(drop, 0, y)}, drop)
+    output, seen = teacher.apply({"params": frozen}, *told, mutable=[ATTENTION])
+    assert rel(np.asarray(output), expected) < 2e-5
+    seen = seen[ATTENTION]
+    for name, layers in seen_by_torch.items():
+        assert rel(np.asarray(seen["blocks"][name][0]), np.stack(layers)) < 2e-5
+
+    # The teacher itself has no error.
+    assert attention_error(teacher, frozen, seen, GRID).max() < 1e-9
+
+    config = dit.DiTConfig(3, 48, 3, attention="linear", num_classes=10)
+    student = dit.DiT(config, dtype=jnp.float32)
+    params = models.init_params(student, jax.random.key(0))
+    module = attention.make_attention(config, dtype=jnp.float32, parent=None)
+    by_layer = []
+    for i, (read, gave) in enumerate(zip(*seen_by_torch.values())):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]["attn"])
+        out = np.float64(module.apply({"params": layer}, jnp.asarray(read), GRID))
+        square = ((out - gave) ** 2).mean(axis=(1, 2))
+        by_layer.append(square / (np.float64(gave) ** 2).mean())
+
+    def error(params):
+        each = attention_error(student, params, seen, GRID)
+        return each.sum(), each
+
+    gradient, each = jax.grad(error, has_aux=True)(params)
+    assert_close(each, np.mean(by_layer, axis=0), reduction=48, factor=64)
+    moved = {path for path, leaf in flatten_dict(gradient, sep="/").items() if leaf.any()}
+    assert moved == {path for path in flatten_dict(params, sep="/") if "blocks/attn/" in path}
