@@ -806,13 +806,13 @@ class Experiment:
             self.mesh,
         )
 
-    def for_drawing(self, model: Model) -> Model:
+    def for_drawing(self, model: Model) -> Any:
         """A model in the precision of config.sample.quantize; `drawn_params` has its parameters."""
         kind = self.config.sample.quantize
         with naming("sample"):
             return model if kind == "none" else quantization.QuantizedModel(model, kind)
 
-    def drawn_params(self, model: Model, params: Any) -> Any:
+    def drawn_params(self, model: Any, params: Any) -> Any:
         """Parameters that are loaded, as the model of `for_drawing` takes them."""
         is_quantized = isinstance(model, quantization.QuantizedModel)
         return model.quantize(params) if is_quantized else params
