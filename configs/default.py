@@ -332,6 +332,9 @@ def get_config() -> ConfigDict:
             # The text encoder is gone in any case when the model comes.
             offload=False,
             clip_denoised=False,  # clip the predicted image to [-1, 1]: for pixels
+            # --mode=sample, export and demo: none, the blocks' weights in int8 (int8_weights), or
+            # their activations too (int8). It needs qwix (docs/low_precision.md).
+            quantize="none",
         )
     )
 
@@ -417,7 +420,7 @@ def get_config() -> ConfigDict:
     # --mode=benchmark: times on this machine, and estimates for a TPU.
     config.benchmark = ConfigDict(
         dict(
-            what=("attention", "model"),  # any of attention, model, data, image
+            what=("attention", "model"),  # any of attention, model, data, image, precision
             pixels=(256, 512, 1024),  # image sizes, of latents whose cells are 8 pixels wide
             attention_tokens=32_768,  # B * T of a batch for attention alone
             model_tokens=16_384,  # B * T of a batch for a model, on each device

@@ -19,7 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from lit_jax import conditions, inherit, ranges, sharding, text
+from lit_jax import conditions, inherit, quantization, ranges, sharding, text
 from lit_jax.checkpoint import is_checkpoint
 from lit_jax.data import buckets, caption_records, dataset, digit_scenes, pipeline
 from lit_jax.models import FAMILIES, Architecture, Model
@@ -805,6 +805,17 @@ class Experiment:
             self.step_settings,
             self.mesh,
         )
+
+    def for_drawing(self, model: Model) -> Model:
+        """A model in the precision of config.sample.quantize; `drawn_params` has its parameters."""
+        kind = self.config.sample.quantize
+        with naming("sample"):
+            return model if kind == "none" else quantization.QuantizedModel(model, kind)
+
+    def drawn_params(self, model: Model, params: Any) -> Any:
+        """Parameters that are loaded, as the model of `for_drawing` takes them."""
+        is_quantized = isinstance(model, quantization.QuantizedModel)
+        return model.quantize(params) if is_quantized else params
 
     def sampler(
         self, model: Model | None = None, batch_size: int = 0, *, decodes: bool = True

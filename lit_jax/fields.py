@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lit_jax.data.caption_records import CAPTION_DTYPES
 from lit_jax.models.blocks import REMAT_POLICIES
+from lit_jax.quantization import KINDS
 from lit_jax.ranges import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, SIDES, UNIT, Range, between, one_of
 from lit_jax.runtime import storage
 
@@ -85,6 +86,7 @@ RANGES = {
     "sample.aspect": ASPECT,
     "sample.images_per_prompt": between(1, 10_000),
     "sample.null_mask": one_of("prompt", "own"),
+    "sample.quantize": one_of(*KINDS),
     "sample.num_images": IMAGES,
     "sample.batch_size": BATCH,
     "port.input_size": Range(f"0, or {SIDES.words}", lambda x: x == 0 or SIDES.holds(x)),

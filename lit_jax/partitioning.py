@@ -83,8 +83,10 @@ def gather_weights(params: Any, dtype: Any) -> Any:
         return params
 
     def gather(path, p):
-        # A table that is added stays float32; a matrix is multiplied in `dtype`.
-        return _gather(p.astype(dtype) if path[-1].key == "kernel" and p.ndim == 2 else p)
+        # A table that is added stays float32; a matrix is multiplied in `dtype`. One in int8 has
+        # its parts below its name.
+        is_kernel = getattr(path[-1], "key", "") == "kernel"
+        return _gather(p.astype(dtype) if is_kernel and p.ndim == 2 else p)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 

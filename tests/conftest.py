@@ -40,7 +40,7 @@ for name in ("JAX_COMPILATION_CACHE_DIR", "SESSION_FILES"):
         os.environ[name] = tempfile.mkdtemp(prefix="lit_jax_tests_")
         atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 # To pack and write a program that compiles faster costs more than it saves.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402

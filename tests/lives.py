@@ -215,14 +215,16 @@ def record_ids(path: str, batches: int, pause: float) -> None:
 
 
 def serve() -> None:
-    # TensorBoardX loads torch where it can, for nothing that a life asks of it.
+    # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
+    # loads where it can, for nothing that a life asks of it.
     sys.modules["torch"] = None
-    # Everything that a life would load, before it is forked.
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     from jax._src import cache_key
 
     import lit_jax.jobs.train  # noqa: F401
+
+    del sys.modules["torch"]
 
     # On a CPU the key of a compiled program says by which process it is used. So every process but
     # the first, which alone writes to the cache, would compile everything in each of its lives.

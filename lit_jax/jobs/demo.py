@@ -137,8 +137,9 @@ class Studio:
         name = "student" if experiment.teacher else "model"
         logging.info("loading the %s %s", name, checkpoint.report.source)
         shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
-        params = load_params(checkpoint.params, shardings)
-        self._models[name] = experiment.sampler(batch_size=1), params
+        model = experiment.for_drawing(experiment.model)
+        params = experiment.drawn_params(model, load_params(checkpoint.params, shardings))
+        self._models[name] = experiment.sampler(model, batch_size=1), params
         self._compiled: set[Any] = set()
 
     @property

@@ -82,8 +82,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     checkpoint = experiment.read_sampled(workdir)
     model = experiment.model
     model = model.clone(implementation=model.implementation or "xla")
+    model = experiment.for_drawing(model)
     sampler = experiment.sampler(model, batch_size=asked.batch_size or 1)
-    weights = {"model": load_params(checkpoint.params)}
+    weights = {"model": experiment.drawn_params(model, load_params(checkpoint.params))}
     if experiment.autoencoder:
         weights["decoder"] = experiment.autoencoder.params
     flat = flatten_dict(weights, sep="/")
@@ -120,6 +121,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             exported.out_avals[0], "about [-1, 1]; as uint8 clip(127.5 x + 128), truncated"
         ),
         "model": checkpoint.config.to_json(),
+        "quantize": config.sample.quantize,
         "protocol": sampling.protocol(
             experiment.sampler_settings,
             input_size=experiment.sample_size,

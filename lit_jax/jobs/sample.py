@@ -68,7 +68,8 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             settings.cfg_scale,
         )
     # The decoder joins it when its turn has come.
-    sampler = experiment.sampler(decodes=False)
+    model = experiment.for_drawing(experiment.model)
+    sampler = experiment.sampler(model, decodes=False)
     asked = what_is_asked(experiment, checkpoint.class_names)
     folder = workdir / "samples"
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
@@ -87,7 +88,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- Draw ----------------------------------------------------------------
     speed = None
     if len(todo):
-        speed = draw_missing(experiment, sampler, checkpoint.params, told, paths)
+        speed = draw_missing(experiment, model, sampler, checkpoint.params, told, paths)
     else:
         logging.info("all %d images are in %s already", len(paths), folder)
     multihost_utils.sync_global_devices("samples written")
@@ -125,6 +126,7 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
 
 def draw_missing(
     experiment: Experiment,
+    model: Any,
     sampler: sampling.Sampler,
     params: Any,
     told: "Told",
@@ -133,6 +135,7 @@ def draw_missing(
     """Draws the images of the numbers `told.todo` into their paths.
 
     Args:
+      model: what the sampler draws with.
       sampler: without a decoder, which is loaded here.
       params: the model's, still on disk.
       paths: of all images.
@@ -140,6 +143,7 @@ def draw_missing(
     """
     settings = experiment.config.sample
     params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
+    params = experiment.drawn_params(model, params)
     batches = told.batches(settings.batch_size)
     if not settings.offload:
         sampler = sampler.with_autoencoder(experiment.autoencoder)
@@ -306,7 +310,10 @@ def tell(
 def protocol_of(experiment: Experiment, weights: str) -> dict[str, Any]:
     """What the images depend on, as it goes into protocol.json and the npz."""
     config = experiment.config
-    return sampling.protocol(
+    quantize = config.sample.quantize
+    # Folders that were begun before it could be anything do not name it.
+    precision = {} if quantize == "none" else {"quantize": quantize}
+    return precision | sampling.protocol(
         experiment.sampler_settings,
         input_size=config.model.input_size,
         seed=config.seed,

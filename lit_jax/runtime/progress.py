@@ -30,7 +30,9 @@ class StartUp:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
-        return f"first step after {sum(self._parts.values()):.1f} s: {parts}"
+        # Of all threads: on a machine with other work on it, it is what the start costs.
+        cpu = time.process_time()
+        return f"first step after {sum(self._parts.values()):.1f} s, {cpu:.1f} of CPU: {parts}"
 
 
 def _process_age() -> float:

@@ -52,6 +52,18 @@ def workdir(config, teacher):
     return teacher.parent / "student"
 
 
+def test_what_tells_a_teachers_samples_apart_is_its_tokenizer(teacher):
+    """Its text encoder is a part of the model: a finished folder is compared without another."""
+    config = shrink(quickstart_t2i_teacher.get_config())
+    config.text.tokenizer = str(teacher.parent / "spiece.model")
+    experiment = Experiment(config)
+    found = experiment.text_identity()
+    assert found == {"tokenizer": experiment.tokenizer.sha256, "cleaning": "none"}
+    asked = sample.what_is_asked(experiment, ())
+    _, told = sample.tell(experiment, asked, None, np.arange(0))
+    assert told == {"text": found}
+
+
 def test_the_teacher_and_its_text_encoder_learn_together(teacher):
     """Both are in the folder, and both have left their first values."""
     names = sorted(path.name for path in teacher.iterdir())

@@ -61,9 +61,9 @@ def check_same_end(workdir, undisturbed):
         jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
-def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
+def test_seven_kills_at_random_moments_change_no_bit(server, undisturbed):
     draw, workdir, everything = random.Random(0), server.folder / "killed", []
-    for kill in range(10):
+    for kill in range(7):
         # Every third process is killed at any moment, which may be in its start or its first steps.
         # The others are killed in a save or after one.
         life = server.start(workdir, *RHYTHM, batches=5)
@@ -79,7 +79,7 @@ def test_ten_kills_at_random_moments_change_no_bit(server, undisturbed):
         assert life.wait() == -signal.SIGKILL
         everything.append(life)
     everything.append(server.run(workdir, *TO_THE_END))
-    assert sorted({life.first_step() for life in everything})[-1] >= 9
+    assert everything[-1].first_step() >= 6  # after two of the kills a save was complete
     for life in everything:
         taken = life.ids()
         assert taken == undisturbed[1][life.first_step() :][: len(taken)]
@@ -201,12 +201,12 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_continues_the_run(serv
 
 
 def test_a_change_that_would_change_the_run_is_refused_with_both_values(server, undisturbed):
-    life = server.start(undisturbed[0], *RHYTHM, "--config.train.batch_size=16")
+    life = server.start(undisturbed[0], *RHYTHM, "--config.seed=1")
     assert life.wait() == 1
     message = life.text().splitlines()[-1]
     assert (
         message.startswith("error: ")
-        and "train.batch_size was 8 and is now 16" in message
+        and "seed was 0 and is now 1" in message
         and "force_config" in message
     )
 
