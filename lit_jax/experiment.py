@@ -221,6 +221,11 @@ class Experiment:
                     f"distill.attention_weight = {weight:g} compares layer with layer, but the "
                     f"student has {name} {ours} and {path} has {theirs}; set it to 0"
                 )
+        if weight and "blocks" not in self.state_shapes.params:
+            raise ValueError(
+                f"distill.attention_weight = {weight:g}, but a model of the family "
+                f"{self.config.model.family} has no layers of its own; set it to 0"
+            )
         if weight and found.softmax_every:
             raise ValueError(
                 f"distill.attention_weight = {weight:g} needs a teacher of one attention, but "
