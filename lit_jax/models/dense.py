@@ -6,6 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+# By this name a policy of rematerialisation keeps a layer's product: it cannot look into the rule.
+PRODUCT = "dense_product"
+
 
 @jax.custom_vjp
 def _product(x, kernel):
@@ -30,7 +33,7 @@ _product.defvjp(_forward, _backward)
 
 def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """What nn.Dense asks for: the last axis of x with the first of the kernel."""
-    return _product(x, kernel)
+    return jax.ad_checkpoint.checkpoint_name(_product(x, kernel), PRODUCT)
 
 
 # Fields and parameters are those of nn.Dense, but for precision.
