@@ -76,7 +76,7 @@ class Grid:
     """What a sampler does at each of its S steps, most noise first; NumPy float64 unless said."""
 
     timesteps: np.ndarray  # (S,) what the model sees: int32 or, where one is not whole, float32
-    # x_start = x_start_from_x x + x_start_from_output output; a rule of outputs has the output here
+    # x_start = x_start_from_x x + x_start_from_output output
     x_start_from_x: np.ndarray  # (S,)
     x_start_from_output: np.ndarray  # (S,)
     x_coef: np.ndarray  # (S,) weight of the current image
@@ -84,6 +84,7 @@ class Grid:
     noise_scale: np.ndarray  # (S,) of the fresh noise, where the variance is not learned
     log_variance_bounds: np.ndarray | None  # (S, 2) that a learned variance moves between, or None
     learned_noise_scale: Callable[..., jax.Array] | None  # (output, bounds, C) to a scale, if any
+    mixes_outputs: bool = False  # x_start_coefs are weights of the outputs in place of x_start
 
 
 class Coefficients(NamedTuple):
@@ -355,13 +356,12 @@ def make_grid(
     table = row.coefficients(process, settings, timesteps)
     table.noise_scale[-1] = 0.0
     x_start_from_x, x_start_from_output = process.x_start_columns(timesteps)
-    if row.mixes_outputs:
-        x_start_from_x, x_start_from_output = np.zeros(steps), np.ones(steps)
     return Grid(
         # float32 holds them to 3e-5; bfloat16 would round 999 to 1000.
         timesteps=timesteps if is_whole else timesteps.astype(np.float32),
         x_start_from_x=x_start_from_x,
         x_start_from_output=x_start_from_output,
+        mixes_outputs=row.mixes_outputs,
         **table._asdict(),
     )
 
@@ -491,7 +491,9 @@ class Progress(NamedTuple):
     """An image between two steps."""
 
     x: jax.Array  # (B, h, w, C) float32
-    past_x_starts: jax.Array  # (order - 1, B, h, w, C) float32: of the steps before, newest first
+    # (order - 1, B, h, w, C) float32, of the steps before, newest first; outputs where the
+    # rule mixes these
+    past_x_starts: jax.Array
 
 
 class StepKind(NamedTuple):
@@ -500,6 +502,7 @@ class StepKind(NamedTuple):
     learned_noise_scale: Callable[..., jax.Array] | None  # None: the noise is that of the table
     needs_noise: bool
     order: int  # x_starts that a step mixes
+    mixes_outputs: bool  # it mixes the model's outputs in their place
     clip_denoised: bool
     cfg_channels: str
 
@@ -510,6 +513,7 @@ class StepKind(NamedTuple):
             grid.learned_noise_scale if is_learned else None,
             bool(is_learned or grid.noise_scale.any()),
             grid.x_start_coefs.shape[1],
+            grid.mixes_outputs,
             settings.clip_denoised,
             settings.cfg_channels,
         )
@@ -575,7 +579,8 @@ def make_step(
         x_start = row["x_start_from_x"] * x + row["x_start_from_output"] * out[..., :C]
         if kind.clip_denoised:
             x_start = jnp.clip(x_start, -1.0, 1.0)
-        x_starts = jnp.concatenate([x_start[None], progress.past_x_starts])  # (order, B, h, w, C)
+        newest = out[..., :C] if kind.mixes_outputs else x_start
+        x_starts = jnp.concatenate([newest[None], progress.past_x_starts])  # (order, B, h, w, C)
         mixed = jnp.einsum("j,jbhwc->bhwc", row["x_start_coefs"], x_starts, precision="highest")
         x = row["x_coef"] * x + mixed
         if kind.learned_noise_scale:

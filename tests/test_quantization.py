@@ -1,5 +1,8 @@
 """Low precision: what is int8, how far the outputs move, and that drawing goes through it."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_jax import quantization, sampling, sharding
 from lit_jax.models import param_shapes
+from lit_jax.models.dense import Dense
 from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.samplers import SamplerSettings
 
@@ -63,6 +67,53 @@ def test_the_outputs_move_by_no_more_than_the_rounding(kind, dtype):
     assert out.shape == expected.shape and out.dtype == np.float32
     distance = np.abs(out - expected).mean() / np.abs(expected).mean()
     assert 1e-5 < distance < 0.05
+
+
+class Blocks(nn.Module):
+    """A product under the name of one that is int8."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Dense(5, use_bias=False, name="fc1")(x)
+
+
+class Nested(nn.Module):
+    names: tuple[str, ...] = ("blocks", "mlp")
+
+    @nn.compact
+    def __call__(self, x):
+        name, *rest = self.names
+        return (Nested(tuple(rest), name=name) if rest else Blocks(name=name))(x)
+
+
+def test_an_activation_has_a_scale_for_each_token():
+    """One token a thousand times as large as the others costs these none of their 256 levels."""
+    import qwix
+
+    x = RNG.standard_normal((2, 3, 16)).astype(np.float32)
+    x[0, 1] *= 1000.0
+    model = qwix.quantize_model(Nested(), quantization.make_provider("int8"))
+    params = model.init(jax.random.key(0), x)["params"]
+    kernel = params["blocks"]["mlp"]["fc1"]["kernel"].array
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5
+    rounded = np.clip(np.round(x / scale), -128, 127)
+    expected = (rounded @ np.float64(kernel.qvalue)) * scale * np.asarray(kernel.scale)
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, int8", [("attention", 7), ("normaliser", 5)])
+def test_what_stays_in_high_precision_can_be_rounded_too(name, int8):
+    """Five products of a block and, of linear attention, the state and the read-out."""
+    model = DiT(CONFIG, dtype=jnp.float32, implementation="xla")
+    outputs = {}
+    for also in ((), (name,)):
+        quantized = quantization.QuantizedModel(model, "int8", also)
+        call = jax.jit(quantized.apply).lower({"params": quantized.quantize(PARAMS)}, *INPUTS)
+        products = re.findall(r"dot_general.*xi8>, .*xi8>.* -> .*xi32>", call.as_text())
+        assert len(products) == (int8 if also else 5)
+        outputs[also] = call.compile()({"params": quantized.quantize(PARAMS)}, *INPUTS)
+    moved = np.abs(outputs[(name,)] - outputs[()]).mean() / np.abs(outputs[()]).mean()
+    assert 1e-5 < moved < 0.05
 
 
 def test_it_draws_as_any_model_does_on_one_device_and_on_eight():

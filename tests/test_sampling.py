@@ -174,6 +174,20 @@ def test_a_stream_of_steps_ends_with_the_images_that_are_drawn_at_once(sampler, 
     assert distances[0] > distances[-1] > 0
 
 
+def test_a_stream_of_a_rule_of_outputs_shows_images_too():
+    """Heun's first two evaluations are where two steps of Euler's rule look."""
+    model = DiT(dataclasses.replace(CONFIG, prediction="velocity"), dtype=jnp.float32)
+    params = random_params(model)
+    condition = random_labels(np.arange(2))
+    seen = {}
+    for name, steps in (("euler", 2), ("heun", 4)):
+        sampler = make_sampler(1, model, batch_size=2, cfg_scale=1.0, sampler=name, steps=steps)
+        seen[name] = [np.asarray(x) for x in sampler.stream(params, np.arange(2), condition)]
+    for s in range(2):
+        assert_close(seen["heun"][s], seen["euler"][s], reduction=64)
+    assert_close(seen["heun"][-1], sampler(params, np.arange(2), condition), reduction=64)
+
+
 def test_other_steps_seeds_and_guidance_compile_no_other_step(sampler):
     settings = SamplerSettings(steps=4, cfg_channels="all")
     condition = random_labels(np.arange(2))

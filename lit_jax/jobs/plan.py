@@ -239,10 +239,11 @@ class Planner:
         """The program at a global batch size, lowered for the slice."""
         if program == "sample":
             # Without the decoder, whose parameters are read from a file.
-            sampler = self._experiment.sampler(self.model, batch_size, decodes=False)
+            model = self._experiment.for_drawing(self.model)
+            sampler = self._experiment.sampler(model, batch_size, decodes=False)
             index = self._rows((batch_size,), jnp.int32)
             condition = self._condition(batch_size)
-            return sampler.lower(self.state.params, index, condition)
+            return sampler.lower(self._drawn_params(model), index, condition)
 
         distill = program == "distill"
         train_step: Any = make_train_step(
@@ -261,6 +262,12 @@ class Planner:
             self._batch(batch_size),
             jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
         )
+
+    def _drawn_params(self, model):
+        """Shapes of what --mode=sample hands to its model, in int8 where it is asked for."""
+        params = self.state.params
+        shapes = jax.eval_shape(lambda: self._experiment.drawn_params(model, params))
+        return with_sharding(shapes, sharding.fsdp_sharding(shapes, self.mesh))
 
     def _batch(self, batch_size):
         """What the data hand to the step."""

@@ -249,6 +249,28 @@ def test_a_captioned_model_with_came_is_planned_by_bucket():
     assert planner.flops("distill", 64)[0] == pytest.approx(64 * (3 * once + frozen))
 
 
+@pytest.mark.parametrize("kind", ["int8_weights", "int8"])
+def test_a_sampler_in_int8_is_planned_with_its_own_weights(kind):
+    """Lowered and compiled for the slice: int8 is what it holds, and what it multiplies."""
+    pytest.importorskip("qwix", reason="low precision needs qwix")
+    config = tiny_config(fsdp=4)
+    config.model.depth = 2
+    config.sample.quantize = kind
+    planner = plan.Planner(config, topology_devices("v5e:2x4"))
+    lowered = planner.lower("sample", 8)
+    weights = jax.tree.leaves(lowered.args_info[0][0])
+    # Of each layer q, k, v, proj and the two of the MLP.
+    whole = sum(np.prod(leaf.shape) for leaf in weights if leaf.dtype == np.int8)
+    assert whole == 2 * 12 * 256**2
+    products = re.findall(r"dot_general.*xi8>, .*xi8>.* -> .*xi32>", lowered.as_text())
+    # q, kv, proj, fc1 and fc2, in each of two branches: with guidance and without.
+    assert len(products) == (10 if kind == "int8" else 0)
+    estimate = planner.estimate("sample", 8)
+    rest = checkpoint.parameter_count(planner.state.params) - whole
+    by_hand = (whole + 4 * rest) / 4
+    assert estimate.fits and by_hand < estimate.arguments < 1.3 * by_hand
+
+
 def test_the_step_writes_the_new_state_over_the_old(planned):
     """What is not donated, or donated and not reused, is there twice: here only the metrics are."""
     _, programs = planned
