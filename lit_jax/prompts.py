@@ -67,7 +67,8 @@ def choose_prompts(prompts: Sequence[str], prompt_file: str, images_per_prompt: 
     if path.stat().length > MAX_FILE_BYTES:
         raise ValueError(f"prompt_file = {path} is larger than {MAX_FILE_BYTES} bytes")
     try:
-        content = path.read_text("utf-8").splitlines()
+        # Windows' editors put a mark before the text. str.splitlines cuts at marks within prompts.
+        content = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt_file = {path} is no text in UTF-8: {error}") from error
     lines = tuple(line for line in content if line.strip())

@@ -91,7 +91,7 @@ class Sampler:
         self._model = model
         self._process = process
         self._mesh = mesh
-        self._shape = (*(size or _trained_size(model)), model.config.in_channels)
+        self.shape = (*(size or _trained_size(model)), model.config.in_channels)
         self._sharding = sharding.batch_sharding(mesh)
         # One root for all images: a key of the batch would tie an image to its neighbours.
         self._root = jax.random.key(seed)
@@ -134,7 +134,7 @@ class Sampler:
         self._guidance = Guidance.of(grid, settings.cfg_scale, settings.cfg_interval)
         is_guided = settings.cfg_scale != 1
         self.is_guided = is_guided  # whether the program takes a scale of guidance
-        shape = self._shape
+        shape = self.shape
 
         def draw(params, index, condition, root, guidance):
             return samplers.sample(
@@ -291,16 +291,14 @@ class Sampler:
         """As `draw`, but in the model's space: for an autoencoder that is loaded later."""
         return self._draw_program(params, *self._place(index, condition), *self.how)
 
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """At most batch_size rows (n, ...) on the devices, filled up with the last one."""
+        edges = [(0, self.batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
+
     def _place(self, index, condition):
-        """A batch on the devices, filled up with its last row."""
-        fill = self.batch_size - len(index)
-
-        def put(rows):
-            edges = [(0, fill)] + [(0, 0)] * (rows.ndim - 1)
-            return jax.device_put(np.pad(rows, edges, mode="edge"), self._sharding)
-
-        placed = {name: put(rows) for name, rows in condition.items()}
-        return put(np.asarray(index, np.int32)), placed
+        placed = {name: self.put(rows) for name, rows in condition.items()}
+        return self.put(np.asarray(index, np.int32)), placed
 
     def stream(
         self, params: Any, index: np.ndarray, condition: Mapping[str, np.ndarray]
@@ -325,7 +323,7 @@ class Sampler:
             yield x_start if s < last else progress.x
 
     def _trace_begin(self, root, index):
-        return samplers.step_noise(_keys(root, index), 0, self._shape)
+        return samplers.step_noise(_keys(root, index), 0, self.shape)
 
     def _trace_step(self, params, index, condition, root, scale, progress, row, kind):
         step = samplers.make_step(

@@ -140,7 +140,7 @@ def _open_list(path: epath.Path, directory: epath.PathLike, split: str) -> Capti
     content = path.read_bytes()
     try:
         if path.suffix == ".jsonl":
-            items = [line for line in content.decode().split("\n") if line.strip()]
+            items = [line for line in _lines(content.decode("utf-8-sig")) if line.strip()]
         else:
             items = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -209,7 +209,7 @@ def _open_folder(folder: epath.Path, split: str) -> CaptionedImages:
     def read(index):
         path = folder / files[index]
         with _sidecar(path).open("rb") as file:
-            captions = _text(file.read(MAX_TEXT_BYTES + 1)).splitlines()
+            captions = _lines(_text(file.read(MAX_TEXT_BYTES + 1)))
         return path.open("rb"), check_captions(captions)
 
     # With the sizes: other images under the same names are another listing.
@@ -229,6 +229,11 @@ def _open_folder(folder: epath.Path, split: str) -> CaptionedImages:
 
 def _sidecar(image: epath.Path) -> epath.Path:
     return image.with_suffix(".txt")
+
+
+def _lines(text: str) -> list[str]:
+    # str.splitlines would cut at U+0085 and U+2028 too, which stand within texts.
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _text(content: bytes) -> str:
@@ -282,7 +287,7 @@ def _open_tars(path: epath.Path, tars: list[epath.Path], split: str) -> Captione
             item = json.loads(text)
             captions = captions_of(item if isinstance(item, dict) else {})
         else:
-            captions = check_captions(text.splitlines())
+            captions = check_captions(_lines(text))
         # No more is read of it than is asked for: of most images the header, at first.
         part = _Window(tar.open("rb"), *sample.image)
         return io.BufferedReader(part, 1 << 16), captions

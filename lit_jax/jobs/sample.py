@@ -7,8 +7,10 @@ Leaves samples/ (PNG files), samples.png (a grid) and samples.npz, which evaluat
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import math
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -67,28 +69,35 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
             path,
             settings.cfg_scale,
         )
-    # The decoder joins it when its turn has come.
     model = experiment.for_drawing(experiment.model)
-    sampler = experiment.sampler(model, decodes=False)
     asked = what_is_asked(experiment, checkpoint.class_names)
     folder = workdir / "samples"
     paths = [asked.path(folder, i) for i in range(asked.num_images)]
+    # No larger than all that is asked for; not what is missing, whose last bits may follow it.
+    devices = experiment.mesh.size
+    size = min(settings.batch_size, -(-len(paths) // devices) * devices)
+    # The decoder joins it when its turn has come.
+    sampler = experiment.sampler(model, size, decodes=False)
 
     # ---- What is missing -----------------------------------------------------
-    missing = np.array([not pictures.is_whole(path) for path in paths], np.int32)
-    # One list for all processes: they draw a batch together.
-    todo = np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))
+    todo = missing_numbers(np.arange(len(paths)), lambda i: pictures.is_whole(paths[i]))
+    undrawn = todo
+    if settings.offload:
+        undrawn = missing_numbers(todo, lambda i: has_latents(paths[i], sampler.shape))
     protocol = protocol_of(experiment, checkpoint.report.checksum) | asked.protocol
     # The text encoder comes and goes here, before the model is loaded.
-    told, text = tell(experiment, asked, checkpoint.params, todo)
+    told, text = tell(experiment, asked, checkpoint.params, undrawn)
     # Its own lock: a run may be training in the workdir.
     stack.enter_context(workdir_lock.lock_folder(folder, str(folder), "another --workdir"))
     claim_folder(folder, protocol | text)
 
     # ---- Draw ----------------------------------------------------------------
     speed = None
-    if len(todo):
-        speed = draw_missing(experiment, model, sampler, checkpoint.params, told, paths)
+    load = functools.partial(load_drawn, experiment, model, checkpoint.params)
+    if len(todo) and settings.offload:
+        draw_in_turns(experiment, sampler, load, told, todo, paths)
+    elif len(todo):
+        speed = draw_missing(experiment, sampler, load, told, paths)
     else:
         logging.info("all %d images are in %s already", len(paths), folder)
     multihost_utils.sync_global_devices("samples written")
@@ -124,53 +133,52 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     )
 
 
+def missing_numbers(numbers: np.ndarray, is_there: Callable[[int], bool]) -> np.ndarray:
+    """Those of the numbers that process 0 does not find: all draw a batch together."""
+    missing = np.array([not is_there(i) for i in numbers], np.int32)
+    return numbers[np.flatnonzero(multihost_utils.broadcast_one_to_all(missing))]
+
+
+def load_drawn(experiment: Experiment, model: Any, params: Any) -> Any:
+    """The parameters that `model` draws with, on the devices.
+
+    Args: params: the checkpoint's, still on disk.
+    """
+    params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
+    return experiment.drawn_params(model, params)
+
+
+def compile_samplers(
+    sampler: sampling.Sampler, params: Any, told: "Told"
+) -> dict[int, sampling.Sampler]:
+    """By the length of prompts. Ahead of the clock, which a single batch would stop with it."""
+    logging.info("compiling the sampler for %d images at once", sampler.batch_size)
+    batches = dict(told.batches(sampler.batch_size))
+    return {n: sampler.compile(params, told.condition(rows[:1])) for n, rows in batches.items()}
+
+
 def draw_missing(
     experiment: Experiment,
-    model: Any,
     sampler: sampling.Sampler,
-    params: Any,
+    load: Callable[[], Any],
     told: "Told",
     paths: Sequence[epath.Path],
-) -> float | None:
+) -> float:
     """Draws the images of the numbers `told.todo` into their paths.
 
     Args:
-      model: what the sampler draws with.
       sampler: without a decoder, which is loaded here.
-      params: the model's, still on disk.
+      load: gives the parameters.
       paths: of all images.
-    Returns: images a second; None: the decoder had a turn of its own.
+    Returns: images a second.
     """
-    settings = experiment.config.sample
-    params = load_params(params, sharding.fsdp_sharding(params, experiment.mesh))
-    params = experiment.drawn_params(model, params)
-    batches = told.batches(settings.batch_size)
-    if not settings.offload:
-        sampler = sampler.with_autoencoder(experiment.autoencoder)
-    # Ahead of the clock, which a run that draws one batch would stop with the compilation in it.
-    logging.info("compiling the sampler for %d images at once", settings.batch_size)
-    of_length = {
-        length: sampler.compile(params, told.condition(rows[:1]))
-        for length, rows in dict(batches).items()
-    }
-    latents: list[jax.Array] = []
-    if settings.offload:
-        # All latents first: the model's memory is the decoder's afterwards.
-        with progress.progress("latents", len(told.todo)) as advance:
-            for length, rows in batches:
-                drawn = of_length[length].draw_latents(params, rows, told.condition(rows))
-                latents.append(jax.block_until_ready(drawn))
-                advance(len(rows))
-        del params
-        sampler = sampler.with_autoencoder(experiment.autoencoder)
+    params = load()
+    of_length = compile_samplers(sampler.with_autoencoder(experiment.autoencoder), params, told)
     clock = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
     with progress.progress("sampling", len(paths), len(paths) - len(told.todo)) as advance:
-        for number, (length, rows) in enumerate(batches):
-            if settings.offload:
-                images = sampler.decode(latents[number])
-            else:
-                images = of_length[length].draw(params, rows, told.condition(rows))
+        for length, rows in told.batches(sampler.batch_size):
+            images = of_length[length].draw(params, rows, told.condition(rows))
             if pending:
                 # Written while the device draws the next one.
                 save_batch(paths, sampler, *pending)
@@ -179,8 +187,45 @@ def draw_missing(
         if pending:
             save_batch(paths, sampler, *pending)
             advance(len(pending[0]))
-    # With offload the clock has seen the decoder alone.
-    return None if settings.offload else len(told.todo) / (time.monotonic() - clock)
+    return len(told.todo) / (time.monotonic() - clock)
+
+
+def draw_in_turns(
+    experiment: Experiment,
+    sampler: sampling.Sampler,
+    load: Callable[[], Any],
+    told: "Told",
+    todo: np.ndarray,
+    paths: Sequence[epath.Path],
+) -> None:
+    """sample.offload: first all latents, into files beside the images; then the decoder.
+
+    Args: as of `draw_missing`; `told.todo` are those of `todo` whose latents are not there.
+    """
+    if len(told.todo):
+        params = load()
+        of_length = compile_samplers(sampler, params, told)
+        with progress.progress("latents", len(todo), len(todo) - len(told.todo)) as advance:
+            for length, rows in told.batches(sampler.batch_size):
+                drawn = of_length[length].draw_latents(params, rows, told.condition(rows))
+                for row, latents in local_rows(drawn):
+                    if row < len(rows):
+                        save_latents(paths[rows[row]], latents)
+                advance(len(rows))
+        # Their memory is the decoder's.
+        del params, of_length
+        multihost_utils.sync_global_devices("latents written")
+    sampler = sampler.with_autoencoder(experiment.autoencoder)
+    with progress.progress("decoding", len(paths), len(paths) - len(todo)) as advance:
+        for start in range(0, len(todo), sampler.batch_size):
+            rows = todo[start : start + sampler.batch_size]
+            latents = np.stack([read_latents(paths[i], sampler.shape) for i in rows])
+            save_batch(paths, sampler, rows, sampler.decode(sampler.put(latents)))
+            advance(len(rows))
+    multihost_utils.sync_global_devices("latents decoded")
+    if jax.process_index() == 0:
+        for i in todo:
+            latents_path(paths[i]).unlink(missing_ok=True)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
@@ -398,6 +443,28 @@ def save_batch(
             f"written for them: what the weights compute overflows; "
             f"try model.dtype=float32, or other weights"
         )
+
+
+def latents_path(image: epath.Path) -> epath.Path:
+    """Of an image's latents, as long as they are not decoded."""
+    return image.with_suffix(".latents")
+
+
+def has_latents(image: epath.Path, shape: tuple[int, ...]) -> bool:
+    """Whether an image's latents (h, w, C) are there as a whole."""
+    path = latents_path(image)
+    return path.exists() and path.stat().length == 4 * math.prod(shape)
+
+
+def save_latents(image: epath.Path, latents: np.ndarray) -> None:
+    """Writes an image's latents (h, w, C) as bare float32."""
+    path = latents_path(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.replace_bytes(path, np.asarray(latents, "<f4").tobytes())
+
+
+def read_latents(image: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(latents_path(image).read_bytes(), "<f4").reshape(shape)
 
 
 def save_image(path: epath.Path, image: np.ndarray) -> None:

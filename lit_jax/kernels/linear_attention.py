@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from lit_jax.kernels import linear_attention_gpu_plan
 from lit_jax.kernels.depthwise import depthwise_conv
 from lit_jax.kernels.linear_attention_case import (
     EPSILON,
@@ -28,10 +29,8 @@ from lit_jax.kernels.linear_attention_case import (
 from lit_jax.partitioning import split_rows
 
 FOCUSING_FACTOR = 3  # the power of FLatten's focused kernel function
-# The fused kernels, and the widest heads that each offers.
-FUSED = {"pallas_tpu": float("inf"), "pallas_gpu": 512}
-FUSED_CONV_SIZES = (3, 5, 7)
-IMPLEMENTATIONS = ("xla", *FUSED)
+TPU_CONV_SIZES = (0, 3, 5, 7)  # that pallas_tpu offers
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -88,7 +87,8 @@ def linear_attention(
         2308.00442).
       implementation: "xla" runs everywhere. "pallas_tpu" and "pallas_gpu" are
         fused kernels for relu, and raise where they cannot run. None takes the
-        platform's kernel if it offers the case, else "xla", and logs which.
+        platform's kernel if it offers the case, else "xla", and logs which;
+        "pallas_gpu" is for Hopper, bfloat16 and JAX 0.12.
       interpret: run the Pallas kernel in interpret mode, on any platform.
 
     Returns:
@@ -169,22 +169,19 @@ def refusal(implementation: str, case: Case) -> str:
     """Why an implementation does not offer a case, or "" where it does.
 
     For "pallas_tpu" that depends on the VMEM of the TPU, which the mesh in
-    context names.
+    context names, and for "pallas_gpu" on the version of JAX.
     """
     if implementation == "xla":
         return ""
     if case.kernel_function != "relu":
         offered = "kernel_function 'relu'"
         return f"{implementation} offers {offered}; got {case.kernel_function!r}"
-    if case.conv_size not in (0, *FUSED_CONV_SIZES):
+    if implementation == "pallas_gpu":
+        return linear_attention_gpu_plan.refusal(case)
+    if case.conv_size not in TPU_CONV_SIZES:
         offered = "convolutions of 3, 5 or 7"
         return f"{implementation} offers {offered}; got {case.conv_size}"
-    if case.head_width > FUSED[implementation]:
-        offered = f"heads of at most {FUSED[implementation]} columns"
-        return f"{implementation} offers {offered}; got {case.head_width}"
-    if implementation == "pallas_tpu":
-        return _kernel_module(implementation).refusal(case)
-    return ""
+    return _kernel_module(implementation).refusal(case)
 
 
 def choose_implementation(case: Case) -> str:
@@ -194,9 +191,12 @@ def choose_implementation(case: Case) -> str:
     if device.platform == "tpu":
         implementation = "pallas_tpu"
     elif device.platform == "gpu":
-        # The GPU kernels are written for Hopper. On Ampere they spill.
-        if getattr(device, "compute_capability", None) == "9.0":
-            implementation = "pallas_gpu"
+        # The GPU kernels are made of instructions that only Hopper has.
+        capability = getattr(device, "compute_capability", None)
+        if capability != "9.0":
+            reason = f"pallas_gpu needs compute capability 9.0; got {capability}"
+            return take_or_xla("linear_attention", "xla", device.device_kind, reason)
+        implementation = "pallas_gpu"
     reason = refusal(implementation, case)
     return take_or_xla("linear_attention", implementation, device.device_kind, reason)
 
@@ -217,7 +217,8 @@ def take_or_xla(
 
 
 def _kernel_module(implementation: str) -> ModuleType:
-    # Imported on use: Pallas' backends do not all import on every platform.
+    # Imported on use: Pallas' backends do not all import on every platform,
+    # and the GPU's not with every JAX.
     if implementation == "pallas_tpu":
         from lit_jax.kernels import linear_attention_tpu
 

@@ -1,783 +1,794 @@
-"""The Pallas-Triton kernels of `linear_attention`, for NVIDIA Hopper.
+"""The Pallas Mosaic GPU kernels of `linear_attention`, for NVIDIA Hopper.
 
-Per image and head, with P = phi(q), K = phi(k) and E = do S^T, there are four
-kernels. They read and write (B, T, D) arrays in place by strided loads, so
-nothing is transposed. The backward pass is given the forward's S and s:
+Per image and head, with P = phi(q), K = phi(k) and E = do S^T, the kernels are
 
     state      S = K^T v / T, s = mean K
-               reads k, v; writes S
-    forward    P S / (P . s + epsilon) + DWC(v) + bias
-               reads q, v, S; writes out
+               reads k, v; writes S, s
+    out        P S / (P . s + epsilon) + DWC(v) + bias
+               reads q, v, S, s; writes out
     dq         den = P . s + epsilon, r = -(P . E) / den^2, dP = E / den + r s
-               reads q, do, S; writes dq
-    state      dS = P^T (do / den) / T, ds = mean r P
-               reads q, do; writes dS
-    dk, dv     dK = v dS^T + ds, dv = K dS + DWC^T(do), filter gradient
-               reads k, v, do, dS; writes dk, dv
+               reads q, do, S, s; writes dq, 1 / den and r den
+    dstate     dS = P^T (do / den) / T, ds = mean r P
+               reads q, do, 1 / den, r den; writes dS, ds
+    dk         dK = v dS^T + ds
+               reads k, v, dS, ds; writes dk
+    dv         dv = K dS + DWC^T(do)
+               reads k, do, dS; writes dv
+    dfilter    reads v, do; writes its sums over parts of the tokens
 
-The filter gradient is summed per patch of tokens and then by one XLA reduction:
-no atomics, so every run gives the same bits. Sums are float32. S and dS travel
-in the dtype of q, because they are operands of products.
+The last sums are added by XLA: no atomics, so every run gives the same bits.
+Sums are float32. S and dS travel in bfloat16, because they are operands of
+products; s and ds travel as two bfloat16 numbers, whose sum keeps 16 bits.
 
-Bytes, in units of one (B, T, D) array (25 us at 3 TB/s for D = 1152 and
-B T = 32768 in bfloat16), with S of H / T such units: forward 5 + 2 H / T against
-a floor of 4, backward 10 + 3 H / T against 7. For XL that is forward
-183 / 140 / 129 / 127 us and backward 336 / 273 / 257 / 253 us at
-T = 256 / 1024 / 4096 / 16384. The convolution is bound by instruction issue
-instead: 25 multiply-adds an element are 33 us, and three to four times that if
-each tap loads and widens its operand anew. Here a row of v is loaded K times,
-once per column of the filter, and feeds up to K rows of the output from
-registers.
+A state is stored transposed, (columns of v, columns of k), in groups of 64 rows,
+and what the last group has left holds s: the tile of v is widened by ones, so
+the product that gives S gives s. The product with S gives P . s likewise.
 
-No timing exists yet. What is known without a GPU is in docs/kernels_gpu.md: the
-numbers in interpret mode, and what XLA's compiler makes of it for sm_90a and
-sm_80 (registers, spills, shared memory). The shapes suit Hopper. For Ampere the
-same code compiles, but the state and dq kernels spill there, so XLA runs the op.
+Tiles come by TMA. The tile of v for a convolution includes a halo: where that
+lies outside the grid TMA fills in zeros, which are the padding. A row of v is
+loaded K times, moved by a column each, and feeds up to K rows of the output.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lit_jax.kernels.linear_attention_case import EPSILON, Case
+from lit_jax.kernels.linear_attention_gpu_plan import CHUNK, PATCH, ROWS, Plan
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Tile sizes. They change speed and rounding, not the maths.
-
-    Raises: ValueError for tokens or rows that are no power of two of at least 16.
-    """
-
-    # A program of the forward and of the dk, dv kernel has a patch of the grid.
-    tokens: int = 64
-    warps: int = 4
-    # One of the dq kernel has whole rows of a head in registers.
-    dq_tokens: int = 64
-    # One of the state kernel walks the tokens in steps, for some rows of a state.
-    state_tokens: int = 64
-    state_rows: int = 64
-    programs: int = 256  # T is split until there are about so many
-
-    def __post_init__(self):
-        for name in ("tokens", "dq_tokens", "state_tokens", "state_rows"):
-            size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name} = {size} is no power of two of at least 16")
+WGMMA = plgpu.Layout.WGMMA
+# 64 bytes and not 128: slices of 96 columns divide by 32, not by 64.
+TILED = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+TILED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+# 8 columns of the grid x 32 channels on a warpgroup. A lane has the same two
+# channels everywhere, so that their taps stay in its registers.
+IMAGE = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 32), (2, 32), (2,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+PATCH_WARPGROUPS = PATCH[0] * PATCH[1] // ROWS
+PATCH_ROWS = PATCH[0] // PATCH_WARPGROUPS  # of a warpgroup
 
 
 # ---- The two passes of the op ------------------------------------------------
 
 
-def forward(
-    inputs: Inputs,
-    *,
-    case: Case,
-    interpret: bool = False,
-    block_sizes: BlockSizes = BlockSizes(),
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The op's output, and what `backward` needs of the forward.
+def forward(inputs: Inputs, *, case: Case, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The op's output, and the state, which `backward` needs.
 
     Args:
       inputs: q (B, T, D), kv (B, T, 2D), conv_kernel (K, K, H), conv_bias (H,);
         the last two may be None.
-    Returns: (B, T, D) in the dtype of q, and the state S (B, N, H, H) with
-      s (B, N, H) float32.
+    Returns: (B, T, D) in the dtype of q, and the state (B N, rows, H).
     """
-    q, kv, *filters = inputs
-    B, T, D = q.shape
-    state, key_mean = _state(kv, kv, None, case, block_sizes, interpret)
+    q, kv, conv_kernel, conv_bias = inputs
+    plan = Plan(case, q.shape[0], interpret)
+    state = _state(kv, kv, None, plan)
 
-    tiling = _Tiling.of(case, block_sizes.tokens, interpret)
-    out = pl.pallas_call(
-        functools.partial(_forward_kernel, tiling=tiling),
-        out_shape=jax.ShapeDtypeStruct((B, T, D), q.dtype),
-        grid=tiling.programs(B),
-        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
-        interpret=interpret,
-        name="linear_attention_forward",
-    )(q, kv, state, key_mean, *(filters if case.conv_size else ()))
-    return out, (state, key_mean)
+    taps = None
+    if conv_kernel is not None and conv_bias is not None:
+        taps = _flat(conv_kernel, conv_bias)
+    out = jax.ShapeDtypeStruct((q.shape[0], *case.grid, case.width), q.dtype)
+    [out] = _patches((q, kv, state, taps), [out], plan, normalise=True)
+    return out.reshape(q.shape), state
 
 
 def backward(
     inputs: Inputs,
-    saved: tuple[jax.Array, jax.Array],
+    state: jax.Array,
     do: jax.Array,
     *,
     case: Case,
     interpret: bool = False,
-    block_sizes: BlockSizes = BlockSizes(),
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients (dq, dkv, dconv_kernel, dconv_bias) for `do` (B, T, D).
 
-    Args: inputs: as in `forward`. saved: what it returned.
+    Args: inputs: as in `forward`. state: what it returned.
     Returns: each gradient in the shape and dtype of its input; None for what
       was None.
     """
     q, kv, conv_kernel, conv_bias = inputs
     B, T, D = q.shape
-    N = case.num_heads
-    H = case.head_width
-    state, key_mean = saved
+    plan = Plan(case, B, interpret)
 
-    block = _block(T, block_sizes.dq_tokens)
-    row = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    dq, scale, ddenominator = pl.pallas_call(
-        functools.partial(_dq_kernel, block=block, H=H),
-        out_shape=(jax.ShapeDtypeStruct((B, T, D), q.dtype), row, row),
-        grid=(pl.cdiv(T, block), N, B),
-        compiler_params=_compiler_params(8, q.dtype),
-        interpret=interpret,
-        name="linear_attention_dq",
-    )(q, do, state, key_mean)
+    row = jax.ShapeDtypeStruct((B, case.num_heads, T), jnp.float32)
+    dq = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    dq, *weights = _rows((do, q, state), [dq, row, row], plan, normalise=True)
+    dstate = _state(q, do, weights, plan)
 
-    weights = (scale, ddenominator)
-    dstate, dkey_mean = _state(q, do, weights, case, block_sizes, interpret)
-
-    tiling = _Tiling.of(case, block_sizes.tokens, interpret)
-    out_shape = [jax.ShapeDtypeStruct((B, T, 2 * D), q.dtype)]
-    if case.conv_size:
-        # Partial sums of every tap, then of the bias, one row of a block each.
-        rows = case.conv_size**2 + 1
-        partials_shape = (B, N, tiling.patches, rows, H)
-        out_shape.append(jax.ShapeDtypeStruct(partials_shape, jnp.float32))
-    dkv, *partials = pl.pallas_call(
-        functools.partial(_dkv_kernel, tiling=tiling),
-        out_shape=out_shape,
-        grid=tiling.programs(B),
-        compiler_params=_compiler_params(block_sizes.warps, q.dtype),
-        interpret=interpret,
-        name="linear_attention_dkv",
-    )(kv, do, dstate, dkey_mean, *((conv_kernel,) if case.conv_size else ()))
+    # Two kernels write one array, a half each.
+    halves = jax.new_ref(lax.empty(kv.shape, kv.dtype))
+    _rows((kv, kv, dstate, halves), [], plan, normalise=False)
+    halves = jax.new_ref(jax.freeze(halves).reshape(B, *case.grid, 2 * D))
+    taps = None
+    if conv_kernel is not None:
+        no_bias = jnp.zeros_like(conv_kernel[0, 0])
+        taps = _flat(conv_kernel[::-1, ::-1], no_bias)
+    _patches((kv, do, dstate, taps, halves), [], plan, normalise=False)
+    dkv = jax.freeze(halves).reshape(kv.shape)
     if conv_kernel is None or conv_bias is None:
         return dq, dkv, None, None
 
-    dconv = jnp.sum(partials[0], axis=(0, 1, 2))  # (K * K + 1, H)
-    dconv_kernel = dconv[:-1].reshape(conv_kernel.shape)
+    dfilter = _filter_gradient(kv, do, plan)
     return (
         dq,
         dkv,
-        dconv_kernel.astype(conv_kernel.dtype),
-        dconv[-1].astype(conv_bias.dtype),
+        dfilter[:-1].reshape(conv_kernel.shape).astype(conv_kernel.dtype),
+        dfilter[-1].astype(conv_bias.dtype),
     )
 
 
-def _state(left, right, weights, case: Case, block_sizes: BlockSizes, interpret):
-    """Returns mean_t phi(left_t)^T (scale_t right_t) and mean_t weight_t phi(left_t).
+# ---- What the kernels share --------------------------------------------------
 
-    `left` is the first D columns of its array. With `weights` (scale, weight),
-    each (B, N, T) float32, `right` is too: the state of dS, from q and do.
-    Without them both are ones, and `right` is the second half of kv.
 
-    Returns: (B, N, H, H) in the dtype of `right`, and (B, N, H) float32.
-    """
-    B, T, _ = right.shape
-    N = case.num_heads
-    H = case.head_width
-    weighted = weights is not None
-    right_offset = 0 if weighted else case.width
-
-    itemsize = right.dtype.itemsize
-    block = _block(T, max(16, block_sizes.state_tokens * 2 // itemsize))
-    wide = H % 128 == 0 and right.dtype == jnp.bfloat16
-    rows = _block(H, 128 if wide else block_sizes.state_rows)
-    row_tiles = pl.cdiv(H, rows)
-    steps = pl.cdiv(T, block)
-    # Few images of many tokens would leave most of the GPU idle: T is split too,
-    # but not into less than four steps, which would not hide the loads.
-    splits = max(1, min(block_sizes.programs // (row_tiles * N * B), steps // 4))
-    steps = pl.cdiv(steps, splits)
-
-    # Parts of a sum are float32; a whole one is cast where it is written.
-    state_dtype = right.dtype if splits == 1 else jnp.float32
-    sizes = _StateSizes(T, H, rows, block, steps, right_offset)
-    state, mean = pl.pallas_call(
-        functools.partial(_state_kernel, sizes=sizes),
-        out_shape=(
-            jax.ShapeDtypeStruct((splits, B, N, H, H), state_dtype),
-            jax.ShapeDtypeStruct((splits, B, N, H), jnp.float32),
-        ),
-        grid=(row_tiles, splits, N, B),
-        compiler_params=_compiler_params(8, right.dtype),
+def _call(kernel, operands, out_type, *, plan: Plan, **launch):
+    """Runs a kernel; grid axes go slowest first."""
+    interpret = None
+    if plan.interpret:
+        interpret = plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
+    return plgpu.kernel(
+        functools.partial(kernel, plan=plan),
+        out_type=out_type,
+        thread_name="warpgroup",
         interpret=interpret,
-        name="linear_attention_state",
-    )(left, right, *(weights or ()))
-    if splits == 1:
-        return state[0], mean[0]
-    return jnp.sum(state, axis=0).astype(right.dtype), jnp.sum(mean, axis=0)
+        **launch,
+    )(*operands)
 
 
-# ---- Sizes of tiles ----------------------------------------------------------
-
-
-def _compiler_params(warps, dtype):
-    # Three stages of float32 tiles do not fit an A100's shared memory.
-    stages = 2 if dtype == jnp.float32 else 3
-    return plgpu.CompilerParams(num_warps=warps, num_stages=stages)
-
-
-def _block(length, largest):
-    """The power of two that covers `length`, at most `largest`.
-
-    It is at least 16: a tensor core takes no less.
-    """
-    return min(largest, max(16, pl.next_power_of_2(length)))
-
-
-def _chunks(width, largest):
-    """Splits a multiple of 16 into (offset, size), sizes being powers of two.
-
-    Triton has no other tile shapes.
-    """
-    chunks = []
-    offset = 0
-    while offset < width:
-        size = largest
-        while size > width - offset:
-            size //= 2
-        chunks.append((offset, size))
-        offset += size
-    return chunks
-
-
-def _padded(H):
-    return pl.cdiv(H, 16) * 16
-
-
-def _step(H):
-    """Length of one step of a product over the columns of a head."""
-    return next((s for s in (64, 32, 16) if H % s == 0), 32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """How the forward and the dk, dv kernel cut the output up.
-
-    A program has one patch of tokens and one tile of a head's columns.
-    """
-
-    case: Case
-    patch: tuple[int, int]  # rows and columns of the grid
-    patches: int
-    tile: int  # columns of a head
-    tiles: int
-    interpret: bool
-
-    @classmethod
-    def of(cls, case: Case, tokens: int, interpret: bool) -> "_Tiling":
-        patch, patches = _patches(case.grid, tokens)
-        tile, tiles = _column_tiles(case.head_width)
-        return cls(case, patch, patches, tile, tiles, interpret)
-
-    def programs(self, batch):
-        return (self.tiles, self.patches, self.case.num_heads, batch)
-
-    def columns(self, column_tile) -> "list[_Slice]":
-        """The columns of a tile, in chunks of at most 64: the registers hold no more."""
-        columns = [
-            column_tile * self.tile + offset + jnp.arange(size)
-            for offset, size in _chunks(self.tile, 64)
-        ]
-        return _slices(columns, self.case.head_width, self.tile)
-
-
-def _column_tiles(H):
-    """Returns (width, number) of the column tiles of a head.
-
-    288 = 3 x 96, 256 = 2 x 128, 72 = 1 x 80.
-    """
-    H = _padded(H)
-    width = max(w for w in range(16, 129, 16) if H % w == 0)
-    # No good divisor: a masked last tile costs less than many narrow ones.
-    if width < min(H, 48):
-        width = 64
-    return width, pl.cdiv(H, width)
-
-
-def _patches(grid, tokens):
-    """Returns ((rows, columns), number) of the patches that pad the grid least.
-
-    Among those it takes the one with the smallest halo.
-    """
-    h, w = grid
-    tokens = _block(_block(h, tokens) * _block(w, tokens), tokens)
-    # The rows are unrolled, so there are few of them.
-    shapes = [(r, tokens // r) for r in (1, 2, 4, 8, 16) if r <= tokens]
-    number = {s: pl.cdiv(h, s[0]) * pl.cdiv(w, s[1]) for s in shapes}
-    patch = min(shapes, key=lambda s: (number[s], s[0] + s[1]))
-    return patch, number[patch]
-
-
-# ---- Loads and stores --------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slice:
-    """Indices along one axis, and which of them exist; a mask of None: all do."""
-
-    index: jax.Array
-    mask: Any = None
-
-    @property
-    def size(self):
-        return self.index.size
-
-    def moved(self, offset):
-        return _Slice(offset + self.index, self.mask)
-
-    def masked(self):
-        """The same with a mask that is an array, as the rows of a tile need it."""
-        if self.mask is not None:
-            return self
-        return _Slice(self.index, jnp.ones(self.index.shape, jnp.bool_))
-
-
-def _slices(columns, H, unit) -> list[_Slice]:
-    """Columns of a head; the last are masked where `unit` does not divide H."""
-    masks = [None if H % unit == 0 else c < H for c in columns]
-    return [_Slice(c, mask) for c, mask in zip(columns, masks)]
-
-
-def _head_columns(H) -> list[_Slice]:
-    """All columns of a head, in chunks of at most 256."""
-    chunks = _chunks(_padded(H), 256)
-    columns = [offset + jnp.arange(size) for offset, size in chunks]
-    return _slices(columns, H, 16)
-
-
-def _step_columns(step, H):
-    """The columns of one step of a product over a head."""
-    size = _step(H)
-    index = step * size + jnp.arange(size)
-    return _Slice(index, None if H % size == 0 else index < H)
-
-
-def _load(ref, batch, rows: _Slice, columns: _Slice):
-    """Loads ref[*batch, rows, columns], with zeros where a mask is False."""
-    mask = jnp.broadcast_to(rows.mask[:, None], (rows.size, columns.size))
-    if columns.mask is not None:
-        mask &= columns.mask[None, :]
-    tile = ref.at[(*batch, rows.index[:, None], columns.index[None, :])]
-    # Zeros add nothing to a product, so a product masks no more.
-    return plgpu.load(tile, mask=mask, other=0)
-
-
-def _store(ref, batch, rows: _Slice, columns: _Slice, value):
-    mask = jnp.broadcast_to(rows.mask[:, None], (rows.size, columns.size))
-    if columns.mask is not None:
-        mask &= columns.mask[None, :]
-    tile = ref.at[(*batch, rows.index[:, None], columns.index[None, :])]
-    plgpu.store(tile, value.astype(ref.dtype), mask=mask)
-
-
-def _load_vector(ref, batch, index: _Slice):
-    mask = index.masked().mask
-    return plgpu.load(ref.at[(*batch, index.index)], mask=mask, other=0)
+def _head(plan: Plan):
+    """The image and the head of a block, and both as one index."""
+    index = lax.axis_index("head")
+    N = plan.case.num_heads
+    return lax.div(index, N), lax.rem(index, N), index
 
 
 def _phi(x):
-    return jnp.maximum(x.astype(jnp.float32), 0) + EPSILON
+    """phi in the dtype of x: exact but for the rounding that a product's operand gets."""
+    return jnp.maximum(x, jnp.zeros((), x.dtype)) + jnp.asarray(EPSILON, x.dtype)
 
 
-def _dot(a, b, contract=(1, 0)):
-    """Contracts those axes of a and b with float32 accumulation."""
-    # Float32 operands would otherwise be rounded to TF32.
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
+def _by_row(x, shape):
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def _by_column(x, shape):
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def _split(x):
+    """Returns float32 (high, low) whose sum is x; high is exact in bfloat16."""
+    # By its bits: compilers may take a cast to bfloat16 and back for nothing.
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    high = lax.bitcast_convert_type(bits & jnp.int32(-65536), jnp.float32)
+    return high, x - high
+
+
+def _flat(conv_kernel, conv_bias):
+    """Returns (K * K + 1, H) float32: the taps, then the bias."""
+    taps = conv_kernel.reshape(-1, conv_kernel.shape[-1])
+    rows = (taps.astype(jnp.float32), conv_bias[None].astype(jnp.float32))
+    return jnp.concatenate(rows)
+
+
+def _image(x, plan: Plan):
+    """(B, T, columns) to (B, h, w, columns)."""
+    return x.reshape(x.shape[0], *plan.case.grid, x.shape[-1])
+
+
+def _haloed(x, plan: Plan):
+    """The same for tiles with a halo; the interpreter needs it padded."""
+    x = _image(x, plan)
+    pad = plan.interpret_pad
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else x
+
+
+def _tile_at(y, x, plan: Plan):
+    """The slices of a haloed image that the tile of the patch at (y, x) covers."""
+    start = plan.interpret_pad - plan.halo
+    return tuple(pl.ds(at + start, size) for at, size in zip((y, x), plan.tile))
+
+
+# ---- The state ---------------------------------------------------------------
+
+
+def _state(left, right, weights, plan: Plan):
+    """Returns the state of phi(left) and `right`, the last D columns of its array.
+
+    `left` is the first D columns of its array. With `weights` (scale, weight),
+    each (B, N, T) float32, phi(left) is multiplied by scale, and the mean is of
+    weight_t scale_t phi(left_t): dS, from q and do. Without them both are ones.
+
+    Returns: (B N, rows, H). Rows of H are columns of `right`. Row H is the mean
+      and row H + 1 what bfloat16 lost of it.
+    """
+    H = plan.case.head_width
+    shape = (plan.splits, *plan.state_shape)
+    tiles = (plan.stages, plan.groups, ROWS, ROWS)
+    barriers = (
+        plgpu.Barrier(num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=plan.groups - (not plan.rest), num_barriers=plan.stages),
+        plgpu.Barrier(num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages),
     )
-
-
-def _fma(a, b, c, interpret):
-    """a * b + c in one instruction.
-
-    XLA has Triton round products and sums apart, which costs two.
-    """
-    if interpret:
-        return a * b + c
-    [out] = plgpu.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, b, c],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
+    [state] = _call(
+        _state_kernel,
+        (left, right, *(weights or ())),
+        [jax.ShapeDtypeStruct(shape, right.dtype)],
+        plan=plan,
+        scratch_types=(
+            plgpu.SMEM((plan.stages, ROWS, plan.slice), right.dtype, transforms=TILED),
+            plgpu.SMEM(tiles, right.dtype, transforms=TILED),
+            plgpu.SMEM((plan.groups, ROWS, plan.slice), right.dtype, transforms=TILED),
+            barriers,
+        ),
+        grid=(plan.heads, plan.splits, plan.slices),
+        grid_names=("head", "split", "slice"),
+        num_threads=plan.groups + 1,
+        kernel_name="linear_attention_dstate" if weights else "linear_attention_state",
     )
-    return out
+    if plan.splits == 1:
+        return state[0]
+    state = jnp.sum(state.astype(jnp.float32), axis=0)
+    high, low = _split(state[:, H : H + 1] + state[:, H + 1 : H + 2])
+    parts = [state[:, :H], high, low, state[:, H + 2 :]]
+    return jnp.concatenate(parts, axis=1).astype(right.dtype)
 
 
-# ---- Patches of the grid -----------------------------------------------------
+def _state_kernel(left_ref, right_ref, *refs, plan: Plan):
+    """A slice of one head's state over one split of T.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Patch:
-    """The tokens of one program: a patch of image b."""
-
-    grid: tuple[int, int]
-    rows: int
-    b: jax.Array
-    y: jax.Array  # of the first row
-    x: jax.Array  # (columns of the patch,)
-    tokens: _Slice  # (rows * columns,), row by row
-
-    def load_row(self, ref, dy, dx, columns: _Slice):
-        """Row y + dy of the patch, moved by dx; zeros where it is off the grid.
-
-        Returns: (columns of the patch, columns of the tile) float32.
-        """
-        h, w = self.grid
-        y = self.y + dy
-        x = self.x + dx
-        mask = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-        tokens = _Slice(y * w + x, mask)
-        return _load(ref, (self.b,), tokens, columns).astype(jnp.float32)
-
-
-def _make_patch(patch_index, b, tiling: _Tiling) -> _Patch:
-    h, w = tiling.case.grid
-    rows, columns = tiling.patch
-    across = pl.cdiv(w, columns)
-    y = patch_index // across * rows
-    x = patch_index % across * columns
-    i = jnp.arange(rows * columns)
-    token_y = y + i // columns
-    token_x = x + i % columns
-    mask = (token_y < h) & (token_x < w)
-    # Past the last token and not on another's: interpret mode writes back what
-    # it finds under a mask.
-    xs = x + jnp.arange(columns)
-    tokens = _Slice(jnp.where(mask, token_y * w + token_x, h * w), mask)
-    return _Patch(tiling.case.grid, rows, b, y, xs, tokens)
-
-
-def _store_rows(ref, patch: _Patch, columns: _Slice, product, local):
-    """Stores product + local at the patch.
-
-    product is (rows * columns of the patch, C), local a list of the patch's rows.
+    One warpgroup fetches tiles and prepares phi; each of the others multiplies
+    64 columns of `right` by all columns of the slice.
     """
-    h, w = patch.grid
-    parts = lax.split(product, [patch.x.size] * len(local), axis=0)
-    for row, part in enumerate(parts):
-        y = patch.y + row
-        mask = (patch.x < w) & (y < h)
-        tokens = jnp.where(mask, y * w + patch.x, h * w)
-        _store(ref, (patch.b,), _Slice(tokens, mask), columns, part + local[row])
+    *weight_refs, state_ref, left_tiles, right_tiles, out_tiles, barriers = refs
+    left_full, right_full, ready, consumed = barriers
+    b, n, head = _head(plan)
+    split = lax.axis_index("split")
+    columns = pl.ds(lax.axis_index("slice") * plan.slice, plan.slice)
+    warpgroup = lax.axis_index("warpgroup")
+    H = plan.case.head_width
+    last = plan.groups - 1
+    steps = plan.case.tokens // ROWS // plan.splits
+    first_left = n * H + lax.axis_index("slice") * plan.slice
+    first_right = right_ref.shape[2] - plan.case.width + n * H
 
+    def tokens(step):
+        return pl.ds((split * steps + step) * ROWS, ROWS)
 
-# ---- The convolution ---------------------------------------------------------
-
-
-def _load_taps(kernel_ref, dx, columns: _Slice, shape):
-    """The K weights of one column of the filter, each of the shape of a patch's row."""
-    K = kernel_ref.shape[0]
-    taps = [_load_vector(kernel_ref, (dy, dx), columns) for dy in range(K)]
-    rows = [tap.astype(jnp.float32)[None, :] for tap in taps]
-    return [jnp.broadcast_to(row, shape) for row in rows]
-
-
-def _convolve(ref, filter_refs, patch: _Patch, columns: _Slice, offset, interpret):
-    """Returns the rows of a patch of DWC(ref[..., offset:]).
-
-    Each is (columns of the patch, C) float32.
-    """
-    kernel_ref, bias_ref = filter_refs
-    K = kernel_ref.shape[0]
-    shape = (patch.x.size, columns.size)
-
-    def add_column(dx, local):
-        local = list(local)
-        taps = _load_taps(kernel_ref, dx, columns, shape)
-        # A row is loaded and widened once, then feeds up to K rows of the output.
-        for row in range(patch.rows + K - 1):
-            v = patch.load_row(
-                ref,
-                row - K // 2,
-                dx - K // 2,
-                columns.moved(offset),
-            )
-            for dy in range(max(0, row - patch.rows + 1), min(K, row + 1)):
-                local[row - dy] = _fma(v, taps[dy], local[row - dy], interpret)
-        return tuple(local)
-
-    # A loop over the columns of the filter, not unrolled: the compiler would
-    # hoist all loads into 255 registers, and one block would fill an SM.
-    bias = _load_vector(bias_ref, (), columns).astype(jnp.float32)
-    start = (jnp.broadcast_to(bias[None, :], shape),) * patch.rows
-    return lax.fori_loop(0, K, add_column, start)
-
-
-@dataclasses.dataclass(frozen=True)
-class _FilterGradient:
-    """Where a program's part of the filter's gradient goes."""
-
-    # (B, N, patches, K * K + 1, H) float32: of every tap, then of the bias.
-    ref: Any
-    index: tuple  # (b, n, patch)
-    columns: _Slice  # of the head
-
-    def store(self, row, value):
-        """Sums value (columns of the patch, C) over the patch, and stores it."""
-        where = self.ref.at[(*self.index, row, self.columns.index)]
-        plgpu.store(where, jnp.sum(value, axis=0), mask=self.columns.mask)
-
-
-def _convolve_transposed(
-    filter_and_do, patch: _Patch, do_columns: _Slice, v, gradient: _FilterGradient, interpret
-):
-    """Returns the rows of a patch of DWC^T(do), and stores the filter's gradient.
-
-    `v` lists the patch's rows of v. A row of do feeds up to K rows of dv and,
-    with the rows of v, K taps.
-    """
-    kernel_ref, do_ref = filter_and_do
-    K = kernel_ref.shape[0]
-    rows = patch.rows
-    columns = gradient.columns
-    shape = (patch.x.size, columns.size)
-
-    def add_column(dx, local):
-        local = list(local)
-        dtaps = [jnp.zeros(shape, jnp.float32)] * K
-        taps = _load_taps(kernel_ref, dx, columns, shape)
-        for row in range(rows + K - 1):
-            do = patch.load_row(do_ref, row - K // 2, K // 2 - dx, do_columns)
-            for back in range(max(0, row - rows + 1), min(K, row + 1)):
-                dy = K - 1 - back
-                at = row - back
-                local[at] = _fma(do, taps[dy], local[at], interpret)
-                dtaps[dy] = _fma(do, v[at], dtaps[dy], interpret)
-        for dy in range(K):
-            gradient.store(dy * K + dx, dtaps[dy])
-        return tuple(local)
-
-    start = (jnp.zeros(shape, jnp.float32),) * rows
-    local = lax.fori_loop(0, K, add_column, start)
-    do_rows = [patch.load_row(do_ref, row, 0, do_columns) for row in range(rows)]
-    gradient.store(K * K, sum(do_rows))  # of the bias
-    return local
-
-
-# ---- The kernels -------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _StateSizes:
-    """The static sizes of a state kernel."""
-
-    T: int
-    H: int
-    rows: int  # of the state, in a program
-    block: int  # tokens in a step
-    steps: int  # of a split of T
-    right_offset: int  # first column of `right` in its array
-
-
-def _state_kernel(left_ref, right_ref, *refs, sizes: _StateSizes):
-    """One tile of rows of one head's state, all its columns, over one split of T.
-
-    refs: [scale, weight,] state, mean.
-    """
-    *weight_refs, state_ref, mean_ref = refs
-    row_tile, split, n, b = (pl.program_id(axis) for axis in range(4))
-    T = sizes.T
-    H = sizes.H
-    row_index = row_tile * sizes.rows + jnp.arange(sizes.rows)
-    rows = _Slice(row_index, None if H % sizes.rows == 0 else row_index < H)
-    columns = _head_columns(H)
-
-    def body(step, carry):
-        states, mean = carry
-        first = (split * sizes.steps + step) * sizes.block
-        token = first + jnp.arange(sizes.block)
-        tokens = _Slice(token, token < T)
-        left = _load(left_ref, (b,), tokens, rows.moved(n * H))
-        # phi of a token that does not exist would be the epsilon.
-        phi = jnp.where(tokens.mask[:, None], _phi(left), 0)  # (block, rows)
-        if weight_refs:
-            weight = _load_vector(weight_refs[1], (b, n), tokens)
-            mean += phi * weight[:, None]
-        else:
-            mean += phi
-        phi = phi.astype(left.dtype)
-        products = []
-        for c in columns:
-            right_columns = c.moved(sizes.right_offset + n * H)
-            right = _load(right_ref, (b,), tokens, right_columns)
-            if weight_refs:
-                scale = _load_vector(weight_refs[0], (b, n), tokens)
-                scaled = right.astype(jnp.float32) * scale[:, None]
-                right = scaled.astype(right.dtype)
-            products.append(_dot(phi, right, (0, 0)))
-        return tuple(s + p for s, p in zip(states, products)), mean
-
-    zeros = tuple(jnp.zeros((sizes.rows, c.size), jnp.float32) for c in columns)
-    # Summed over a block's tokens after the loop, not in it.
-    mean = jnp.zeros((sizes.block, sizes.rows), jnp.float32)
-    states, mean = lax.fori_loop(0, sizes.steps, body, (zeros, mean))
-
-    rows = rows.masked()
-    for c, state in zip(columns, states):
-        _store(state_ref, (split, b, n), rows, c, state * (1 / T))
-    plgpu.store(
-        mean_ref.at[split, b, n, rows.index],
-        jnp.sum(mean, axis=0) * (1 / T),
-        mask=rows.mask,
-    )
-
-
-def _forward_kernel(q_ref, kv_ref, state_ref, key_mean_ref, *refs, tiling: _Tiling):
-    """The output at one patch of tokens and one tile of a head's columns."""
-    *filter_refs, out_ref = refs
-    column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
-    D = q_ref.shape[2]
-    H = tiling.case.head_width
-    patch = _make_patch(patch_index, b, tiling)
-    columns = tiling.columns(column_tile)
-    step_size = _step(H)
-
-    def body(step, carry):
-        numerators, denominator = carry
-        k_columns = _step_columns(step, H)
-        state_rows = k_columns.masked()
-        q = _load(q_ref, (b,), patch.tokens, k_columns.moved(n * H))
-        phi_q = _phi(q)  # (tokens, step)
-        key_mean = _load_vector(key_mean_ref, (b, n), k_columns)
-        denominator += phi_q * key_mean[None, :]
-        phi_q = phi_q.astype(q.dtype)
-        products = []
-        for c in columns:
-            state = _load(state_ref, (b, n), state_rows, c)
-            products.append(_dot(phi_q, state))
-        return tuple(s + p for s, p in zip(numerators, products)), denominator
-
-    tokens = patch.tokens.size
-    zeros = tuple(jnp.zeros((tokens, c.size), jnp.float32) for c in columns)
-    # Summed over a step's columns after the loop, not in it.
-    denominator = jnp.zeros((tokens, step_size), jnp.float32)
-    steps = pl.cdiv(H, step_size)
-    numerators, denominator = lax.fori_loop(0, steps, body, (zeros, denominator))
-    inverse = 1 / (jnp.sum(denominator, axis=1) + EPSILON)
-    for c, numerator in zip(columns, numerators):
-        out = numerator * inverse[:, None]
-        if not filter_refs:
-            _store(out_ref, (b,), patch.tokens, c.moved(n * H), out)
-            continue
-        local = _convolve(kv_ref, filter_refs, patch, c, D + n * H, tiling.interpret)
-        _store_rows(out_ref, patch, c.moved(n * H), out, local)
-
-
-def _dq_kernel(q_ref, do_ref, state_ref, key_mean_ref, *out_refs, block, H):
-    """dq of one block of tokens of one head.
-
-    For dS it stores 1 / denominator and the denominator's cotangent. With
-    E = do S^T the numerator is not needed: do . (phi(q) S) = phi(q) . E.
-    """
-    dq_ref, scale_ref, ddenominator_ref = out_refs
-    token_block, n, b = (pl.program_id(axis) for axis in range(3))
-    T = q_ref.shape[1]
-    token = token_block * block + jnp.arange(block)
-    tokens = _Slice(token, token < T)
-    columns = _head_columns(H)
-    step_size = _step(H)
-
-    def body(step, products):
-        k_columns = _step_columns(step, H)
-        do = _load(do_ref, (b,), tokens, k_columns.moved(n * H))
-        out = []
-        for c, product in zip(columns, products):
-            state = _load(state_ref, (b, n), c.masked(), k_columns)
-            out.append(product + _dot(do, state, (1, 1)))
-        return tuple(out)
-
-    zeros = tuple(jnp.zeros((block, c.size), jnp.float32) for c in columns)
-    products = lax.fori_loop(0, pl.cdiv(H, step_size), body, zeros)
-
-    denominator = jnp.full((block,), EPSILON, jnp.float32)
-    dot = jnp.zeros((block,), jnp.float32)
-    for c, product in zip(columns, products):
-        phi_q = _phi(_load(q_ref, (b,), tokens, c.moved(n * H)))
-        key_mean = _load_vector(key_mean_ref, (b, n), c)
-        denominator += jnp.sum(phi_q * key_mean[None, :], axis=1)
-        dot += jnp.sum(phi_q * product, axis=1)
-    scale = 1 / denominator
-    ddenominator = -dot * scale * scale
-
-    # q is loaded again: to keep it would take the registers that the
-    # products are in.
-    for c, product in zip(columns, products):
-        q = _load(q_ref, (b,), tokens, c.moved(n * H))
-        key_mean = _load_vector(key_mean_ref, (b, n), c)
-        through_denominator = ddenominator[:, None] * key_mean[None, :]
-        dq = product * scale[:, None] + through_denominator
-        dq = jnp.where(q > 0, dq, 0)
-        _store(dq_ref, (b,), tokens, c.moved(n * H), dq)
-    here = (b, n, token)
-    plgpu.store(scale_ref.at[here], scale, mask=tokens.mask)
-    plgpu.store(ddenominator_ref.at[here], ddenominator, mask=tokens.mask)
-
-
-def _dkv_kernel(kv_ref, do_ref, dstate_ref, dkey_mean_ref, *refs, tiling: _Tiling):
-    """dk and dv at one patch and one tile of a head's columns.
-
-    With a convolution it stores the patch's part of the filter's gradient too.
-    refs: dkv; with a convolution kernel, dkv, partial.
-    """
-    has_conv = bool(tiling.case.conv_size)
-    dkv_ref = refs[1] if has_conv else refs[0]
-    column_tile, patch_index, n, b = (pl.program_id(axis) for axis in range(4))
-    D = do_ref.shape[2]
-    H = tiling.case.head_width
-    patch = _make_patch(patch_index, b, tiling)
-    columns = tiling.columns(column_tile)
-
-    def body(step, carry):
-        k_columns = _step_columns(step, H)
-        k_rows = k_columns.masked()
-        k = _load(kv_ref, (b,), patch.tokens, k_columns.moved(n * H))
-        phi_k = _phi(k).astype(k.dtype)
-        v = _load(kv_ref, (b,), patch.tokens, k_columns.moved(D + n * H))
-        out = []
-        for c, (dk, dv) in zip(columns, carry):
-            c_rows = c.masked()
-            dk += _dot(v, _load(dstate_ref, (b, n), c_rows, k_columns), (1, 1))
-            dv += _dot(phi_k, _load(dstate_ref, (b, n), k_rows, c))
-            out.append((dk, dv))
-        return tuple(out)
-
-    tokens = patch.tokens.size
-    zeros = tuple((jnp.zeros((tokens, c.size), jnp.float32),) * 2 for c in columns)
-    gradients = lax.fori_loop(0, pl.cdiv(H, _step(H)), body, zeros)
-
-    for c, (dk, dv) in zip(columns, gradients):
-        k = _load(kv_ref, (b,), patch.tokens, c.moved(n * H))
-        dk += _load_vector(dkey_mean_ref, (b, n), c)[None, :]
-        dk = jnp.where(k > 0, dk, 0)
-        _store(dkv_ref, (b,), patch.tokens, c.moved(n * H), dk)
-        if not has_conv:
-            _store(dkv_ref, (b,), patch.tokens, c.moved(D + n * H), dv)
-            continue
-        kernel_ref, _, partial_ref = refs
-        v_columns = c.moved(D + n * H)
-        v = [patch.load_row(kv_ref, row, 0, v_columns) for row in range(patch.rows)]
-        gradient = _FilterGradient(partial_ref, (b, n, patch_index), c.masked())
-        local = _convolve_transposed(
-            (kernel_ref, do_ref),
-            patch,
-            c.moved(n * H),
-            v,
-            gradient,
-            tiling.interpret,
+    def fetch(step, slot):
+        plgpu.copy_gmem_to_smem(
+            left_ref.at[b, tokens(step), pl.ds(first_left, plan.slice)],
+            left_tiles.at[slot],
+            left_full.at[slot],
         )
-        _store_rows(dkv_ref, patch, v_columns, dv, local)
+        # The last group may reach into the next head or past the
+        # array. What it brings from there is overwritten.
+        for group in range(plan.groups if plan.rest else last):
+            plgpu.copy_gmem_to_smem(
+                right_ref.at[b, tokens(step), pl.ds(first_right + group * ROWS, ROWS)],
+                right_tiles.at[slot, group],
+                right_full.at[slot],
+            )
+
+    def prepare(step):
+        slot = lax.rem(step, plan.stages)
+        plgpu.barrier_wait(left_full.at[slot])
+        phi = _phi(plgpu.load(left_tiles.at[slot], layout=WGMMA))
+        ones = jnp.ones((ROWS, ROWS - plan.rest), phi.dtype)
+        if weight_refs:
+            scale, weight = (
+                plgpu.load(ref.at[b, n, tokens(step)], layout=WGMMA.reduce(1), optimized=False)
+                for ref in weight_refs
+            )
+            scaled = phi.astype(jnp.float32) * _by_row(scale, phi.shape)
+            phi = scaled.astype(phi.dtype)
+            ones = _by_row(weight.astype(phi.dtype), ones.shape)
+        # After the copy, which may write to these columns too.
+        plgpu.barrier_wait(right_full.at[slot])
+        right_tiles[slot, last, :, pl.ds(plan.rest, ROWS - plan.rest)] = ones
+        left_tiles[slot] = phi
+        # Tensor cores read past the cache of ordinary writes.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(ready.at[slot])
+
+    @pl.when(warpgroup == plan.groups)
+    def _produce():
+        for slot in range(plan.stages):
+            fetch(slot, slot)
+
+        @pl.loop(0, steps)
+        def _step(step):
+            prepare(step)
+
+            # A step late, so that preparing never waits for the last product.
+            @pl.when((step > 0) & (step - 1 + plan.stages < steps))
+            def _refill():
+                slot = lax.rem(step - 1, plan.stages)
+                plgpu.barrier_wait(consumed.at[slot])
+                fetch(step - 1 + plan.stages, slot)
+
+    def multiply(sums):
+        @pl.loop(0, steps)
+        def _step(step):
+            slot = lax.rem(step, plan.stages)
+            plgpu.barrier_wait(right_full.at[slot])
+            plgpu.barrier_wait(ready.at[slot])
+            right = right_tiles.at[slot, warpgroup].transpose((1, 0))
+            plgpu.wgmma(sums, right, left_tiles.at[slot])
+            plgpu.wgmma_wait(0)
+
+            # Only for those who wait: a barrier must not be ahead by two.
+            @pl.when(step + plan.stages < steps)
+            def _release():
+                plgpu.barrier_arrive(consumed.at[slot])
+
+        return sums[...]
+
+    @pl.when(warpgroup < plan.groups)
+    def _consume():
+        accumulator = plgpu.ACC((ROWS, plan.slice), jnp.float32)
+        state = pl.run_scoped(multiply, accumulator) * (1 / plan.case.tokens)
+        out_tiles[warpgroup] = state.astype(out_tiles.dtype)
+
+        @pl.when(warpgroup == last)
+        def _add_mean():
+            # By parts: the whole tile three times over is more than the registers.
+            for first in range(0, plan.slice, CHUNK):
+                part = state[:, first : first + CHUNK]
+                high, low = _split(part)
+                row = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=WGMMA)
+                low = jnp.where(row == plan.rest + 1, low, jnp.zeros_like(low))
+                mean = jnp.where(row == plan.rest, high, low)
+                part = jnp.where(row < plan.rest, part, mean).astype(out_tiles.dtype)
+                out_tiles[warpgroup, :, pl.ds(first, CHUNK)] = part
+
+        plgpu.commit_smem()
+        rows = pl.ds(warpgroup * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(out_tiles.at[warpgroup], state_ref.at[split, head, rows, columns])
+        plgpu.wait_smem_to_gmem(0)
+
+
+# ---- phi times a state, plus the convolution: out and dv ---------------------
+
+
+def _patches(operands, out_type, plan: Plan, *, normalise):
+    """phi(left) S, normalised or not, plus the convolution of `image`.
+
+    `operands` are left, image, state, taps or None, and what a kernel that has
+    no output of its own writes to. `left` is the first D columns of its array,
+    `image` and the output are the last.
+    """
+    left, image, state, taps, *out = operands
+    H = plan.case.head_width
+    dtype = left.dtype
+    columns = plan.slice + 8 * normalise
+    scratch = [
+        plgpu.SMEM((columns, H), dtype, transforms=TILED),
+        plgpu.SMEM((PATCH_WARPGROUPS, ROWS, H), dtype, transforms=TILED),
+        plgpu.SMEM((PATCH_WARPGROUPS, ROWS, plan.slice), jnp.float32, transforms=TILED_FLOAT32),
+    ]
+    if taps is not None:
+        scratch.append(plgpu.SMEM((*plan.tile, plan.slice), dtype))
+    scratch.append(
+        (
+            plgpu.Barrier(num_arrivals=1 + normalise),
+            plgpu.Barrier(num_arrivals=PATCH_ROWS, num_barriers=PATCH_WARPGROUPS),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=PATCH_WARPGROUPS),
+        )
+    )
+    arrays = [_image(left, plan), state]
+    if taps is not None:
+        arrays += [_haloed(image, plan), taps]
+    return _call(
+        functools.partial(_patch_kernel, normalise=normalise),
+        (*arrays, *out),
+        out_type,
+        plan=plan,
+        scratch_types=scratch,
+        grid=(plan.heads, plan.patch_chunks, plan.slices),
+        grid_names=("head", "chunk", "slice"),
+        num_threads=PATCH_WARPGROUPS,
+        kernel_name="linear_attention_out" if normalise else "linear_attention_dv",
+    )
+
+
+def _patch_kernel(left_ref, state_ref, *refs, plan: Plan, normalise):
+    """A slice of a head's columns at some patches of an image, one after the other.
+
+    The slice of the state stays in shared memory. While a warpgroup convolves,
+    the tokens of its next patch are on their way.
+    """
+    has_conv = bool(plan.case.conv_size)
+    image_ref, taps_ref, *own = refs if has_conv else (None, None, *refs)
+    out_ref, state_tile, left_tiles, products, *last = own
+    image_tile, barriers = last if has_conv else (None, *last)
+    state_full, left_full, image_full, done = barriers
+
+    b, n, head = _head(plan)
+    column = lax.axis_index("slice") * plan.slice
+    chunk = lax.axis_index("chunk")
+    warpgroup = lax.axis_index("warpgroup")
+    D = plan.case.width
+    H = plan.case.head_width
+    steps = plan.patches // plan.patch_chunks
+    first_row = warpgroup * PATCH_ROWS
+
+    def corner(step):
+        patch = chunk * steps + step
+        y = lax.rem(patch, plan.patches_down) * PATCH[0]
+        return y, lax.div(patch, plan.patches_down) * PATCH[1]
+
+    def fetch_left(step):
+        y, x = corner(step)
+        # A copy for each row of the patch makes its tokens the rows of a matrix.
+        for row in range(PATCH_ROWS):
+            row_of_grid = left_ref.at[b, y + first_row + row]
+            plgpu.copy_gmem_to_smem(
+                row_of_grid.at[pl.ds(x, PATCH[1]), pl.ds(n * H, H)],
+                left_tiles.at[warpgroup, pl.ds(row * PATCH[1], PATCH[1])],
+                left_full.at[warpgroup],
+            )
+
+    def fetch_image(step):
+        y, x = corner(step)
+        first = image_ref.shape[3] - D + n * H + column
+        tile = (*_tile_at(y, x, plan), pl.ds(first, plan.slice))
+        plgpu.copy_gmem_to_smem(image_ref.at[(b, *tile)], image_tile, image_full)
+
+    @pl.when(warpgroup == 0)
+    def _start():
+        plgpu.copy_gmem_to_smem(
+            state_ref.at[head, pl.ds(column, plan.slice)],
+            state_tile.at[pl.ds(0, plan.slice)],
+            state_full,
+        )
+        if normalise:
+            plgpu.copy_gmem_to_smem(
+                state_ref.at[head, pl.ds(H, 8)],
+                state_tile.at[pl.ds(plan.slice, 8)],
+                state_full,
+            )
+        if has_conv:
+            fetch_image(0)
+
+    fetch_left(0)
+    plgpu.barrier_wait(state_full)
+
+    def multiply(sums):
+        plgpu.wgmma(sums, left_tiles.at[warpgroup], state_tile.transpose((1, 0)))
+        return sums[...]
+
+    def attend(step):
+        """Leaves the step's product in shared memory, and asks for the next tokens."""
+        plgpu.barrier_wait(left_full.at[warpgroup])
+        phi = _phi(plgpu.load(left_tiles.at[warpgroup], layout=WGMMA))
+        left_tiles[warpgroup] = phi
+        plgpu.commit_smem()
+        accumulator = plgpu.ACC((ROWS, state_tile.shape[0]), jnp.float32)
+        product = pl.run_scoped(multiply, accumulator)
+
+        # The product has read the tile, which is free again.
+        @pl.when(step + 1 < steps)
+        def _next():
+            fetch_left(step + 1)
+
+        if normalise:
+            # Two of the eight columns are not zero: P . s in two parts.
+            denominator = jnp.sum(product[:, plan.slice :], axis=1) + EPSILON
+            product = product[:, : plan.slice]
+            product = product * _by_row(1 / denominator, product.shape)
+        products[warpgroup] = product
+
+    @pl.loop(0, steps)
+    def _step(step):
+        attend(step)
+        if has_conv:
+            plgpu.barrier_wait(image_full)
+        y, x = corner(step)
+        first = out_ref.shape[3] - D + n * H + column
+
+        # A loop: unrolled, its parts would share the registers.
+        @pl.loop(0, plan.slice // CHUNK)
+        def _part(part):
+            channels = pl.ds(part * CHUNK, CHUNK)
+            rows = []
+            for row in range(PATCH_ROWS):
+                tokens = pl.ds(row * PATCH[1], PATCH[1])
+                product = products.at[warpgroup, tokens, channels]
+                rows.append(plgpu.load(product, layout=IMAGE))
+            if has_conv:
+                window = image_tile.at[:, :, channels]
+                taps = taps_ref.at[:, pl.ds(column + part * CHUNK, CHUNK)]
+                _convolve(rows, window.at[pl.ds(first_row, PATCH_ROWS + 2 * plan.halo)], taps)
+            for row, value in enumerate(rows):
+                out = out_ref.at[b, y + first_row + row, pl.ds(x, PATCH[1])]
+                out = out.at[:, pl.ds(first + part * CHUNK, CHUNK)]
+                # Straight to memory: a warp writes whole sectors of 64 bytes.
+                plgpu.store(out, value.astype(out_ref.dtype), optimized=False)
+
+        # Both warpgroups read rows of the one tile: it is replaced when both are through.
+        if has_conv:
+            # Orders these reads before the copy's writes, which go another way.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
+
+            @pl.when((warpgroup == 0) & (step + 1 < steps))
+            def _next():
+                fetch_image(step + 1)
+
+
+def _convolve(rows, window, taps_ref):
+    """Adds the convolution and the bias to a list of rows of the grid.
+
+    `window` is (rows + K - 1, columns + K - 1, CHUNK) in shared memory, and
+    taps_ref (K * K + 1, CHUNK) in global memory.
+    """
+    K = window.shape[0] - len(rows) + 1
+    shape = (PATCH[1], CHUNK)
+    taps = [
+        _by_column(plgpu.load(taps_ref.at[i], layout=IMAGE.reduce(0), optimized=False), shape)
+        for i in range(K * K + 1)
+    ]
+    for row in range(len(rows)):
+        rows[row] += taps[-1]
+    for i in range(window.shape[0]):
+        for dx in range(K):
+            # Loaded and widened once, then used by up to K rows.
+            # Two columns of the grid that are 128 bytes apart share the banks.
+            value = _load_image(window.at[i, pl.ds(dx, PATCH[1])], optimized=False)
+            for row in range(max(0, i - K + 1), min(len(rows), i + 1)):
+                rows[row] += value * taps[(i - row) * K + dx]
+
+
+def _load_image(ref, optimized=True):
+    return plgpu.load(ref, layout=IMAGE, optimized=optimized).astype(jnp.float32)
+
+
+# ---- `right` times a state: dq and dk ----------------------------------------
+
+
+def _rows(operands, out_type, plan: Plan, *, normalise):
+    """The gradient of `left`, 1[left > 0] (scale right S^T + r mean).
+
+    `operands` are right, left, state, and what a kernel that has no output of
+    its own writes to. `right` is the last D columns of its array, `left` and
+    the output are the first. With `normalise`, scale and r are those of the
+    module's docstring, and the outputs are scale and r / scale too; else both
+    are one.
+    """
+    H = plan.case.head_width
+    dtype = operands[0].dtype
+    return _call(
+        functools.partial(_row_kernel, normalise=normalise),
+        operands,
+        out_type,
+        plan=plan,
+        scratch_types=(
+            plgpu.SMEM((plan.slices, H, plan.slice), dtype, transforms=TILED),
+            plgpu.SMEM((ROWS, H), dtype, transforms=TILED),
+            plgpu.SMEM((2, 2, plan.slices, ROWS), jnp.float32),
+            (
+                plgpu.Barrier(num_arrivals=plan.slices),
+                plgpu.Barrier(),
+                plgpu.Barrier(num_arrivals=plan.slices),
+                plgpu.Barrier(num_arrivals=plan.slices),
+            ),
+        ),
+        grid=(plan.heads, plan.row_chunks),
+        grid_names=("head", "chunk"),
+        num_threads=plan.slices,
+        kernel_name="linear_attention_dq" if normalise else "linear_attention_dk",
+    )
+
+
+def _row_kernel(right_ref, left_ref, state_ref, out_ref, *refs, plan: Plan, normalise):
+    """All columns of a head at some tokens: each warpgroup has a slice of them.
+
+    With E = do S^T the numerator is not needed: do . (phi(q) S) = phi(q) . E.
+    """
+    *row_refs, state_tiles, right_tile, sums, barriers = refs
+    state_full, right_full, read, summed = barriers
+    b, n, head = _head(plan)
+    chunk = lax.axis_index("chunk")
+    warpgroup = lax.axis_index("warpgroup")
+    H = plan.case.head_width
+    steps = plan.case.tokens // ROWS // plan.row_chunks
+    shape = (ROWS, plan.slice)
+    first_right = right_ref.shape[2] - plan.case.width + n * H
+    columns = pl.ds(n * H + warpgroup * plan.slice, plan.slice)
+
+    def tokens(step):
+        return pl.ds((chunk * steps + step) * ROWS, ROWS)
+
+    def fetch(step):
+        plgpu.copy_gmem_to_smem(
+            right_ref.at[b, tokens(step), pl.ds(first_right, H)], right_tile, right_full
+        )
+
+    @pl.when(warpgroup == 0)
+    def _start():
+        for i in range(plan.slices):
+            plgpu.copy_gmem_to_smem(
+                state_ref.at[head, pl.ds(0, H), pl.ds(i * plan.slice, plan.slice)],
+                state_tiles.at[i],
+                state_full,
+            )
+        fetch(0)
+
+    plgpu.barrier_wait(state_full)
+
+    def multiply(products):
+        plgpu.wgmma(products, right_tile, state_tiles.at[warpgroup])
+        return products[...]
+
+    def load_mean():
+        parts = (
+            plgpu.load(
+                state_ref.at[head, H + i, pl.ds(warpgroup * plan.slice, plan.slice)],
+                layout=WGMMA.reduce(0),
+                optimized=False,
+            )
+            for i in range(2)
+        )
+        return _by_column(sum(part.astype(jnp.float32) for part in parts), shape)
+
+    def sum_rows(step, *values):
+        """Sums each (tokens, slice) over the columns of all warpgroups."""
+        # Two slots: nobody writes to one that another still reads.
+        slot = lax.rem(step, 2)
+        for i, value in enumerate(values):
+            sums[slot, i, warpgroup] = jnp.sum(value, axis=1)
+        plgpu.barrier_arrive(summed)
+        plgpu.barrier_wait(summed)
+        for i in range(len(values)):
+            yield sum(
+                plgpu.load(sums.at[slot, i, part], layout=WGMMA.reduce(1))
+                for part in range(plan.slices)
+            )
+
+    @pl.loop(0, steps)
+    def _step(step):
+        plgpu.barrier_wait(right_full)
+        gradient = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(read)
+
+        @pl.when((warpgroup == 0) & (step + 1 < steps))
+        def _next():
+            plgpu.barrier_wait(read)
+            fetch(step + 1)
+
+        # Read at every step: kept, it would take 24 registers through the product.
+        mean = load_mean()
+        left = plgpu.load(
+            left_ref.at[b, tokens(step), columns], layout=WGMMA, optimized=False
+        ).astype(jnp.float32)
+        if normalise:
+            phi = _phi(left)
+            denominator, dot = sum_rows(step, phi * mean, phi * gradient)
+            scale = 1 / (denominator + EPSILON)
+            weight = -dot * scale
+            gradient = gradient * _by_row(scale, shape)
+            gradient += _by_row(weight * scale, shape) * mean
+
+            @pl.when(warpgroup == 0)
+            def _store_weights():
+                for ref, value in zip(row_refs, (scale, weight)):
+                    plgpu.store(ref.at[b, n, tokens(step)], value, optimized=False)
+        else:
+            gradient += mean
+        gradient = jnp.where(left > 0, gradient, jnp.zeros_like(gradient))
+        plgpu.store(
+            out_ref.at[b, tokens(step), columns],
+            gradient.astype(out_ref.dtype),
+            optimized=False,
+        )
+
+
+# ---- The gradient of the filter ----------------------------------------------
+
+
+def _filter_gradient(kv, do, plan: Plan):
+    """Returns (K * K + 1, H) float32: of every tap, then of the bias."""
+    case = plan.case
+    terms = case.conv_size**2 + 1
+    B, _, D = do.shape
+    h, w = case.grid
+    shape = (plan.filter_chunks, PATCH_WARPGROUPS, terms, D)
+    [parts] = _call(
+        _filter_kernel,
+        (_haloed(kv, plan), do.reshape(B * h, w, D)),
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        plan=plan,
+        scratch_types=(
+            plgpu.SMEM((2, *plan.tile, CHUNK), do.dtype),
+            plgpu.SMEM((2, *PATCH, CHUNK), do.dtype),
+            (
+                plgpu.Barrier(num_arrivals=2, num_barriers=2),
+                plgpu.Barrier(num_arrivals=PATCH_WARPGROUPS, num_barriers=2),
+            ),
+        ),
+        grid=(plan.filter_chunks, D // CHUNK),
+        grid_names=("chunk", "channels"),
+        num_threads=PATCH_WARPGROUPS,
+        kernel_name="linear_attention_dfilter",
+    )
+    parts = parts.reshape(-1, terms, case.num_heads, case.head_width)
+    return jnp.sum(parts, axis=(0, 2))
+
+
+def _filter_kernel(kv_ref, do_ref, out_ref, image_tiles, do_tiles, barriers, *, plan: Plan):
+    """The sums of some channels over some patches of all images."""
+    full, read = barriers
+    channel = lax.axis_index("channels") * CHUNK
+    chunk = lax.axis_index("chunk")
+    warpgroup = lax.axis_index("warpgroup")
+    K = plan.case.conv_size
+    h = plan.case.grid[0]
+    steps = plan.batch * plan.patches // plan.filter_chunks
+    first_row = warpgroup * PATCH_ROWS
+
+    def fetch(step, slot):
+        patch = chunk * steps + step
+        b = lax.div(patch, plan.patches)
+        y = lax.rem(patch, plan.patches_down) * PATCH[0]
+        x = lax.div(lax.rem(patch, plan.patches), plan.patches_down) * PATCH[1]
+        image = (b, *_tile_at(y, x, plan), pl.ds(plan.case.width + channel, CHUNK))
+        plgpu.copy_gmem_to_smem(kv_ref.at[image], image_tiles.at[slot], full.at[slot])
+        do = do_ref.at[pl.ds(b * h + y, PATCH[0]), pl.ds(x, PATCH[1])]
+        plgpu.copy_gmem_to_smem(
+            do.at[:, :, pl.ds(channel, CHUNK)], do_tiles.at[slot], full.at[slot]
+        )
+
+    @pl.when(warpgroup == 0)
+    def _start():
+        fetch(0, 0)
+
+    def add(step, sums):
+        sums = list(sums)
+        slot = lax.rem(step, 2)
+
+        # Two slots: the next tile arrives while this one is summed.
+        @pl.when((warpgroup == 0) & (step + 1 < steps))
+        def _next():
+            @pl.when(step > 0)
+            def _wait():
+                plgpu.barrier_wait(read.at[1 - slot])
+
+            fetch(step + 1, 1 - slot)
+
+        plgpu.barrier_wait(full.at[slot])
+        do = [_load_image(do_tiles.at[slot, first_row + row]) for row in range(PATCH_ROWS)]
+        for row in do:
+            sums[-1] += row[:8] + row[8:]
+        for i in range(PATCH_ROWS + K - 1):
+            for dx in range(K):
+                value = _load_image(image_tiles.at[slot, first_row + i, pl.ds(dx, PATCH[1])])
+                for row in range(max(0, i - K + 1), min(PATCH_ROWS, i + 1)):
+                    at = (i - row) * K + dx
+                    sums[at] += value[:8] * do[row][:8]
+                    sums[at] += value[8:] * do[row][8:]
+
+        plgpu.commit_smem()
+
+        @pl.when(step + 2 < steps)
+        def _release():
+            plgpu.barrier_arrive(read.at[slot])
+
+        return tuple(sums)
+
+    zero = plgpu.layout_cast(jnp.zeros((8, CHUNK), jnp.float32), IMAGE)
+    # In registers through all patches; summed over the warpgroup once, at the end.
+    sums = lax.fori_loop(0, steps, add, (zero,) * (K * K + 1))
+    for i, value in enumerate(sums):
+        out = out_ref.at[chunk, warpgroup, i, pl.ds(channel, CHUNK)]
+        plgpu.store(out, jnp.sum(value, axis=0), optimized=False)

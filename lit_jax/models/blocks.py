@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lit_jax.models.attention import PROJECTED, make_attention
+from lit_jax.models.dense import PRODUCT
 from lit_jax.partitioning import gather_weights
 
 REMAT_POLICIES = {
@@ -15,7 +16,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTED),
+        jax.checkpoint_policies.save_only_these_names(PROJECTED, PRODUCT),
     ),
 }
 

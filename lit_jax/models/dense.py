@@ -5,6 +5,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+# By this name a policy of rematerialisation keeps a layer's product: it cannot look into the rule.
+PRODUCT = "dense_product"
 
 
 @jax.custom_vjp
@@ -30,7 +34,7 @@ _product.defvjp(_forward, _backward)
 
 def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """What nn.Dense asks for: the last axis of x with the first of the kernel."""
-    return _product(x, kernel)
+    return checkpoint_name(_product(x, kernel), PRODUCT)
 
 
 # Fields and parameters are those of nn.Dense, but for precision.

@@ -92,6 +92,9 @@ def test_a_list_of_lines_beside_the_images(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     check(open_captioned(str(path), "", "train"), [f"{i}.png" for i in range(COUNT)])
+    # As an editor of Windows saves it.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    check(open_captioned(str(path), "", "train"), [f"{i}.png" for i in range(COUNT)])
 
 
 def write_tar(path, members):

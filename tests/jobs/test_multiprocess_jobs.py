@@ -194,13 +194,13 @@ def captions(server, recipe):
     return out
 
 
-def test_three_processes_prepare_captions_byte_for_byte(server, recipe, captions, tmp_path):
+def test_four_processes_prepare_captions_byte_for_byte(server, recipe, captions, tmp_path):
     out = tmp_path / "out"
     overrides = (*recipe, "--mode=prepare", f"--config.data.dir={out}")
-    three = server.run_together(tmp_path / "work", 3, *overrides)
-    assert [life.wait() for life in three] == [0] * 3, "".join(life.text() for life in three)
+    four = server.run_together(tmp_path / "work", 4, *overrides)
+    assert [life.wait() for life in four] == [0] * 4, "".join(life.text() for life in four)
     # Of 3, 7 and 2 shards each process wrote some.
-    assert all("this process wrote" in life.text() for life in three)
+    assert all("this process wrote" in life.text() for life in four)
     assert captioned(out) == captioned(captions) and len(captioned(out)) == 14
 
 

@@ -20,6 +20,7 @@ from lit_jax.models import param_shapes
 from lit_jax.porting.pixart import Overrides, read_null_caption
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
+from lit_jax.prompts import choose_prompts
 
 # Of 12 and of 20 tokens: they are padded to 16 and to 20.
 PROMPTS = ("a blue dog", "a red cat, on top of the hat")
@@ -168,6 +169,41 @@ def test_text_encoder_model_and_decoder_come_one_after_the_other(
     assert events == [("text encoder", []), ("model", []), ("decoder", beside)]
 
 
+def test_latents_that_are_drawn_are_kept_when_offload_is_interrupted(
+    config, drawn, tmp_path, monkeypatch
+):
+    def stop(*args, **kwargs):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "load_params", stop)  # of the decoder, whose turn is last
+        with pytest.raises(InterruptedError):
+            draw(config, tmp_path, offload=True)
+    latents = sorted((tmp_path / "samples").rglob("*.latents"))
+    assert len(latents) == 6 and not images(tmp_path / "samples")
+    latents[1].unlink()
+    latents[4].write_bytes(latents[4].read_bytes()[:-1])
+    again = []
+    save = sample.save_latents
+
+    def watched(path, content):
+        again.append(path.stem)
+        save(path, content)
+
+    monkeypatch.setattr(sample, "save_latents", watched)
+    assert images(draw(config, tmp_path, offload=True)) == images(drawn)
+    assert again == [latents[1].stem, latents[4].stem]
+    assert not list((tmp_path / "samples").rglob("*.latents"))
+
+
+def test_a_batch_is_not_larger_than_what_is_asked_for(config, tmp_path, caplog):
+    """It would be filled up with copies: one prompt would take the time of a whole batch."""
+    caplog.set_level("INFO")
+    draw(config, tmp_path, batch_size=32, images_per_prompt=1, num_images=1)
+    # Two prompts on eight devices.
+    assert "compiling the sampler for 8 images at once" in caplog.text
+
+
 def test_the_folder_says_what_its_images_depend_on(config, drawn, tmp_path):
     protocol = json.loads((drawn / "protocol.json").read_text())
     assert protocol["text"].keys() == {"tokenizer", "weights", "cleaning", "max_length", "dtype"}
@@ -222,6 +258,16 @@ def test_genevals_metadata_make_genevals_folder(config, drawn, tmp_path):
     (folder / "00001" / "samples" / "0002.png").unlink()
     draw(config, tmp_path, **change)
     assert images(folder, "0*/samples/*.png") == images(drawn)
+
+
+def test_a_prompt_ends_with_its_line_alone(tmp_path):
+    """Windows' mark and line ends are none of it, and U+0085 and U+2028 do not end it."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\x85cat\r\n\r\ntwo\u2028cats\r\n".encode())
+    assert choose_prompts((), str(path), 1).texts == ("one\x85cat", "two\u2028cats")
+    path = path.with_suffix(".jsonl")
+    path.write_bytes('\ufeff{"prompt": "two\u2028cats"}\r\n'.encode())
+    assert choose_prompts((), str(path), 1).texts == ("two\u2028cats",)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Compiles XL/2's linear attention, both passes, for an H100, on a machine without a GPU.
+
+    python tests/hopper_compiler.py FOLDER
+
+It needs the CUDA compiler that jax[cuda13] brings, and writes FOLDER/kernels.json: launches, bytes
+of temporaries, and what ptxas says of each kernel.
+"""
+
+import functools
+import glob
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def find_ptxas() -> str:
+    """The compiler of the wheels, not one that the machine happens to have."""
+    for folder in sys.path:
+        for path in glob.glob(os.path.join(folder, "nvidia", "*", "bin", "ptxas")):
+            return path
+    raise FileNotFoundError("ptxas was not found: pip install 'jax[cuda13]'")
+
+
+def compile_both_passes(tokens_on_a_side: int = 32):
+    """The compiled output and gradients at D = 1152, 4 heads, B T = 32,768, bfloat16."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+    from lit_jax.kernels.linear_attention import linear_attention
+
+    side = tokens_on_a_side
+    batch = 32768 // side**2
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    op = functools.partial(
+        linear_attention, num_heads=4, grid=(side, side), implementation="pallas_gpu"
+    )
+
+    def both(q, kv, conv_kernel, conv_bias, do):
+        out, vjp = jax.vjp(op, q, kv, conv_kernel, conv_bias)
+        return out, vjp(do)
+
+    arrays = (
+        array(jnp.bfloat16, batch, side**2, 1152),
+        array(jnp.bfloat16, batch, side**2, 2304),
+        array(jnp.float32, 5, 5, 288),
+        array(jnp.float32, 288),
+        array(jnp.bfloat16, batch, side**2, 1152),
+    )
+    card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=card)):
+        traced = jax.jit(both).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def read_ptxas(ptx: str) -> dict:
+    """Threads, registers, spilled bytes and warnings of the kernel in a PTX file."""
+    arguments = [find_ptxas(), "-arch=sm_90a", "-v", "-o", ptx + ".cubin", ptx]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    log = ran.stdout + ran.stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", pathlib.Path(ptx).read_text())
+    registers = re.search(r"Used (\d+) registers", log)
+    assert threads and registers and spilled, log
+    return {
+        "threads": int(threads[1]),
+        "registers": int(registers[1]),
+        "spilled_bytes": sum(map(int, spilled)),
+        "warnings": re.findall(r"Potential Performance Loss: .*", log),
+    }
+
+
+def main(folder: str) -> None:
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_TO": folder,
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "PATH": os.path.dirname(find_ptxas()) + os.pathsep + os.environ["PATH"],
+    }
+    os.environ.pop("XLA_FLAGS", None)
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    compiled = compile_both_passes()
+    # Mosaic numbers the kernels in the order in which it meets them.
+    kernels = {
+        re.sub(r"_\d+$", "", pathlib.Path(ptx).stem): read_ptxas(ptx)
+        for ptx in glob.glob(os.path.join(folder, "*.ptx"))
+    }
+    found = {
+        "kernels": kernels,
+        "launches": compiled.as_text().count('custom_call_target="mosaic_gpu'),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    pathlib.Path(folder, "kernels.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
