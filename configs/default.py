@@ -417,6 +417,16 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # --mode=layers: which layers bear the student's attention (docs/workbench.md).
+    config.layers = ConfigDict(
+        dict(
+            num_batches=8,  # of train.batch_size images, each at a timestep of its own
+            # Choose which layers keep softmax so that a forward pass at sample.size has at most
+            # this share of the teacher's FLOPs; 0: choose none.
+            flops_share=0.0,
+        )
+    )
+
     # --mode=benchmark: times on this machine, and estimates for a TPU.
     config.benchmark = ConfigDict(
         dict(

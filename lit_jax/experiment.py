@@ -212,26 +212,41 @@ class Experiment:
                 raise ValueError(
                     f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
                 )
-        weight = self.unscaled_step_settings.attention_weight
+        if weight := self.unscaled_step_settings.attention_weight:
+            self.check_layers(f"distill.attention_weight = {weight:g}", "; set it to 0")
+        return self._as_teacher(found.with_heads(num_heads))
+
+    def check_layers(self, asked: str, advice: str = "") -> None:
+        """Raises ValueError where student and teacher cannot be compared layer with layer.
+
+        Args:
+          asked: the field or the flag that compares them.
+          advice: the end of the error.
+        """
+        if self.teacher_checkpoint is None:
+            raise ValueError(
+                f"{asked} compares layer with layer, but teacher.checkpoint is empty; name one"
+            )
+        found = self.teacher_checkpoint.config
+        path = self.config.teacher.checkpoint
         for name in ("depth", "width", "patch_size"):
             ours = getattr(self.model_config, name)
             theirs = getattr(found, name)
-            if weight and ours != theirs:
+            if ours != theirs:
                 raise ValueError(
-                    f"distill.attention_weight = {weight:g} compares layer with layer, but the "
-                    f"student has {name} {ours} and {path} has {theirs}; set it to 0"
+                    f"{asked} compares layer with layer, but the student has {name} {ours} and "
+                    f"{path} has {theirs}{advice}"
                 )
-        if weight and "blocks" not in self.state_shapes.params:
+        if "blocks" not in self.state_shapes.params:
             raise ValueError(
-                f"distill.attention_weight = {weight:g}, but a model of the family "
-                f"{self.config.model.family} has no layers of its own; set it to 0"
+                f"{asked} compares layer with layer, but a model of the family "
+                f"{self.config.model.family} has no layers of its own{advice}"
             )
-        if weight and found.softmax_every:
+        if found.softmax_every:
             raise ValueError(
-                f"distill.attention_weight = {weight:g} needs a teacher of one attention, but "
-                f"{path} has softmax_every = {found.softmax_every}; set it to 0"
+                f"{asked} needs a teacher of one attention, but {path} has softmax_every = "
+                f"{found.softmax_every}{advice}"
             )
-        return self._as_teacher(found.with_heads(num_heads))
 
     def default_teacher(self) -> Model:
         """The teacher of a config that names no checkpoint: a softmax model of the same size."""

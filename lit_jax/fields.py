@@ -101,6 +101,8 @@ RANGES = {
     "evaluate.num_images": AT_LEAST_0,
     "evaluate.compare": NAMES,
     "evaluate.compare_across": NAMES,
+    "layers.num_batches": between(1, 1_000_000),
+    "layers.flops_share": NOT_NEGATIVE,
     "benchmark.what": NAMES,
     "benchmark.attention_tokens": between(1, 10**9),
     "benchmark.model_tokens": between(1, 10**9),

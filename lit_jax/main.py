@@ -31,7 +31,18 @@ CONFIG = config_flags.DEFINE_config_file(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "evaluate", "port", "export", "prepare", "plan", "benchmark", "demo"],
+    [
+        "train",
+        "sample",
+        "evaluate",
+        "layers",
+        "port",
+        "export",
+        "prepare",
+        "plan",
+        "benchmark",
+        "demo",
+    ],
     "The job.",
 )
 WORKDIR = flags.DEFINE_string(
@@ -45,6 +56,7 @@ RUN_BY_SEVERAL = (
     "train",
     "sample",
     "evaluate",
+    "layers",
     "port",
     "prepare",
     "benchmark",
@@ -58,6 +70,7 @@ MEMORY_ADVICE = {
     "sample": "a smaller sample.batch_size, mesh.fsdp over more devices and, with an autoencoder, "
     "autoencoder.slice_size and autoencoder.tile_size need less",
     "evaluate": "a smaller evaluate.batch_size and evaluate.num_neighbour_images need less",
+    "layers": "a smaller train.batch_size and mesh.fsdp over more devices need less",
     "prepare": "a smaller prepare.batch_size, autoencoder.slice_size and autoencoder.tile_size "
     "need less",
     "benchmark": "a smaller benchmark.model_tokens and benchmark.attention_tokens need less",

@@ -309,6 +309,7 @@ def test_a_corrupt_data_set(monkeypatch, folder, tmp_path):
         (["--mode=sample", "sample.checkpoint=no/such"], ["sample.checkpoint = no/such"]),
         (["--mode=sample"], ["sample.checkpoint is empty; --workdir = ", "--mode=train"]),
         (["--mode=export"], ["sample.checkpoint is empty; --workdir = ", "--mode=train"]),
+        (["--mode=layers"], ["sample.checkpoint is empty; --workdir = ", "--mode=train"]),
         (["--mode=evaluate"], ["evaluate.samples is empty", "samples.npz", "--mode=sample"]),
         (["autoencoder.checkpoint=no/such"], ["autoencoder.checkpoint = no/such"]),
         (["--mode=evaluate", "evaluate.samples=no/such.npz"], ["evaluate.samples = no/such.npz"]),

@@ -28,7 +28,7 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
     lines = ["# Evaluation", ""]
     scores = result["scores"].items()
     rows = [[name, f"{value:.4f}"] for name, value in scores]
-    lines += _table(["score", "value"], rows)
+    lines += table(["score", "value"], rows)
     for note in result.get("notes", []):
         lines += ["", f"Note: {note}."]
 
@@ -38,7 +38,7 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
 
     lines += ["", "## Protocol", ""]
     fields = protocol.flatten(result["protocol"])
-    lines += _table(["field", "value"], fields.items())
+    lines += table(["field", "value"], fields.items())
 
     # Neither is there in training, where the images come from memory.
     if "samples_file" in result:
@@ -54,7 +54,7 @@ def write_report(path: epath.PathLike, result: Mapping[str, Any]) -> None:
         lines.append("")
         lines.append(f"Drawn at {speed} on {devices}.")
     path = epath.Path(path)
-    _write_texts(path, lines, result)
+    write_texts(path, lines, result)
 
 
 def with_ending(path: epath.Path, ending: str) -> epath.Path:
@@ -95,10 +95,11 @@ def _self_check_table(rows: list[dict[str, Any]]) -> list[str]:
         ]
         for row in rows
     ]
-    return _table(["score", "here", "published", "tolerance", ""], cells)
+    return table(["score", "here", "published", "tolerance", ""], cells)
 
 
-def _write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
+def write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
+    """Writes path.md of lines, and path.json of JSON values."""
     # They may be the first files of a new workdir.
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.replace_text(with_ending(path, ".md"), "\n".join(lines) + "\n")
@@ -107,8 +108,8 @@ def _write_texts(path: epath.Path, lines: list[str], content: Any) -> None:
     storage.replace_text(with_ending(path, ".json"), text + "\n")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a Markdown table."""
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [_row(header), "|---" * len(header) + "|"]
     lines += [_row(cells) for cells in rows]
     return lines
@@ -192,10 +193,10 @@ def write_comparison(path: epath.PathLike, comparison: Comparison) -> None:
         speed = drawn.get("images_per_second")
         shown = f"{speed:.1f}" if speed else ""
         rows.append([run, *values, *scores, shown])
-    lines = ["# Comparison", "", *_table(header, rows)]
+    lines = ["# Comparison", "", *table(header, rows)]
 
     across = list(comparison.across)
-    _write_texts(path, lines, {"across": across, "runs": comparison.results})
+    write_texts(path, lines, {"across": across, "runs": comparison.results})
     figure = draw_curves(comparison)
     pictures.save_png(with_ending(path, ".png"), figure.savefig, dpi=120)
 

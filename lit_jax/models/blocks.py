@@ -23,7 +23,8 @@ REMAT_POLICIES = {
 
 EPSILON = 1e-12  # of a mean square: an attention that gives nothing has no relative error
 # The collection in which a block leaves what its attention read and gave, where a
-# caller of `apply` asks for it (mutable=[ATTENTION]).
+# caller of `apply` asks for it (mutable=[ATTENTION]); and in which it finds what takes
+# the place of its attention, where a caller gives that (see `replacing`).
 ATTENTION = "attention"
 
 
@@ -96,9 +97,53 @@ def _group_of(block, size):
 def attend(block: nn.Module, attn: Any, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """attn(x, grid); what it reads and gives stays in the collection ATTENTION of its block."""
     out = attn(x, grid)
+    if block.has_variable(ATTENTION, "instead"):
+        instead: Any = block.get_variable(ATTENTION, "instead")
+        is_replaced: Any = block.get_variable(ATTENTION, "is_replaced")
+        out = jnp.where(is_replaced, instead.astype(out.dtype), out)
     block.sow(ATTENTION, "read", x)
     block.sow(ATTENTION, "gave", out)
     return out
+
+
+def replacing(layer: jax.Array, instead: jax.Array) -> dict[str, Any]:
+    """The variables with which a model gives other outputs of the attention of one layer.
+
+    Args:
+      layer: its number, of a model whose layers are all alike.
+      instead: (L, B, T, D) of all layers.
+    """
+    is_replaced = jnp.arange(len(instead)) == layer
+    return {ATTENTION: {"blocks": {"instead": instead, "is_replaced": is_replaced}}}
+
+
+def attention_outputs(model: Any, params: Any, read: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """What each attention of a model gives for an input of that layer.
+
+    Args:
+      model, params: of any pattern of layers.
+      read: (L, B, T, D), of all layers in their order.
+      grid: (h, w) in tokens.
+    Returns: (L, B, T, D) in the model's dtype.
+    """
+    every = model.config.softmax_every
+    blocks = params["blocks"]
+    layers = [blocks[f"layer_{i}"] for i in range(every)] if every else [blocks]
+    outputs = []
+    for i, layer in enumerate(layers):
+        config = model.config.layer(i)
+        is_own = config.attention == model.config.attention
+        implementation = model.implementation if is_own else None
+        attn = make_attention(config, implementation, model.dtype, parent=None)
+
+        def one(_, rows, attn=attn):
+            params = gather_weights(rows[0], dtype=model.dtype)
+            return None, attn.apply({"params": params}, rows[1].astype(model.dtype), grid)
+
+        _, out = jax.lax.scan(one, None, (layer["attn"], read[i :: len(layers)]))
+        outputs.append(out)
+    # Of the first group all layers, then of the next one.
+    return jnp.stack(outputs, axis=1).reshape(read.shape)
 
 
 def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -> jax.Array:
