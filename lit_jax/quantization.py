@@ -142,5 +142,8 @@ def _name(path: Sequence[Any]) -> str:
 
     Of the parts of an int8 weight its own and "qvalue" or "scale".
     """
-    names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+    names = []
+    for entry in path:
+        name = getattr(entry, "name", entry)
+        names.append(str(getattr(entry, "key", name)))
     return "/".join(name for name in names if name != "array")

@@ -95,10 +95,11 @@ def test_an_activation_has_a_scale_for_each_token():
     model = qwix.quantize_model(Nested(), quantization.make_provider("int8"))
     params = model.init(jax.random.key(0), x)["params"]
     kernel = params["blocks"]["mlp"]["fc1"]["kernel"].array
+    weights = np.float64(kernel.qvalue) * np.asarray(kernel.scale)
+    # Half a level of its token's scale may be lost of each element.
     scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5
-    rounded = np.clip(np.round(x / scale), -128, 127)
-    expected = (rounded @ np.float64(kernel.qvalue)) * scale * np.asarray(kernel.scale)
-    np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=1e-5)
+    lost = np.abs(model.apply({"params": params}, jnp.asarray(x)) - x @ weights)
+    assert (lost <= 0.501 * scale * np.abs(weights).sum(axis=0)).all() and lost.max() > 0
 
 
 @pytest.mark.parametrize("name, int8", [("attention", 7), ("normaliser", 5)])
