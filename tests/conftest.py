@@ -55,6 +55,8 @@ jax.devices()
 os.environ["XLA_FLAGS"] = flags
 # libtpu ignores the signal where nobody listens, and processes that a test starts would inherit it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A shell ignores Ctrl-C for what it runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.

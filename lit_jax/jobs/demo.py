@@ -26,17 +26,21 @@ from lit_jax.runtime.exit_status import TryAgainError
 from lit_jax.samplers import SamplerSettings
 from lit_jax.sampling import Sampler
 
-PREVIEWS = 12  # pictures on the way to an image, about: a browser shows no more in a second
-SHOWN_PIXELS = 256  # smaller pictures are enlarged to this many, pixel by pixel
+# Pictures on the way to an image, about:
+# a browser shows no more in a second.
+PREVIEWS = 12
+SHOWN_PIXELS = 256  # smaller pictures are enlarged to it
 MOST_STEPS = 250
 MOST_GUIDANCE = 20.0
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Serves the page until it is stopped by Ctrl-C or SIGTERM, which is its good end.
+    """Serves the page until it is stopped by Ctrl-C or SIGTERM.
 
-    Raises: ValueError or FileNotFoundError, before anything is loaded, for a config that cannot be
-      run; ValueError where gradio is not installed, OSError where the port is taken.
+    That is its good end.
+    Raises: ValueError or FileNotFoundError, before anything is loaded, for a
+      config that cannot be run; ValueError where gradio is not installed,
+      OSError where the port is taken.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('--mode=demo needs the package gradio: pip install "lit_jax[demo]"')
@@ -80,7 +84,7 @@ def _free_port(host: str) -> int:
         return free.getsockname()[1]
 
 
-# ---- What draws ----------------------------------------------------------------------------------
+# ---- What draws --------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +111,17 @@ class View:
 
 
 class Studio:
-    """The models of a config, on one device, drawing what they are asked for step by step.
+    """The models of a config, on one device, drawing step by step.
 
-    Raises: ValueError or FileNotFoundError for a config that cannot be sampled from.
+    Raises: ValueError or FileNotFoundError for a config that cannot be sampled
+      from.
     """
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
         experiment = Experiment(config)
         # A picture of each model at a time needs no more.
-        experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+        first = jax.devices()[:1]
+        experiment.mesh = sharding.make_mesh(1, 1, devices=first)
         experiment.check_platform()
         checkpoint = experiment.read_sampled(workdir)
         self.experiment = experiment
@@ -123,24 +129,29 @@ class Studio:
         self.samplers = experiment.process.samplers
         self.is_told_captions = experiment.is_told_captions
         count = conditions.count_classes(experiment.model_config)
-        self.classes = list(checkpoint.class_names) or [str(i) for i in range(count)]
+        numbers = [str(i) for i in range(count)]
+        self.classes = list(checkpoint.class_names) or numbers
         # While it is held, a prompt costs no loading.
         self._encoder = None
         if self.is_told_captions and not experiment.is_told_tokens:
             self._encoder = experiment.load_text_encoder()
 
         self._models: dict[str, tuple[Sampler, Any]] = {}
-        if experiment.teacher:
-            logging.info("loading the teacher %s", config.teacher.checkpoint)
-            sampler = experiment.sampler(experiment.teacher, batch_size=1)
-            self._models["teacher"] = sampler, experiment.load_teacher()
-        name = "student" if experiment.teacher else "model"
-        logging.info("loading the %s %s", name, checkpoint.report.source)
-        shardings = sharding.fsdp_sharding(checkpoint.params, experiment.mesh)
-        model = experiment.for_drawing(experiment.model)
-        params = experiment.drawn_params(model, load_params(checkpoint.params, shardings))
-        self._models[name] = experiment.sampler(model, batch_size=1), params
         self._compiled: set[Any] = set()
+        teacher = experiment.teacher
+        if teacher:
+            logging.info("loading the teacher %s", config.teacher.checkpoint)
+            sampler = experiment.sampler(teacher, batch_size=1)
+            self._models["teacher"] = sampler, experiment.load_teacher()
+
+        name = "student" if teacher else "model"
+        logging.info("loading the %s %s", name, checkpoint.report.source)
+        stored = checkpoint.params
+        shardings = sharding.fsdp_sharding(stored, experiment.mesh)
+        model = experiment.for_drawing(experiment.model)
+        params = load_params(stored, shardings)
+        params = experiment.drawn_params(model, params)
+        self._models[name] = experiment.sampler(model, batch_size=1), params
 
     @property
     def names(self) -> list[str]:
@@ -152,8 +163,17 @@ class Studio:
         base = self.defaults
         if request.sampler != base.sampler:
             # Spacing and variance of the config may be of another sampler.
-            base = dataclasses.replace(base, sampler=request.sampler, spacing="", variance="")
-        return dataclasses.replace(base, steps=request.steps, cfg_scale=request.cfg_scale)
+            base = dataclasses.replace(
+                base,
+                sampler=request.sampler,
+                spacing="",
+                variance="",
+            )
+        return dataclasses.replace(
+            base,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+        )
 
     def condition(self, wanted: str) -> dict[str, np.ndarray]:
         """What the models are told, arrays (1, ...)."""
@@ -164,9 +184,8 @@ class Studio:
     def draw(self, request: Request) -> Iterator[dict[str, View]]:
         """Pictures of all models, step by step; the last ones are the images.
 
-        The models take turns, so that both are seen to come; the time is each one's own, without
-        compilation.
-
+        The models take turns, so that both are seen to come; the time is each
+        one's own, without compilation.
         Raises: ValueError for a request that cannot be drawn.
         """
         settings = self.settings(request)
@@ -177,63 +196,70 @@ class Studio:
         condition = self.condition(request.wanted)
         views = {name: View(None, "compiling") for name in self._models}
         streams = {}
-        seconds = dict.fromkeys(self._models, 0.0)
         for name, sampler in samplers.items():
             params = self._models[name][1]
             if self._is_new(name, sampler, condition):
                 yield dict(views)
-                self._image(sampler, next(self._stream(sampler, params, condition)))
+                first = next(self._stream(sampler, params, condition))
+                self._image(sampler, first)
             streams[name] = self._stream(sampler, params, condition)
 
-        every = max(1, request.steps // PREVIEWS)
-        for step in range(1, request.steps + 1):
+        steps = request.steps
+        every = max(1, steps // PREVIEWS)
+        seconds = dict.fromkeys(self._models, 0.0)
+        for step in range(1, steps + 1):
+            is_last = step == steps
+            is_shown = is_last or step % every == 0
             for name, stream in streams.items():
                 started = time.monotonic()
                 latents = jax.block_until_ready(next(stream))
-                is_last = step == request.steps
-                if is_last or step % every == 0:
-                    # The decoder's part of a preview is no time of the image's.
-                    paused = time.monotonic()
-                    image = self._image(samplers[name], latents)
-                    started += 0 if is_last else time.monotonic() - paused
-                    views[name] = View(image, "")
                 seconds[name] += time.monotonic() - started
-                line = f"step {step} of {request.steps}, {seconds[name]:.2f} s"
+                image = views[name].image
+                if is_shown:
+                    started = time.monotonic()
+                    image = self._image(samplers[name], latents)
+                    # The decoder's part of a preview is no time of the image's.
+                    if is_last:
+                        seconds[name] += time.monotonic() - started
+                line = f"step {step} of {steps}, {seconds[name]:.2f} s"
                 if is_last:
-                    line = f"{seconds[name]:.2f} s an image, {request.steps} steps"
-                views[name] = View(views[name].image, line)
-            if step == request.steps or step % every == 0:
+                    line = f"{seconds[name]:.2f} s an image, {steps} steps"
+                views[name] = View(image, line)
+            if is_shown:
                 yield dict(views)
 
-    def _stream(self, sampler: Sampler, params: Any, condition: dict[str, np.ndarray]) -> Any:
+    def _stream(self, sampler, params, condition):
         return sampler.stream(params, np.zeros(1, np.int32), condition)
 
-    def _image(self, sampler: Sampler, latents: jax.Array) -> np.ndarray:
+    def _image(self, sampler, latents):
         return pictures.to_uint8(np.asarray(sampler.decode(latents))[0])
 
-    def _is_new(self, name: str, sampler: Sampler, condition: dict[str, np.ndarray]) -> bool:
+    def _is_new(self, name, sampler, condition):
         """Whether the first step will be compiled."""
-        shapes = tuple(sorted((key, value.shape) for key, value in condition.items()))
-        key = (name, sampler.step_kind, shapes)
+        shapes = sorted((key, value.shape) for key, value in condition.items())
+        key = (name, sampler.step_kind, tuple(shapes))
         is_new = key not in self._compiled
         self._compiled.add(key)
         return is_new
 
 
-# ---- The page ------------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------
 
 
 def make_page(studio: Studio) -> Any:
-    """The page of a studio, a `gradio.Blocks`. Its function "draw" can be called by clients too."""
+    """The page of a studio, a `gradio.Blocks`.
+
+    Its function "draw" can be called by clients too.
+    """
     import gradio  # an extra: no other job needs it
 
     def draw(wanted, seed, cfg_scale, sampler, steps):
         request = Request(wanted, int(seed), float(cfg_scale), sampler, int(steps))
         try:
             for views in studio.draw(request):
-                images = [enlarge(views[name].image) for name in studio.names]
-                lines = [views[name].line for name in studio.names]
-                yield *images, *lines
+                shown = [views[name] for name in studio.names]
+                images = [enlarge(view.image) for view in shown]
+                yield *images, *(view.line for view in shown)
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -245,27 +271,57 @@ def make_page(studio: Studio) -> Any:
                 wanted: Any = gradio.Textbox(label="prompt", elem_id="wanted")
             else:
                 wanted = gradio.Dropdown(
-                    studio.classes, value=studio.classes[0], label="class", elem_id="wanted"
+                    studio.classes,
+                    value=studio.classes[0],
+                    label="class",
+                    elem_id="wanted",
                 )
-            seed = gradio.Number(studio.experiment.config.seed, label="seed", precision=0)
-            button = gradio.Button("draw", variant="primary", elem_id="draw")
+            seed = gradio.Number(
+                studio.experiment.config.seed,
+                label="seed",
+                precision=0,
+            )
+            button = gradio.Button(
+                "draw",
+                variant="primary",
+                elem_id="draw",
+            )
         with gradio.Row():
             cfg_scale = gradio.Slider(
-                0.0, MOST_GUIDANCE, defaults.cfg_scale, step=0.1, label="guidance"
+                0.0,
+                MOST_GUIDANCE,
+                defaults.cfg_scale,
+                step=0.1,
+                label="guidance",
             )
             sampler = gradio.Dropdown(
-                list(studio.samplers), value=defaults.sampler, label="sampler"
+                list(studio.samplers),
+                value=defaults.sampler,
+                label="sampler",
             )
             steps = gradio.Slider(
-                1, max(MOST_STEPS, defaults.steps), defaults.steps, step=1, label="steps"
+                1,
+                max(MOST_STEPS, defaults.steps),
+                defaults.steps,
+                step=1,
+                label="steps",
             )
         images = []
         lines = []
         with gradio.Row():
             for name in studio.names:
                 with gradio.Column():
-                    images.append(gradio.Image(label=name, elem_id=f"{name}_image", format="png"))
-                    lines.append(gradio.Textbox(label=f"{name}: time", elem_id=f"{name}_line"))
+                    image = gradio.Image(
+                        label=name,
+                        elem_id=f"{name}_image",
+                        format="png",
+                    )
+                    line = gradio.Textbox(
+                        label=f"{name}: time",
+                        elem_id=f"{name}_line",
+                    )
+                    images.append(image)
+                    lines.append(line)
         button.click(
             draw,
             [wanted, seed, cfg_scale, sampler, steps],
@@ -283,9 +339,14 @@ def _title(names: Sequence[str]) -> str:
 
 
 def enlarge(image: np.ndarray | None) -> np.ndarray | None:
-    """A picture (h, w, 1 or 3) uint8 in RGB; small ones are enlarged, so that pixels are seen."""
+    """A picture (h, w, 1 or 3) uint8 in RGB.
+
+    Small ones are enlarged, so that their pixels are seen.
+    """
     if image is None:
         return None
-    times = max(1, round(SHOWN_PIXELS / max(image.shape[:2])))
+    h, w, _ = image.shape
+    times = max(1, round(SHOWN_PIXELS / max(h, w)))
     image = image.repeat(times, axis=0).repeat(times, axis=1)
-    return np.broadcast_to(image, (*image.shape[:2], 3)).copy() if image.shape[2] == 1 else image
+    h, w, _ = image.shape
+    return np.broadcast_to(image, (h, w, 3)).copy()

@@ -14,6 +14,7 @@ from etils import epath
 from tiny_autoencoder import write_autoencoder
 
 from configs import debug
+from lit_jax import checkpoint
 from lit_jax.costs import chips
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import benchmark
@@ -270,3 +271,43 @@ def test_an_image_is_drawn_by_both_models_and_decoded(tmp_path):
     assert [row["what"] for row in rows] == ["image, linear", "image, softmax"]
     for row in rows:
         assert row["steps"] == 2 and row["draw s"] > 0 and row["peak GB"] > 0.1
+
+
+# ---- Low precision -------------------------------------------------------------------------------
+
+
+def test_precisions_are_compared_on_the_same_images(tmp_path, monkeypatch):
+    """Bytes by hand; every part that is rounded moves the pixels in a way of its own."""
+    pytest.importorskip("qwix", reason="low precision needs qwix")
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)  # eight would only compile longer
+    config = tiny_config(depth=1, kernel_function="relu", patch_size=2, input_size=8)
+    config.benchmark.what = ("precision",)
+    config.evaluate.reference = ""
+    config.sample.update(
+        checkpoint=str(tmp_path / "params"), sampler="ddim", steps=2, cfg_scale=1.0,
+        num_images=4, batch_size=4,
+    )  # fmt: skip
+    architecture = Experiment(config).model_config
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    checkpoint.save_params(tmp_path / "params", params, {"model": architecture.to_json()})
+    benchmark.run(config, tmp_path / "run")
+
+    rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
+    alone = ["none", "int8_weights", "int8"]
+    also = [f"int8 and {name}" for name in ("adaLN", "final_layer", "attention", "normaliser")]
+    assert [row["precision"] for row in rows] == alone + also
+    moved = [row["mean pixel difference"] for row in rows]
+    assert moved[0] == 0 and len(set(moved)) == len(rows) and max(moved) < 20
+    # 12 D D weights of a block in a byte each, with float32 scales of their 9 D columns.
+    D = architecture.width
+    whole = 4 * checkpoint.parameter_count(params)
+    int8 = whole - 3 * 12 * D * D + 4 * 9 * D
+    sizes = [1e6 * row["MB"] for row in rows]
+    assert sizes[0] == pytest.approx(whole)
+    for size in (sizes[1], sizes[2], sizes[5], sizes[6]):
+        assert size == pytest.approx(int8)
+    assert max(sizes[3:5]) < int8
