@@ -23,7 +23,7 @@ from torch_dit import SoftmaxAttention, randomise_
 
 from lit_jax import inherit, models
 from lit_jax.models import attention, dit
-from lit_jax.models.blocks import ATTENTION, attention_error
+from lit_jax.models.blocks import ATTENTION, attention_error, attention_outputs
 from lit_jax.porting.dit import Overrides, lit_config
 from lit_jax.porting.read import read_checkpoint
 from lit_jax.porting.torch_checkpoint import PortingError
@@ -136,6 +136,23 @@ def test_the_regression_is_of_the_layers_that_are_not_softmax():
         expected.append(square / (np.float64(gave[layer]) ** 2).mean())
     np.testing.assert_allclose(error, np.mean(expected, axis=0), rtol=1e-4)
     assert ATTENTION not in params
+
+
+def test_each_layer_reads_its_own_input():
+    """Layers of two kinds, group after group, are those applied one by one."""
+    student = dit.DiT(CONFIG, dtype=jnp.float32)
+    params = fresh(CONFIG, 5)
+    read = np.random.default_rng(6).standard_normal((4, 2, 16, 48), np.float32)
+    outputs = attention_outputs(student, params, read, (4, 4))
+    for layer in range(4):
+        leaves = params["blocks"][f"layer_{layer % 2}"]["attn"]
+        leaves = jax.tree.map(lambda leaf, group=layer // 2: leaf[group], leaves)
+        config = CONFIG.layer(layer)
+        assert config.attention == ("softmax" if layer % 2 else "linear")
+        module = attention.make_attention(config, dtype=jnp.float32, parent=None)
+        expected = module.apply({"params": leaves}, jnp.asarray(read[layer]), (4, 4))
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(outputs[layer], expected, atol=1e-5 * scale)
 
 
 def test_a_bare_file_with_two_attentions_is_refused(tmp_path):
