@@ -214,7 +214,9 @@ def find_config(name: str) -> str:
     if asked in shipped:
         return shipped[asked] + argument
     close = difflib.get_close_matches(asked, shipped)
-    which = f"did you mean {' or '.join(close)}?" if close else f"shipped: {', '.join(shipped)}"
+    # Of a folder its name: the ablations alone would fill the screen.
+    tops = dict.fromkeys(name.partition("/")[0] + "/..." * ("/" in name) for name in shipped)
+    which = f"did you mean {' or '.join(close)}?" if close else f"shipped: {', '.join(tops)}"
     what = "a directory, no file" if os.path.isdir(name) else "no such file"
     raise FileNotFoundError(f"--config={name}: {what}, nor a shipped config; {which}")
 

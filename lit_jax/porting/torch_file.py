@@ -604,7 +604,7 @@ def _pickled_state_dict(tensors):
     # An OrderedDict, then between a mark and the last opcode each key with its
     # tensor.
     out = [b"\x80\x02", empty, b"("]
-    for index, (key, shape, _, _) in enumerate(tensors):
+    for index, (key, shape, *_) in enumerate(tensors):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n"
         storage += text(str(index)) + text("cpu") + number(math.prod(shape)) + b"tQ"

@@ -257,7 +257,11 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        (dict(), FileNotFoundError, "evaluate.samples = .*workdir/samples.npz: no such file"),
+        (
+            dict(),
+            FileNotFoundError,
+            "evaluate.samples is empty, and .*workdir/samples.npz is not there",
+        ),
         (dict(samples="nowhere.npz"), FileNotFoundError, "evaluate.samples = nowhere.npz: no such"),
         (
             dict(samples="SAMPLES", num_images=50),
@@ -414,7 +418,7 @@ def test_what_training_shows_may_be_in_an_object_store(bucket):
     evaluation = in_training.PeriodicEvaluation(evaluator, draw, condition, {}, bucket)
     evaluation.score(params["student"], 1)
     (bucket / "metrics.jsonl").write_text("")
-    run_report.report({"student": draw}, params, condition, bucket, steps=1)
+    run_report.report({"student": draw}, params, condition, bucket, asked={"step": 1})
     assert previews.path(1).exists() and evaluation.path(1).exists()
     assert files_in(bucket) == {
         "previews",

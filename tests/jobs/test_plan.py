@@ -180,7 +180,7 @@ def test_the_bound_is_what_takes_longest(longest):
     seconds = {"compute": 1.0, "memory": 1.0, "ici": 1.0, "dcn": 1.0} | {longest: 2.0}
     estimate = plan.Estimate("plain", 8, True, 1.0, 2.0, seconds=seconds)
     assert estimate.bound == longest
-    assert f"at least 2000.0 ms, bound by {longest} " in plan.describe(estimate)
+    assert f"at least 2 s, bound by {longest} " in plan.describe(estimate)
 
 
 def test_chips_of_a_slice_share_what_leaves_it():

@@ -124,9 +124,12 @@ def test_what_we_write_torch_reads_and_so_do_we(tmp_path):
         "c": torch.randn(2, 3, 4, 5),
         "ü": torch.zeros(0, 2),
     }
-    triples = [(key, tuple(tensor.shape), tensor.numpy) for key, tensor in state.items()]
-    torch_file.write_torch(tmp_path / "a.pt", triples)
-    torch_file.write_safetensors(tmp_path / "a.safetensors", triples, {"k": "v"})
+    tensors = [
+        torch_file.NewTensor(key, tuple(tensor.shape), tensor.numpy)
+        for key, tensor in state.items()
+    ]
+    torch_file.write_torch(tmp_path / "a.pt", tensors)
+    torch_file.write_safetensors(tmp_path / "a.safetensors", tensors, {"k": "v"})
     for loaded in (
         torch.load(tmp_path / "a.pt", weights_only=True),
         torch.load(tmp_path / "a.pt", weights_only=True, mmap=True),
@@ -154,15 +157,18 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
     def broken():
         raise RuntimeError("disk on fire")
 
+    def tensor(key, read):
+        return torch_file.NewTensor(key, (2,), read)
+
     for write, name in (
         (torch_file.write_torch, "a.pt"),
         (lambda path, t: torch_file.write_safetensors(path, t, {}), "a.safetensors"),
     ):
         (tmp_path / name).write_text("old")
         with pytest.raises(RuntimeError, match="on fire"):
-            write(tmp_path / name, [("a", (2,), lambda: np.zeros(2)), ("b", (2,), broken)])
+            write(tmp_path / name, [tensor("a", lambda: np.zeros(2)), tensor("b", broken)])
         with pytest.raises(ValueError, match=r"a: shape \(3,\), announced \(2,\)"):
-            write(tmp_path / name, [("a", (2,), lambda: np.zeros(3))])
+            write(tmp_path / name, [tensor("a", lambda: np.zeros(3))])
         assert (tmp_path / name).read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
 
