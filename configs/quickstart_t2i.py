@@ -24,7 +24,9 @@ def get_config():
     config.text.update(checkpoint=TEACHER, tokenizer="", batch_size=32)
     # The paper's 1.0 is for tens of thousands of steps. In hundreds a larger one teaches faster.
     config.distill.noise_weight = 8.0
-    config.train.update(batch_size=32, steps=1000, log_every=25, preview_every=500)
+    config.train.update(
+        batch_size=32, steps=1000, min_snr_gamma=0.0, log_every=25, preview_every=500
+    )
     config.optimizer.update(learning_rate=1.5e-3, warmup=25, schedule="cosine")
     config.ema.decay = 0.98
     config.checkpoint.update(every=500, keep=1)

@@ -12,7 +12,9 @@ teacher of configs/quickstart_t2i.py. Scenes of coloured MNIST digits are compos
 
 Hardware and time: 80 images/s on two free cores, so the 1.3 million images of 20,000 steps take
 four and a half hours. Not run to its end here. The learning rate is what decides: with 1e-3 the
-text encoder's path died in the first thousand steps, and with 3e-4 it lived.
+text encoder's path died in the first thousand steps, and with 3e-4 it lived. Min-SNR weighting
+brings the caption in earlier: from one checkpoint, what a true caption explains of the error grew
+twice as fast in 12,800 images as without it.
 """
 
 from configs import default
@@ -40,7 +42,10 @@ def get_config():
     config.student.init = "random"
     config.text.update(tokenizer="workdir/scenes/tokenizer", max_length=20, dtype="float32")
     config.data.update(name="digit_scenes", flip=False, num_threads=1, prefetch=4)
-    config.train.update(batch_size=64, steps=20_000, remat="none", log_every=50, preview_every=1000)
+    config.train.update(
+        batch_size=64, steps=20_000, min_snr_gamma=0.5, remat="none", log_every=50,
+        preview_every=1000,
+    )  # fmt: skip
     config.optimizer.update(learning_rate=3e-4, clip_norm=1.0, schedule="cosine", warmup=500)
     config.ema.update(decay=0.999, warmup=True)
     config.mesh.cpu_devices = 2  # one a core: twice as fast as one device with two threads
