@@ -546,23 +546,6 @@ def open_params(path: epath.PathLike, *, ema: bool = True) -> SavedParams:
         return SavedParams(folder, item, shapes, metadata)
 
 
-def restore_params(
-    path: epath.PathLike, shardings: Any = None, *, ema: bool = True
-) -> tuple[Any, dict]:
-    """Reads the parameters of a checkpoint, and nothing else of it.
-
-    Args:
-      path, ema: as `open_params`.
-      shardings: as `SavedParams.read`.
-    Returns: params and the metadata dict; in it "weights" says what was
-      read, "ema_params" or "params", and "path" from where.
-    Raises: as both.
-    """
-    saved = open_params(path, ema=ema)
-    about = {"weights": saved.item, "path": str(saved.folder)}
-    return saved.read(shardings), saved.metadata | about
-
-
 def _read_metadata(folder: epath.Path) -> dict[str, Any]:
     """The metadata of a checkpoint, compared with the checksum in them."""
     # Checkpoints that other programs wrote have none.

@@ -58,7 +58,7 @@ class QuantizedModel:
             import qwix  # an extra: nothing else needs it
         except ImportError as error:
             raise ValueError(
-                f'quantize = {kind} needs the package qwix: pip install "lit_jax[int8]"'
+                f"quantize = {kind} needs the package qwix: pip install qwix"
             ) from error
         self._quantize_params = qwix.quantize_params
         self.config = model.config

@@ -21,6 +21,7 @@ import optax
 import pytest
 import tensorstore
 from jax.experimental import multihost_utils
+from restored import restore_params
 
 from lit_jax import checkpoint, sharding
 from lit_jax.models.dit import DiT, DiTConfig
@@ -388,7 +389,7 @@ def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema
         shutil.rmtree(copy / number / "opt_state")  # what is not needed may be missing or damaged
         spoil(copy / number / ("params" if ema else "ema_params"))
     path = copy / below if below else copy.parent  # a checkpoint, or a workdir and so its newest
-    params, metadata = checkpoint.restore_params(path, ema=ema)
+    params, metadata = restore_params(path, ema=ema)
     expected = states[6].ema_params if ema else states[6].params
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
     assert (
@@ -400,8 +401,8 @@ def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema
 def test_a_training_checkpoint_without_its_ema_is_not_sampled_from_raw_weights(copy, states):
     shutil.rmtree(copy / "6" / "ema_params")
     with pytest.raises(ValueError, match="6 cannot be read: .*ema_params"):
-        checkpoint.restore_params(copy / "6")
-    params, metadata = checkpoint.restore_params(copy / "6", ema=False)
+        restore_params(copy / "6")
+    params, metadata = restore_params(copy / "6", ema=False)
     assert metadata["weights"] == "params"
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(states[6].params))
 
@@ -409,7 +410,7 @@ def test_a_training_checkpoint_without_its_ema_is_not_sampled_from_raw_weights(c
 def test_parameters_are_read_onto_shards(saved, states):
     mesh = sharding.make_mesh(1, 8)
     shardings = sharding.fsdp_sharding(states[6].params, mesh, min_size=64)
-    params, _ = checkpoint.restore_params(saved, shardings)
+    params, _ = restore_params(saved, shardings)
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(params), jax.device_get(states[6].ema_params)
     )
@@ -421,7 +422,7 @@ def test_parameters_are_read_onto_shards(saved, states):
 def test_a_parameter_checkpoint_goes_there_and_back(tmp_path, states):
     checkpoint.save_params(tmp_path / "ported", states[2].params, {"model": {"depth": 2}})
     assert checkpoint.is_checkpoint(tmp_path / "ported")
-    params, metadata = checkpoint.restore_params(tmp_path / "ported")
+    params, metadata = restore_params(tmp_path / "ported")
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(states[2].params))
     assert metadata["model"] == {"depth": 2} and metadata["weights"] == "params"
     with pytest.raises(ValueError, match="ported already holds files"):
@@ -437,8 +438,8 @@ def test_parameters_of_another_step_are_refused(copy, states, ema, onto_shards):
     shutil.copytree(copy / "4" / item, copy / "6" / item)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, states[6].params) if onto_shards else None
     with pytest.raises(ValueError, match=f"{copy}/6 cannot be read: {item} is not what was saved"):
-        checkpoint.restore_params(copy, shardings, ema=ema)
-    checkpoint.restore_params(copy, shardings, ema=not ema)  # what is not read is not compared
+        restore_params(copy, shardings, ema=ema)
+    restore_params(copy, shardings, ema=not ema)  # what is not read is not compared
 
 
 def test_changed_metadata_are_refused(tmp_path, copy, states):
@@ -450,12 +451,12 @@ def test_changed_metadata_are_refused(tmp_path, copy, states):
         for old, new in (("2", "3"), ("{", "[")):
             path.write_text(text.replace(old, new, 1))
             with pytest.raises(ValueError, match=f"checkpoint {folder} cannot be read: "):
-                checkpoint.restore_params(folder)
+                restore_params(folder)
         path.write_text(text)
-        checkpoint.restore_params(folder)
+        restore_params(folder)
     damage(copy / "6", JSON_DAMAGE["data state of another step"])
     with pytest.raises(ValueError, match="6 cannot be read: data or metadata is not what was"):
-        checkpoint.restore_params(copy / "6")
+        restore_params(copy / "6")
 
 
 def fingerprint_oracle(tree):
@@ -505,7 +506,7 @@ def test_a_failed_read_prints_one_error(copy, monkeypatch):
     spoil(copy / "6" / "ema_params")
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot be read"):
-            checkpoint.restore_params(copy / "6")
+            restore_params(copy / "6")
     printed.clear()
     echo = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
     other = types.SimpleNamespace(exc_value=RuntimeError("another"))
@@ -583,7 +584,7 @@ def test_folders_that_lie_are_refused_before_a_value_is_read(tmp_path, monkeypat
 def test_a_folder_whose_name_is_no_number_is_no_step(copy, states):
     """Python calls a superscript a digit."""
     shutil.copytree(copy / "6", copy / "\u00b2")
-    assert checkpoint.restore_params(copy.parent)[1]["path"] == f"{copy}/6"
+    assert restore_params(copy.parent)[1]["path"] == f"{copy}/6"
     run = open_run(copy)
     assert run.restore(shapes_of(states[6]))[0] == 6
     run.close()
@@ -595,13 +596,13 @@ def test_what_is_no_checkpoint_is_named(tmp_path, copy):
         if path == tmp_path:
             shutil.rmtree(copy)
         with pytest.raises(FileNotFoundError, match=f"{path} holds no Orbax checkpoint"):
-            checkpoint.restore_params(path)
+            restore_params(path)
 
 
 def test_unreadable_parameters_are_named_in_one_line(copy):
     spoil(copy / "6" / "ema_params")
     with pytest.raises(ValueError, match=f"checkpoint {copy}/6 cannot be read") as error:
-        checkpoint.restore_params(copy)
+        restore_params(copy)
     assert "\n" not in str(error.value)
 
 

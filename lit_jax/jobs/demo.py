@@ -2,7 +2,7 @@
 
     python -m lit_jax.main --config=configs/NAME.py --mode=demo --workdir=DIR
 
-It needs gradio: `pip install "lit_jax[demo]"`. See docs/demo.md.
+It needs `pip install gradio`. See docs/demo.md.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       OSError where the port is taken.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError('--mode=demo needs the package gradio: pip install "lit_jax[demo]"')
+        raise ValueError("--mode=demo needs the package gradio: pip install gradio")
     studio = Studio(config, epath.Path(workdir))
     page = make_page(studio)
     try:
@@ -179,7 +179,8 @@ class Studio:
         """What the models are told, arrays (1, ...)."""
         if self.is_told_captions:
             return self.experiment.encode([wanted])[0]
-        return {"label": np.array([self.classes.index(wanted)], np.int32)}
+        first = np.zeros(1, np.int32)
+        return self.experiment.conditions(first, (self.classes.index(wanted),))
 
     def draw(self, request: Request) -> Iterator[dict[str, View]]:
         """Pictures of all models, step by step; the last ones are the images.

@@ -125,7 +125,7 @@ def test_sigterm_closes_the_page_which_is_its_good_end(studio, monkeypatch, tmp_
 
 def test_without_gradio_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "lit_jax\[demo\]"'):
+    with pytest.raises(ValueError, match=r"pip install gradio"):
         demo.run(quickstart.get_config(), tmp_path)
 
 

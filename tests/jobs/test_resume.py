@@ -14,6 +14,7 @@ import lives
 import numpy as np
 import optax
 import pytest
+from restored import restore_params
 
 from configs import debug
 from lit_jax import checkpoint, sharding
@@ -60,7 +61,7 @@ def check_same_end(workdir, undisturbed):
     assert lives.losses(workdir) == lives.losses(expected)
     assert lives.fingerprints(workdir, STEPS) == lives.fingerprints(expected, STEPS)
     for ema in (False, True):
-        trees = [checkpoint.restore_params(path, ema=ema)[0] for path in (workdir, expected)]
+        trees = [restore_params(path, ema=ema)[0] for path in (workdir, expected)]
         jax.tree.map(np.testing.assert_array_equal, *trees)
 
 

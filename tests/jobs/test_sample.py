@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from restored import restore_params
 
 from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sampling, sharding
@@ -327,7 +328,7 @@ def test_a_damaged_protocol_is_named_and_a_damaged_speed_left_out(config, drawn,
 def test_guidance_by_a_null_class_that_was_never_trained_is_warned_of(
     config, drawn, tmp_path, caplog, dropout, cfg_scale, warned
 ):
-    params, metadata = checkpoint.restore_params(config.sample.checkpoint)
+    params, metadata = restore_params(config.sample.checkpoint)
     about = {"model": metadata["model"], "fields": {"train.label_dropout": dropout}}
     checkpoint.save_params(tmp_path / "params", params, about)
     path = str(tmp_path / "params")

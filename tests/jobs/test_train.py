@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from restored import restore_params
 from tiny_dataset import put_digits
 
 from configs import debug
@@ -66,7 +67,7 @@ def read_lines(workdir):
 
 
 def final_params(workdir):
-    return {ema: checkpoint.restore_params(workdir, ema=ema)[0] for ema in (True, False)}
+    return {ema: restore_params(workdir, ema=ema)[0] for ema in (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_everything_but_attention_came_from_the_teacher(first_run):
     inherited = json.loads((workdir / "inheritance.json").read_text())
     assert {path.split("/")[2] for path in inherited["at_init"]} == {"q", "kv", "proj", "dwc"}
     teacher = command.write_teacher(workdir.parent / "again.safetensors")
-    params, metadata = checkpoint.restore_params(workdir, ema=False)
+    params, metadata = restore_params(workdir, ema=False)
     difference = params["final_layer"]["linear"]["kernel"] - teacher["final_layer.linear.weight"].T
     assert 0 < np.abs(difference).max() < 4e-3
     assert metadata["model"]["attention"] == "linear" and metadata["model"]["num_heads"] == 2
@@ -309,7 +310,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
     assert line["step"] == 6 and line["train/skipped_in_a_row"] == 5
     assert np.isfinite(line["train/loss"])  # of the good one
     assert [path.name for path in (folder / "diverged" / "checkpoints").iterdir()] == ["1"]
-    params, _ = checkpoint.restore_params(
+    params, _ = restore_params(
         folder / "diverged", ema=False
     )  # what is not finite reached no parameter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

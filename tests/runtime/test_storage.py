@@ -13,6 +13,7 @@ import object_store
 import pytest
 from etils import epath
 from PIL import Image
+from restored import restore_params
 
 from lit_jax import checkpoint, pictures
 from lit_jax.jobs import train  # noqa: F401  its imports define flags, which a run would take back
@@ -164,7 +165,7 @@ def test_checkpoints_are_saved_restored_and_set_aside(bucket):
         run.save(step, items, data={"read": step}, metadata={})
     run.wait()
     run.close()
-    params, metadata = checkpoint.restore_params(bucket / "run")
+    params, metadata = restore_params(bucket / "run")
     np.testing.assert_array_equal(params["w"], np.arange(4.0))
     assert metadata["path"] == "gs://bucket/run/checkpoints/3"
 
@@ -229,7 +230,7 @@ def test_a_checkpoint_whose_save_was_killed_does_not_count(bucket):
     (bucket / "checkpoints" / "first").rename(bucket / "checkpoints" / "1")
     (bucket / "checkpoints" / "second").rename(bucket / "checkpoints" / "2")
     (bucket / "checkpoints" / "2" / "commit_success.txt").unlink()
-    _, metadata = checkpoint.restore_params(bucket)
+    _, metadata = restore_params(bucket)
     assert metadata["path"] == "gs://bucket/checkpoints/1"
 
 
@@ -237,7 +238,7 @@ def test_orbax_refuses_other_stores():
     for call in (
         lambda: checkpoint.Checkpointer("s3://bucket/run", keep=1, keep_every=0),
         lambda: checkpoint.save_params("s3://bucket/run", {}, {}),
-        lambda: checkpoint.restore_params("s3://bucket/run"),
+        lambda: restore_params("s3://bucket/run"),
     ):
         with pytest.raises(ValueError, match="s3://bucket/run: Orbax .* in gs:// only"):
             call()
