@@ -258,7 +258,7 @@ def summarise(path: epath.PathLike) -> Scores:
     if not path.is_file():
         raise FileNotFoundError(f"geneval = {path}: no such file")
     found = []
-    for number, line in enumerate(path.read_bytes().decode().strip().split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").strip().split("\n"), 1):
         try:
             result = json.loads(line)
             task, correct, prompt = (result[name] for name in ("tag", "correct", "prompt"))

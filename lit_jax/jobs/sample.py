@@ -33,6 +33,7 @@ from lit_jax.porting.read import load_params
 from lit_jax.runtime import progress, storage, workdir_lock
 
 GRID_IMAGES = 100
+LATENTS = ".latents"  # ending of the files of sample.offload
 NAMED_IMAGES = 4  # of those that cannot be written, in an error
 
 # The numbers of images (n,) to what the model is told of each, arrays (n, ...).
@@ -105,6 +106,9 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     # ---- The npz and the grid ------------------------------------------------
     if jax.process_index() != 0:
         return
+    # Those of interrupted runs too, whose images are there by now.
+    for latents in folder.glob(f"**/*{LATENTS}"):
+        latents.unlink()
     about = {"protocol": json.loads((folder / "protocol.json").read_text())}
     noted = folder / "speed.json"
     if speed is not None:
@@ -222,10 +226,6 @@ def draw_in_turns(
             latents = np.stack([read_latents(paths[i], sampler.shape) for i in rows])
             save_batch(paths, sampler, rows, sampler.decode(sampler.put(latents)))
             advance(len(rows))
-    multihost_utils.sync_global_devices("latents decoded")
-    if jax.process_index() == 0:
-        for i in todo:
-            latents_path(paths[i]).unlink(missing_ok=True)
 
 
 def never_dropped(path: epath.PathLike) -> bool:
@@ -447,7 +447,7 @@ def save_batch(
 
 def latents_path(image: epath.Path) -> epath.Path:
     """Of an image's latents, as long as they are not decoded."""
-    return image.with_suffix(".latents")
+    return image.with_suffix(LATENTS)
 
 
 def has_latents(image: epath.Path, shape: tuple[int, ...]) -> bool:

@@ -194,6 +194,10 @@ def test_latents_that_are_drawn_are_kept_when_offload_is_interrupted(
     assert images(draw(config, tmp_path, offload=True)) == images(drawn)
     assert again == [latents[1].stem, latents[4].stem]
     assert not list((tmp_path / "samples").rglob("*.latents"))
+    # Of a run that was killed between its images.
+    latents[0].write_bytes(b"")
+    draw(config, tmp_path)
+    assert not latents[0].exists()
 
 
 def test_a_batch_is_not_larger_than_what_is_asked_for(config, tmp_path, caplog):
