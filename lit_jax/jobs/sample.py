@@ -107,8 +107,9 @@ def draw(config: ConfigDict, workdir: epath.Path, stack: contextlib.ExitStack) -
     if jax.process_index() != 0:
         return
     # Those of interrupted runs too, whose images are there by now.
-    for latents in folder.glob(f"**/*{LATENTS}"):
-        latents.unlink()
+    for parent in dict.fromkeys(path.parent for path in paths):
+        for latents in parent.glob(f"*{LATENTS}"):
+            latents.unlink()
     about = {"protocol": json.loads((folder / "protocol.json").read_text())}
     noted = folder / "speed.json"
     if speed is not None:
