@@ -22,7 +22,7 @@ KINDS = ("none", "int8_weights", "int8")
 
 # The modules whose products are int8, by their paths in the model.
 PRODUCTS = (
-    r"blocks/attn/(q|kv|qkv|proj)",
+    r"blocks/attn/(q|kv|qkv|gate|proj)",
     r"blocks/cross_attn/(q|k|v|q_linear|kv_linear|proj)",
     r"blocks/mlp/fc[12]",
 )
