@@ -43,13 +43,15 @@ def choose_labels(asked: Any, num_classes: int, names: Sequence[str] = ()) -> La
     each = list(asked) if isinstance(asked, list | tuple) else [asked]
     if not each:
         raise ValueError("labels = (), which names no class")
-    numbers = {name: number for number, name in enumerate(names)}
+    # The first of classes that share a name.
+    numbers = {name: number for number, name in reversed(list(enumerate(names)))}
     chosen = []
     for label in each:
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < num_classes:
             chosen.append(label)
-        elif isinstance(label, str) and label in numbers:
-            chosen.append(numbers[label])
+        # Classes may be named by numbers, such as years.
+        elif str(label) in numbers and not isinstance(label, bool):
+            chosen.append(numbers[str(label)])
         else:
             close = difflib.get_close_matches(str(label), [*LABEL_MODES, *numbers])
             hint = f"; did you mean {' or '.join(close)}?" if close else ""

@@ -479,7 +479,7 @@ def sample(
     def without_x_start(carry, row):
         return step(carry, row)[0], None
 
-    start = Progress(x, no_past(x, grid))
+    start = Progress(x, no_past(x, grid.x_start_coefs.shape[1]))
     end, _ = jax.lax.scan(without_x_start, start, table_of(grid, guidance))
     return end.x
 
@@ -519,9 +519,9 @@ class StepKind(NamedTuple):
         )
 
 
-def no_past(x: jax.Array, grid: Grid) -> jax.Array:
+def no_past(x: jax.Array, order: int) -> jax.Array:
     """What stands for the x_starts before the first step."""
-    return jnp.zeros((grid.x_start_coefs.shape[1] - 1, *x.shape), jnp.float32)
+    return jnp.zeros((order - 1, *x.shape), jnp.float32)
 
 
 def table_of(grid: Grid, guidance: Guidance) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lit_jax import ranges, samplers, sharding
 from lit_jax.diffusion import PROCESSES, Process
@@ -96,8 +97,15 @@ class Sampler:
         # One root for all images: a key of the batch would tie an image to its neighbours.
         self._root = jax.random.key(seed)
         self._set(settings)
-        self._begin = jax.jit(self._trace_begin, out_shardings=self._sharding)
-        self._advance = jax.jit(sharding.on_mesh(self._trace_step, mesh), static_argnums=7)
+        # What goes from step to step lies where the next one expects it: one program is enough.
+        past = NamedSharding(mesh, PartitionSpec(None, *self._sharding.spec))
+        placed = samplers.Progress._make((self._sharding, past))
+        self._begin = jax.jit(self._trace_begin, static_argnums=2, out_shardings=placed)
+        self._advance = jax.jit(
+            sharding.on_mesh(self._trace_step, mesh),
+            static_argnums=7,
+            out_shardings=(placed, self._sharding),
+        )
         self._are_finite = jax.jit(
             lambda images: jnp.isfinite(images).all((1, 2, 3)),
             out_shardings=sharding.replicated(mesh),
@@ -310,8 +318,7 @@ class Sampler:
         """
         numbers, placed = self._place(index, condition)
         root, guidance = self.how
-        progress = self._begin(root, numbers)
-        progress = samplers.Progress(progress, samplers.no_past(progress, self._grid))
+        progress = self._begin(root, numbers, self._grid.x_start_coefs.shape[1])
         table = jax.device_get(samplers.table_of(self._grid, guidance))
         kind = self.step_kind
         last = len(self._grid.timesteps) - 1
@@ -322,8 +329,9 @@ class Sampler:
             )
             yield x_start if s < last else progress.x
 
-    def _trace_begin(self, root, index):
-        return samplers.step_noise(_keys(root, index), 0, self.shape)
+    def _trace_begin(self, root, index, order):
+        x = samplers.step_noise(_keys(root, index), 0, self.shape)
+        return samplers.Progress(x, samplers.no_past(x, order))
 
     def _trace_step(self, params, index, condition, root, scale, progress, row, kind):
         step = samplers.make_step(

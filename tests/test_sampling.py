@@ -188,11 +188,13 @@ def test_a_stream_of_a_rule_of_outputs_shows_images_too():
     assert_close(seen["heun"][-1], sampler(params, np.arange(2), condition), reduction=64)
 
 
-def test_other_steps_seeds_and_guidance_compile_no_other_step(sampler):
+def test_other_steps_seeds_and_guidance_compile_no_other_step():
+    sampler = make_sampler()
     settings = SamplerSettings(steps=4, cfg_channels="all")
     condition = random_labels(np.arange(2))
     list(sampler.with_settings(settings).stream(PARAMS, np.arange(2), condition))
     count = sampler._advance._cache_size()
+    assert count == 1  # the second step is the program of the first
     for change in (dict(steps=6), dict(cfg_scale=4.0), dict(cfg_scale=1.0)):
         other = sampler.with_settings(dataclasses.replace(settings, **change)).with_seed(5)
         list(other.stream(PARAMS, np.arange(2), condition))

@@ -255,7 +255,7 @@ def make_page(studio: Studio) -> Any:
     import gradio  # an extra: no other job needs it
 
     def draw(wanted, seed, cfg_scale, sampler, steps):
-        request = Request(wanted, int(seed), float(cfg_scale), sampler, int(steps))
+        request = Request(wanted, int(seed or 0), float(cfg_scale), sampler, int(steps))
         try:
             for views in studio.draw(request):
                 shown = [views[name] for name in studio.names]
@@ -281,6 +281,8 @@ def make_page(studio: Studio) -> Any:
                 studio.experiment.config.seed,
                 label="seed",
                 precision=0,
+                minimum=0,
+                maximum=2**31 - 1,
             )
             button = gradio.Button(
                 "draw",

@@ -120,7 +120,9 @@ def make_card(
     licence, why = licence_of(run.sources)
     is_told_captions = isinstance(config, PixArtConfig)
     what = "prompts" if is_told_captions else "classes"
-    call = '"a red cat on a blue chair"' if is_told_captions else "class_labels=[0, 1, 2, 3]"
+    call = '"a red cat on a blue chair"'
+    if not is_told_captions:
+        call = f"class_labels={list(range(min(4, config.num_classes)))}"
     code = "lit_text" if is_told_captions else "lit"
     tag = "text-to-image" if is_told_captions else "unconditional-image-generation"
     kind = "" if is_told_captions else ", class-conditional"

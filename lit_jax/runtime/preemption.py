@@ -30,6 +30,7 @@ class Listener:
 
     def __init__(self, on_signal: Callable[[int], None]):
         self._on_signal = on_signal
+        self._number = 0  # of the last signal
         self._previous: dict[int, Any] = {}
         self.service: Callable[[int], None] | None = None
 
@@ -38,7 +39,19 @@ class Listener:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGHUP:
             leave_terminal(1, 2)
+        self._number = number
         self._on_signal(number)
+
+    def _send_again(self, discarded: Any) -> None:
+        """Where Python discards what the handler raised, the signal comes a second time.
+
+        It does so in callbacks of the garbage collector, of which JAX has one.
+        """
+        if not isinstance(discarded.exc_value, TryAgainError):
+            self._outer_hook(discarded)
+            return
+        signal.signal(self._number, self)
+        threading.Timer(0.05, os.kill, (os.getpid(), self._number)).start()
 
     def __enter__(self) -> "Listener":
         # Python allows signal handlers in the main thread only.
@@ -50,9 +63,12 @@ class Listener:
                 if before != signal.SIG_IGN:
                     self._previous[number] = before
                     signal.signal(number, self)
+        self._outer_hook = sys.unraisablehook
+        sys.unraisablehook = self._send_again
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._outer_hook
         for number, before in self._previous.items():
             signal.signal(number, before)
 

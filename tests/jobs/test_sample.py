@@ -124,6 +124,13 @@ def test_a_checkpoint_without_names_knows_numbers_alone():
         conditions.choose_labels("dog", 10)
 
 
+def test_names_may_be_numbers_or_shared():
+    """A number is a class's place where there is one, else its name: of the first that has it."""
+    years = ("2019", "2020", "2021", "2020")
+    assert conditions.choose_labels(2020, 4, years) == (1,)
+    assert conditions.choose_labels(["2021", 3], 4, years) == (2, 3)
+
+
 def test_any_image_can_be_missing(config, drawn, tmp_path):
     """Images that exist stay. The others are drawn in other batches, and have the same bytes."""
     images, workdir = drawn

@@ -1,9 +1,11 @@
 """Signals that stop a run: SIGTERM, SIGHUP and SIGINT are answered alike."""
 
 import ctypes
+import gc
 import os
 import pty
 import signal
+import time
 
 import pytest
 
@@ -26,6 +28,26 @@ def test_a_signal_ends_a_job_in_one_line_with_75(before, number, capsys):
     assert end.value.code == exit_status.EXIT_TRY_AGAIN
     name = signal.Signals(number).name
     assert capsys.readouterr().err == f"stopped by {name}; run the same command again to go on\n"
+
+
+def test_a_signal_is_answered_although_it_came_in_a_callback_of_the_collector(before):
+    """Python discards what is raised there, and JAX has such a callback."""
+    sent = []
+
+    def callback(phase, info):
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(exit_status.TryAgainError, match="^stopped by SIGINT"):
+            with preemption.signals_stop():
+                gc.collect()
+                time.sleep(30)
+    finally:
+        gc.callbacks.remove(callback)
+    assert sent
 
 
 def test_training_hears_of_a_signal_at_its_next_check(before):
