@@ -31,6 +31,7 @@ class LiTPipeline(DiffusionPipeline):
       guidance_interval: guided where low <= t <= high; None: everywhere.
       eta: noise of a DDIMScheduler.
       respaced: a DDPMScheduler visits DiT's timesteps: both ends, evenly spaced.
+      id2label: names of the labels, as in DiT's pipelines.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -47,6 +48,7 @@ class LiTPipeline(DiffusionPipeline):
         guidance_interval: list[float] | None = None,
         eta: float = 0.0,
         respaced: bool = True,
+        id2label: dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -57,6 +59,7 @@ class LiTPipeline(DiffusionPipeline):
             guidance_interval=guidance_interval or [0.0, 1000.0],
             eta=eta,
             respaced=respaced,
+            id2label=id2label or {},
         )
 
     @torch.no_grad()

@@ -121,7 +121,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> Report:
         elif layout == "diffusers":
             _export_diffusers(experiment, checkpoint, source, target)
         else:
-            written = export_official(checkpoint.params, target, checkpoint.config)
+            written = export_official(
+                checkpoint.params, target, checkpoint.config, checkpoint.class_names
+            )
             names = [path.name for path in written]
             report.notes.append(f"wrote {', '.join(names)}")
 
@@ -272,7 +274,12 @@ def _export_lit(experiment, checkpoint, source, target):
         target,
         found,
         lit_pipeline.PipelineSettings(
-            settings, process.num_steps, card, folder, asked.scaling_factor
+            settings,
+            process.num_steps,
+            card,
+            folder,
+            asked.scaling_factor,
+            tuple(checkpoint.class_names),
         ),
     )
 

@@ -44,6 +44,7 @@ class PipelineSettings:
       card: the text of README.md.
       autoencoder: the folder of diffusers that is copied; None: there is none.
       scaling_factor: of the latents, in place of that folder's; 0: as it says.
+      class_names: of the labels; (): they are not known.
     """
 
     sampler: SamplerSettings
@@ -51,6 +52,7 @@ class PipelineSettings:
     card: str
     autoencoder: epath.PathLike | None = None
     scaling_factor: float = 0.0
+    class_names: tuple[str, ...] = ()
 
 
 def export_lit(
@@ -72,6 +74,7 @@ def export_lit(
         "scheduler": ["diffusers", kind],
         "vae": ["diffusers", "AutoencoderKL"] if settings.autoencoder else [None, None],
         **_of_calls(settings.sampler),
+        "id2label": {str(label): name for label, name in enumerate(settings.class_names)},
     }
 
     with whole_folder(path) as folder:

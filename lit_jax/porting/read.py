@@ -111,7 +111,7 @@ def read_checkpoint(
     else:
         source = open_torch_checkpoint(path, weights)
         report = Report(str(path), "dit", notes=source.notes)
-        names = _names_of_pipeline(path)
+        names = source.class_names or _names_of_pipeline(path)
         table = _table_of(source.tensors, path, family, source.config)
         params, config = table.read_torch(source, report, overrides or table.Overrides())
         report.checksum = _checked_values(params, report)

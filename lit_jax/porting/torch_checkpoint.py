@@ -69,6 +69,11 @@ class TorchCheckpoint:
     notes: list[str]
     files: list[torch_file.TensorFile]
 
+    @property
+    def class_names(self) -> Any:
+        """As `stored`: of the labels, where the file tells them."""
+        return _stored(self.files[0], "class_names") if self.files else None
+
     def release(self) -> None:
         """Gives the pages read so far back to the system."""
         for file in self.files:
@@ -107,7 +112,7 @@ def open_torch_checkpoint(
         return _open_folder(path, files)
     file = torch_file.read_tensors(path)
     tensors, notes = _state_dict(file, weights)
-    stored = _stored_architecture(file)
+    stored = _stored(file, "architecture")
     return TorchCheckpoint(path, tensors, stored, None, notes, [file])
 
 
@@ -208,17 +213,16 @@ def _chosen_weights(file, weights):
     return state, notes
 
 
-def _stored_architecture(file):
-    """What our exports say of their model: a .pt says it in PATH.json."""
+def _stored(file, name):
+    """What our exports say of their model, architecture or class_names: a .pt in PATH.json."""
     path = file.path
-    if "architecture" in file.metadata:
-        text = file.metadata["architecture"]
-        return _parse_json(text, f"{path}: its architecture is")
+    if name in file.metadata:
+        return _parse_json(file.metadata[name], f"{path}: its {name} is")
     sidecar = path.with_name(path.name + ".json")
     if path.suffix == ".safetensors" or not sidecar.is_file():
         return {}
     sidecar = _inside(path.parent, sidecar.name, path)
-    return _read_json(sidecar).get("architecture", {})
+    return _read_json(sidecar).get(name, {})
 
 
 # ---- A folder ------------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ def _open_folder(path, names):
         if whole.exists():
             file = torch_file.read_tensors(_inside(path, whole.name, path))
             tensors, _ = _state_dict(file, "model")
-            stored = _stored_architecture(file)
+            stored = _stored(file, "architecture")
             return TorchCheckpoint(path, tensors, stored, config, [], [file])
 
     # The Hub's files in half precision have a longer name, and are not taken

@@ -23,7 +23,9 @@ from lit_jax.porting.torch_file import NewTensor, write_safetensors, write_torch
 SHARD_BYTES = 10 * 1000**3
 
 
-def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epath.Path]:
+def export_official(
+    params: Any, path: epath.PathLike, config: Any, class_names: Sequence[str] = ()
+) -> list[epath.Path]:
     """Writes the official layout as .safetensors or .pt (a flat state dict).
 
     A .safetensors names the architecture in its metadata, a .pt in PATH.json. With a LiT
@@ -32,6 +34,7 @@ def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epat
     Args:
         params: the tree of the model, arrays or leaves.
         config: with num_heads and grid.
+        class_names: of the labels, in their order; (): they are not known.
     Returns: the files written.
     Raises: PortingError if official code would compute another function, then with a text
       that starts with the field's name, or if what goes with the file would replace
@@ -46,10 +49,12 @@ def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epat
         )
 
     # All checks come before the first file: an export that fails leaves none.
-    architecture = config.to_json()
+    about = {"architecture": config.to_json()}
+    if class_names:
+        about["class_names"] = list(class_names)
     companions = {}
     if path.suffix == ".pt":
-        text = json.dumps({"architecture": architecture}, indent=1) + "\n"
+        text = json.dumps(about, indent=1) + "\n"
         companions[path.with_name(path.name + ".json")] = text
     module = family.torch_module(config)
     if module:
@@ -66,8 +71,8 @@ def export_official(params: Any, path: epath.PathLike, config: Any) -> list[epat
     if path.suffix == ".pt":
         write_torch(path, tensors)
     else:
-        metadata = {"format": "pt", "architecture": json.dumps(architecture)}
-        write_safetensors(path, tensors, metadata)
+        texts = {name: json.dumps(value) for name, value in about.items()}
+        write_safetensors(path, tensors, {"format": "pt"} | texts)
     for file, text in companions.items():
         file.write_text(text)
     return [path, *companions]

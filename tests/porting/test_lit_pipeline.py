@@ -25,6 +25,8 @@ MODEL = dict(attention="linear", num_heads=3)
 LABELS = [1, 8, 1]
 PROCESS = GaussianDiffusion()
 
+NAMES = [f"class {number}" for number in range(10)]
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -188,9 +190,8 @@ def workdir(source, tmp_path):
     """What a run leaves, as far as a card reads it."""
     saved = read_checkpoint(source)
     folder = tmp_path / "run"
-    checkpoint.save_params(
-        folder / "checkpoints" / "700", saved.params, {"model": saved.config.to_json()}
-    )
+    about = {"model": saved.config.to_json(), "class_names": NAMES}
+    checkpoint.save_params(folder / "checkpoints" / "700", saved.params, about)
     config = {
         "teacher": {"checkpoint": "in/DiT-XL-2-256x256.pt"},
         "student": {"init": "teacher"},
@@ -208,6 +209,12 @@ def workdir(source, tmp_path):
         (folder / name).write_text(json.dumps(content))
     (folder / "evaluation_900.json").write_text("{torn")
     return folder
+
+
+def test_the_names_of_classes_go_with_the_folder(workdir, modules, tmp_path):
+    export(workdir, tmp_path / "lit")
+    assert read_checkpoint(tmp_path / "lit").class_names == tuple(NAMES)
+    assert load(tmp_path / "lit").config.id2label == {str(i): n for i, n in enumerate(NAMES)}
 
 
 def test_the_card_is_filled_from_the_run(workdir, tmp_path):

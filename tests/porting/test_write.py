@@ -43,9 +43,11 @@ def test_official_layout_comes_back_bit_for_bit(tmp_path, name):
         (tmp_path / "out.safetensors", load_file),
         (tmp_path / "out.pt", functools.partial(torch.load, weights_only=True)),
     ):
-        export_official(checkpoint.params, out, checkpoint.config)
+        names = tuple(f"class {i}, or more" for i in range(checkpoint.config.num_classes))
+        export_official(checkpoint.params, out, checkpoint.config, names)
         assert_same_state(load(out), model)
         again = read_checkpoint(out)
+        assert again.class_names == names
         assert again.report.checksum == checkpoint.report.checksum
         assert again.config == checkpoint.config
 
