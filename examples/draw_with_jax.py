@@ -23,7 +23,8 @@ if about["weights"] != "inside":
     for name, entry in json.loads(bytes(data[8:start])).items():
         if name != "__metadata__":
             values = data[start:][slice(*entry["data_offsets"])]
-            weights[name] = np.frombuffer(values, np.float32).reshape(entry["shape"])
+            dtype = {"F32": np.float32, "I8": np.int8}[entry["dtype"]]
+            weights[name] = np.frombuffer(values, dtype).reshape(entry["shape"])
 
 count = 20 if about["batch"] == "any" else about["batch"]
 index = np.arange(count, dtype=np.int32)

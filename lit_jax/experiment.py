@@ -221,6 +221,11 @@ class Experiment:
                     f"distill.attention_weight = {weight:g} compares layer with layer, but the "
                     f"student has {name} {ours} and {path} has {theirs}; set it to 0"
                 )
+        if weight and "blocks" not in self.state_shapes.params:
+            raise ValueError(
+                f"distill.attention_weight = {weight:g}, but a model of the family "
+                f"{self.config.model.family} has no layers of its own; set it to 0"
+            )
         if weight and found.softmax_every:
             raise ValueError(
                 f"distill.attention_weight = {weight:g} needs a teacher of one attention, but "
@@ -806,13 +811,13 @@ class Experiment:
             self.mesh,
         )
 
-    def for_drawing(self, model: Model) -> Model:
+    def for_drawing(self, model: Model) -> Any:
         """A model in the precision of config.sample.quantize; `drawn_params` has its parameters."""
         kind = self.config.sample.quantize
         with naming("sample"):
             return model if kind == "none" else quantization.QuantizedModel(model, kind)
 
-    def drawn_params(self, model: Model, params: Any) -> Any:
+    def drawn_params(self, model: Any, params: Any) -> Any:
         """Parameters that are loaded, as the model of `for_drawing` takes them."""
         is_quantized = isinstance(model, quantization.QuantizedModel)
         return model.quantize(params) if is_quantized else params

@@ -303,7 +303,8 @@ def make_train_step(
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
             told = (frozen, x_t, t, condition, teacher_drop)
             if settings.attention_weight:
-                teacher_output, seen = teacher.apply(*told, mutable=[ATTENTION])
+                apply: Any = teacher.apply  # that of Flax, which a step's teacher has
+                teacher_output, seen = apply(*told, mutable=[ATTENTION])
                 patch = model.config.patch_size
                 grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
                 terms["kd_attention"] = attention_error(model, params, seen[ATTENTION], grid)

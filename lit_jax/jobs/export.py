@@ -218,7 +218,12 @@ def write_folder(
         (folder / PROGRAM).write_bytes(program)
         if weights:
             tensors = [
-                NewTensor(name, leaf.shape, functools.partial(np.asarray, leaf))
+                NewTensor(
+                    name,
+                    leaf.shape,
+                    functools.partial(np.asarray, leaf),
+                    "I8" if leaf.dtype == np.int8 else "F32",
+                )
                 for name, leaf in weights.items()
             ]
             write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})

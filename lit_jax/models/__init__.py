@@ -32,13 +32,8 @@ class Model(Protocol):
         t: jax.Array,
         condition: Mapping[str, jax.Array],
         drop: jax.Array | None = None,
-        *,
-        mutable: Any = False,
     ) -> Any:
-        """x (B, h, w, C), t (B,); the rows with `drop`, (B,) bool, see the model's null.
-
-        `mutable` names collections that are returned beside the output, as in Flax.
-        """
+        """x (B, h, w, C), t (B,); the rows with `drop`, (B,) bool, see the model's null."""
 
     def clone(self, **fields: Any) -> Any:
         """The same model with other fields."""

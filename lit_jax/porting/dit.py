@@ -707,7 +707,7 @@ def diffusers_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
     D = config.width
     tensors = []
     # Not the first one, the position table: diffusers computes it.
-    for key, shape, read in official_tensors(params, config)[1:]:
+    for key, shape, read, _ in official_tensors(params, config)[1:]:
         module, _, leaf = key.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         if module in DIFFUSERS_EMBEDDERS:

@@ -560,7 +560,7 @@ def diffusers_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:
     """
     D = config.width
     tensors = []
-    for key, shape, read in official_tensors(params, config):
+    for key, shape, read, _ in official_tensors(params, config):
         module, _, leaf = key.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.?(.*)", module)
         if key in ("pos_embed", "y_embedder.y_embedding"):

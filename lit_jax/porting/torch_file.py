@@ -522,11 +522,12 @@ def _viewer(buffer, storages, fail):
 
 
 class NewTensor(NamedTuple):
-    """A tensor to write, float32; `read()` gives its array when it is its turn."""
+    """A tensor to write; `read()` gives its array when it is its turn."""
 
     key: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = "F32"  # or I8, which `write_safetensors` alone takes
 
 
 def write_safetensors(
@@ -539,9 +540,9 @@ def write_safetensors(
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
-    for key, shape, _ in tensors:
-        end = position + 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+    for key, shape, _, dtype in tensors:
+        end = position + _SAFETENSORS_DTYPES[dtype].itemsize * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode("utf-8")
     # Tensors start on 8 bytes, as the library writes them.
@@ -603,7 +604,7 @@ def _pickled_state_dict(tensors):
     # An OrderedDict, then between a mark and the last opcode each key with its
     # tensor.
     out = [b"\x80\x02", empty, b"("]
-    for index, (key, shape, _) in enumerate(tensors):
+    for index, (key, shape, _, _) in enumerate(tensors):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n"
         storage += text(str(index)) + text("cpu") + number(math.prod(shape)) + b"tQ"
@@ -613,9 +614,9 @@ def _pickled_state_dict(tensors):
 
 
 def _bytes_of(tensor):
-    """The bytes of a tensor as little-endian float32 in C's order."""
-    key, shape, read = tensor
-    array = np.asarray(read(), np.dtype("<f4"), order="C")
+    """The bytes of a tensor, little-endian and in C's order."""
+    key, shape, read, dtype = tensor
+    array = np.asarray(read(), _SAFETENSORS_DTYPES[dtype].newbyteorder("<"), order="C")
     if array.shape != tuple(shape):
         raise ValueError(f"{key}: shape {array.shape}, announced {tuple(shape)}")
     return array.reshape(-1).view(np.uint8).data

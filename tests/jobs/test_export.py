@@ -10,6 +10,7 @@ import jax.export
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 from tiny_autoencoder import write_autoencoder
 
 from configs import debug
@@ -79,6 +80,22 @@ def test_the_pixels_are_those_of_the_sampler(config, one_device, tmp_path, monke
     assert names == (files[:2] if inside else files)
     pixels = draw(folder, tmp_path / "row.ppm", monkeypatch)
     np.testing.assert_array_equal(pixels, one_device)
+
+
+def test_weights_in_int8_go_into_the_file_and_draw_nearly_the_same(
+    config, one_device, tmp_path, monkeypatch
+):
+    pytest.importorskip("qwix", reason="low precision needs qwix")
+    config = config.copy_and_resolve_references()
+    config.sample.quantize = "int8_weights"
+    export.run(config, tmp_path)
+    folder = tmp_path / "export"
+    assert json.loads((folder / "about.json").read_text())["quantize"] == "int8_weights"
+    weights = load_file(folder / "weights.safetensors")
+    assert weights["model/blocks/mlp/fc1/kernel/qvalue"].dtype == np.int8
+    pixels = draw(folder, tmp_path / "row.ppm", monkeypatch)
+    distance = np.abs(pixels.astype(np.float32) - one_device).mean()
+    assert 0 < distance < 8  # of 255
 
 
 def test_the_pixels_are_those_of_the_job_and_about_says_what_it_is(

@@ -157,6 +157,22 @@ def test_the_speed_of_a_resumed_run_holds_no_compilation(config, drawn, tmp_path
     assert json.loads((tmp_path / "samples" / "speed.json").read_text())["images_per_second"] == 2
 
 
+def test_in_int8_images_are_near_those_in_full_and_are_not_mixed_with_them(config, drawn, tmp_path):
+    pytest.importorskip("qwix", reason="low precision needs qwix")
+    _, workdir = drawn
+    images = draw(config, tmp_path, quantize="int8_weights", num_images=4)
+    both = [
+        np.stack([sample.read_image(epath.Path(folder) / "samples" / name) for name in images])
+        for folder in (workdir, tmp_path)
+    ]
+    distance = np.abs(both[0].astype(np.float32) - both[1]).mean()
+    assert 0 < distance < 8  # of 255
+    protocol = json.loads((tmp_path / "samples" / "protocol.json").read_text())
+    assert protocol["quantize"] == "int8_weights"
+    with pytest.raises(ValueError, match="drawn with quantize = int8_weights, this run has None"):
+        draw(config, tmp_path, num_images=4)
+
+
 def test_fewer_images_are_the_first_ones(config, drawn, tmp_path):
     assert list(draw(config, tmp_path, num_images=3).items()) == list(drawn[0].items())[:3]
     with np.load(tmp_path / "samples.npz") as archive:

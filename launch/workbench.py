@@ -1,0 +1,145 @@
+"""Every design of linear attention by every recipe on a quickstart, at equal steps.
+
+    python launch/workbench.py --config=configs/quickstart.py
+    python launch/workbench.py --costs
+
+All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
+layer-wise regression count, though each of them costs less. Runs that are finished are kept: the
+same command goes on. The table is printed, and written with its picture into the folder of the
+runs. --costs prints what each design costs in XL/2, and runs nothing.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
+import guidelines  # noqa: E402  beside this file
+
+# Of models with tokens in a grid of 7 x 7 and a width of 160, as the quickstart's.
+DESIGNS: dict[str, dict[str, Any]] = {
+    "LiT": {},
+    "Sana": {"model.num_heads": 5, "model.conv_size": 0},
+    "MHLA": {"model.attention": "mhla", "model.conv_size": 3, "model.num_blocks": 49},
+    "MALA": {"model.attention": "mala"},
+    "DiT5": {"model.attention": "dit5", "model.conv_size": 3},
+    "LiT, one softmax": {"model.softmax_every": 5},
+}
+WHOLE = {"inherit.load": ("q", "k", "v", "o")}
+RECIPES: dict[str, dict[str, Any]] = {
+    "all but attention": {},  # LiT's guideline 4
+    "q, k, v, o": WHOLE,
+    "q, k, v, o, two rates": WHOLE | {"optimizer.inherited_rate": 0.1},
+    "layers first": {},
+}
+LAYERS_FIRST = "layers first"
+# Of the steps, the first ones of that recipe.
+LAYERS_SHARE = 0.25
+REGRESSION: dict[str, Any] = {
+    "distill.attention_weight": 1.0,
+    "distill.denoising_weight": 0.0,
+    "distill.noise_weight": 0.0,
+    "distill.variance_weight": 0.0,
+    "report.num_images": 0,
+    "report.read_labels": False,
+    "train.preview_every": 0,
+}
+# The same designs in the size that their papers measure, for --costs.
+XL_DESIGNS: dict[str, dict[str, Any]] = {
+    "softmax": dict(attention="softmax"),
+    "LiT": dict(attention="linear"),
+    "Sana": dict(attention="linear", num_heads=36, conv_size=0),
+    "MHLA": dict(attention="mhla", conv_size=3, num_blocks=16),
+    "MALA": dict(attention="mala"),
+    "DiT5": dict(attention="dit5", conv_size=3),
+    "LiT, softmax every 4": dict(attention="linear", softmax_every=4),
+}
+PIXELS = (256, 512, 1024, 2048)
+
+
+def runs(
+    fields: dict[str, Any], recipe: str, steps: int, workdir: pathlib.Path
+) -> list[tuple[dict[str, Any], pathlib.Path]]:
+    """The runs of a recipe, one after the other: the fields and the workdir of each."""
+    fields = fields | RECIPES[recipe]
+    first = round(LAYERS_SHARE * steps) if recipe == LAYERS_FIRST else 0
+    last = fields | budget(steps - first)
+    if not first:
+        return [(last, workdir)]
+    layers = workdir.with_name(f"{workdir.name}_layers")
+    regression = fields | {"train.steps": first, "checkpoint.every": first} | REGRESSION
+    return [(regression, layers), (last | {"student.init": str(layers)}, workdir)]
+
+
+def budget(steps: int) -> dict[str, Any]:
+    """The fields of the run that is scored."""
+    return {
+        "train.steps": steps,
+        "train.preview_every": 0,
+        "checkpoint.every": steps,
+        "evaluate.every": steps,
+        "evaluate.every_images": 500,
+        "evaluate.reference": "mnist_digits:train",
+    }
+
+
+def costs() -> str:
+    """Markdown: parameters of XL/2 and FLOPs of a forward pass, by design and image size."""
+    import jax
+
+    from lit_jax import models
+    from lit_jax.models.dit import DiTConfig
+
+    lines = [f"| design | parameters, M | {' | '.join(f'{p} px' for p in PIXELS)} |"]
+    lines.append("|---" * (2 + len(PIXELS)) + "|")
+    for name, fields in XL_DESIGNS.items():
+        config = DiTConfig.of_size("XL", **fields)
+        leaves = models.param_shapes(config)
+        count = sum(leaf.size for leaf in jax.tree.leaves(leaves))
+        flops = [config.forward_flops((pixels // 8, pixels // 8)) / 1e12 for pixels in PIXELS]
+        cells = " | ".join(f"{each:.3f}" for each in flops)
+        lines.append(f"| {name} | {count / 1e6:.1f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--workdir", default="workdir/workbench")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--costs", action="store_true")
+    wanted = parser.parse_args()
+    if wanted.costs:
+        print(costs())
+        return
+    folder = pathlib.Path(wanted.workdir)
+    results: dict[str, list[dict[str, float]]] = {}
+    for design, fields in DESIGNS.items():
+        for recipe in RECIPES:
+            name = f"{design}: {recipe}"
+            results[name] = []
+            for seed in range(wanted.seeds):
+                place = "_".join([*name.lower().replace(":", "").replace(",", "").split()])
+                workdir = folder / f"{place}_seed_{seed}"
+                for run_fields, run_workdir in runs(fields, recipe, wanted.steps, workdir):
+                    # A run of layers alone has no report: it is finished, or goes on by itself.
+                    if not (workdir / "report.json").exists():
+                        print(f"{name}, seed {seed}: {run_workdir}", flush=True)
+                        run = guidelines.command(
+                            wanted.config, run_fields | {"seed": seed}, run_workdir
+                        )
+                        status = subprocess.run(run, cwd=guidelines.ROOT).returncode
+                        if status:
+                            sys.exit(status)
+                results[name].append(guidelines.result(workdir))
+    text = guidelines.table(results)
+    (folder / "table.md").write_text(text + "\n")
+    guidelines.draw(results, folder / "workbench.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

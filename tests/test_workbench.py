@@ -1,0 +1,52 @@
+"""The workbench's script: every design and every recipe is a run that can start."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from configs import quickstart
+from lit_jax.experiment import Experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("workbench", ROOT / "launch" / "workbench.py")
+assert SPEC and SPEC.loader
+workbench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(workbench)
+
+CASES = [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS]
+CASES += [("LiT", recipe) for recipe in ("all but attention", "q, k, v, o", "layers first")]
+
+
+@pytest.mark.parametrize("design, recipe", CASES)
+def test_every_run_can_start(design, recipe, tmp_path):
+    fields = workbench.DESIGNS[design]
+    for run_fields, workdir in workbench.runs(fields, recipe, 200, tmp_path / "a"):
+        config = quickstart.get_config()
+        config.update_from_flattened_dict(run_fields)
+        experiment = Experiment(config)
+        if config.student.init == "teacher":
+            experiment.check_inheritance()
+            assert (len(experiment.inherited_paths) > 0) == ("two rates" in recipe)
+        assert workdir.parent == tmp_path
+
+
+def test_the_steps_of_all_stages_are_those_of_one(tmp_path):
+    """A first stage regresses layers alone, and the second starts from its workdir."""
+    first, last = workbench.runs({}, "layers first", 100, tmp_path / "a")
+    assert first[0]["train.steps"] + last[0]["train.steps"] == 100
+    assert last[0]["student.init"] == str(first[1]) != str(last[1])
+    assert first[0]["distill.attention_weight"] == 1.0
+    assert "distill.attention_weight" not in last[0]
+    ((only, workdir),) = workbench.runs({}, "q, k, v, o", 100, tmp_path / "a")
+    assert only["train.steps"] == 100 and workdir == tmp_path / "a"
+
+
+def test_costs_are_a_line_for_each_design():
+    """LiT saves what its few wide heads cost less than all pairs of tokens: most at 2048 px."""
+    lines = workbench.costs().splitlines()
+    assert len(lines) == 2 + len(workbench.XL_DESIGNS)
+    rows = {line.split(" | ")[0][2:]: line for line in lines[2:]}
+    at_2048 = {name: float(row.rstrip(" |").split(" | ")[-1]) for name, row in rows.items()}
+    assert at_2048["LiT"] < at_2048["LiT, softmax every 4"] < at_2048["softmax"]
+    assert rows["softmax"].split(" | ")[1] == "674.8"
