@@ -211,15 +211,7 @@ def _export_pipeline(experiment, checkpoint, source, target):
         text_encoder,
         (vae.params, vae.architecture) if vae else None,
         cleaning=asked.text.cleaning,
-        card=model_card.make_card(
-            target.name,
-            model_card.read_run(source),
-            found,
-            settings,
-            parameters=report.parameters,
-            checksum=report.checksum,
-            vae="",
-        ),
+        card=_make_card(target, source, found, settings, report),
     )
     with naming("sample"):
         pipeline.check_sampler(found, parts)
@@ -260,15 +252,7 @@ def _export_lit(experiment, checkpoint, source, target):
         about_vae = "It draws latents, and the folder has no vae/: pass one to `from_pretrained`."
         report.notes.append(f"no vae/ was written: {why}")
         logging.warning("no vae/ was written: %s", why)
-    card = model_card.make_card(
-        target.name,
-        model_card.read_run(source),
-        found,
-        settings,
-        parameters=report.parameters,
-        checksum=report.checksum,
-        vae=about_vae,
-    )
+    card = _make_card(target, source, found, settings, report, about_vae)
     lit_pipeline.export_lit(
         checkpoint.params,
         target,
@@ -281,6 +265,18 @@ def _export_lit(experiment, checkpoint, source, target):
             asked.scaling_factor,
             tuple(checkpoint.class_names),
         ),
+    )
+
+
+def _make_card(target, source, found, settings, report, about_vae=""):
+    return model_card.make_card(
+        target.name,
+        model_card.read_run(source),
+        found,
+        settings,
+        parameters=report.parameters,
+        checksum=report.checksum,
+        vae=about_vae,
     )
 
 
