@@ -122,7 +122,7 @@ def make_card(
     what = "prompts" if is_told_captions else "classes"
     call = '"a red cat on a blue chair"'
     if not is_told_captions:
-        call = f"class_labels={list(range(min(4, config.num_classes)))}"
+        call = f"class_labels={list(range(min(4, conditions.count_classes(config))))}"
     code = "lit_text" if is_told_captions else "lit"
     tag = "text-to-image" if is_told_captions else "unconditional-image-generation"
     kind = "" if is_told_captions else ", class-conditional"
