@@ -18,7 +18,7 @@ import time
 import compiler
 from tiny_dataset import put_digits
 
-from lit_jax import main
+from lit_jax import checkpoint, main
 from lit_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -75,11 +75,13 @@ class Server:
         *overrides: str,
         batches: int = -1,
         pause: float = 0.0,
+        late: float = 0.0,
         environ: dict[str, str] | None = None,
     ) -> "Life":
         """Starts a life, which stops and waits once it has taken `batches`.
 
-        So a kill hits it there or earlier. `pause`: seconds that it waits before each batch.
+        So a kill hits it there or earlier. `pause`: seconds that it waits before each batch, and
+        `late` before it asks whether a checkpoint is written.
         """
         self._count += 1
         workdir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,7 @@ class Server:
             ids=str(log.with_suffix(".ids")),
             batches=batches,
             pause=pause,
+            late=late,
             environ=environ or {},
         )
         return Life(self, pid, log)
@@ -120,10 +123,11 @@ class Server:
         *overrides: str,
         each: tuple[str, ...] = (),
         present: int = 0,
+        late: dict[int, float] | None = None,
     ) -> list["Life"]:
         """Starts the `count` processes of one run, or only the first `present`.
 
-        `each` has an override for each process.
+        `each` has an override for each process, `late` the seconds of those that lag behind.
         """
         with contextlib.closing(socket.socket()) as free:
             free.bind(("localhost", 0))
@@ -131,7 +135,11 @@ class Server:
         environ = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
         return [
             self.start(
-                workdir, *overrides, *each[i : i + 1], environ=environ | {"JAX_PROCESS_ID": str(i)}
+                workdir,
+                *overrides,
+                *each[i : i + 1],
+                late=(late or {}).get(i, 0.0),
+                environ=environ | {"JAX_PROCESS_ID": str(i)},
             )
             for i in range(present or count)
         ]
@@ -214,6 +222,17 @@ def record_ids(path: str, batches: int, pause: float) -> None:
     pipeline.DeviceIterator.__next__ = hand_out_and_write
 
 
+def lag(seconds: float) -> None:
+    """Makes the process ask late whether its checkpoint is written."""
+    wait = checkpoint.Checkpointer.wait
+
+    def wait_late(self):
+        time.sleep(seconds)
+        wait(self)
+
+    checkpoint.Checkpointer.wait = wait_late
+
+
 def serve() -> None:
     # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
     # loads where it can, for nothing that a life asks of it.
@@ -249,6 +268,7 @@ def serve() -> None:
                 os.dup2(log, 2)
                 os.environ.update(request["environ"])
                 record_ids(request["ids"], request["batches"], request["pause"])
+                lag(request["late"])
                 sys.argv = request["argv"]
                 main.run()
                 os._exit(0)

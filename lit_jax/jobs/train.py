@@ -32,6 +32,7 @@ from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.experiment import Experiment
 from lit_jax.models import init_params
 from lit_jax.runtime import (
+    cluster,
     exit_status,
     metric_writer,
     preemption,
@@ -281,8 +282,10 @@ def train(
         if saved_step != step:
             save(checkpoints, state, step, window, batches, metadata)
         checkpoints.wait()
+        newest = checkpoints.latest_step()
+        cluster.leave_together()
         raise exit_status.TryAgainError(
-            f"stopped on request; step {checkpoints.latest_step()} is saved in {workdir}, the same "
+            f"stopped on request; step {newest} is saved in {workdir}, the same "
             f"command goes on from there"
         ) from None
 

@@ -207,9 +207,7 @@ def check_agreement(fields: dict[str, Any]) -> None:
     check_backend()
     problems = _compare_devices() or _compare_fields(fields)
     if problems:
-        # Together: a process that is still connected when process 0 ends
-        # would be aborted.
-        jax.distributed.shutdown()
+        leave_together()
         if len(problems) > 4:
             problems[4:] = [f"and {len(problems) - 4} more"]
         raise ValueError("; ".join(problems))
@@ -278,6 +276,15 @@ def process_zero_first(name: str) -> Iterator[None]:
     yield
     if first:
         wait(key=name, timeout_ms=1000 * ZERO_FIRST_SECONDS)
+
+
+def leave_together() -> None:
+    """Disconnects this process once all others call this too.
+
+    A process that is still connected when process 0 ends is aborted by JAX.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def lost_processes(seconds: float) -> list[int]:
