@@ -458,7 +458,8 @@ def get_config() -> ConfigDict:
     config.report = ConfigDict(
         dict(
             num_images=0,  # balanced over the classes, drawn as `sample` says; 0: no report
-            # Fit a classifier on the pixels of real images, and let it read the drawn ones.
+            # Fit a classifier on the pixels of real images, and let it read the drawn ones; those
+            # of evaluate.every too.
             read_labels=False,
             # Digit scenes: find the digits in the drawn images, and score them by GenEval's rules.
             # Needs sample.prompt_file=digit_scenes.

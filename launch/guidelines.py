@@ -85,16 +85,18 @@ def result(workdir: pathlib.Path) -> dict[str, float]:
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a line a stage, mean and standard deviation over its seeds.
 
-    Args: results: of each stage, those of its seeds.
+    Args: results: of each stage, those of its seeds; infinite where a figure was not reached.
     """
     names = list(next(iter(results.values()))[0])
     lines = [f"| stage | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for stage, seeds in results.items():
         cells = []
         for name in names:
-            values = [seed[name] for seed in seeds]
+            values = [seed[name] for seed in seeds if np.isfinite(seed[name])]
             spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-            cells.append(f"{np.mean(values):.4g} ± {spread:.2g}")
+            cell = f"{np.mean(values):.4g} ± {spread:.2g}" if values else "not reached"
+            some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
+            cells.append(cell + some)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

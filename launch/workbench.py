@@ -10,10 +10,14 @@ runs. --costs prints what each design costs in XL/2, and runs nothing.
 """
 
 import argparse
+import json
+import math
 import pathlib
 import subprocess
 import sys
 from typing import Any
+
+import numpy as np
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
 import guidelines  # noqa: E402  beside this file
@@ -37,6 +41,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 LAYERS_FIRST = "layers first"
 # Of the steps, the first ones of that recipe.
 LAYERS_SHARE = 0.25
+# Of each score, and of the teacher's in the report.
+IMAGES = 150
+# A student has reached its teacher where it reads so much less of the labels.
+WITHIN = 0.05
 REGRESSION: dict[str, Any] = {
     "distill.attention_weight": 1.0,
     "distill.denoising_weight": 0.0,
@@ -59,12 +67,17 @@ XL_DESIGNS: dict[str, dict[str, Any]] = {
 PIXELS = (256, 512, 1024, 2048)
 
 
+def first_steps(recipe: str, steps: int) -> int:
+    """The steps of the stage before the one that is scored."""
+    return round(LAYERS_SHARE * steps) if recipe == LAYERS_FIRST else 0
+
+
 def runs(
     fields: dict[str, Any], recipe: str, steps: int, workdir: pathlib.Path
 ) -> list[tuple[dict[str, Any], pathlib.Path]]:
     """The runs of a recipe, one after the other: the fields and the workdir of each."""
     fields = fields | RECIPES[recipe]
-    first = round(LAYERS_SHARE * steps) if recipe == LAYERS_FIRST else 0
+    first = first_steps(recipe, steps)
     last = fields | budget(steps - first)
     if not first:
         return [(last, workdir)]
@@ -74,15 +87,59 @@ def runs(
 
 
 def budget(steps: int) -> dict[str, Any]:
-    """The fields of the run that is scored."""
+    """The fields of the run that is scored: five times on its way, and in its report."""
     return {
         "train.steps": steps,
         "train.preview_every": 0,
         "checkpoint.every": steps,
-        "evaluate.every": steps,
-        "evaluate.every_images": 500,
+        "evaluate.every": -(-steps // 5),
+        "evaluate.every_images": IMAGES,
         "evaluate.reference": "mnist_digits:train",
+        "report.num_images": IMAGES,
+        "sample.steps": 10,
     }
+
+
+def curve(workdir: pathlib.Path, first: int) -> dict[int, float]:
+    """The share of labels read at each scored step of a run.
+
+    Args: first: the steps of the stage before, which count.
+    """
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    name = "eval/labels_read"
+    return {first + line["step"]: line[name] for line in lines if name in line}
+
+
+def result(workdir: pathlib.Path, first: int) -> dict[str, float]:
+    """The figures of a finished run; steps to the teacher are infinite where it is not reached."""
+    teacher = json.loads((workdir / "report.json").read_text())["labels_read"]["teacher"]
+    reached = [s for s, read in curve(workdir, first).items() if read >= teacher - WITHIN]
+    # The losses of the recipes have other terms, or none of a teacher.
+    found = {k: v for k, v in guidelines.result(workdir).items() if k not in ("mse", "vb")}
+    return found | {"steps to the teacher": float(min(reached, default=math.inf))}
+
+
+def draw(curves: dict[str, list[dict[int, float]]], path: pathlib.Path) -> None:
+    """A panel for each design: labels read over the steps, a line for each recipe's mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
+    for axes, design in zip(panels, DESIGNS, strict=True):
+        for recipe in RECIPES:
+            seeds = curves[f"{design}: {recipe}"]
+            values = np.array([list(seed.values()) for seed in seeds])
+            steps = list(seeds[0])
+            (line,) = axes.plot(steps, values.mean(0), "o-", markersize=3, label=recipe)
+            axes.fill_between(
+                steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15
+            )
+        axes.set_title(design)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.supxlabel("steps")
+    figure.supylabel("labels read")
+    figure.savefig(path, dpi=110)
 
 
 def costs() -> str:
@@ -108,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--workdir", default="workdir/workbench")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--costs", action="store_true")
     wanted = parser.parse_args()
@@ -117,10 +174,11 @@ def main() -> None:
         return
     folder = pathlib.Path(wanted.workdir)
     results: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, list[dict[int, float]]] = {}
     for design, fields in DESIGNS.items():
         for recipe in RECIPES:
             name = f"{design}: {recipe}"
-            results[name] = []
+            results[name], curves[name] = [], []
             for seed in range(wanted.seeds):
                 place = "_".join([*name.lower().replace(":", "").replace(",", "").split()])
                 workdir = folder / f"{place}_seed_{seed}"
@@ -134,10 +192,12 @@ def main() -> None:
                         status = subprocess.run(run, cwd=guidelines.ROOT).returncode
                         if status:
                             sys.exit(status)
-                results[name].append(guidelines.result(workdir))
+                first = first_steps(recipe, wanted.steps)
+                results[name].append(result(workdir, first))
+                curves[name].append(curve(workdir, first))
     text = guidelines.table(results)
     (folder / "table.md").write_text(text + "\n")
-    guidelines.draw(results, folder / "workbench.png")
+    draw(curves, folder / "workbench.png")
     print(text)
 
 

@@ -1,6 +1,8 @@
 """The workbench's script: every design and every recipe is a run that can start."""
 
 import importlib.util
+import json
+import math
 import pathlib
 
 import pytest
@@ -40,6 +42,27 @@ def test_the_steps_of_all_stages_are_those_of_one(tmp_path):
     assert "distill.attention_weight" not in last[0]
     ((only, workdir),) = workbench.runs({}, "q, k, v, o", 100, tmp_path / "a")
     assert only["train.steps"] == 100 and workdir == tmp_path / "a"
+
+
+def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tmp_path):
+    """Steps of a stage before count; without such a score there is no number."""
+    read = {60: 0.80, 120: 0.92, 180: 0.93, 240: 0.91, 300: 0.96}
+    lines = [{"step": 60, "train/mse": 0.1, "train/vb": 0.1}]
+    lines += [{"step": step, "eval/labels_read": value} for step, value in read.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for teacher, expected in ((0.98, 180 + 100), (0.97, 120 + 100), (1.02, math.inf)):
+        report = {"labels_read": {"teacher": teacher, "student": 0.9}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        found = workbench.result(tmp_path, 100)
+        assert found == {"labels read": 0.9, "steps to the teacher": expected}
+    assert list(workbench.curve(tmp_path, 100)) == [160, 220, 280, 340, 400]
+
+
+def test_the_table_says_how_many_seeds_reached_the_teacher():
+    reached = [{"steps": 120.0}, {"steps": math.inf}, {"steps": 180.0}]
+    never = [{"steps": math.inf}] * 2
+    text = workbench.guidelines.table({"a": reached, "b": never})
+    assert text.splitlines()[2:] == ["| a | 150 ± 42 (2 of 3) |", "| b | not reached |"]
 
 
 def test_costs_are_a_line_for_each_design():

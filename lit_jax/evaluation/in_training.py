@@ -143,6 +143,8 @@ class PeriodicEvaluation:
       condition: arrays (n, ...) for n images.
       sampling: how they are drawn, for the protocol; see `sampling.protocol`.
       workdir: the scores go into evaluation_STEP.json and .md there.
+      read_labels: how often a classifier finds in images (n, h, w, C) uint8 what
+        `condition` asks for; becomes the score labels_read.
     """
 
     def __init__(
@@ -152,12 +154,14 @@ class PeriodicEvaluation:
         condition: Mapping[str, np.ndarray],
         sampling: Mapping[str, Any],
         workdir: epath.PathLike,
+        read_labels: Callable[[np.ndarray], float] | None = None,
     ):
         self._evaluator = evaluator
         self._sampler = sampler
         self._condition = condition
         self._sampling = sampling
         self._workdir = epath.Path(workdir)
+        self._read_labels = read_labels
 
     def path(self, step: int) -> epath.Path:
         """The JSON of a step."""
@@ -193,6 +197,8 @@ class PeriodicEvaluation:
             scores = {"images_not_finite": float(not_finite)}
         else:
             scores = self._evaluator.score_images(images, on_batch)
+            if self._read_labels:
+                scores["labels_read"] = self._read_labels(images)
         if jax.process_index() == 0:
             # The step is a field of its own, so that a comparison can be drawn
             # over it.

@@ -24,11 +24,10 @@ from ml_collections import ConfigDict
 from lit_jax import checkpoint, inherit, pictures, sampling, sharding
 from lit_jax.costs import chips
 from lit_jax.costs.flops import train_step_flops
-from lit_jax.data import dataset, pipeline
+from lit_jax.data import pipeline
 from lit_jax.evaluation import geneval, in_training, run_report
 from lit_jax.evaluation.digit_detector import DigitDetector
 from lit_jax.evaluation.evaluator import make_evaluator
-from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.experiment import Experiment
 from lit_jax.models import init_params
 from lit_jax.runtime import (
@@ -573,10 +572,6 @@ def write_report(
     num_images = config.report.num_images
     logging.info("drawing the report: %d images with %s", num_images, " and ".join(samplers))
     condition = balanced(experiment, num_images)
-    read_labels = None
-    if config.report.read_labels:
-        classifier = LabelClassifier(*dataset.read_all(experiment.dataset))
-        read_labels = functools.partial(classifier.accuracy, labels=condition["label"])
     captions: list[str] = []
     if experiment.is_told_captions:
         texts = experiment.prompts.texts
@@ -588,10 +583,19 @@ def write_report(
         workdir,
         asked=what_report_depends_on(experiment, step),
         captions=captions,
-        read_labels=read_labels,
+        read_labels=label_reader(experiment, condition),
         score_prompts=scene_reader(experiment) if config.report.read_scenes else None,
         on_batch=stop.check,
     )
+
+
+def label_reader(
+    experiment: Experiment, condition: dict[str, np.ndarray]
+) -> Callable[[np.ndarray], float] | None:
+    """How often images show the labels of the condition; None where report.read_labels is off."""
+    if not experiment.config.report.read_labels:
+        return None
+    return functools.partial(experiment.label_classifier.accuracy, labels=condition["label"])
 
 
 def scene_reader(experiment: Experiment) -> Callable[[np.ndarray], geneval.Scores]:
@@ -624,5 +628,10 @@ def make_evaluation(experiment: Experiment, workdir: epath.Path) -> in_training.
     )
     condition = balanced(experiment, num_images)
     return in_training.PeriodicEvaluation(
-        evaluator, experiment.sampler(), condition, about, workdir
+        evaluator,
+        experiment.sampler(),
+        condition,
+        about,
+        workdir,
+        label_reader(experiment, condition),
     )

@@ -73,13 +73,17 @@ def evaluator():
 
 
 def test_scores_in_training_are_those_of_the_drawn_images(evaluator, tmp_path):
+    def brightness(images):
+        return float(images.mean()) / 255
+
     evaluation = in_training.PeriodicEvaluation(
-        evaluator, draw, CONDITION, {"seed": 0, "weights": "EMA"}, tmp_path
+        evaluator, draw, CONDITION, {"seed": 0, "weights": "EMA"}, tmp_path, brightness
     )
     done = []
     for step, seed in ((400, 1), (800, 2)):
         scores = evaluation.score({"seed": seed}, step, done.append)
-        assert scores == evaluator.score_images(drawn(seed))
+        read = brightness(drawn(seed))
+        assert scores == evaluator.score_images(drawn(seed)) | {"labels_read": read}
         path = tmp_path / f"evaluation_{step:07d}.json"
         assert str(evaluation.path(step)) == str(path)
         result = json.loads(path.read_text())
