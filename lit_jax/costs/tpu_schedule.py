@@ -6,9 +6,8 @@ of a core / clock is then the kernel's compute time. The larger of that and the 
 that HBM needs for what the kernels move is an estimate. It is a model, not a timing,
 good for comparing versions.
 
-The schedule has the body of a loop inside a kernel once; `loop_turns` multiplies it
-by hand. Not counted: what a launch takes, and what XLA does around the kernels
-(copies that pad a ragged grid).
+The body of a loop inside a kernel counts as often as the loop turns. Not counted: what
+a launch takes, and what XLA does around the kernels (copies that pad a ragged grid).
 
     python -m lit_jax.costs.tpu_schedule --width=1152 --heads=4 --pixels=256 \
         --topology=v5e:2x2
@@ -147,7 +146,7 @@ def compile_for(
 
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """The schedule of one kernel, for one grid step."""
+    """The schedule of one kernel, for one grid step; loops count by their turns."""
 
     name: str
     bundles: int
@@ -166,11 +165,17 @@ class StaticCost:
     kernels: tuple[KernelCost, ...]
     compute: float  # all kernels' bundles x grid steps of a core / clock
     temporaries: int  # bytes of HBM for neither arguments nor outputs
+    bands: int  # grid steps of an image
 
     @property
     def bundles(self) -> int:
-        """Of one grid step, in all kernels."""
-        return sum(kernel.bundles for kernel in self.kernels)
+        """Of one image, in all kernels."""
+        return sum(kernel.bundles for kernel in self.kernels) * self.bands
+
+    def least_bundles(self, unit: str) -> float:
+        """What the unit alone would need for one image."""
+        needed = sum(kernel.least_bundles.get(unit, 0) for kernel in self.kernels)
+        return needed * self.bands
 
     @property
     def ratio(self) -> float:
@@ -184,12 +189,11 @@ class Program:
 
     fn: Callable  # picklable: a module's function, or a functools.partial of one
     args: tuple[Any, ...]  # trees of ShapeDtypeStructs
-    # Grid steps of each Pallas kernel inside. They are halved where a chip has two cores:
-    # the kernels' first grid axis is parallel, and of two where two divides the batch.
-    grid_steps: int
-    # Turns of the loops inside the kernels. What stands outside the loops is then counted
-    # too often.
-    loop_turns: int = 1
+    # Each Pallas kernel inside takes images x bands grid steps. The images are halved where
+    # a chip has two cores: the kernels' first grid axis is parallel, and of two where two
+    # divides the batch.
+    images: int
+    bands: int = 1
 
 
 def estimate(programs: dict[str, Program], topology: str) -> dict[str, StaticCost]:
@@ -209,17 +213,18 @@ def estimate(programs: dict[str, Program], topology: str) -> dict[str, StaticCos
 def _cost(program: Program, measured: "_Measured") -> StaticCost:
     chip = chips.TPUS[measured.device_kind]
     kernels = tuple(KernelCost(*kernel) for kernel in measured.kernels)
-    steps = program.grid_steps
-    if steps % measured.cores == 0:
-        steps //= measured.cores
-    bundles = sum(kernel.bundles for kernel in kernels)
+    images = program.images
+    if images % measured.cores == 0:
+        images //= measured.cores
+    bundles = sum(kernel.bundles for kernel in kernels) * program.bands
     return StaticCost(
         device_kind=measured.device_kind,
         floor=measured.arguments_and_outputs / chip.bandwidth,
         memory=measured.moved / chip.bandwidth,
         kernels=kernels,
-        compute=bundles * steps * program.loop_turns / chip.clock,
+        compute=bundles * images / chip.clock,
         temporaries=measured.temporaries,
+        bands=program.bands,
     )
 
 
@@ -308,6 +313,9 @@ def _read_kernels(folder: str) -> Iterator[KernelCost]:
         schedules = glob.glob(os.path.join(folder, pattern))
         if name == "TLP" or not any(KERNEL in _read(schedule) for schedule in schedules):
             continue  # the program's own code and XLA's fusions
+        pattern = f"*-{glob.escape(name)}-*[0-9]-final_bundles.txt"
+        (schedule,) = glob.glob(os.path.join(folder, pattern))
+        turns = np.array(_turns(_read(schedule)))
 
         # A line of units, one of the slots that a bundle has for each, a rule, and then
         # a line a bundle of the slots that it uses.
@@ -316,9 +324,43 @@ def _read_kernels(folder: str) -> Iterator[KernelCost]:
         units = lines[head].split(", ")
         slots = [int(x) for x in lines[head + 1].split()]
         bundles = [line for line in lines[head + 3 :] if line.strip()]
-        used = np.array([[int(x) for x in line.split()] for line in bundles]).sum(0)
-        needed = {unit: n / slot for unit, n, slot in zip(units, used, slots) if n}
-        yield KernelCost(name=name, bundles=len(bundles), least_bundles=needed)
+        used = turns @ np.array([[int(x) for x in line.split()] for line in bundles])
+        needed = {unit: float(n) / slot for unit, n, slot in zip(units, used, slots) if n}
+        yield KernelCost(name=name, bundles=int(turns.sum()), least_bundles=needed)
+
+
+def _turns(schedule: str) -> list[int]:
+    """How often each bundle of a schedule issues in one grid step.
+
+    A loop compares its counter with a constant and branches back to its first bundle. It
+    counts once where it is not known how often it turns, and where a branch leads past it:
+    the kernels have such loops for their first step.
+    """
+    # A bundle is its address, a mark where branches lead, and a > for each loop around it.
+    bundles = re.split(r"^ *(?:0x[0-9a-f]+|0) +(?=[A-Z:])", schedule, flags=re.MULTILINE)[1:]
+    starts = {}  # where regions begin
+    for i, bundle in enumerate(bundles):
+        for region in re.findall(r"(?:Start|Start/End empty) region (\d+)", bundle):
+            starts[region] = i
+    loops = {}  # bundles first..last, and their text
+    skipped = []
+    for i, bundle in enumerate(bundles):
+        for region in re.findall(r"sbr\.rel .*?target = \$region(\d+)", bundle):
+            target = starts.get(region, i)
+            text = "".join(bundles[min(i, target) : max(i, target)])
+            # Where DMAs start it is the loop over the grid, or a step of it.
+            if "dma." not in text and target < i:
+                loops[target, i + 4] = text + bundle  # a branch takes effect four bundles later
+            elif "dma." not in text:
+                skipped.append((i, target))
+
+    turns = [1] * len(bundles)
+    for (first, last), text in loops.items():
+        limits = re.findall(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test", text)
+        if limits and not any(start < first and last < end for start, end in skipped):
+            for i in range(first, last + 1):
+                turns[i] *= int(limits[-1])  # the last: loops inside have their own
+    return turns
 
 
 def _read(path):
@@ -359,10 +401,10 @@ def attention_costs(case: Case, batch: int, topology: str) -> dict[str, StaticCo
     Raises: as `estimate`.
     """
     programs = {}
-    with on_chip(topology):  # whose VMEM decides how the kernels loop
+    with on_chip(topology):  # whose VMEM decides on bands
         for name in PASSES:
-            turns = linear_attention_tpu_plan.loop_turns(case, backward=name == "backward")
-            programs[name] = Program(*attention_program(case, batch, name), batch, turns)
+            plan = linear_attention_tpu_plan.make_plan(case, backward=name == "backward")
+            programs[name] = Program(*attention_program(case, batch, name), batch, plan.bands)
     return estimate(programs, topology)
 
 
@@ -411,18 +453,14 @@ def main() -> None:
         "x floor",
     )
     for name, cost in costs.items():
-        needed = {
-            unit: sum(kernel.least_bundles.get(unit, 0) for kernel in cost.kernels)
-            for unit in ("VALU", "MATMUL")
-        }
         _write_row(
             flags.width,
             flags.pixels,
             cost.device_kind,
             name,
             cost.bundles,
-            f"{needed['VALU']:.0f}",
-            f"{needed['MATMUL']:.0f}",
+            f"{cost.least_bundles('VALU'):.0f}",
+            f"{cost.least_bundles('MATMUL'):.0f}",
             f"{cost.compute * 1e6:.1f}",
             f"{cost.ratio:.2f}",
         )

@@ -250,13 +250,22 @@ class _Place:
 class _Conv:
     """The convolution's arrays in VMEM. Windows hold B x, taps G g: see cook_toom.py."""
 
-    x_ref: jax.Array  # (1, band tokens, ...): what is convolved
-    offset: int  # of its first lane
-    halos: tuple  # of bands: (block above, is it in the image), (block below, ...)
+    x: "_Rows"  # what is convolved
+    sides: "_Rows | None"  # of pieces: the MARGIN columns on their left, and those on their right
     windows_ref: jax.Array  # (slots, rows, w + 2 MARGIN, 128) float32
     taps_ref: jax.Array  # (n * K, D) float32
     bias_ref: jax.Array | None = None  # (1, D); the backward has no use for it
     spread_ref: jax.Array | None = None  # (2, rows, w, 128): A v, in the backward
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows of a grid in VMEM: a band, and what is above and below it."""
+
+    ref: jax.Array  # (1, band rows * columns, ...)
+    columns: int
+    offset: int = 0  # of its first lane
+    halos: tuple = ()  # of bands: (block above, is it in the image), (block below, ...)
 
 
 def _window_row(plan, window, i):
@@ -266,14 +275,22 @@ def _window_row(plan, window, i):
     return window * plan.points + i
 
 
-def _halos(plan, refs):
-    """The halo blocks of a band, each with whether it lies in the image."""
-    band = pl.program_id(2)
-    return tuple(zip(refs, (band > 0, band < plan.bands - 1)))
+def _rows(plan, ref, halo_refs, columns, offset=0):
+    """A band and its halo blocks, (above, below) or none."""
+    band = pl.program_id(2) % plan.piece_bands
+    inside = (band > 0, band < plan.piece_bands - 1)
+    return _Rows(ref, columns, offset, tuple(zip(halo_refs, inside)))
+
+
+def _sides(plan, refs):
+    """The columns beside a band of a piece: (band, above, below), or none."""
+    return _rows(plan, refs[0], refs[1:], 2 * MARGIN) if refs else None
 
 
 def _zero_margins(plan, windows_ref):
-    """Zeroes what pads the image on the left and right; nothing writes there later."""
+    """Zeroes what pads the image on the left and right; with pieces each window has its own."""
+    if plan.pieces > 1:
+        return
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
@@ -286,50 +303,62 @@ def _zero_margins(plan, windows_ref):
         jax.lax.fori_loop(0, plan.slots, zero, 0)
 
 
-def _image_row(plan, conv, chunk, r, j):
-    """Row r of a chunk, (w, lanes of tile j) float32.
+def _image_row(plan, rows: _Rows, chunk, r, j):
+    """Row r of a chunk, (columns, lanes of tile j) float32.
 
     Rows r < 0 and r >= chunk_rows belong to the chunk's neighbours, or to the
     halo blocks. None: the row is outside the image, whatever the chunk.
     """
-    lanes = plan.tile_lanes(j, conv.offset)
+    lanes = plan.tile_lanes(j, rows.offset)
 
     def read(ref, row):
-        token = row * plan.w
+        token = row * rows.columns
         if not isinstance(row, int):
-            token = pl.multiple_of(token, plan.w)
-        return ref[0, pl.ds(token, plan.w), lanes].astype(jnp.float32)
+            token = pl.multiple_of(token, rows.columns)
+        return ref[0, pl.ds(token, rows.columns), lanes].astype(jnp.float32)
 
     row = chunk * plan.chunk_rows + r
     if 0 <= r < plan.chunk_rows:
-        return read(conv.x_ref, row)
-    if not conv.halos and isinstance(row, int):
-        return read(conv.x_ref, row) if 0 <= row < plan.band_rows else None
+        return read(rows.ref, row)
+    if not rows.halos and isinstance(row, int):
+        return read(rows.ref, row) if 0 <= row < plan.band_rows else None
 
     # The chunk is traced: read a row that exists, and choose.
     last = plan.band_rows - 1
     outside = row < 0 if r < 0 else row > last
-    value = read(conv.x_ref, jnp.clip(row, 0, last))
+    value = read(rows.ref, jnp.clip(row, 0, last))
     beyond = jnp.zeros_like(value)
-    if conv.halos:
-        halo, inside = conv.halos[r >= 0]
+    if rows.halos:
+        halo, inside = rows.halos[r >= 0]
         row = row + plan.halo_rows if r < 0 else row - plan.band_rows
         value_beyond = read(halo, jnp.clip(row, 0, plan.halo_rows - 1))
         beyond = jnp.where(inside, value_beyond, 0.0)
     return jnp.where(outside, beyond, value)
 
 
+def _padded_row(plan, conv, chunk, r, j):
+    """As `_image_row`, of a piece with the columns beside it."""
+    row = _image_row(plan, conv.x, chunk, r, j)
+    if conv.sides is None:
+        return row
+    sides = _image_row(plan, conv.sides, chunk, r, j)
+    return jnp.concatenate([sides[:MARGIN], row, sides[MARGIN:]])
+
+
 def _window_steps(plan, conv, chunk, j) -> list[Step]:
     """Steps that fill the windows of tile j of a chunk."""
     size = plan.tile_size(j)
+    # The columns of the scratch outside are zero.
     columns = slice(MARGIN, MARGIN + plan.w)
+    if conv.sides is not None:
+        columns = slice(0, 2 * MARGIN + plan.w)
     rows: dict[int, Any] = {}  # of the image: neighbouring windows share K - 1
 
     def step(window):
         first = window * plan.outputs - plan.pad
         for r in range(first, first + plan.points):
             if r not in rows:
-                rows[r] = _image_row(plan, conv, chunk, r, j)
+                rows[r] = _padded_row(plan, conv, chunk, r, j)
         values = [rows[first + i] for i in range(plan.points)]
         if plan.outputs > 1:
             values = evaluate(plan.matrices[1], values)
@@ -337,7 +366,7 @@ def _window_steps(plan, conv, chunk, j) -> list[Step]:
             if plan.outputs == 1 and window > 0 and i < plan.points - 1:
                 continue  # the window before has written it
             if value is None:
-                value = jnp.zeros((plan.w, size), jnp.float32)
+                value = jnp.zeros((columns.stop - columns.start, size), jnp.float32)
             row = _window_row(plan, window, i)
             conv.windows_ref[j % plan.slots, row, columns, :size] = value
 
@@ -434,7 +463,7 @@ def _filter_gradient_steps(plan, conv, kv_ref, dtaps_ref, chunk, j) -> list[Step
         # A product with eighths sums up the tokens in the matrix unit.
         eighths = jnp.full((8, plan.chunk_tokens), 1 / 8, plan.dtype)
         dtaps_ref[0, plan.points * plan.K, :, lanes] += _dot(
-            plan, eighths, _tile(plan, conv.x_ref, chunk, j, conv.offset), (1, 0)
+            plan, eighths, _tile(plan, conv.x.ref, chunk, j, conv.x.offset), (1, 0)
         )
 
     return [
@@ -878,7 +907,7 @@ def _forward_kernel(plan, *refs):
     )
     conv = None
     if has_conv:
-        conv = _Conv(kv_ref, plan.width, (), *windows, *taps)
+        conv = _Conv(_Rows(kv_ref, plan.w, plan.width), None, *windows, *taps)
         _zero_margins(plan, conv.windows_ref)
     if plan.direct:
         _direct_forward(plan, q_ref, kv_ref, conv, out_ref)
@@ -919,7 +948,7 @@ def _backward_kernel(plan, *refs):
     dtaps_ref = None
     if has_conv:
         (dtaps_ref,) = dtaps
-        conv = _backward_conv(do_ref, (), *windows, *taps)
+        conv = _backward_conv(_Rows(do_ref, plan.w), None, *windows, *taps)
         _zero_first(dtaps_ref)
         _zero_margins(plan, conv.windows_ref)
     if plan.direct:
@@ -945,8 +974,8 @@ def _backward_kernel(plan, *refs):
     _loop(plan.chunks, lambda c: _key_pass(plan, keys, dmean, conv, c))
 
 
-def _backward_conv(do_ref, halos, windows_ref, spread_ref, taps_ref):
-    return _Conv(do_ref, 0, halos, windows_ref, taps_ref, spread_ref=spread_ref)
+def _backward_conv(do, sides, windows_ref, spread_ref, taps_ref):
+    return _Conv(do, sides, windows_ref, taps_ref, spread_ref=spread_ref)
 
 
 def _zero_first(dtaps_ref):
@@ -974,22 +1003,23 @@ def _state_kernel(plan, kv_ref, state_ref, mean_ref, acc_ref, sum_ref):
 
 
 def _output_kernel(plan, q_ref, state_ref, mean_ref, *refs, offset):
-    """A band: q, state, mean[, v, v above, v below, taps, bias] -> out.
+    """A band: q, state, mean[, v, v above, v below][, sides, ...][, taps, bias] -> out.
 
     Scratch: [windows]. `offset` is the first lane of v in its block.
     """
     has_conv = bool(plan.K)
-    values, taps, (out_ref,), windows = _take(
+    values, sides, taps, (out_ref,), windows = _take(
         refs,
         3 * has_conv,
+        3 * has_conv * (plan.pieces > 1),
         2 * has_conv,
         1,
         has_conv,
     )
     conv = None
     if has_conv:
-        halos = _halos(plan, values[1:])
-        conv = _Conv(values[0], offset, halos, *windows, *taps)
+        v = _rows(plan, values[0], values[1:], plan.w, offset)
+        conv = _Conv(v, _sides(plan, sides), *windows, *taps)
         _zero_margins(plan, conv.windows_ref)
     mean = mean_ref[0]
 
@@ -1029,14 +1059,15 @@ def _query_kernel(plan, *refs):
 
 
 def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
-    """A band: kv, do, dstate, dmean[, do above, do below, taps] -> dkv[, dtaps].
+    """A band: kv, do, dstate, dmean[, do above, do below][, sides, ...][, taps] -> dkv[, dtaps].
 
     Scratch: [windows, spread].
     """
     has_conv = bool(plan.K)
-    halos, taps, (dkv_ref,), dtaps, windows = _take(
+    halos, sides, taps, (dkv_ref,), dtaps, windows = _take(
         refs,
         2 * has_conv,
+        3 * has_conv * (plan.pieces > 1),
         has_conv,
         1,
         has_conv,
@@ -1046,7 +1077,8 @@ def _key_kernel(plan, kv_ref, do_ref, dstate_ref, dmean_ref, *refs):
     dtaps_ref = None
     if has_conv:
         (dtaps_ref,) = dtaps
-        conv = _backward_conv(do_ref, _halos(plan, halos), *windows, *taps)
+        do = _rows(plan, do_ref, halos, plan.w)
+        conv = _backward_conv(do, _sides(plan, sides), *windows, *taps)
         _zero_first(dtaps_ref)
         _zero_margins(plan, conv.windows_ref)
     dmean = dmean_ref[0]
@@ -1079,12 +1111,12 @@ def forward(
     """
     q, kv, conv_kernel, conv_bias = inputs
     plan = make_plan(case, backward=False)
-    call = _Call(plan, q.shape[0], interpret)
-    q = call.pad(q)
-    kv = call.pad(kv)
+    call = _Call(plan, q.shape[0] * plan.groups, interpret)
+    q = call.cut(q)
+    kv = call.cut(kv)
     taps = [call.constant(x) for x in _per_channel(plan, conv_kernel, conv_bias)]
 
-    if plan.bands == 1:
+    if plan.whole:
         scratch = call.windows()
         if not plan.direct:
             scratch += [call.state(), call.acc(), call.row()]
@@ -1095,7 +1127,7 @@ def forward(
             scratch,
             _Work(products=2),
         )
-        return call.unpad(out), None
+        return call.join(out), None
 
     state, mean = call.state_of(kv)
     values = []
@@ -1105,6 +1137,7 @@ def forward(
         # otherwise k is read once more.
         aligned = plan.width % LANES == 0
         values = [call.band(kv, half=aligned), *call.halos(kv, half=aligned)]
+        values += call.sides(kv[:, :, plan.width :])
         offset = 0 if aligned else plan.width
     (out,) = call(
         functools.partial(_output_kernel, offset=offset),
@@ -1113,7 +1146,7 @@ def forward(
         call.windows(),
         _Work(products=1),
     )
-    return call.unpad(out), None
+    return call.join(out), None
 
 
 def backward(
@@ -1133,10 +1166,10 @@ def backward(
     del saved
     q, kv, conv_kernel, conv_bias = inputs
     plan = make_plan(case, backward=True)
-    call = _Call(plan, q.shape[0], interpret)
-    q = call.pad(q)
-    kv = call.pad(kv)
-    do = call.pad(do)
+    call = _Call(plan, q.shape[0] * plan.groups, interpret)
+    q = call.cut(q)
+    kv = call.cut(kv)
+    do = call.cut(do)
     # The bias has no part in the gradient of v.
     taps = _per_channel(plan, conv_kernel, None, flip=True)
     taps = [call.constant(x) for x in taps]
@@ -1145,7 +1178,7 @@ def backward(
         rows = plan.points * plan.K + 1  # of the taps, and of the bias
         dtaps = [call.core_like((rows, 8, plan.width))]
 
-    if plan.bands == 1:
+    if plan.whole:
         scratch = call.windows(spread=True)
         if not plan.direct:
             scratch += [call.state(), call.state(), call.acc()]
@@ -1166,7 +1199,7 @@ def backward(
             [call.acc()],
             _Work(products=2, convolutions=0),
         )
-        halos = call.halos(do) if plan.K else []
+        halos = [*call.halos(do), *call.sides(do)] if plan.K else []
         gradients = [call.image(dstate), call.image(dmean)]
         dkv, *dtaps = call(
             _key_kernel,
@@ -1176,8 +1209,8 @@ def backward(
             _Work(products=2, convolutions=2, divisions=0),
         )
 
-    dq = call.unpad(dq)
-    dkv = call.unpad(dkv)
+    dq = call.join(dq)
+    dkv = call.join(dkv)
     if conv_kernel is None or conv_bias is None:
         return dq, dkv, None, None
 
@@ -1240,7 +1273,7 @@ class _Call:
     """
 
     plan: Plan
-    batch: int
+    batch: int  # of groups of heads
     interpret: bool
 
     @property
@@ -1254,13 +1287,14 @@ class _Call:
     # Inputs are (array, BlockSpec), outputs (ShapeDtypeStruct, BlockSpec).
 
     def band(self, x, half=False):
-        """A band of (B, T, C); `half` takes the second half of C."""
+        """A band of (B, T, C), also of fewer columns; `half` takes the second half of C."""
         C = x.shape[2] // (2 if half else 1)
+        tokens = x.shape[1] // self.plan.bands
 
         def index(c, b, i):
             return self._image_index(c, b), i, int(half)
 
-        return x, pl.BlockSpec((1, self.plan.band_tokens, C), index)
+        return x, pl.BlockSpec((1, tokens, C), index)
 
     def halos(self, x, half=False):
         """The rows above and below a band, each as a block of `halo_rows`.
@@ -1269,7 +1303,8 @@ class _Call:
         """
         plan = self.plan
         # halo_rows divides the band's rows, so band i starts at block i * step.
-        block = (1, plan.halo_rows * plan.w, x.shape[2] // (2 if half else 1))
+        columns = x.shape[1] // (plan.bands * plan.band_rows)
+        block = (1, plan.halo_rows * columns, x.shape[2] // (2 if half else 1))
         step = plan.band_rows // plan.halo_rows
         last = plan.bands * step - 1
 
@@ -1281,14 +1316,30 @@ class _Call:
 
         return [(x, pl.BlockSpec(block, above)), (x, pl.BlockSpec(block, below))]
 
+    def sides(self, x):
+        """The columns beside the pieces of (B, T, C), as bands with halos; none without pieces.
+
+        A row is the MARGIN columns on its left and those on its right, zero
+        outside the image.
+        """
+        plan = self.plan
+        if plan.pieces == 1:
+            return []
+        B, _, C = x.shape
+        pieces = x.reshape(B, plan.pieces, plan.piece_rows, plan.w, C)
+        left = jnp.pad(pieces[:, :-1, :, -MARGIN:], ((0, 0), (1, 0), *[(0, 0)] * 3))
+        right = jnp.pad(pieces[:, 1:, :, :MARGIN], ((0, 0), (0, 1), *[(0, 0)] * 3))
+        sides = jnp.concatenate([left, right], axis=3).reshape(B, -1, C)
+        return [self.band(sides), *self.halos(sides)]
+
     def image(self, x):
-        """All of one image's (B, ...)."""
+        """All of one image's (B, ...), not double-buffered: it changes with the image."""
         tail = (0,) * (x.ndim - 1)
 
         def index(c, b, i):
             return self._image_index(c, b), *tail
 
-        return x, pl.BlockSpec((1, *x.shape[1:]), index)
+        return x, pl.BlockSpec((1, *x.shape[1:]), index, pipeline_mode=pl.Buffered(1))
 
     def constant(self, x):
         """All of an array, the same for every image."""
@@ -1303,7 +1354,11 @@ class _Call:
     def core_like(self, shape):
         """A float32 sum of each core: (cores, ...)."""
         tail = (0,) * len(shape)
-        spec = pl.BlockSpec((1, *shape), lambda c, b, i: (c, *tail))
+        spec = pl.BlockSpec(
+            (1, *shape),
+            lambda c, b, i: (c, *tail),
+            pipeline_mode=pl.Buffered(1),
+        )
         return self._output((self.cores, *shape), jnp.float32, spec)
 
     def _output(self, shape, dtype, spec):
@@ -1351,28 +1406,41 @@ class _Call:
             _Work(products=1, convolutions=0, divisions=0),
         )
 
-    def pad(self, x):
-        """(B, h * w, C) with zeros up to whole sublane tiles and bands; a copy if not whole."""
-        plan = self.plan
-        h, w = plan.case.grid
-        rows = plan.band_rows * plan.bands
-        if (h, w) == (rows, plan.w):
-            return x
-        B, _, C = x.shape
-        image = x.reshape(B, h, w, C)
-        image = jnp.pad(image, ((0, 0), (0, rows - h), (0, plan.w - w), (0, 0)))
-        return image.reshape(B, rows * plan.w, C)
+    def cut(self, x):
+        """(B, h * w, C) -> (B * groups, tokens of all pieces, C / groups), zeros where padded.
 
-    def unpad(self, x):
-        """The inverse of `pad`."""
+        A copy, but where the grid divides into sublane tiles and bands as it is.
+        """
         plan = self.plan
-        h, w = plan.case.grid
-        rows = plan.band_rows * plan.bands
-        if (h, w) == (rows, plan.w):
+        if self._as_it_is:
             return x
-        B, _, C = x.shape
-        image = x.reshape(B, rows, plan.w, C)[:, :h, :w]
-        return image.reshape(B, h * w, C)
+        h, w = plan.case.grid
+        halves = x.shape[2] // (plan.width * plan.groups)  # k and v
+        columns = plan.w * plan.pieces
+        image = x.reshape(-1, h, w, x.shape[2])
+        image = jnp.pad(image, ((0, 0), (0, plan.piece_rows - h), (0, columns - w), (0, 0)))
+        shape = (plan.piece_rows, plan.pieces, plan.w, halves, plan.groups, plan.width)
+        image = image.reshape(-1, *shape).transpose(0, 5, 2, 1, 3, 4, 6)
+        return image.reshape(self.batch, -1, halves * plan.width)
+
+    def join(self, x):
+        """The inverse of `cut`."""
+        plan = self.plan
+        if self._as_it_is:
+            return x
+        h, w = plan.case.grid
+        halves = x.shape[2] // plan.width
+        columns = plan.w * plan.pieces
+        shape = (plan.groups, plan.pieces, plan.piece_rows, plan.w, halves, plan.width)
+        image = x.reshape(-1, *shape).transpose(0, 3, 2, 4, 5, 1, 6)
+        image = image.reshape(-1, plan.piece_rows, columns, plan.groups * x.shape[2])
+        return image[:, :h, :w].reshape(-1, h * w, plan.groups * x.shape[2])
+
+    @property
+    def _as_it_is(self):
+        plan = self.plan
+        cuts = (plan.groups, plan.pieces, plan.piece_rows, plan.w)
+        return cuts == (1, 1, *plan.case.grid)
 
     def __call__(self, kernel, inputs, outputs, scratch, work: _Work):
         """Runs kernel(plan, *refs)."""

@@ -7,6 +7,7 @@ core.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,22 @@ BACKWARD_ARRAYS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static shape of one call: lane tiles, chunks of rows, bands of chunks."""
+    """The static shape of one call: lane tiles, chunks of rows, bands of chunks.
 
-    case: Case
+    Wide rows are cut: the columns of an image make pieces, which lie in memory one
+    below the other, as a tall image of narrow rows.
+    """
+
+    case: Case  # of one group
     backward: bool
-    w: int  # the grid's width, padded to whole sublane tiles
+    w: int  # the width of the grid or of a piece, padded to whole sublane tiles
     chunk_rows: int
     chunks: int  # in a band
-    bands: int  # 1: the image fits VMEM
+    bands: int  # of an image, in all its pieces
     direct: bool  # by the T x T matrix, not by the state
     slots: int  # tiles whose windows the convolution's scratch holds: all, or 2 where VMEM is short
+    pieces: int = 1  # column blocks of an image
+    groups: int = 1  # of heads: each is treated as an image of its own
 
     # The case.
 
@@ -88,9 +95,24 @@ class Plan:
         return self.band_rows * self.w
 
     @property
+    def whole(self) -> bool:
+        """Whether VMEM holds an image as it is, so that one kernel runs all passes."""
+        return self.bands == 1 and self.pieces == 1
+
+    @property
+    def piece_bands(self) -> int:
+        """Bands of a piece."""
+        return self.bands // self.pieces
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece, with those that fill the last band."""
+        return self.band_rows * self.piece_bands
+
+    @property
     def halo_rows(self) -> int:
         """Rows in a halo block: at least `pad`, and a divisor of the band's rows."""
-        if self.bands == 1 or not self.pad:
+        if self.whole or not self.pad:
             return 0
         return pl.next_power_of_2(self.pad)
 
@@ -206,15 +228,13 @@ class Plan:
 def make_plan(case: Case, *, backward: bool) -> Plan:
     """Chooses the form, the chunks and the bands of one pass.
 
-    Raises: ValueError where no band is small enough for VMEM: the kernels do
-      not cut rows.
+    Raises: ValueError where VMEM does not hold the state of one head.
     """
     h, w = case.grid
-    sublanes = 8 if case.dtype == jnp.float32 else 16
-    w = pl.cdiv(w, sublanes) * sublanes
+    w = _whole_sublanes(case, w)
     chunk_rows = pl.cdiv(h, pl.cdiv(h * w, CHUNK_TOKENS))
     chunks = pl.cdiv(h, chunk_rows)
-    whole = h * w == case.tokens  # no token is padding
+    no_padding = h * w == case.tokens
     plan = Plan(
         case=case,
         backward=backward,
@@ -222,49 +242,92 @@ def make_plan(case: Case, *, backward: bool) -> Plan:
         chunk_rows=chunk_rows,
         chunks=chunks,
         bands=1,
-        direct=chunks == 1 and whole and case.head_width >= LANES,
+        direct=chunks == 1 and no_padding and case.head_width >= LANES,
         slots=pl.cdiv(case.width, LANES),
     )
-
     limit = vmem_bytes()
     for slots in (plan.slots, 2):
         plan = dataclasses.replace(plan, slots=slots)
-        if image_bytes(plan) <= limit:
+        if w <= 2 * CHUNK_TOKENS and image_bytes(plan) <= limit:
             return plan
 
-    # Bands: whole chunks, and whole halo blocks of the band's
-    # neighbours. As few as fit, but rather more than rows added
-    # to fill the last: those cost a copy of every array. Where
-    # none fits the chunks are halved, of which less is spilled.
-    halo_rows = max(1, pl.next_power_of_2(case.conv_size // 2))
     needed = []
-    for chunk_tokens in (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4):
-        chunk_rows = max(1, min(pl.cdiv(h, 2), chunk_tokens // w))
-        step = math.lcm(chunk_rows, halo_rows)
-        rows = pl.cdiv(h, step) * step
-        fitting = []
-        for bands in range(2, max(2, rows // step) + 1):
-            band_rows = pl.cdiv(pl.cdiv(h, bands), step) * step
-            plan = dataclasses.replace(
-                plan,
-                chunk_rows=chunk_rows,
-                chunks=band_rows // chunk_rows,
-                bands=bands,
-                direct=False,
-            )
-            needed.append(band_bytes(plan))
-            if needed[-1] <= limit:
-                fitting.append(plan)
-        if fitting:
+    for plans in _cuts(plan):
+        needed.append(band_bytes(plans[0]))
+        if needed[-1] <= limit:
+            fitting = [plan for plan in plans if band_bytes(plan) <= limit]
             return min(fitting, key=lambda plan: (plan.bands * plan.band_rows, plan.bands))
 
-    state = len(plan.pairs) * LANES * LANES * 4
+    head = case.head_width
     raise ValueError(
-        f"pallas_tpu walks the rows of a grid, and the fewest rows of {h} x {w} tokens of width "
-        f"{case.width} {case.dtype.name} take {min(needed) / 2**20:.1f} MiB of VMEM, a float32 "
-        f"state of {case.num_heads} heads of {case.head_width} ({state / 2**20:.1f} MiB) among "
-        f"them; it has {limit / 2**20:.1f}"
+        f"pallas_tpu keeps the float32 state of a head in VMEM: a head of {head} {case.dtype.name} "
+        f"takes {min(needed) / 2**20:.1f} MiB, {head} x {head} numbers of "
+        f"{4 * head**2 / 2**20:.1f} MiB among them; it has {limit / 2**20:.1f}"
     )
+
+
+def _cuts(plan: Plan) -> Iterator[list[Plan]]:
+    """The ways to cut an image, the best first: each as plans of more or fewer bands.
+
+    Pieces and groups cost copies of every array, so they are as few as fit. Bands are
+    as few as fit, but rather more than rows added to fill the last: those cost a copy
+    too. Where none fits the chunks are halved, of which less is spilled. Pieces so
+    narrow that what lies beside them counts come last.
+    """
+    N = plan.num_heads
+    w = plan.w
+    divisors = [groups for groups in range(1, N + 1) if N % groups == 0]
+    widest = 2 * CHUNK_TOKENS
+    for narrowest in (CHUNK_TOKENS // 4, 1):
+        for groups in divisors:
+            pieces = pl.cdiv(w, widest)
+            columns = _whole_sublanes(plan.case, pl.cdiv(w, pieces))
+            while True:
+                for tokens in (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4):
+                    yield _cut(plan, groups, columns, tokens)
+                if columns <= _whole_sublanes(plan.case, narrowest):
+                    break
+                columns = _whole_sublanes(plan.case, columns // 2)
+
+
+def _cut(plan, groups, columns, chunk_tokens):
+    """Plans of `groups` of heads, pieces of `columns` and chunks of about so many tokens.
+
+    The one with the smallest bands comes first.
+    """
+    h, w = plan.case.grid
+    pieces = pl.cdiv(w, columns)
+    chunk_rows = max(1, min(pl.cdiv(h, 2), chunk_tokens // columns))
+    # Whole chunks, and whole halo blocks of the band's neighbours.
+    step = math.lcm(chunk_rows, max(1, pl.next_power_of_2(plan.pad)))
+    fewest = 2 if pieces == 1 else 1
+    bands_by_rows = {}
+    for bands in range(max(fewest, pl.cdiv(h, step)), fewest - 1, -1):
+        bands_by_rows[pl.cdiv(pl.cdiv(h, bands), step) * step] = bands
+
+    case = dataclasses.replace(
+        plan.case,
+        width=plan.width // groups,
+        num_heads=plan.num_heads // groups,
+    )
+    plan = dataclasses.replace(
+        plan,
+        case=case,
+        w=columns,
+        chunk_rows=chunk_rows,
+        direct=False,
+        pieces=pieces,
+        groups=groups,
+    )
+    return [
+        dataclasses.replace(plan, chunks=rows // chunk_rows, bands=bands * pieces)
+        for rows, bands in bands_by_rows.items()
+    ]
+
+
+def _whole_sublanes(case, columns):
+    sublanes = 8 if case.dtype == jnp.float32 else 16
+    return pl.cdiv(columns, sublanes) * sublanes
 
 
 def refusal(case: Case) -> str:
@@ -275,12 +338,6 @@ def refusal(case: Case) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def loop_turns(case: Case, *, backward: bool) -> int:
-    """How often the loops inside the kernels and over their bands turn for an image."""
-    plan = make_plan(case, backward=backward)
-    return plan.chunks * plan.bands
 
 
 # ---- Bytes of VMEM -----------------------------------------------------------
@@ -317,20 +374,24 @@ def band_bytes(plan: Plan) -> int:
     itemsize = plan.dtype.itemsize
     array = plan.band_rows * plan.w * plan.lanes * itemsize
     halo = plan.halo_rows * plan.w * plan.lanes * itemsize
+    sides = 0
+    if plan.pieces > 1 and plan.K:
+        rows = plan.band_rows + 2 * plan.halo_rows
+        sides = rows * 2 * MARGIN * plan.lanes * itemsize
     state = len(plan.pairs) * LANES * LANES * itemsize
     acc = len(plan.pairs) * LANES * LANES * 4
 
-    # Blocks of inputs and outputs are double-buffered.
-    state_kernel = 2 * (2 * array + state) + acc
+    # Blocks of bands are double-buffered, those of states are not.
+    state_kernel = 2 * 2 * array + state + acc
     kernels = [state_kernel]
     if plan.backward:
-        query_kernel = 2 * (3 * array + 2 * state) + acc + _column_bytes(plan, 4)
-        key_kernel = 2 * (5 * array + 2 * halo + state) + _conv_bytes(plan)
+        query_kernel = 2 * 3 * array + 2 * state + acc + _column_bytes(plan, 4)
+        key_kernel = 2 * (5 * array + 2 * halo + sides) + state + _conv_bytes(plan)
         kernels += [query_kernel, key_kernel]
     else:
         values = 1 if plan.width % LANES == 0 else 2  # v, or k and v
-        blocks = (2 + values) * array + 2 * values * halo + state
-        kernels += [2 * blocks + _conv_bytes(plan) + _column_bytes(plan, 2)]
+        blocks = (2 + values) * array + 2 * values * halo + sides
+        kernels += [2 * blocks + state + _conv_bytes(plan) + _column_bytes(plan, 2)]
     return max(kernels) + _spilled_bytes(plan)
 
 
@@ -339,7 +400,7 @@ def _conv_bytes(plan):
     if not plan.K:
         return 0
     scratch = math.prod(plan.windows_shape) * 4
-    taps = 2 * (plan.points * plan.K + 8) * plan.lanes * 4  # a tile has eight rows
+    taps = (plan.points * plan.K + 8) * plan.lanes * 4  # a tile has eight rows
     if plan.backward:
         scratch += math.prod(plan.spread_shape) * 4
         taps *= 9  # the taps, and eight partial sums of each

@@ -117,6 +117,27 @@ def test_bands_of_an_image_too_large_for_vmem_match_the_oracle(
     pallas(inputs, num_heads=num_heads, grid=grid)
 
 
+@pytest.mark.parametrize(
+    "num_heads,head_width,grid,K,dtype,kibibytes,pieces,groups",
+    [
+        (2, 16, (3, 20), 5, "float32", 16384, 2, 1),
+        (1, 128, (6, 40), 3, "bfloat16", 350, 3, 1),  # pieces of several bands
+        (4, 64, (4, 16), 3, "bfloat16", 350, 1, 2),
+    ],
+)
+def test_wide_rows_and_wide_models_are_cut_and_match_the_oracle(
+    monkeypatch, num_heads, head_width, grid, K, dtype, kibibytes, pieces, groups
+):
+    jax.clear_caches()
+    monkeypatch.setattr(linear_attention_tpu_plan, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(linear_attention_tpu_plan, "vmem_bytes", lambda: kibibytes * 1024)
+    inputs = make_inputs(num_heads=num_heads, head_width=head_width, grid=grid, K=K, dtype=dtype)
+    plan = plan_of(inputs, num_heads, grid)
+    assert (plan.pieces, plan.groups) == (pieces, groups)
+    pallas(inputs, num_heads=num_heads, grid=grid)
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype,direct",
@@ -304,16 +325,15 @@ def test_the_cost_estimate_of_bands_counts_every_pass(small_chunks, no_whole_ima
     assert [cost.transcendentals for cost in found] == [B * T * heads * n for n in (0, 1, 0, 1, 0)]
 
 
-def test_a_grid_whose_rows_vmem_does_not_hold_is_refused_by_name():
+def test_a_head_whose_state_vmem_does_not_hold_is_refused_by_name():
     q, kv, *rest, _ = make_inputs(
-        B=1, num_heads=1, head_width=1152, grid=(1, 4096), K=5, dtype="bfloat16"
+        B=1, num_heads=1, head_width=4096, grid=(1, 8), K=0, dtype="bfloat16"
     )
     with pytest.raises(
-        ValueError,
-        match="1 x 4096 tokens of width 1152 bfloat16 take .* MiB of VMEM, .* it has 16.0",
+        ValueError, match="a head of 4096 bfloat16 takes .* of 64.0 MiB among them; it has 16.0"
     ):
         linear_attention(
-            q, kv, *rest, num_heads=1, grid=(1, 4096), implementation="pallas_tpu", interpret=True
+            q, kv, *rest, num_heads=1, grid=(1, 8), implementation="pallas_tpu", interpret=True
         )
 
 

@@ -1,11 +1,12 @@
 """How the TPU kernels cut a case up, without compiling anything."""
 
+import jax.numpy as jnp
 import pytest
 
 from lit_jax.costs import tpu_schedule
 from lit_jax.kernels import linear_attention_tpu_plan
 from lit_jax.kernels.linear_attention import Case
-from lit_jax.kernels.linear_attention_tpu_plan import loop_turns, make_plan
+from lit_jax.kernels.linear_attention_tpu_plan import make_plan, refusal
 from lit_jax.models.architecture import SIZES
 
 RESOLUTIONS = (256, 512, 1024, 2048)  # pixels
@@ -24,11 +25,20 @@ def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, 
             assert plan.bands == 1 or mebibytes == 16 or pixels > 512, plan
 
 
-def test_the_turns_of_the_loops_are_those_of_the_plan():
-    def turns(side):
-        return loop_turns(Case(1152, 4, (side, side)), backward=True)
-
-    with tpu_schedule.on_chip("v4:2x2x1"):  # bands of halved chunks
-        assert turns(16) == 2
-    with tpu_schedule.on_chip("v5e:2x2"):
-        assert [turns(side) for side in (16, 32, 64)] == [1, 4, 16]
+@pytest.mark.parametrize(
+    "width,num_heads,grid,K,dtype",
+    [
+        (1152, 4, (3, 4096), 5, "bfloat16"),  # wide rows
+        (1152, 4, (4096, 4096), 5, "bfloat16"),
+        (1152, 1, (1, 4096), 7, "bfloat16"),
+        (1152, 4, (128, 128), 5, "float32"),  # XL at 2048 px
+        (1152, 4, (128, 128), 7, "bfloat16"),
+        (2304, 8, (128, 128), 5, "bfloat16"),  # wide models
+        (3072, 16, (128, 128), 5, "bfloat16"),
+        (1024, 16, (128, 128), 7, "bfloat16"),
+    ],
+)
+def test_no_grid_and_no_number_of_heads_is_refused_in_16_mebibytes(
+    width, num_heads, grid, K, dtype
+):
+    assert not refusal(Case(width, num_heads, grid, K, dtype=jnp.dtype(dtype)))
