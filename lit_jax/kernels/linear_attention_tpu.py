@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -194,6 +195,30 @@ def _interleave(*works: list[Step]) -> None:
         steps += [((i + 0.5) / len(work), step) for i, step in enumerate(work)]
     for _, step in sorted(steps, key=lambda item: item[0]):
         step()
+
+
+def _mix(matrix: list[Step], vector: list[tuple[int, Step]]) -> None:
+    """Runs steps for the matrix unit between steps for the vector unit.
+
+    A vector step comes with the number of matrix steps that it has to wait for.
+    Those are spread evenly over the vector steps before it.
+    """
+    positions = [0]  # where the number grows, and to what
+    needs = [0]
+    for i, (needed, _) in enumerate(vector):
+        if needed > needs[-1]:
+            positions.append(i)
+            needs.append(needed)
+    due = np.interp(range(len(vector)), [*positions, len(vector)], [*needs, len(matrix)])
+
+    done = 0
+    for (_, step), count in zip(vector, due):
+        for matrix_step in matrix[done : math.ceil(count)]:
+            matrix_step()
+        done = max(done, math.ceil(count))
+        step()
+    for matrix_step in matrix[done:]:
+        matrix_step()
 
 
 # ---- Reading and writing tiles -----------------------------------------------
@@ -402,6 +427,9 @@ def _convolution_steps(plan, conv, j, window, emit) -> list[Step]:
             tap = i * plan.K + dx
             term = value * conv.taps_ref[tap : tap + 1, lanes]
             total = term if total is None else total + term
+        # Point 1 adds to every row of output what it is: the bias once a window.
+        if i == 1 and conv.bias_ref is not None:
+            total = total + conv.bias_ref[:, lanes]
         sums.append(total)
 
     def finish(column, sums):
@@ -477,7 +505,8 @@ def _write_steps(plan, conv, place: _Place, value, block=0) -> list[Step]:
     """Steps that write a tile: value(first, count), tokens x lanes, plus any convolution.
 
     They ask for `block` tokens at a time (0: those of one window), just before
-    the convolution adds to them: so little waits in registers.
+    the convolution adds to them: so little waits in registers. The
+    convolution's windows are filled already.
     """
     lanes = plan.tile_lanes(place.j, place.offset)
     window = plan.outputs * plan.w
@@ -494,8 +523,6 @@ def _write_steps(plan, conv, place: _Place, value, block=0) -> list[Step]:
             out = values.pop(first).astype(place.ref.dtype)
             tokens = _some_tokens(plan, place.chunk, first, block)
             place.ref[0, tokens, lanes] = out
-        elif conv.bias_ref is not None:
-            values[first] += conv.bias_ref[:, plan.tile_lanes(place.j)]
 
     blocks: dict[int, Step] = {}
     for first in range(0, plan.chunk_tokens, block):
@@ -512,7 +539,7 @@ def _write_steps(plan, conv, place: _Place, value, block=0) -> list[Step]:
         tokens = _some_tokens(plan, place.chunk, token, plan.segment)
         place.ref[0, tokens, lanes] = total.astype(place.ref.dtype)
 
-    steps = _window_steps(plan, conv, place.chunk, place.j)
+    steps: list[Step] = []
     for i in range(plan.windows):
         if i * window in blocks:
             steps += [blocks[i * window]]
@@ -592,15 +619,28 @@ def _output_pass(plan, q_ref, state_ref, mean, conv, out_ref, chunk):
     z = _reciprocals(plan, phi_q, mean)
     z_mean = [x * (1 / plan.tokens) for x in z]
     phi_q = [x.astype(plan.dtype) for x in phi_q]
-    for j in tiles:
+
+    outputs: dict[int, jax.Array] = {}
+
+    def attention(j):
         product = _product(plan, phi_q, state_ref, j, transpose=False)
-        attention = product * _per_lane(plan, j, z_mean)
-        place = _Place(out_ref, chunk, j)
-        _interleave(_write_steps(plan, conv, place, _parts(attention)))
+        outputs[j] = product * _per_lane(plan, j, z_mean)
+
+    def part(j, first, count):
+        return outputs[j][first : first + count]
+
+    # The product of a tile goes next to the convolution of the tile before.
+    vector: list[tuple[int, Step]] = []
+    for j in tiles:
+        steps = [] if conv is None else _window_steps(plan, conv, chunk, j)
+        steps += _write_steps(plan, conv, _Place(out_ref, chunk, j), functools.partial(part, j))
+        vector += [(j + 1, step) for step in steps]
+    _mix([functools.partial(attention, j) for j in tiles], vector)
 
 
-def _parts(value):
-    return lambda first, count: value[first : first + count]
+def _product_rows(plan):
+    """Rows in one product: few of its float32 values wait for the convolution."""
+    return LANES if plan.chunk_tokens % LANES == 0 else plan.chunk_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,34 +710,42 @@ def _key_pass(plan, refs: _KeyRefs, dmean, conv, chunk, once=None):
     which bands are short of.
     """
 
-    def k(i):
-        return _tile(plan, refs.kv, chunk, i).astype(jnp.float32)
+    block = _product_rows(plan)
 
-    def v(j):
-        return _tile(plan, refs.kv, chunk, j, plan.width)
+    def k(i, tokens):
+        return refs.kv[0, tokens, plan.tile_lanes(i)].astype(jnp.float32)
 
-    def write_dk(i):
+    def v(j, tokens):
+        return refs.kv[0, tokens, plan.tile_lanes(j, plan.width)]
+
+    def write_dk(i, first):
+        tokens = _some_tokens(plan, chunk, first, block)
         lanes = plan.tile_lanes(i)
-        vs = {j: v(j) for row, j in plan.pairs if row == i}
+        vs = {j: v(j, tokens) for row, j in plan.pairs if row == i}
         dphi_k = _product(plan, vs, refs.dstate, i, transpose=True)
         dphi_k = dphi_k + dmean[:, lanes] * (1 / plan.tokens)
-        dk = jnp.where(k(i) > 0, dphi_k, 0.0)
-        refs.dkv[0, _tokens(plan, chunk), lanes] = dk.astype(refs.dkv.dtype)
+        dk = jnp.where(k(i, tokens) > 0, dphi_k, 0.0)
+        refs.dkv[0, tokens, lanes] = dk.astype(refs.dkv.dtype)
 
-    def write_dv(j):
+    def dv(j, first, count):
+        tokens = _some_tokens(plan, chunk, first, count)
         rows = [i for i, column in plan.pairs if column == j]
-        phi_k = {i: _phi(k(i)).astype(plan.dtype) for i in rows}
-        dv = _product(plan, phi_k, refs.dstate, j, transpose=False)
-        place = _Place(refs.dkv, chunk, j, offset=plan.width)
-        _interleave(_write_steps(plan, conv, place, _parts(dv)))
-        if conv is not None:
-            steps = _filter_gradient_steps(plan, conv, refs.kv, refs.dtaps, chunk, j)
-            _interleave(steps)
+        phi_k = {i: _phi(k(i, tokens)).astype(plan.dtype) for i in rows}
+        return _product(plan, phi_k, refs.dstate, j, transpose=False)
 
-    for i in range(len(plan.tiles)):
-        _alone(once, functools.partial(write_dk, i))
+    def write(j):
+        firsts = range(0, plan.chunk_tokens, block)
+        matrix = [functools.partial(write_dk, j, first) for first in firsts]
+        steps: list[Step] = []
+        if conv is not None:
+            steps += _window_steps(plan, conv, chunk, j)
+            steps += _filter_gradient_steps(plan, conv, refs.kv, refs.dtaps, chunk, j)
+        place = _Place(refs.dkv, chunk, j, offset=plan.width)
+        steps += _write_steps(plan, conv, place, functools.partial(dv, j), block)
+        _interleave(matrix, steps)
+
     for j in range(len(plan.tiles)):
-        _alone(once, functools.partial(write_dv, j))
+        _alone(once, functools.partial(write, j))
 
 
 # ---- Direct: by the T x T matrix of each head --------------------------------
@@ -731,15 +779,7 @@ class _Heads:
             self._phi_k[i] = _phi(k).astype(self.plan.dtype)
         return self._phi_k[i]
 
-    def steps_of_tile(self, i) -> list[Step]:
-        """Steps that compute the heads which tile i is the first to need."""
-        steps = []
-        for n in self.plan.heads_of(i):
-            if i == self.plan.tiles_of(n)[0]:
-                steps += self._steps(n)
-        return steps
-
-    def _steps(self, n) -> list[Step]:
+    def steps(self, n) -> list[Step]:
         """Steps that compute head n."""
         T = self.plan.tokens
         rows = ROWS if self.do_ref is None else 2 * ROWS
@@ -813,21 +853,29 @@ class _Heads:
 
 
 def _direct_forward(plan, q_ref, kv_ref, conv, out_ref):
-    """Writes out_ref (1, T, D): a head's matrix next to the convolution of the tile before."""
+    """Writes out_ref (1, T, D): the heads' matrices next to the convolution of the tiles."""
     heads = _Heads(plan, q_ref, kv_ref)
 
     def attention(j, *block):
         v = _whole_tile(plan, kv_ref, j, plan.width)
         return heads.product(j, heads.weights, v, block)
 
+    matrix: list[Step] = []
+    heads_done = []
+    for n in range(plan.num_heads):
+        matrix += heads.steps(n)
+        heads_done.append(len(matrix))
+
     block = 0 if conv else plan.tokens
-    vector_steps: list[Step] = []
+    vector: list[tuple[int, Step]] = []
     for j in range(len(plan.tiles)):
-        _interleave(vector_steps, heads.steps_of_tile(j))
-        place = _Place(out_ref, 0, j)
+        if conv is not None:
+            vector += [(0, step) for step in _window_steps(plan, conv, 0, j)]
         value = functools.partial(attention, j)
-        vector_steps = _write_steps(plan, conv, place, value, block)
-    _interleave(vector_steps)
+        needed = heads_done[plan.heads_of(j)[-1]]
+        steps = _write_steps(plan, conv, _Place(out_ref, 0, j), value, block)
+        vector += [(needed, step) for step in steps]
+    _mix(matrix, vector)
 
 
 def _direct_backward(plan, heads: _Heads, conv, dq_ref, dkv_ref, dtaps_ref):
@@ -857,29 +905,41 @@ def _direct_backward(plan, heads: _Heads, conv, dq_ref, dkv_ref, dtaps_ref):
         do = _whole_tile(plan, heads.do_ref, i)
         return heads.product(i, heads.weights, do, block, transpose=True)
 
-    vector_steps: list[Step] = []
-    for i in range(len(plan.tiles)):
-        matrix_steps = heads.steps_of_tile(i)
+    def write_steps(i):
+        steps: list[Step] = []
         for first in range(0, plan.tokens, columns):
-            matrix_steps += [
+            steps += [
                 functools.partial(write_dq, i, first, columns),
                 functools.partial(write_dk, i, first, columns),
             ]
-        _interleave(vector_steps, matrix_steps)
+        return steps
 
-        place = _Place(dkv_ref, 0, i, offset=plan.width)
-        value = functools.partial(dv, i)
-        vector_steps = _write_steps(plan, conv, place, value, columns)
+    # dq and dk of a tile wait until the head after its own is under way: the
+    # convolution of the next tiles waits for that head.
+    matrix: list[Step] = []
+    heads_done = []
+    tiles = list(range(len(plan.tiles)))
+    for n in range(plan.num_heads):
+        matrix += heads.steps(n)
+        heads_done.append(len(matrix))
+        while tiles and (tiles[0] + 1 < plan.tiles_of(n)[-1] or n == plan.num_heads - 1):
+            matrix += write_steps(tiles.pop(0))
+
+    # A tile's windows and filter gradients need no head: they come before the
+    # convolution of the tile before.
+    vector: list[tuple[int, Step]] = []
+    previous: list[tuple[int, Step]] = []
+    for i in range(len(plan.tiles)):
         if conv is not None:
-            vector_steps += _filter_gradient_steps(
-                plan,
-                conv,
-                kv_ref,
-                dtaps_ref,
-                chunk=0,
-                j=i,
-            )
-    _interleave(vector_steps)
+            steps = _window_steps(plan, conv, 0, i)
+            steps += _filter_gradient_steps(plan, conv, kv_ref, dtaps_ref, chunk=0, j=i)
+            vector += [(0, step) for step in steps]
+        vector += previous
+        place = _Place(dkv_ref, 0, i, offset=plan.width)
+        needed = heads_done[plan.heads_of(i)[-1]]
+        steps = _write_steps(plan, conv, place, functools.partial(dv, i), columns)
+        previous = [(needed, step) for step in steps]
+    _mix(matrix, vector + previous)
 
 
 # ---- The kernels; the grid is (core, image of the core, band) ----------------
@@ -983,7 +1043,12 @@ def _zero_first(dtaps_ref):
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
-        dtaps_ref[...] = jnp.zeros_like(dtaps_ref)
+        def zero(i, carry):
+            dtaps_ref[0, i] = jnp.zeros(dtaps_ref.shape[2:], jnp.float32)
+            return carry
+
+        # A loop, for it is the code of the first step alone.
+        jax.lax.fori_loop(0, dtaps_ref.shape[1], zero, 0)
 
 
 def _state_kernel(plan, kv_ref, state_ref, mean_ref, acc_ref, sum_ref):
