@@ -336,28 +336,39 @@ def _turns(schedule: str) -> list[int]:
     counts once where it is not known how often it turns, and where a branch leads past it:
     the kernels have such loops for their first step.
     """
-    # A bundle is its address, a mark where branches lead, and a > for each loop around it.
-    bundles = re.split(r"^ *(?:0x[0-9a-f]+|0) +(?=[A-Z:])", schedule, flags=re.MULTILINE)[1:]
+    # A bundle begins with its address, a mark
+    # where branches lead, and a > for each loop.
+    address = r"^ *(?:0x[0-9a-f]+|0) +(?=[A-Z:])"
+    bundles = re.split(address, schedule, flags=re.MULTILINE)[1:]
     starts = {}  # where regions begin
     for i, bundle in enumerate(bundles):
-        for region in re.findall(r"(?:Start|Start/End empty) region (\d+)", bundle):
+        begin = r"(?:Start|Start/End empty) region (\d+)"
+        for region in re.findall(begin, bundle):
             starts[region] = i
+
     loops = {}  # bundles first..last, and their text
     skipped = []
     for i, bundle in enumerate(bundles):
-        for region in re.findall(r"sbr\.rel .*?target = \$region(\d+)", bundle):
+        branch = r"sbr\.rel .*?target = \$region(\d+)"
+        for region in re.findall(branch, bundle):
             target = starts.get(region, i)
-            text = "".join(bundles[min(i, target) : max(i, target)])
+            low, high = sorted((i, target))
+            text = "".join(bundles[low:high])
             # Where DMAs start it is the loop over the grid, or a step of it.
-            if "dma." not in text and target < i:
-                loops[target, i + 4] = text + bundle  # a branch takes effect four bundles later
-            elif "dma." not in text:
+            if "dma." in text:
+                continue
+            if target < i:
+                # A branch takes effect four bundles later.
+                loops[target, i + 4] = text + bundle
+            else:
                 skipped.append((i, target))
 
     turns = [1] * len(bundles)
+    test = r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test"
     for (first, last), text in loops.items():
-        limits = re.findall(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test", text)
-        if limits and not any(start < first and last < end for start, end in skipped):
+        limits = re.findall(test, text)
+        once = any(start < first and last < end for start, end in skipped)
+        if limits and not once:
             for i in range(first, last + 1):
                 turns[i] *= int(limits[-1])  # the last: loops inside have their own
     return turns

@@ -735,7 +735,7 @@ def _key_pass(plan, refs: _KeyRefs, dmean, conv, chunk, once=None):
 
     def write(j):
         firsts = range(0, plan.chunk_tokens, block)
-        matrix = [functools.partial(write_dk, j, first) for first in firsts]
+        matrix: list[Step] = [functools.partial(write_dk, j, first) for first in firsts]
         steps: list[Step] = []
         if conv is not None:
             steps += _window_steps(plan, conv, chunk, j)

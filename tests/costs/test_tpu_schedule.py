@@ -8,7 +8,6 @@ import pytest
 from lit_jax.costs import tpu_schedule
 from lit_jax.kernels.linear_attention import Case
 
-
 # Of a kernel: a loop of its first step, a loop of three turns with one of two inside,
 # and the last step of a grid.
 SCHEDULE = """

@@ -46,15 +46,12 @@ def plan_of(inputs, num_heads, grid):
     return linear_attention_tpu_plan.make_plan(case, backward=True)
 
 
-# Heads that straddle tiles of 128 lanes (144), fill them (128, 256), or leave a last tile ragged
-# (192).
+# Heads that straddle tiles of 128 lanes (144), fill them (256), or leave a last tile ragged (192).
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype",
     [
-        (2, 144, (2, 8), 3, "float32"),
         (2, 144, (4, 16), 3, "bfloat16"),  # windows of four rows
-        (1, 192, (2, 8), 5, "float32"),
-        (3, 128, (2, 16), 3, "bfloat16"),
+        (1, 192, (2, 8), 3, "float32"),
         (1, 256, (2, 16), 0, "float32"),
     ],
 )
@@ -67,8 +64,8 @@ def test_direct_form_and_its_gradients_match_the_oracle(num_heads, head_width, g
 @pytest.mark.parametrize(
     "num_heads,head_width,grid,K,dtype",
     [
-        (1, 8, (5, 3), 5, "float32"),  # a ragged grid, fewer tokens than any tile
-        (16, 8, (4, 4), 7, "bfloat16"),  # sixteen heads in one tile
+        (1, 8, (5, 3), 3, "float32"),  # a ragged grid, fewer tokens than any tile
+        (16, 8, (4, 4), 3, "bfloat16"),  # sixteen heads in one tile
         (4, 40, (4, 8), 3, "bfloat16"),  # four heads meet one tile
         (3, 72, (2, 13), 5, "bfloat16"),
         (2, 288, (1, 7), 0, "float32"),  # wide heads on a ragged grid are not direct
@@ -343,14 +340,14 @@ def test_a_head_whose_state_vmem_does_not_hold_is_refused_by_name():
     "topology,size,pixels,name",
     [
         ("v4:2x2x1", "B", 256, "forward"),
-        ("v4:2x2x1", "XL", 512, "backward"),  # bands: v4 has 16 MiB of VMEM, the hardest fit of all
-        ("v4:2x2x1", "XL", 2048, "backward"),
+        ("v4:2x2x1", "XL", 256, "backward"),  # v4 has 16 MiB of VMEM, the hardest fit of all
+        ("v4:2x2x1", "XL", 512, "backward"),  # bands
         ("v5e:2x2", "S", 2048, "forward"),
-        ("v5e:2x2", "B", 2048, "backward"),  # bands even there
+        ("v5e:2x2", "S", 2048, "backward"),  # bands even there
         ("v5p:2x2x1", "S", 1024, "forward"),
         ("v5p:2x2x1", "S", 256, "backward"),
         ("v6e:2x2", "L", 256, "forward"),
-        ("v6e:2x2", "S", 2048, "backward"),
+        ("v6e:2x2", "S", 256, "backward"),
     ],
 )
 def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
@@ -369,8 +366,8 @@ def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):
         ("v5p:2x2x1", 320, 1, (8, 24), 5, "float32", "backward"),  # a head of several tiles
         # Near the 16 MiB of v4, where what is spilled of the normalisers, or of float32, counts.
         ("v4:2x2x1", 1152, 16, (32, 32), 5, "bfloat16", "backward"),
-        ("v4:2x2x1", 1152, 4, (35, 33), 7, "bfloat16", "backward"),
         ("v4:2x2x1", 1152, 4, (64, 64), 5, "float32", "backward"),
+        ("v4:2x2x1", 384, 2, (5, 1030), 7, "bfloat16", "backward"),  # pieces of rows
     ],
 )
 def test_the_tpu_compiler_takes_other_heads_filters_grids_and_float32(
@@ -386,7 +383,7 @@ def xl_at_256():
     return tpu_schedule.attention_costs(Case(1152, 4, (16, 16)), 8, "v5e:2x2")
 
 
-@pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.85)])
+@pytest.mark.parametrize("name,bar", [("forward", 1.4), ("backward", 1.75)])
 def test_static_schedule_at_xl_256_is_near_the_memory_floor(xl_at_256, name, bar):
     """With some air above what the schedules reach; HBM carries arguments and outputs alone."""
     cost = xl_at_256[name]
