@@ -375,13 +375,16 @@ def override(
             changes[field] = value
             note = f"{field} = {value} was asked for, the source has {known}"
             report.notes.append(note)
-    # The convolution's filters are for one number of heads; the other weights
-    # fit any.
-    if "num_heads" in changes and config.attention == "linear" and config.conv_size:
-        raise PortingError(
-            f"num_heads = {overrides.num_heads} was asked for, but the convolution of "
-            f"{report.source} has the filters of {config.num_heads} heads"
-        )
+    # Projections fit any number of heads; a design's own leaves may not.
+    if "num_heads" in changes:
+        asked_config = dataclasses.replace(config, num_heads=overrides.num_heads)
+        for path, leaf in flatten_dict(param_shapes(asked_config), sep="/").items():
+            if path.startswith("blocks/") and leaf.shape != params[path].shape:
+                raise PortingError(
+                    f"num_heads = {overrides.num_heads} was asked for, but {path} of "
+                    f"{report.source} is that of {config.num_heads} heads: it has shape "
+                    f"{params[path].shape} in place of {leaf.shape}"
+                )
 
     if overrides.num_classes and overrides.num_classes != config.num_classes:
         _resize_labels(params, config.num_classes, overrides, report)
