@@ -377,7 +377,8 @@ def override(
             report.notes.append(note)
     # Projections fit any number of heads; a design's own leaves may not.
     if "num_heads" in changes:
-        asked_config = dataclasses.replace(config, num_heads=overrides.num_heads)
+        fields = dataclasses.asdict(config) | {"num_heads": overrides.num_heads}
+        asked_config = make_config(DiTConfig, fields, report.source)
         for path, leaf in flatten_dict(param_shapes(asked_config), sep="/").items():
             if path.startswith("blocks/") and leaf.shape != params[path].shape:
                 raise PortingError(
