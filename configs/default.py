@@ -231,6 +231,8 @@ def get_config() -> ConfigDict:
             learning_rate=1e-4,
             # Times that for what the student inherited as a whole; 1: one rate for all.
             inherited_rate=1.0,
+            # Times that for a text encoder that is trained with the model (family pixart_t5).
+            text_rate=1.0,
             b1=0.9,  # decay of the mean gradient (came: of the mean update)
             b2=0.999,  # and of its square
             b3=0.9999,  # came: of the updates' squared distance from their mean

@@ -27,7 +27,7 @@ def get_config():
     config.train.update(
         batch_size=32, steps=1000, min_snr_gamma=0.0, log_every=25, preview_every=500
     )
-    config.optimizer.update(learning_rate=1.5e-3, warmup=25, schedule="cosine")
+    config.optimizer.update(text_rate=1.0, learning_rate=1.5e-3, warmup=25, schedule="cosine")
     config.ema.decay = 0.98
     config.checkpoint.update(every=500, keep=1)
     config.sample.update(prompts=(), prompt_file="digit_scenes", batch_size=48)

@@ -46,7 +46,9 @@ def get_config():
         batch_size=64, steps=20_000, min_snr_gamma=0.5, remat="none", log_every=50,
         preview_every=1000,
     )  # fmt: skip
-    config.optimizer.update(learning_rate=3e-4, clip_norm=1.0, schedule="cosine", warmup=500)
+    config.optimizer.update(
+        text_rate=0.2, learning_rate=3e-4, clip_norm=1.0, schedule="cosine", warmup=500
+    )
     config.ema.update(decay=0.999, warmup=True)
     config.mesh.cpu_devices = 2  # one a core: twice as fast as one device with two threads
     config.checkpoint.update(every=500, keep=2, keep_every=0)

@@ -115,6 +115,11 @@ def read_settings(config: ConfigDict) -> Settings:
         _check_grid(sampler, model, process)
     with naming("optimizer", steps="train.steps"):
         optimizer = OptimizerSettings(steps=config.train.steps, **config.optimizer)
+    if optimizer.text_rate != 1 and not model.text_encoder_name:
+        raise ValueError(
+            f"optimizer.text_rate = {optimizer.text_rate:g}, but model.family = "
+            f"{config.model.family} has no text encoder that is trained with it; set it to 1"
+        )
     evaluation_settings(config)
     return Settings(
         model=model,

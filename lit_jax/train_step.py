@@ -73,6 +73,7 @@ class OptimizerSettings:
     name: str = "adamw"  # or came, PixArt-Sigma's
     learning_rate: float = 1e-4
     inherited_rate: float = 1.0  # times that, of parameters that were inherited
+    text_rate: float = 1.0  # times that, of a text encoder that is trained with the model
     b1: float = 0.9
     b2: float = 0.999
     b3: float = 0.9999  # came: of the residual
@@ -89,6 +90,7 @@ class OptimizerSettings:
             name=ranges.one_of("adamw", "came"),
             learning_rate=ranges.NOT_NEGATIVE,
             inherited_rate=ranges.NOT_NEGATIVE,
+            text_rate=ranges.NOT_NEGATIVE,
             b1=ranges.BELOW_1,
             b2=ranges.BELOW_1,
             b3=ranges.BELOW_1,
@@ -355,6 +357,9 @@ def make_train_step(
         finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = _scaled(updates, settings.inherited, optimizer.inherited_rate)
+        if (name := model.config.text_encoder_name) and optimizer.text_rate != 1:
+            scaled = jax.tree.map(lambda x: optimizer.text_rate * x, updates[name])
+            updates = updates | {name: scaled}
         params = optax.apply_updates(state.params, updates)
         # Neither weight decay nor the rounding of an average may move what is not trained.
         params = _with_leaves_of(params, state.params, model.config.frozen)

@@ -147,6 +147,12 @@ def pytest_collection_finish() -> None:
     write_small_arrays_whole()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """pytest collects garbage twice at its end: seconds for each of its processes."""
+    gc.freeze()
+
+
 def write_small_arrays_whole() -> None:
     """Of an array that all eight devices hold, one writes everything.
 

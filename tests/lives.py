@@ -22,13 +22,14 @@ from lit_jax import checkpoint, main
 from lit_jax.data import pipeline
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-# Softmax attention: these tests are about what surrounds the step.
+# Softmax attention, and nothing computed twice: these tests are about what surrounds the step.
 TINY = (
     "--config=configs/debug.py",
     "--config.student.init=random",
     "--config.report.num_images=0",
     "--config.model.attention=softmax",
     "--config.train.preview_every=0",
+    "--config.train.remat=none",
     "--config.train.batch_size=8",
     "--config.data.prefetch=2",
     "--config.checkpoint.keep=2",

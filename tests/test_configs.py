@@ -387,6 +387,13 @@ def test_a_misspelt_field_fails_at_once():
         config.train.batch_size = "many"
 
 
+def test_a_rate_for_a_text_encoder_that_no_model_has_is_refused():
+    config = load("debug")
+    config.optimizer.text_rate = 0.5
+    with pytest.raises(ValueError, match=r"optimizer.text_rate = 0.5, but model.family = dit has"):
+        Experiment(config)
+
+
 def test_a_field_of_another_family_is_refused_unless_it_is_none():
     config = load("debug")
     with config.unlocked():

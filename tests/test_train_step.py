@@ -123,6 +123,10 @@ def test_impossible_optimizers_are_named(change, message):
 # A model of one parameter. ------------------------------------------------------------------------
 
 
+class WithTextEncoder(DiTConfig):
+    text_encoder_name = "text"
+
+
 @flax.struct.dataclass
 class Scalar:
     """Predicts w times one function of (t, label, drop) in every pixel; without a variance head."""
@@ -357,6 +361,28 @@ def test_what_was_inherited_has_a_rate_of_its_own():
     # Adam's first step is the rate; weight decay is a tenth of w, times the rate.
     assert moved[()] == pytest.approx(1e-2 * 1.4, rel=1e-3)
     assert moved["w",] == pytest.approx(moved[()] / 4, rel=1e-3)
+
+
+@flax.struct.dataclass
+class TwoScalars(Scalar):
+    """Predicts the sum of a Scalar's w and the one parameter of its text encoder."""
+
+    config: DiTConfig = flax.struct.field(pytree_node=False, default=WithTextEncoder(1, 4, 1))
+
+    def apply(self, variables, x, t, condition, drop):
+        w = variables["params"]["w"] + variables["params"]["text"]["w"]
+        return Scalar("one").apply({"params": {"w": w}}, x, t, condition, drop)
+
+
+def test_a_text_encoder_in_training_has_a_rate_of_its_own():
+    optimizer = OptimizerSettings(**OPTIMIZER | dict(text_rate=0.2))
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    step = make_train_step(TwoScalars("one"), None, PROCESS, optimizer, StepSettings(**STEP), mesh)
+    params = {"w": np.float32(-2.0), "text": {"w": np.float32(-2.0)}}
+    state, _ = step(fresh_state(params, make_optimizer(optimizer)), None, make_images(8), RNG)
+    # Adam's first step is the rate.
+    assert float(state.params["w"]) == pytest.approx(-2.0 + 1e-2, rel=1e-4)
+    assert float(state.params["text"]["w"]) == pytest.approx(-2.0 + 2e-3, rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -32,6 +32,8 @@ MARGIN = 2  # pixels that are cut from each side of an MNIST digit
 SCENES = 10_000_000
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# How often each is drawn. The last two need the order of words, which is learned last.
+SHARES = (0.1, 0.1, 0.1, 0.1, 0.3, 0.3)
 DIGITS = "zero one two three four five six seven eight nine".split()
 PLURALS = "zeros ones twos threes fours fives sixes sevens eights nines".split()
 COLOURS = {
@@ -222,8 +224,8 @@ class Scenes:
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         rng = np.random.default_rng([("train", "test").index(self.split), index])
-        # The tasks are alike in number, not the captions.
-        scene = draw_scene(rng, TASKS[int(rng.integers(len(TASKS)))])
+        # SHARES are of the tasks, not of the captions.
+        scene = draw_scene(rng, str(rng.choice(TASKS, p=SHARES)))
         image = compose(rng, scene, digit_images(self.split))
         return {"image": image, "captions": [scene.caption]}
 

@@ -108,6 +108,8 @@ class Architecture:
     conventions: ClassVar[tuple[str, ...]] = ("prediction",)
     # Paths of leaves that travel with the weights and are not trained.
     frozen: ClassVar[tuple[str, ...]] = ()
+    # The leaf of a text encoder that is trained with the model; "": none is.
+    text_encoder_name: ClassVar[str] = ""
 
     def __post_init__(self):
         self.check_fields(dataclasses.asdict(self))

@@ -38,6 +38,7 @@ class PixArtT5Config(PixArtConfig):
     )
     # What guidance compares with is computed from "": no leaf of the transformer.
     frozen: ClassVar = ("transformer/y_embedder/y_embedding",)
+    text_encoder_name: ClassVar = "text_encoder"
 
     @property
     def text_encoder(self) -> T5Config:

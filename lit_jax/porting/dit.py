@@ -375,14 +375,6 @@ def override(
             changes[field] = value
             note = f"{field} = {value} was asked for, the source has {known}"
             report.notes.append(note)
-    # The convolution's filters are for one number of heads; the other weights
-    # fit any.
-    if "num_heads" in changes and config.attention == "linear" and config.conv_size:
-        raise PortingError(
-            f"num_heads = {overrides.num_heads} was asked for, but the convolution of "
-            f"{report.source} has the filters of {config.num_heads} heads"
-        )
-
     if overrides.num_classes and overrides.num_classes != config.num_classes:
         _resize_labels(params, config.num_classes, overrides, report)
         changes["num_classes"] = overrides.num_classes
@@ -393,10 +385,19 @@ def override(
         if config.grid:
             note += f", the source has {config.grid[0]} x {config.grid[1]}"
         report.notes.append(note)
+    heads = config.num_heads
     try:
         config = dataclasses.replace(config, **changes)
     except ValueError as error:
         raise PortingError(str(error)) from error
+    # Projections fit any number of heads; a design's own leaves may not.
+    shapes = flatten_dict(param_shapes(config), sep="/") if "num_heads" in changes else {}
+    for path, leaf in shapes.items():
+        if path.startswith("blocks/") and leaf.shape != params[path].shape:
+            raise PortingError(
+                f"num_heads = {config.num_heads} was asked for, but {path} of {report.source} is "
+                f"that of {heads} heads: it has shape {params[path].shape} in place of {leaf.shape}"
+            )
     if math.prod(config.grid or ()) > MAX_POSITIONS:
         size = overrides.input_size
         whose = f"input_size = {plain(size)}" if size else str(report.source)

@@ -149,17 +149,17 @@ def test_a_scene_depends_on_split_and_number_alone():
         open_captions(digit_scenes.NAME, "", "validation")
 
 
-def test_the_tasks_are_alike_in_number():
+def test_the_tasks_are_drawn_by_their_shares():
     scenes = digit_scenes.Scenes("train")
     words = [str(scenes[i]["captions"][0]) for i in range(600)]
     tasks = collections.Counter(
         "position" if any(name in text for name in digit_scenes.RELATIONS) else len(text.split())
         for text in words
     )
-    # Two words: a digit, or a count; 3: a colour; 5 and 7: two digits. Five deviations of 600 / 6.
-    assert abs(tasks["position"] - 100) < 46
-    assert abs(tasks[2] - 200) < 58 and abs(tasks[3] - 100) < 46
-    assert abs(tasks[5] - 100) < 46 and abs(tasks[7] - 100) < 46
+    # Two words: a digit, or a count; 3: a colour; 5 and 7: two digits. Five deviations each.
+    assert abs(tasks["position"] - 180) < 56
+    assert abs(tasks[2] - 120) < 49 and abs(tasks[3] - 60) < 37
+    assert abs(tasks[5] - 60) < 37 and abs(tasks[7] - 180) < 56
 
 
 def test_no_digit_is_trained_and_tested_with():

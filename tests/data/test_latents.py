@@ -249,7 +249,7 @@ def test_cifar10_from_images_to_latents_to_a_model_to_images(tmp_path):
     config.data.update(
         name="cifar10_latents", dir=str(tmp_path / "data"), flip=True, num_threads=1, prefetch=2
     )
-    config.train.update(steps=2, preview_every=2)
+    config.train.update(steps=2, remat="none", preview_every=2)
     config.report.update(num_images=0, read_labels=False)
     config.sample.update(steps=2, num_images=10, batch_size=8, clip_denoised=False)
     workdir = tmp_path / "run"

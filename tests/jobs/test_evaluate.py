@@ -181,7 +181,7 @@ def test_training_shows_and_scores_what_sampling_and_evaluation_do_after_it(
     config.optimizer.learning_rate = 0.01
     config.ema.decay = 0.5
     config.data.dir = str(put_digits(tmp_path / "data"))
-    config.train.update(steps=2, batch_size=8, preview_every=2, preview_images=8)
+    config.train.update(steps=2, batch_size=8, remat="none", preview_every=2, preview_images=8)
     config.report.update(num_images=8, read_labels=False)
     config.sample.update(steps=2, num_images=8, batch_size=8, labels="balanced")
     config.evaluate.update(

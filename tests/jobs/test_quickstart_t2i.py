@@ -42,6 +42,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(teacher):
     config = shrink(quickstart_t2i.get_config())
+    config.train.preview_every = 0  # the teacher's run draws one
     config.teacher.checkpoint = config.text.checkpoint = str(teacher)
     return config
 

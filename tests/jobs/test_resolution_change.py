@@ -67,7 +67,8 @@ def trained(tmp_path_factory):
         "prepare.source": f"{write_folder(folder / 'images', 15)}/", "prepare.image_size": 32,
         "prepare.buckets": "('16x16',)", "prepare.batch_size": 8,
         "train.batch_size": 8, "train.steps": STEPS, "train.preview_every": 0,
-        "train.log_every": 1, "optimizer.warmup": 12, "optimizer.learning_rate": 1e-3,
+        "train.log_every": 1, "train.remat": "none",
+        "optimizer.warmup": 12, "optimizer.learning_rate": 1e-3,
         "checkpoint.every": STEPS, "compilation_cache": "",
     }  # fmt: skip
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]

@@ -150,12 +150,13 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
     config = dit.DiTConfig(
         depth=2, width=16, num_heads=2, attention=name, num_classes=3, conv_size=3, num_blocks=4
     )
-    params = models.init_params(dit.DiT(config), jax.random.key(0))
+    init = jax.jit(models.init_params, static_argnums=0)
+    params = init(dit.DiT(config), jax.random.key(0))
     own = flatten_dict(params["blocks"]["attn"], sep="/")
     shared = {f"{m}/{leaf}" for m in ("q", "kv", "proj") for leaf in ("kernel", "bias")}
     assert set(own) == shared | OWN_LEAVES[name]
 
-    teacher = models.init_params(dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3)), jax.random.key(1))
+    teacher = init(dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3)), jax.random.key(1))
     merged, report = inherit.merge_params(teacher, params, load=("q", "k", "v", "o"))
     assert {path.removeprefix("blocks/attn/") for path in report.at_init} == OWN_LEAVES[name]
     qkv = teacher["blocks"]["attn"]["qkv"]["kernel"]
@@ -165,14 +166,15 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
     layer = jax.tree.map(lambda x: np.asarray(x) + 0.1 * tokens(*x.shape), layer)
     x = tokens(2, 24, 16)
     module = attention.make_attention(config, dtype=jnp.float32, parent=None)
-    out = module.apply({"params": layer}, jnp.asarray(x), (4, 6))
+    out = jax.jit(module.apply, static_argnums=2)({"params": layer}, x, (4, 6))
+    convolve = jax.jit(depthwise_conv, static_argnums=3)
 
     def dense(name):
         return np.asarray(x @ layer[name]["kernel"] + layer[name]["bias"])
 
     def conv(name, x):
         kernel = layer[name]["kernel"][:, :, 0]
-        return np.asarray(depthwise_conv(jnp.asarray(x), kernel, layer[name]["bias"], (4, 6)))
+        return np.asarray(convolve(x, kernel, layer[name]["bias"], (4, 6)))
 
     q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
     if name == "dit5":
@@ -180,11 +182,11 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
         q, k = q + conv("dwc_q", q), k + conv("dwc_k", k)
     arrays = [jnp.asarray(a.reshape(2, 24, 2, 8)) for a in (q, k, v)]
     if name == "mhla":
-        mixed = mhla.mhla(*arrays, layer["mix"], grid=(4, 6))
+        mixed = jax.jit(mhla.mhla, static_argnames="grid")(*arrays, layer["mix"], grid=(4, 6))
     elif name == "mala":
-        mixed = mala.mala(*arrays)
+        mixed = jax.jit(mala.mala)(*arrays)
     else:
-        mixed = dit5.dit5(*arrays, layer["w1"], layer["w2"])
+        mixed = jax.jit(dit5.dit5)(*arrays, layer["w1"], layer["w2"])
     expected = np.asarray(mixed).reshape(2, 24, 16)
     if name != "dit5":
         expected = expected + conv("dwc", v)

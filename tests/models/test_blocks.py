@@ -1,5 +1,7 @@
 """What attention reads and gives in a block, and the layer-wise regression of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,23 +38,26 @@ def test_the_regression_compares_each_attention_with_the_teachers_on_its_own_inp
     frozen = load_params(checkpoint.params)
     drop = y == checkpoint.config.num_classes
     told = (x, t, {"label": np.where(drop, 0, y)}, drop)
-    output, seen = teacher.apply({"params": frozen}, *told, mutable=[ATTENTION])
+    watched = jax.jit(functools.partial(teacher.apply, mutable=[ATTENTION]))
+    output, seen = watched({"params": frozen}, *told)
     assert rel(np.asarray(output), expected) < 2e-5
     seen = seen[ATTENTION]
     for name, layers in seen_by_torch.items():
         assert rel(np.asarray(seen["blocks"][name][0]), np.stack(layers)) < 2e-5
 
     # The teacher itself has no error.
-    assert attention_error(teacher, frozen, seen, GRID).max() < 1e-9
+    error_of = jax.jit(attention_error, static_argnums=(0, 3))
+    assert error_of(teacher, frozen, seen, GRID).max() < 1e-9
 
     config = dit.DiTConfig(3, 48, 3, attention="linear", num_classes=10)
     student = dit.DiT(config, dtype=jnp.float32)
-    params = models.init_params(student, jax.random.key(0))
+    params = jax.jit(models.init_params, static_argnums=0)(student, jax.random.key(0))
     module = attention.make_attention(config, dtype=jnp.float32, parent=None)
+    compute = jax.jit(module.apply, static_argnums=2)
     by_layer = []
     for i, (read, gave) in enumerate(zip(*seen_by_torch.values())):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]["attn"])
-        out = np.float64(module.apply({"params": layer}, jnp.asarray(read), GRID))
+        out = np.float64(compute({"params": layer}, read, GRID))
         square = ((out - gave) ** 2).mean(axis=(1, 2))
         by_layer.append(square / (np.float64(gave) ** 2).mean())
 
@@ -60,7 +65,7 @@ def test_the_regression_compares_each_attention_with_the_teachers_on_its_own_inp
         each = attention_error(student, params, seen, GRID)
         return each.sum(), each
 
-    gradient, each = jax.grad(error, has_aux=True)(params)
+    gradient, each = jax.jit(jax.grad(error, has_aux=True))(params)
     assert_close(each, np.mean(by_layer, axis=0), reduction=48, factor=64)
     moved = {path for path, leaf in flatten_dict(gradient, sep="/").items() if leaf.any()}
     assert moved == {path for path in flatten_dict(params, sep="/") if "blocks/attn/" in path}

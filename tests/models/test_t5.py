@@ -1,5 +1,6 @@
 """The text encoder against its formulas in NumPy: positions, padding, dtypes, the mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -134,6 +135,30 @@ def test_edges_of_the_buckets():
     np.testing.assert_array_equal(np.flatnonzero(np.diff(before, prepend=-1)), edges)
     np.testing.assert_array_equal(after[1:], before[1:] + 16)
     assert before.max() == 15
+
+
+def test_a_fresh_encoder_tells_the_order_of_words():
+    """Of two words that change places each has other features: it looks at its neighbours."""
+    config = dataclasses.replace(CONFIG, width=64, num_heads=4, head_width=16, mlp_width=64)
+    params = t5.init_params(config, jax.random.key(0))
+    words = np.array([[3, 5, 7, 9, 11, 1], [3, 9, 7, 5, 11, 1]], np.int32)
+    features = T5Encoder(config, jnp.float32).apply({"params": params}, words, words > 0)
+    there, back = np.asarray(features)
+    norm = np.linalg.norm(there, axis=-1).mean()
+    assert np.linalg.norm(there[1] - back[3]) > 0.3 * norm
+    assert np.linalg.norm(there[3] - back[1]) > 0.3 * norm
+
+
+def test_the_first_biases_look_back_and_ahead_by_turns():
+    """Rows are distances of keys before a query, itself first, then of those after it."""
+    bias = np.asarray(t5.near_first(jax.random.key(0), (t5.BUCKETS, 4)))
+    half = t5.BUCKETS // 2
+    expected = {0: [-4] * 4, 1: [0, -4, 0, -4], 2: [-2, -4, -0.5, -4], 3: [-4, -4, -1, -4]}
+    for row, values in expected.items():
+        np.testing.assert_array_equal(bias[row], values)
+        # Those after are for the other heads.
+        np.testing.assert_array_equal(bias[half + row], np.array(values)[[1, 0, 3, 2]])
+    assert bias.min() == -4
 
 
 def test_the_mesh_changes_nothing(params):

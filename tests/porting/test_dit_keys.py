@@ -617,7 +617,7 @@ def test_overrides_that_cannot_be_are_named(fields, message):
 
 def test_the_heads_of_a_convolution_are_not_overridden(tmp_path):
     save(make_torch(attention="linear"), tmp_path / "a.pt")
-    message = "^num_heads = 2 was asked for, but the convolution of .* has the filters of 3 heads"
+    message = "^num_heads = 2 was asked for, but blocks/attn/dwc/bias of .* is that of 3 heads"
     with pytest.raises(PortingError, match=message):
         read_checkpoint(tmp_path / "a.pt", overrides=Overrides(num_heads=2))
     save(make_torch(attention="linear", conv_size=0), tmp_path / "b.pt")
