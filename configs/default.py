@@ -444,7 +444,7 @@ def get_config() -> ConfigDict:
     # --mode=plan: what the TPU compiler says of a slice, without one (docs/scaling.md).
     config.plan = ConfigDict(
         dict(
-            topology="v5e:2x4",  # TPU slice: v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:4x4, ...
+            topology="v5e:2x4",  # TPU slice: v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1
             slices=1,  # how many such slices, joined by the data center's network
             # Any of distill (the step with a teacher), plain (the step without), sample.
             programs=("distill", "plain", "sample"),

@@ -15,7 +15,7 @@ from lit_jax.costs import tpu_schedule
 from lit_jax.kernels.linear_attention import Case
 from lit_jax.models.dit import SIZES
 
-TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 NAMES = ("S", "B", "L", "XL")
 PIXELS = (256, 512, 1024, 2048)
 TOKENS = 8192  # B * T

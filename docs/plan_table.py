@@ -1,6 +1,7 @@
 """Plans LiT-XL/2 with its DiT-XL/2 teacher on one slice after the other.
 
-Prints the table of docs/scaling.md, about 80 CPU seconds a row. Rows that are already
+Prints the table of docs/scaling.md, about 80 CPU seconds a row. Of TPU7x "a chip" is one of its
+two cores, which are devices of their own. Rows that are already
 in WORKDIR are not planned again.
 
 python docs/plan_table.py [WORKDIR]
@@ -25,6 +26,9 @@ ROWS = (  # pixels, topology, slices
     (512, "v5p:4x4x4", 1),
     (512, "v6e:2x4", 1),
     (512, "v6e:8x8", 1),
+    (256, "tpu7x:2x2x1", 1),
+    (512, "tpu7x:2x2x1", 1),
+    (512, "tpu7x:4x4x4", 1),
 )
 HEAD = (
     "pixels",
@@ -86,7 +90,7 @@ def _cells(plan: dict) -> list:
     mesh = plan["mesh"]
     e = plan["programs"]["distill"]
     cells = [
-        mesh["data"] * mesh["fsdp"],
+        plan["chips"],
         f"{mesh['data']} x {mesh['fsdp']}",
         BATCH_SIZE,
         f"{e['needs'] / 2**30:.1f} of {e['capacity'] / 2**30:.1f}",

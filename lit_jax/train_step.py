@@ -301,18 +301,19 @@ def make_train_step(
         seen: Any = {}
         teacher_output: Any = None
         if teacher is not None:
+            teacher_apply: Any = jax.named_scope("teacher")(teacher.apply)
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
             told = (frozen, x_t, t, condition, teacher_drop)
             if settings.attention_weight:
-                apply: Any = teacher.apply  # that of Flax, which a step's teacher has
-                teacher_output, seen = apply(*told, mutable=[ATTENTION])
+                # That of Flax, which a step's teacher has.
+                teacher_output, seen = teacher_apply(*told, mutable=[ATTENTION])
                 patch = model.config.patch_size
                 grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
                 terms["kd_attention"] = attention_error(model, params, seen[ATTENTION], grid)
                 weights["kd_attention"] = settings.attention_weight
             else:
-                teacher_output = teacher.apply(*told)
+                teacher_output = teacher_apply(*told)
         if teacher is not None and output is not None:
             distillation: dict[str, jax.Array] = losses.distillation_terms(
                 process,
@@ -395,7 +396,11 @@ def make_train_step(
         new = jax.lax.with_sharding_constraint(new, sharding.fsdp_sharding(new, mesh))
         return new, metrics
 
-    return jax.jit(sharding.on_mesh(train_step, mesh), donate_argnums=0)
+    return jax.jit(
+        sharding.on_mesh(train_step, mesh),
+        donate_argnums=0,
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def _scaled(tree: Any, paths: tuple[str, ...], factor: float) -> Any:

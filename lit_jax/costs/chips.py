@@ -1,8 +1,10 @@
 """What the vendors say of their chips, one table, by JAX's `device_kind`.
 
-A device of JAX is one chip. Where a TPU chip has two cores (v4, v5p), they are one device, and all
-figures here are of both together. What a running chip can be asked is not in the table: the number
-of its cores (`jax.Device.num_cores`) and the VMEM of a core (`pltpu.get_tpu_info`).
+All figures are of one device of JAX, which is one chip, but for TPU7x: there each of the chip's two
+cores is a device, with half of the memory and of the links. The two cores of a v4 or v5p chip are
+one device, and the figures are of both together. What a running chip can be asked is not in the
+table: the number of a device's cores (`jax.Device.num_cores`) and the VMEM of a core
+(`pltpu.get_tpu_info`).
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ GiB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip of any vendor."""
+    """One device of any vendor."""
 
     peak_flops: float  # FLOP/s, bfloat16 operands, dense
     bandwidth: float  # bytes/s of HBM
@@ -21,12 +23,13 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class TPU(Chip):
-    """One TPU chip, with what an estimate ahead of time needs besides."""
+    """One device of a TPU, with what an estimate ahead of time needs besides."""
 
     memory: float  # bytes of HBM that the compiler lets a program use, a little less than there are
     clock: float  # Hz; a core issues one bundle of instructions a cycle
-    ici: float  # bytes/s that the chip sends over all its links inside a slice
-    dcn: float  # bytes/s between slices: the chip's share of its host's network card
+    ici: float  # bytes/s that the device sends over all its links inside a slice
+    dcn: float  # bytes/s between slices: the device's share of its host's network card
+    per_chip: int = 1  # devices
 
 
 V4 = TPU(
@@ -59,7 +62,18 @@ V6E = TPU(
     memory=31.24 * GiB,
     clock=1.75e9,
     ici=400 * GB,
-    dcn=6.25 * GB,
+    dcn=12.5 * GB,
+)
+# In fp8 it multiplies twice as fast. Google does not tell the clock: this one is that at which
+# matrix units like v6e's reach the peak.
+TPU7X = TPU(
+    peak_flops=2307e12 / 2,
+    bandwidth=7380 * GB / 2,
+    memory=94.74 * GiB,
+    clock=2.2e9,
+    ici=600 * GB / 2,
+    dcn=12.5 * GB / 2,
+    per_chip=2,
 )
 
 # libtpu says "TPU v5 lite" where the cloud says v5e, so both names are here.
@@ -71,6 +85,7 @@ TPUS = {
     "TPU v5p": V5P,
     "TPU v6 lite": V6E,
     "TPU v6e": V6E,
+    "TPU7x": TPU7X,
 }
 
 GPUS = {
@@ -84,6 +99,6 @@ GPUS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one chip; None for a chip that the table does not know, or a CPU."""
+    """Dense bfloat16 FLOP/s of one device; None for one that the table does not know, or a CPU."""
     chip = TPUS.get(device_kind) or GPUS.get(device_kind)
     return chip.peak_flops if chip else None

@@ -4,6 +4,7 @@ XLA's own cost analysis counts the body of a loop once. Our blocks, microbatches
 and sampling steps are loops, so here a body counts as often as it runs.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -55,6 +56,8 @@ FREE = (
     "opt-barrier",
     "add-dependency",
 )
+# Calls of the TPU compiler's own that are names for memory too.
+FREE_TARGETS = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')
 SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -66,7 +69,7 @@ class Instruction:
     shape: str  # of the result, with layouts: "bf16[8,64]{1,0:T(8,128)S(1)}"
     opcode: str
     operands: tuple[str, ...]
-    attributes: str  # what follows the operands; of a constant its value
+    attributes: str  # what follows the operands; of a constant its value, of a parameter its place
     is_root: bool
 
 
@@ -128,54 +131,89 @@ class Program:
             yield instruction, computation, times
             called = _called(instruction)
             if instruction.opcode == "while":
-                turns = self._trip_count(called["condition"][0])
+                turns = self._trip_count(called["condition"][0], called["body"][0])
                 yield from self._executed(called["body"][0], times * turns)
             elif instruction.opcode in ("call", "conditional"):
                 for branch in sum(called.values(), []):
                     yield from self._executed(branch, times)
 
-    def _trip_count(self, condition: str) -> int:
-        """Our loops count from 0, one by one, up to a constant of their condition."""
-        body = self.computations[condition]
-        for instruction in body.values():
-            operands = [body[name] for name in instruction.operands]
+    def _trip_count(self, condition: str, body: str) -> int:
+        """Our loops count from 0 up to a constant of their condition.
+
+        The compiler's own loops, in which matrix products and collectives overlap,
+        are unrolled: they count by twos.
+        """
+        inside = self.computations[condition]
+        for instruction in inside.values():
+            operands = [inside[name] for name in instruction.operands]
             bounds = [x.attributes for x in operands if x.opcode == "constant"]
             if not bounds:
                 continue
-            if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
-                return int(bounds[0])
+            is_bound = "direction=LT" in instruction.attributes
             # The comparison may be fused: then the counter and the bound go in.
             if instruction.opcode == "fusion":
-                if "s32" in operands[0].shape + operands[-1].shape:
-                    return int(bounds[0])
+                is_bound = "s32" in operands[0].shape + operands[-1].shape
+            if is_bound:
+                counters = [x.attributes for x in operands if x.opcode == "get-tuple-element"]
+                step = self._step(body, counters[0]) if counters else 1
+                return math.ceil(int(bounds[0]) / step)
         raise ValueError(f"the loop condition {condition} compares with no constant")
+
+    def _step(self, body: str, counter: str) -> int:
+        """How much a turn adds to the counter, the element of the state that is named."""
+        inside = self.computations[body]
+        (state,) = [i for i in inside.values() if i.is_root]
+        found = re.search(r"index=(\d+)", counter)
+        if not found or state.opcode != "tuple":
+            return 1
+        made_by = inside[state.operands[int(found[1])]]
+        constants = [inside[x].attributes for x in made_by.operands if x in inside]
+        steps = [int(x) for x in constants if re.fullmatch(r"\d+", x)]
+        return steps[0] if made_by.opcode == "add" and steps else 1
 
     # ---- Bytes through memory ------------------------------------------------
 
     def traffic(self) -> float:
         """Bytes that a run moves through main memory.
 
-        As if each instruction read its operands and wrote its result.
+        As if each instruction read its operands and wrote its result. What lies in
+        on-chip memory costs nothing.
         """
-        steps = sum(
-            times * self._bytes_moved(instruction, computation)
-            for instruction, computation, times in self.executed()
-        )
+        return sum(self.movers().values())
+
+    def movers(self) -> dict[str, float]:
+        """`traffic` by the part of the model that moves it, see `part_of`; most first.
+
+        A fusion counts for the part of its result.
+        """
+        moved: dict[str, float] = collections.defaultdict(float)
+        for instruction, computation, times in self.executed():
+            size = times * self._bytes_moved(instruction, computation)
+            if size:
+                moved[part_of(instruction)] += size
         # A collective is read and written once, and stands in no step's count.
-        collectives = sum(2.0 * c.size * c.times for c in self.collectives())
-        return steps + collectives
+        for collective in self.collectives():
+            moved["collectives"] += 2.0 * collective.size * collective.times
+        return dict(sorted(moved.items(), key=lambda item: -item[1]))
 
     def _bytes_moved(self, instruction, computation):
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith("-done"):
+        if opcode in FREE or opcode.endswith(("-done", "-update")):
             return 0.0
         if opcode.removesuffix("-start") in COLLECTIVES:
+            return 0.0
+        if opcode == "custom-call" and any(x in instruction.attributes for x in FREE_TARGETS):
             return 0.0
 
         names = [name for name in instruction.operands if name in computation]
         operands = [computation[name].shape for name in names]
         result = shape_bytes(instruction.shape)
         called = sum(_called(instruction).values(), [])
+        if opcode == "async-start":
+            # Another way to write slice-start and the like.
+            (root,) = [i for i in self.computations[called[0]].values() if i.is_root]
+            if root.opcode in ("copy", "slice"):
+                opcode = f"{root.opcode}-start"
         if opcode in ("fusion", "async-start") and called:
             return self._fusion_bytes(self.computations[called[0]], result)
         if opcode in ("copy-start", "slice-start"):
@@ -217,19 +255,31 @@ class Program:
                 moved -= shape_bytes(root.shape)
 
         for parameter in body.values():
-            if parameter.opcode != "parameter" or parameter.name in in_place:
-                continue
-            users = [
-                user
-                for user in self._users(body, parameter.name)
-                if user.opcode not in ("tuple", *COLLECTIVES)
-            ]
-            size = shape_bytes(parameter.shape)
-            if all(user.opcode in SLICES for user in users):
-                parts = sum(shape_bytes(user.shape, all_spaces=True) for user in users)
-                size = min(size, parts)
-            moved += size
+            if parameter.opcode == "parameter" and parameter.name not in in_place:
+                moved += min(shape_bytes(parameter.shape), self._bytes_read(body, parameter))
         return max(moved, 0.0)
+
+    def _bytes_read(self, body, parameter):
+        """Bytes that a fusion reads of a parameter: of its slices, or all.
+
+        A fusion inside it may take the slice.
+        """
+        total = 0.0
+        for user, name in self._users(body, parameter.name):
+            if user.opcode in ("tuple", *COLLECTIVES):
+                continue
+            size = shape_bytes(parameter.shape, all_spaces=True)
+            if user.opcode in SLICES:
+                size = shape_bytes(user.shape, all_spaces=True)
+            elif user.opcode == "fusion":
+                inner = self.computations[_called(user)["calls"][0]]
+                number = str(user.operands.index(name))
+                (taken,) = [
+                    x for x in inner.values() if x.opcode == "parameter" and x.attributes == number
+                ]
+                size = min(size, self._bytes_read(inner, taken))
+            total += size
+        return total
 
     def _behind_bitcasts(self, body, instruction):
         """What made a value, seen through what leaves its bytes as they are."""
@@ -240,12 +290,13 @@ class Program:
         return instruction
 
     def _users(self, body, name):
+        """What reads a value, and by which name: its own, or that of a bitcast of it."""
         for instruction in body.values():
             if name in instruction.operands:
                 if instruction.opcode == "bitcast":
                     yield from self._users(body, instruction.name)
                 else:
-                    yield instruction
+                    yield instruction, name
 
     # ---- Bytes between chips -------------------------------------------------
 
@@ -297,7 +348,7 @@ class Program:
         made_by = {}
         for instruction, _, _ in self.executed():
             opcode = instruction.opcode
-            if opcode in FREE or opcode.endswith("-done"):
+            if opcode in FREE or opcode.endswith(("-done", "-update")):
                 continue
             for array in _arrays(instruction.shape):
                 shape = array.split("{")[0]
@@ -324,9 +375,40 @@ def _parse(line: str) -> Instruction:
         shape=shape,
         opcode=opcode,
         operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
-        attributes=arguments if opcode == "constant" else rest[close + 1 :],
+        attributes=arguments if opcode in ("constant", "parameter") else rest[close + 1 :],
         is_root=name.startswith("ROOT "),
     )
+
+
+# What JAX puts between the names of modules: transformations, loops, calls.
+_BETWEEN = re.compile(
+    r"jit\(.*|vmap\(.*|shard_map|while|body|cond|closed_call|checkpoint|remat\w*|LayerNorm_\d+"
+)
+
+
+def part_of(instruction: Instruction) -> str:
+    """Which part of a model an instruction computes: "backward DiT/blocks/mlp/fc1".
+
+    From the name that JAX gave the operation, less the operation itself; without
+    one, the opcode.
+    """
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    if not found:
+        return instruction.opcode
+    name = found[1]
+    path, _, _ = re.sub(r"^jit\(\w+\)/", "", name).rpartition("/")
+    # The two that say which pass it is are around a module's name: transpose(jvp(DiT)).
+    scopes = path.replace("transpose(", "").replace("jvp(", "").split("/")
+    names = [x.rstrip(")") for x in scopes if not _BETWEEN.fullmatch(x)]
+    names = [x for x in names if x]
+    passes = ""
+    if "rematted_computation" in name:
+        passes = "recomputed "
+    elif "transpose(" in name:
+        passes = "backward "
+    elif "jvp(" in name:
+        passes = "forward "
+    return passes + ("/".join(names) or "elsewhere")
 
 
 def _closing(text: str, start: int) -> int:

@@ -49,7 +49,7 @@ MAX_CHIPS = 16_384  # more than any pod has
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The chips of a TPU slice, or of several, to compile for.
+    """The devices of a TPU slice, or of several, to compile for.
 
     Raises: ValueError, whose text starts with "topology", for a name that libtpu does
       not know or chips that the table of chips does not; FileNotFoundError without

@@ -1,7 +1,7 @@
 """What a config would need and cost on a TPU slice that is not there.
 
 libtpu compiles the config's real programs for a named topology, on any Linux
-machine. Memory is the compiler's own account, a chip. FLOPs are counted by
+machine. Memory is the compiler's own account, a device. FLOPs are counted by
 formula; bytes and collectives are read off the compiled program. The time is a
 roofline of these, not a measurement.
 """
@@ -10,8 +10,10 @@ import concurrent.futures
 import copy
 import dataclasses
 import json
+import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -34,8 +36,11 @@ from lit_jax.models.attention import make_attention
 from lit_jax.settings import naming
 from lit_jax.train_step import make_train_step, with_sharding
 
+SHOWN_MOVERS = 12  # parts of the model that move most; plan.json has all
 MAX_TRIES = 6  # compilations that may go into finding the largest batch
 PROGRAMS = ("distill", "plain", "sample")
+CHIP = "a chip"  # of which most figures are
+CORE = "a core"  # where a chip has a device for each of its cores
 AUTOENCODER = "0.31 GiB for the 83,653,863 parameters of Stable Diffusion's"
 
 
@@ -43,14 +48,15 @@ AUTOENCODER = "0.31 GiB for the 83,653,863 parameters of Stable Diffusion's"
 class Estimate:
     """One program on one slice.
 
-    Bytes and FLOPs are a chip's, of one run: a step, or one batch of samples.
+    Bytes and FLOPs are a device's, of one run: a step, or one batch of samples.
     """
 
     program: str
-    batch_size: int  # of all chips
+    batch_size: int  # of all devices
     fits: bool
     needs: float  # bytes of memory at the peak
     capacity: float  # bytes that the compiler lets a program use
+    of_what: str = CHIP
     arguments: float = 0.0  # bytes of state, teacher, batch
     temporaries: float = 0.0
     outputs: float = 0.0  # bytes of results that are not written over the state
@@ -58,11 +64,13 @@ class Estimate:
     flops: float = 0.0  # of the model's definition
     executed_flops: float = 0.0  # and what rematerialisation repeats
     traffic: float = 0.0  # bytes through memory
-    # By kind: how often they run, on how many bytes, and what a chip sends.
+    # The same by the part of the model that moves it, see `hlo.Program.movers`.
+    movers: dict[str, float] = dataclasses.field(default_factory=dict)
+    # By kind: how often they run, on how many bytes, and what a device sends.
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     # By what takes them: see `roofline`.
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    images_per_second: float = 0.0  # of all chips
+    images_per_second: float = 0.0  # of all devices
     mfu: float = 0.0
     # Arrays that steps of the program make: bytes, shape, instruction.
     largest: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
@@ -130,6 +138,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     report = {
         "topology": plan.topology,
         "slices": plan.slices,
+        "chips": planners[wanted[0][0]].chips,
         "mesh": dict(planners[wanted[0][0]].mesh.shape),
         "largest_batch": largest,
         "programs": {name: dataclasses.asdict(e) for name, e in found.items()},
@@ -159,7 +168,7 @@ def _shortfall(e: Estimate, topology: str) -> str:
     short = (e.needs - e.capacity) / GiB
     return (
         f"{e.program} at batch {e.batch_size} needs {e.needs / GiB:.2f} GiB "
-        f"a chip of {topology}, {short:.2f} GiB more than it has"
+        f"{e.of_what} of {topology}, {short:.2f} GiB more than it has"
     )
 
 
@@ -175,6 +184,7 @@ class Planner:
     def __init__(self, config: ConfigDict, devices: list[Any]):
         self._config = config
         self._chip = chips.TPUS[devices[0].device_kind]
+        self._of_what = CHIP if self._chip.per_chip == 1 else CORE
         self._slices = len({getattr(device, "slice_index", 0) for device in devices})
         experiment = Experiment(config)
         with naming("mesh", fsdp="mesh.fsdp"):
@@ -211,7 +221,7 @@ class Planner:
         student = checkpoint.parameter_count(self.state.params)
         teacher = checkpoint.parameter_count(self.teacher_params)
         text = (
-            f"{slices}{config.plan.topology}, {self.mesh.size} chips, "
+            f"{slices}{config.plan.topology}, {self._count()}, "
             f"mesh data {mesh['data']} x fsdp {mesh['fsdp']}; "
             f"student {student:,} parameters "
             f"({self.model.config.attention}, {self.model.implementation}), "
@@ -227,12 +237,23 @@ class Planner:
             )
         if config.autoencoder.checkpoint and "sample" in config.plan.programs:
             text += (
-                f"\nsample ends with latents; to decode them a chip holds, "
+                f"\nsample ends with latents; to decode them {self._of_what} holds, "
                 f"beside what it needs, the whole of autoencoder.checkpoint = "
                 f"{config.autoencoder.checkpoint} in float32 ({AUTOENCODER}) "
                 f"and the activations of autoencoder.slice_size = "
                 f"{config.autoencoder.slice_size} images"
             )
+        return text
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return self.mesh.size // self._chip.per_chip
+
+    def _count(self) -> str:
+        text = f"{self.chips} chips"
+        if self._of_what == CORE:
+            text += f" of {self._chip.per_chip} cores, each of them a device of JAX"
         return text
 
     def lower(self, program: str, batch_size: int) -> jax.stages.Lowered:
@@ -303,7 +324,7 @@ class Planner:
         lowered = self.lower(program, batch_size)
         started = time.monotonic()
         try:
-            compiled = lowered.compile()
+            compiled, text = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
             found = memory_shortage(str(error))
             if not found:
@@ -320,6 +341,7 @@ class Planner:
                 fits=False,
                 needs=needs,
                 capacity=capacity,
+                of_what=self._of_what,
                 compile_seconds=seconds,
             )
         seconds = time.monotonic() - started
@@ -336,19 +358,20 @@ class Planner:
             fits=True,
             needs=arguments + outputs + temporaries + code,
             capacity=self._chip.memory,
+            of_what=self._of_what,
             arguments=arguments,
             temporaries=temporaries,
             outputs=outputs,
             compile_seconds=seconds,
         )
 
-        text = hlo.Program(_printed(compiled, program))
         collectives = text.collectives(self._slices)
         ici, dcn = link_bytes(collectives, self._slices)
         flops, executed_flops = self.flops(program, batch_size)
         estimate.flops = flops / self.mesh.size
         estimate.executed_flops = executed_flops / self.mesh.size
-        estimate.traffic = text.traffic()
+        estimate.movers = text.movers()
+        estimate.traffic = sum(estimate.movers.values())
         estimate.collectives = by_kind(collectives)
         estimate.largest = text.largest_buffers()
         estimate.seconds = roofline(
@@ -450,7 +473,7 @@ def _next_batch(
 def roofline(
     chip: TPU, *, flops: float, traffic: float, ici: float, dcn: float
 ) -> dict[str, float]:
-    """Seconds that each of a chip's resources is busy, as if it were alone.
+    """Seconds that each of a device's resources is busy, as if it were alone.
 
     Args: flops: executed. traffic: bytes through memory. ici, dcn: bytes sent
       inside a slice and between slices.
@@ -467,7 +490,7 @@ def link_bytes(
     collectives: Iterable[hlo.Collective],
     slices: int,
 ) -> tuple[float, float]:
-    """Bytes that a chip sends inside a slice, and its share of what leaves it."""
+    """Bytes that a device sends inside a slice, and its share of what leaves it."""
     ici = 0.0
     dcn = 0.0
     for collective in collectives:
@@ -478,22 +501,20 @@ def link_bytes(
     return ici, dcn
 
 
-def _printed(compiled: Any, program: str) -> str:
-    """The compiled program as text; "", with a warning, where the compiler fails to print it."""
-    try:
-        return compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        logging.warning(
-            "%s: the compiler cannot print its program, so bytes and collectives are not counted, "
-            "and the times are those of the arithmetic alone: %.200s",
-            program,
-            error,
-        )
-        return ""
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any, hlo.Program]:
+    """The compiled program, for its account of memory, and what it consists of."""
+    with tempfile.TemporaryDirectory(prefix="plan_") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        # Not `compiled.as_text()`: libtpu 0.0.52 cannot read back what it made where SparseCores
+        # gather the weights (v6e, TPU7x).
+        dumps = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        text = max(dumps, key=lambda dump: dump.stat().st_size).read_text()
+    return compiled, hlo.Program(text)
 
 
 def by_kind(collectives: Iterable[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """Runs, bytes of arrays, and bytes that a chip sends, by kind of collective."""
+    """Runs, bytes of arrays, and bytes that a device sends, by kind of collective."""
     kinds: dict[str, dict[str, float]] = {}
     for collective in collectives:
         empty = {"runs": 0, "bytes": 0.0, "wire_bytes": 0.0}
@@ -543,7 +564,8 @@ def memory_shortage(message: str) -> tuple[float, float] | None:
 def describe(e: Estimate) -> str:
     """A program's estimate in a few lines."""
     head = (
-        f"{e.program}: batch {e.batch_size}, needs {binary(e.needs)} of {binary(e.capacity)} a chip"
+        f"{e.program}: batch {e.batch_size}, needs {binary(e.needs)} of {binary(e.capacity)} "
+        f"{e.of_what}"
     )
     if not e.fits:
         return f"{head}: {binary(e.needs - e.capacity)} too much"
@@ -552,15 +574,18 @@ def describe(e: Estimate) -> str:
         f"{head} (arguments {binary(e.arguments)}, "
         f"temporaries {binary(e.temporaries)}); "
         f"compiled in {e.compile_seconds:.0f} s",
-        f"  a chip   {decimal(e.flops, 'FLOP')} "
+        f"  {e.of_what}   {decimal(e.flops, 'FLOP')} "
         f"({decimal(e.executed_flops, 'FLOP')} with rematerialisation), "
         f"{decimal(e.traffic, 'B')} through memory",
     ]
+    for part in list(e.movers)[:SHOWN_MOVERS]:
+        share = 100 * e.movers[part] / e.traffic
+        lines.append(f"  moved    {decimal(e.movers[part], 'B')}, {share:.0f} %, by {part}")
     for kind, entry in sorted(e.collectives.items()):
         lines.append(
             f"  {kind:<19}{entry['runs']:>6.0f} x, "
             f"{decimal(entry['bytes'], 'B')} in all, "
-            f"a chip sends {decimal(entry['wire_bytes'], 'B')}"
+            f"{e.of_what} sends {decimal(entry['wire_bytes'], 'B')}"
         )
 
     parts = ", ".join(f"{name} {decimal(x, 's')}" for name, x in e.seconds.items() if x)

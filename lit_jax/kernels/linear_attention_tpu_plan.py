@@ -19,6 +19,8 @@ from lit_jax.kernels.cook_toom import cook_toom
 from lit_jax.kernels.linear_attention_case import Case
 
 LANES = 128  # of a vector register, and of a tile
+SUBLANES = 8  # of a vector register of float32, in every TPU up to the seventh generation
+
 # Zero columns beside each row of the convolution's scratch. One sublane
 # tile, and not K // 2, so that the rows themselves start at a whole tile.
 MARGIN = 8
@@ -326,12 +328,18 @@ def _cut(plan, groups, columns, chunk_tokens):
 
 
 def _whole_sublanes(case, columns):
-    sublanes = 8 if case.dtype == jnp.float32 else 16
-    return pl.cdiv(columns, sublanes) * sublanes
+    tile = SUBLANES if case.dtype == jnp.float32 else 2 * SUBLANES
+    return pl.cdiv(columns, tile) * tile
 
 
 def refusal(case: Case) -> str:
-    """Why VMEM does not hold the forward or the backward of a case, or "" where it holds both."""
+    """Why a TPU or its VMEM does not take both passes of a case, or "" where it does."""
+    sublanes = pltpu.get_tpu_info().num_sublanes if pltpu.is_tpu_device() else SUBLANES
+    if sublanes != SUBLANES:
+        return (
+            f"pallas_tpu is written for vector registers of {SUBLANES} sublanes; "
+            f"this TPU's have {sublanes}"
+        )
     try:
         for backward in (False, True):
             make_plan(case, backward=backward)

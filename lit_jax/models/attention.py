@@ -162,10 +162,42 @@ class SoftmaxAttention(nn.Module):
         del grid  # softmax attention does not know where a token lies
         B, T, D = x.shape
         N = self.num_heads
-        qkv = _dense(3 * D, self.qkv_bias, self.dtype, "qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, N, D // N), 2, 0)
-        x = softmax_attention(q, k, v, self.implementation)  # (B, T, N, H)
-        return _dense(D, True, self.dtype, "proj")(x.reshape(B, T, D))
+        implementation = self.implementation or choose_softmax(T, D // N, self.dtype)
+        qkv = self._by_heads("qkv", implementation)
+        if qkv is None:
+            projected = _dense(3 * D, self.qkv_bias, self.dtype, "qkv")(x)
+            q, k, v = jnp.moveaxis(projected.reshape(B, T, 3, N, D // N), 2, 0)
+        else:
+            x = x.astype(self.dtype)
+            kernel = qkv["kernel"].reshape(D, 3 * N, D // N)
+            heads = [jnp.einsum("btd,dnh->btnh", x, part) for part in jnp.split(kernel, 3, axis=1)]
+            if self.qkv_bias:
+                bias = qkv["bias"].reshape(1, 1, 3 * N, D // N)
+                parts = jnp.split(bias, 3, axis=2)
+                heads = [y + part for y, part in zip(heads, parts)]
+            q, k, v = (checkpoint_name(y, PROJECTED) for y in heads)
+        x = softmax_attention(q, k, v, implementation)  # (B, T, N, H)
+        proj = self._by_heads("proj", implementation)
+        if proj is None:
+            return _dense(D, True, self.dtype, "proj")(x.reshape(B, T, D))
+        kernel = proj["kernel"].reshape(N, D // N, D)
+        x = jnp.einsum("btnh,nhd->btd", x, kernel)
+        return x + proj["bias"][None, None]
+
+    def _by_heads(self, name: str, implementation: str) -> dict[str, jax.Array] | None:
+        """A projection's parameters where it is computed head by head, else None.
+
+        The flash kernel takes (B, N, T, H). Such products read and
+        write just that; around one product of all heads the
+        TPU's compiler copies the arrays three times.
+        """
+        if implementation != "pallas_tpu" or self.is_initializing():
+            return None
+        params = self.get_variable("params", name)
+        # A kernel in int8 is no array, and only Dense knows how to multiply it.
+        if not isinstance(params["kernel"], jax.Array):
+            return None
+        return {key: p.astype(self.dtype) for key, p in params.items()}
 
 
 # ---- Linear attention --------------------------------------------------------

@@ -11,6 +11,7 @@ from lit_jax.costs import chips
         ("TPU v5 lite", 197e12),
         ("TPU v5e", 197e12),
         ("TPU v5", 459e12),
+        ("TPU7x", 1153.5e12),  # of one of the chip's two devices
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("cpu", None),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from lit_jax.costs import hlo
 
@@ -35,7 +36,7 @@ HloModule step, is_scheduled=true
   %y = f32[28,8,64]{2,1,0} get-tuple-element(%state), index=2
   %layer = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%w, %i), kind=kLoop, calls=%body_slice
   %whole = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%layer), channel_id=1, replica_groups=[4,8]<=[32], dimensions={0}
-  %row = f32[8,64]{1,0:T(8,128)} convolution(%whole, %layer), dim_labels=bf_io->bf
+  %row = f32[8,64]{1,0:T(8,128)} convolution(%whole, %layer), dim_labels=bf_io->bf, metadata={op_name="jit(train_step)/transpose(jvp(DiT))/while/body/closed_call/checkpoint/blocks/mlp/fc1/dot_general"}
   %out = f32[28,8,64]{2,1,0} fusion(%y, %row, %i), kind=kLoop, calls=%body_update
   ROOT %next = (s32[]{:T(128)}, bf16[28,64,64]{2,1,0}, f32[28,8,64]{2,1,0}) tuple(%i, %w, %out)
 }
@@ -68,12 +69,105 @@ def test_traffic_counts_a_loop_as_often_as_it_runs_and_a_slice_as_a_slice():
     assert hlo.Program(MODULE).traffic() == 28 * body + collectives
 
 
+def test_bytes_are_told_by_the_part_of_the_model_that_moves_them():
+    layer, row, stacked = 64 * 64 * 2, 8 * 64 * 4, 28 * 8 * 64 * 4
+    program = hlo.Program(MODULE)
+    assert program.movers() == {
+        "collectives": 28 * 2 * (8 * layer) + 2 * stacked,
+        "fusion": 28 * (2 * layer + 2 * row + 8),
+        "backward DiT/blocks/mlp/fc1": 28 * (layer + row),
+    }
+    assert list(program.movers())[0] == "collectives"  # the most comes first
+
+
+@pytest.mark.parametrize(
+    "op_name, expected",
+    [
+        ("jvp(DiT)/while/body/closed_call/blocks/add", "forward DiT/blocks"),
+        (
+            "jvp(teacher)/DiT/final_layer/linear/dot_general",
+            "forward teacher/DiT/final_layer/linear",
+        ),
+        ("jvp(teacher/DiT)/blocks/norm1/LayerNorm_0/mul", "forward teacher/DiT/blocks/norm1"),
+        (
+            "transpose(jvp(DiT))/while/body/closed_call/checkpoint/rematted_computation/mul",
+            "recomputed DiT",
+        ),
+        (
+            "transpose(jvp(DiT))/while/body/checkpoint/blocks/attn/shard_map/kernel/pallas_call",
+            "backward DiT/blocks/attn/kernel",
+        ),
+        ("transpose(jvp())/mul", "backward elsewhere"),
+        ("update/jit(_where)/select_n", "update"),
+        ("add", "elsewhere"),
+    ],
+)
+def test_a_part_is_the_path_of_modules_and_the_pass(op_name, expected):
+    attributes = f'kind=kLoop, metadata={{op_name="jit(train_step)/{op_name}"}}'
+    instruction = hlo.Instruction("x", "f32[1]", "fusion", (), attributes, False)
+    assert hlo.part_of(instruction) == expected
+
+
 def test_collectives_are_counted_with_their_groups_and_the_slices_they_cross():
     gather, reduce = hlo.Program(MODULE).collectives(slices=2)
     assert dataclasses.astuple(gather)[:5] == ("all-gather", 8 * 64 * 64 * 2, 8, False, 28)
     assert dataclasses.astuple(reduce)[:5] == ("all-reduce", 28 * 8 * 64 * 4, 4, True, 1)
     assert gather.wire_bytes == 28 * gather.size * 7 / 8
     assert reduce.wire_bytes == 2 * reduce.size * 3 / 4
+
+
+# A loop of the compiler's own: it counts by twos, and its fusion takes a slice inside another.
+UNROLLED = """
+HloModule gradient, is_scheduled=true
+
+%take (t0: bf16[64,512], t1: s32[]) -> bf16[64,64] {
+  %t1 = s32[]{:T(128)} parameter(1)
+  %t0 = bf16[64,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %none = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[64,64]{1,0:T(8,128)(2,1)} dynamic-slice(%t0, %none, %t1), dynamic_slice_sizes={64,64}
+}
+
+%product (u0: bf16[64,32], u1: bf16[64,512], u2: s32[]) -> bf16[32,64] {
+  %u0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %u1 = bf16[64,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %u2 = s32[]{:T(128)} parameter(2)
+  %same = bf16[64,512]{1,0:T(8,128)(2,1)} bitcast(%u1)
+  %columns = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%same, %u2), kind=kLoop, calls=%take
+  ROOT %dot = bf16[32,64]{1,0:T(8,128)(2,1)} convolution(%u0, %columns), dim_labels=fb_io->bf
+}
+
+%turn (s: (u32[], bf16[64,32], bf16[64,512], s32[])) -> (u32[], bf16[64,32], bf16[64,512], s32[]) {
+  %s = (u32[]{:T(128)}, bf16[64,32]{1,0}, bf16[64,512]{1,0}, s32[]{:T(128)}) parameter(0)
+  %n = u32[]{:T(128)} get-tuple-element(%s), index=0
+  %a = bf16[64,32]{1,0} get-tuple-element(%s), index=1
+  %b = bf16[64,512]{1,0} get-tuple-element(%s), index=2
+  %c = s32[]{:T(128)} get-tuple-element(%s), index=3
+  %two = u32[]{:T(128)} constant(2)
+  %after = u32[]{:T(128)} add(%n, %two)
+  %made = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b, %c), kind=kOutput, calls=%product
+  %stack = bf16[8,32,64]{2,1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %then = (u32[]{:T(128)}, bf16[64,32]{1,0}, bf16[64,512]{1,0}, s32[]{:T(128)}) tuple(%after, %a, %b, %c)
+}
+
+%less (r: (u32[], bf16[64,32], bf16[64,512], s32[])) -> pred[] {
+  %r = (u32[]{:T(128)}, bf16[64,32]{1,0}, bf16[64,512]{1,0}, s32[]{:T(128)}) parameter(0)
+  %m = u32[]{:T(128)} get-tuple-element(%r), index=0
+  %eight = u32[]{:T(128)} constant(8)
+  ROOT %go = pred[]{:T(512)} compare(%m, %eight), direction=LT
+}
+
+ENTRY %whole (v: (u32[], bf16[64,32], bf16[64,512], s32[])) -> (u32[], bf16[64,32], bf16[64,512], s32[]) {
+  %v = (u32[]{:T(128)}, bf16[64,32]{1,0}, bf16[64,512]{1,0}, s32[]{:T(128)}) parameter(0)
+  ROOT %w = (u32[]{:T(128)}, bf16[64,32]{1,0}, bf16[64,512]{1,0}, s32[]{:T(128)}) while(%v), condition=%less, body=%turn
+}
+"""  # noqa: E501
+
+
+def test_the_compilers_own_loops_count_by_twos_and_slice_inside_fusions():
+    # Four turns; the result lies on the chip. A sum of counters is three numbers of 4 bytes.
+    turn = 64 * 32 * 2 + 64 * 64 * 2 + 4
+    counter = 3 * 4
+    assert hlo.Program(UNROLLED).traffic() == 4 * (turn + counter)
 
 
 # One gather that runs next to two fusions, and two sums of which each chip keeps a part: the

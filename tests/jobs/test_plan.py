@@ -5,12 +5,13 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import debug, imagenet256_lit_s
 from lit_jax import checkpoint, sharding
-from lit_jax.costs import chips
+from lit_jax.costs import chips, hlo
 from lit_jax.costs.hlo import Collective
 from lit_jax.costs.tpu_schedule import topology_devices
 from lit_jax.experiment import Experiment
@@ -301,6 +302,25 @@ def test_nothing_is_replicated_by_accident(planned):
     assert largest <= max(saved, 4 * parameters / 4)
 
 
+def test_a_weights_gradient_is_one_product_and_one_sum():
+    """Left to itself the compiler makes a loop of parts, of which each reads the activations."""
+    mesh = sharding.make_mesh(1, 8, topology_devices("v5e:2x4"))
+    rows = sharding.batch_sharding(mesh)
+    shapes = [(256, 1024, width) for width in (1152, 4608)]
+    x, do = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=rows) for s in shapes)
+    split = sharding.fsdp_sharding(jax.ShapeDtypeStruct((1152, 4608), jnp.float32), mesh)
+
+    def moved(options):
+        def gradient(x, do):
+            return jnp.einsum("btd,btf->df", x, do)
+
+        compiled = jax.jit(gradient, out_shardings=split, compiler_options=options)
+        return hlo.Program(compiled.lower(x, do).compile().as_text()).traffic()
+
+    once = 32 * 1024 * (1152 + 4608) * 2
+    assert moved(sharding.compiler_options(mesh)) < 1.2 * once < moved({})
+
+
 def test_the_programs_are_those_that_a_tpu_would_run():
     """Not what this machine's CPU would pick; a name in the config stands."""
     devices = topology_devices("v5e:2x4")
@@ -336,6 +356,16 @@ def test_a_plan_comes_before_the_weights():
     assert "teacher 674,834,720 (pallas_tpu)" in heading
 
 
+def test_cores_that_are_devices_are_not_counted_as_chips():
+    config = tiny_config(fsdp=8)
+    config.plan.topology = "tpu7x:2x2x1"
+    planner = plan.Planner(config, topology_devices("tpu7x:2x2x1"))
+    assert "tpu7x:2x2x1, 4 chips of 2 cores, each of them a device of JAX, " in planner.heading()
+    estimate = planner.estimate("sample", 8)
+    assert estimate.capacity < 96 * chips.GiB and " GiB a core (" in plan.describe(estimate)
+    assert estimate.seconds["memory"] * 3.69e12 == pytest.approx(estimate.traffic)
+
+
 def test_the_heading_says_that_the_decoder_is_left_out_and_what_it_weighs():
     config = tiny_config()
     config.model.in_channels = 4
@@ -351,10 +381,10 @@ def test_the_heading_says_that_the_decoder_is_left_out_and_what_it_weighs():
     assert f"{size:.2f} GiB for the {parameters:,} parameters" in plan.AUTOENCODER
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_device_of_the_plan_is_a_chip_with_the_memory_that_the_compiler_lets_it_use(topology):
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_a_device_of_the_plan_has_the_memory_that_the_compiler_lets_it_use(topology):
     devices = topology_devices(topology)
-    assert len(devices) == 4
+    assert len(devices) == 4 * chips.TPUS[devices[0].device_kind].per_chip
     where = jax.sharding.SingleDeviceSharding(devices[0])
     huge = jax.ShapeDtypeStruct((2**34,), np.float32, sharding=where)
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:

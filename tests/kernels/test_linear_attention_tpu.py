@@ -334,7 +334,7 @@ def test_a_head_whose_state_vmem_does_not_hold_is_refused_by_name():
         )
 
 
-# Every chip both ways, every size and every resolution. All 128 programs, seven minutes
+# Every chip both ways, every size and every resolution. All 160 programs, ten minutes
 # of a core: python -m docs.kernels_table
 @pytest.mark.parametrize(
     "topology,size,pixels,name",
@@ -348,6 +348,8 @@ def test_a_head_whose_state_vmem_does_not_hold_is_refused_by_name():
         ("v5p:2x2x1", "S", 256, "backward"),
         ("v6e:2x2", "L", 256, "forward"),
         ("v6e:2x2", "S", 256, "backward"),
+        ("tpu7x:2x2x1", "S", 1024, "forward"),
+        ("tpu7x:2x2x1", "S", 256, "backward"),
     ],
 )
 def test_the_tpu_compiler_takes_the_kernel(topology, size, pixels, name):

@@ -1,7 +1,10 @@
 """How the TPU kernels cut a case up, without compiling anything."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from lit_jax.costs import tpu_schedule
 from lit_jax.kernels import linear_attention_tpu_plan
@@ -12,7 +15,7 @@ from lit_jax.models.architecture import SIZES
 RESOLUTIONS = (256, 512, 1024, 2048)  # pixels
 
 
-@pytest.mark.parametrize("mebibytes", [16, 64, 128])  # of a v4; of a v5p core; of a v5e or v6e
+@pytest.mark.parametrize("mebibytes", [16, 64, 128])  # of a core of v4; v5p, TPU7x; v5e, v6e
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
 def test_no_array_is_padded_at_the_resolutions_of_the_models(monkeypatch, size, mebibytes):
     monkeypatch.setattr(linear_attention_tpu_plan, "vmem_bytes", lambda: mebibytes * 2**20)
@@ -42,3 +45,13 @@ def test_no_grid_and_no_number_of_heads_is_refused_in_16_mebibytes(
     width, num_heads, grid, K, dtype
 ):
     assert not refusal(Case(width, num_heads, grid, K, dtype=jnp.dtype(dtype)))
+
+
+def test_registers_of_more_sublanes_are_refused(monkeypatch):
+    """No TPU has them yet; there its kernels would write to the wrong rows."""
+    case = Case(1152, 4, (16, 16))
+    with tpu_schedule.on_chip("tpu7x:2x2x1"):
+        assert not refusal(case)
+        info = dataclasses.replace(pltpu.get_tpu_info(), num_sublanes=16)
+        monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+        assert "of 8 sublanes; this TPU's have 16" in refusal(case)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_close
 
 from lit_jax import inherit, models
-from lit_jax.costs import tpu_schedule
+from lit_jax.costs import hlo, tpu_schedule
 from lit_jax.kernels import dit5, mala, mhla
 from lit_jax.kernels.depthwise import depthwise_conv
 from lit_jax.models import attention, dit
@@ -43,6 +43,42 @@ def test_the_tpu_compiler_takes_the_flash_kernel_of_a_ragged_aspect():
     compiled = tpu_schedule.compile_for(flash, (array,) * 3, "v5e:2x2")
     # The scores of all pairs would be 65 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 40e6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_head_by_head_are_those_of_all_heads(bias):
+    """What a TPU's kernel is given, values and gradients, against the dense layers."""
+    x, do = (jnp.asarray(tokens(1, 128, 32, seed=seed)) for seed in range(2))
+    module = functools.partial(attention.SoftmaxAttention, 2, bias, dtype=jnp.float32)
+    params = module("xla").init(jax.random.key(0), x, (8, 16))
+    params = jax.tree.map(lambda p: p + tokens(*p.shape, seed=3, scale=0.1), params)
+    expected, vjp = jax.vjp(lambda p, x: module("xla").apply(p, x, (8, 16)), params, x)
+    with pltpu.force_tpu_interpret_mode():
+        out, tpu_vjp = jax.vjp(lambda p, x: module("pallas_tpu").apply(p, x, (8, 16)), params, x)
+        gradients = tpu_vjp(do)
+    for ours, theirs in zip(
+        jax.tree.leaves((out, gradients)), jax.tree.leaves((expected, vjp(do)))
+    ):
+        assert_close(ours, theirs, reduction=128)
+
+
+def test_nothing_is_copied_between_a_projection_and_the_flash_kernel():
+    """Heads of 72 columns, DiT-XL/2's: no array changes its order on its way into the kernel."""
+    module = attention.SoftmaxAttention(16, implementation="pallas_tpu")
+    D = 16 * 72
+    shapes = {"qkv": (D, 3 * D), "proj": (D, D)}
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    params = {n: {"kernel": array(s), "bias": array(s[1:])} for n, s in shapes.items()}
+
+    def forward(params, x):
+        return module.apply({"params": params}, x, (16, 32))
+
+    # More than stays on the chip.
+    x = array((64, 512, D))
+    compiled = tpu_schedule.compile_for(forward, (params, x), "v5e:2x2")
+    # x is read once or for each of q, k and v, which are written and read; so is the output.
+    moved = hlo.Program(compiled.as_text()).traffic()
+    assert moved <= (3 + 6 + 2 + 1) * 64 * 512 * D * 2
 
 
 @pytest.mark.parametrize(
