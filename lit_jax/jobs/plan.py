@@ -504,7 +504,7 @@ def link_bytes(
 def _compile(lowered: jax.stages.Lowered) -> tuple[Any, hlo.Program]:
     """The compiled program, for its account of memory, and what it consists of."""
     with tempfile.TemporaryDirectory(prefix="plan_") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         # Not `compiled.as_text()`: libtpu 0.0.52 cannot read back what it made where SparseCores
         # gather the weights (v6e, TPU7x).

@@ -193,7 +193,7 @@ class SoftmaxAttention(nn.Module):
         """
         if implementation != "pallas_tpu" or self.is_initializing():
             return None
-        params = self.get_variable("params", name)
+        params: Any = self.get_variable("params", name)
         # A kernel in int8 is no array, and only Dense knows how to multiply it.
         if not isinstance(params["kernel"], jax.Array):
             return None
