@@ -432,7 +432,9 @@ def get_config() -> ConfigDict:
     # --mode=benchmark: times on this machine, and estimates for a TPU.
     config.benchmark = ConfigDict(
         dict(
-            what=("attention", "model"),  # any of attention, model, data, image, precision
+            # Any of attention, model, peers (one evaluation of DiT and LiT, and of their torch
+            # modules), data, image, precision.
+            what=("attention", "model"),
             pixels=(256, 512, 1024),  # image sizes, of latents whose cells are 8 pixels wide
             attention_tokens=32_768,  # B * T of a batch for attention alone
             model_tokens=16_384,  # B * T of a batch for a model, on each device

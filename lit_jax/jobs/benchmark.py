@@ -5,10 +5,12 @@ CPU it prints the estimate of the kernels for a named TPU topology, ahead of
 time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 import resource
 import sys
 import time
@@ -33,6 +35,7 @@ from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
 from lit_jax.pictures import to_uint8
 from lit_jax.porting.read import load_params
+from lit_jax.porting.torch_peer import torch_peer
 from lit_jax.sampling import Sampler
 from lit_jax.settings import evaluation_settings, naming
 from lit_jax.train_step import (
@@ -43,7 +46,7 @@ from lit_jax.train_step import (
     state_shapes,
 )
 
-WHAT = ("attention", "model", "data", "image", "precision")
+WHAT = ("attention", "model", "peers", "data", "image", "precision")
 Row = dict[str, Any]
 
 
@@ -62,7 +65,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             f"it may name {', '.join(WHAT)}"
         )
     on_models = {"attention", "model"} & set(wanted.what)
-    on_pixels = on_models | ({"image"} & set(wanted.what))
+    on_pixels = on_models | ({"image", "peers"} & set(wanted.what))
     whole = [isinstance(n, int) and n >= 1 and n % token == 0 for n in wanted.pixels]
     if on_pixels and not (whole and all(whole)):
         raise ValueError(
@@ -83,6 +86,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             jobs.append(time_attention(config))
         if "model" in wanted.what:
             jobs.append(time_models(config))
+    if "peers" in wanted.what:
+        jobs.append(time_peers(config))
     if "data" in wanted.what:
         jobs.append(time_data(config))
     if "image" in wanted.what:
@@ -482,27 +487,148 @@ def _time_model(config, mesh, subject: _Subject):
     yield subject.row(what, timing, train_step_flops(flops, guide))
 
 
+# ---- Side by side with PyTorch -----------------------------------------------
+
+
+def time_peers(config: ConfigDict) -> Iterator[Row]:
+    """One model evaluation of an image and its gradient: LiT, DiT and the torch modules of both.
+
+    A row for each pass and size, with a column for each. They take turns, and the least of
+    benchmark.repeats counts: CPU milliseconds of all threads, which other work on the machine
+    spoils less, and milliseconds by the clock. The loss is the mean square of the output; the
+    torch modules have the same weights. There are none where PyTorch is not installed.
+
+    Raises: ValueError, at the call, for a model that cannot be.
+    """
+    dit, lit = make_models(config)
+    return _time_peers(config, {"LiT": lit, "DiT": dit})
+
+
+def _time_peers(config, models: dict[str, Model]) -> Iterator[Row]:
+    for pixels in config.benchmark.pixels:
+        side = pixels // _cell_pixels(config)
+        passes: dict[str, dict[str, Callable]] = {"forward": {}, "gradient": {}}
+        for name, model in models.items():
+            forward, gradient, params = _jax_calls(model, side)
+            passes["forward"][name] = forward
+            passes["gradient"][name] = gradient
+            peer = torch_peer(params, _with_grid(model, side))
+            if peer is not None:
+                forward, gradient = _torch_calls(peer, model, side)
+                passes["forward"][f"torch {name}"] = forward
+                passes["gradient"][f"torch {name}"] = gradient
+        for kind, calls in passes.items():
+            least = _take_turns(calls, config.benchmark.repeats)
+            row: Row = {"what": kind, "pixels": pixels}
+            row |= {f"{name} CPU ms": 1e3 * cpu for name, (cpu, _) in least.items()}
+            row |= {f"{name} ms": 1e3 * clock for name, (_, clock) in least.items()}
+            yield row
+
+
+def _with_grid(model: Model, side: int) -> Any:
+    tokens = side // model.config.patch_size
+    return dataclasses.replace(model.config, grid=(tokens, tokens))
+
+
+def _told(model: Model, B: int) -> dict[str, Any]:
+    """A condition of ones for B images."""
+    shapes = model.config.condition_shapes(B)
+    return {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+
+
+def _jax_calls(model: Model, side: int) -> tuple[Callable, Callable, Any]:
+    """Forward and gradient of one image, which return arrays, and the parameters."""
+    params = jax.jit(lambda rng: init_params(model, rng))(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (1, side, side, model.config.in_channels))
+    t = jnp.full((1,), 500, jnp.int32)
+    told = _told(model, 1)
+
+    def output(params, x):
+        return model.apply({"params": params}, x, t, told)
+
+    forward = jax.jit(output)
+    gradient = jax.jit(jax.grad(lambda params, x: jnp.mean(output(params, x) ** 2)))
+    return (
+        lambda: jax.block_until_ready(forward(params, x)),
+        lambda: jax.block_until_ready(gradient(params, x)),
+        params,
+    )
+
+
+def _torch_calls(peer: Any, model: Model, side: int) -> tuple[Callable, Callable]:
+    import torch
+
+    peer = peer.to(getattr(torch, jnp.dtype(model.dtype).name))
+    x = torch.randn(1, model.config.in_channels, side, side).to(next(peer.parameters()).dtype)
+    t = torch.full((1,), 500)
+    y = torch.ones(1, dtype=torch.int64)
+
+    def forward():
+        with torch.no_grad():
+            return peer(x, t, y)
+
+    def gradient():
+        peer.zero_grad(set_to_none=True)
+        peer(x, t, y).square().mean().backward()
+        return [p.grad for p in peer.parameters()]
+
+    return forward, gradient
+
+
+def _take_turns(calls: dict[str, Callable], repeats: int) -> dict[str, tuple[float, float]]:
+    """The least CPU seconds and the least seconds by the clock of each call."""
+    for call in calls.values():
+        call()  # compiles
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            cpu = time.process_time()
+            clock = time.perf_counter()
+            call()
+            seconds[name].append((time.process_time() - cpu, time.perf_counter() - clock))
+    return {name: (min(c for c, _ in s), min(w for _, w in s)) for name, s in seconds.items()}
+
+
 # ---- One image ---------------------------------------------------------------
 
 
 def time_images(config: ConfigDict) -> Iterator[Row]:
-    """One image a device from noise to pixels, by the linear and by the softmax model.
+    """One image a device from noise to pixels: LiT, DiT, and on a CPU the torch modules of both.
 
-    The sampler is config.sample's. Weights are random, and so are the features of
-    a caption: what the text encoder costs is not in it. The decoder of
-    autoencoder.checkpoint is, where there is one. The peak is of this process so
-    far: the linear model comes first.
+    The sampler is config.sample's; the torch module's is DDIM with as many steps and the same
+    guidance. Weights are random, and so are the features of a caption: what the text encoder
+    costs is not in it. The decoder of autoencoder.checkpoint is, where there is one, with ours.
     """
     experiment = Experiment(config)
     dit, lit = make_models(config)
     for pixels in config.benchmark.pixels:
         side = pixels // experiment.autoencoder_factor
         for name, model in (("linear", lit), ("softmax", dit)):
-            yield _time_image(experiment, name, model, pixels, (side, side))
+            params = jax.jit(lambda rng, m=model: init_params(m, rng))(jax.random.key(0))
+            yield _time_image(experiment, name, model, params, pixels, (side, side))
+            is_cpu = jax.devices()[0].platform == "cpu"
+            peer = torch_peer(params, _with_grid(model, side)) if is_cpu else None
+            del params
+            if peer is not None:
+                yield _time_torch_image(experiment, name, peer, pixels, side)
 
 
-def _time_image(experiment, name, model: Model, pixels, size) -> Row:
-    params = jax.jit(lambda rng: init_params(model, rng))(jax.random.key(0))
+def _start_peak() -> None:
+    """From here `_peak_bytes` counts, where Linux lets a process reset it."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process had resident since `_start_peak`."""
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    # Linux counts in KiB, here and there.
+    return 1024 * int(found[0] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _time_image(experiment, name, model: Model, params, pixels, size) -> Row:
     B = experiment.mesh.size
     sampler = Sampler(
         model,
@@ -512,27 +638,49 @@ def _time_image(experiment, name, model: Model, pixels, size) -> Row:
         size=size,
         autoencoder=experiment.autoencoder,
     )
-    condition = {
-        key: np.ones(leaf.shape, leaf.dtype)
-        for key, leaf in model.config.condition_shapes(B).items()
-    }
+    condition = _told(model, B)
     index = np.arange(B, dtype=np.int32)
     start = time.monotonic()
     program = sampler.lower(params, index, condition).compile()
     compiled = time.monotonic()
+    _start_peak()
+    cpu = time.process_time()
     latents = jax.block_until_ready(program(params, index, condition, *sampler.how))
+    cpu = time.process_time() - cpu
     drawn = time.monotonic()
     jax.block_until_ready(sampler.decode(latents))
-    # Linux counts in KiB.
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "what": f"image, {name}",
         "pixels": pixels,
         "steps": experiment.sampler_settings.steps,
         "compile s": compiled - start,
         "draw s": drawn - compiled,
+        "draw CPU s": cpu,
         "decode s": time.monotonic() - drawn,
-        "peak GB": peak / 1e9,
+        "peak GB": _peak_bytes() / 1e9,
+    }
+
+
+def _time_torch_image(experiment, name, peer, pixels, side) -> Row:
+    import torch
+
+    from lit_jax.assets import lit_torch
+
+    settings = experiment.sampler_settings
+    B = experiment.mesh.size
+    noise = torch.randn(B, peer.in_channels, side, side)
+    y = torch.ones(B, dtype=torch.int64)
+    _start_peak()
+    cpu = time.process_time()
+    start = time.monotonic()
+    lit_torch.sample(peer, noise, (y,), steps=settings.steps, cfg_scale=settings.cfg_scale)
+    return {
+        "what": f"image, torch {name}",
+        "pixels": pixels,
+        "steps": settings.steps,
+        "draw s": time.monotonic() - start,
+        "draw CPU s": time.process_time() - cpu,
+        "peak GB": _peak_bytes() / 1e9,
     }
 
 

@@ -295,10 +295,11 @@ def _linear_attention_xla(q, kv, conv_kernel, conv_bias, case):
     B, T, D = q.shape
     N = case.num_heads
     k, v = jnp.split(kv, 2, axis=-1)
-    # (B, N, T, H): with heads left inside, XLA copies around
-    # each product, and its CPU backend lacks one of them.
+    # (B N, T, H): with heads left inside, XLA copies around each product, and its CPU
+    # backend lacks one of them. One axis for both: where it is 1, its sums are slow.
     q_heads, k_heads, v_heads = (
-        x.reshape(B, T, N, D // N).transpose(0, 2, 1, 3) for x in (q, k, v)
+        x.reshape(B, T, N, D // N).transpose(0, 2, 1, 3).reshape(B * N, T, D // N)
+        for x in (q, k, v)
     )
 
     # Float32 operands mean float32 products. A TPU's
@@ -310,16 +311,12 @@ def _linear_attention_xla(q, kv, conv_kernel, conv_bias, case):
     )
     phi_q = feature_map(q_heads.astype(jnp.float32), case.kernel_function)
     phi_k = feature_map(k_heads.astype(jnp.float32), case.kernel_function)
-    state = einsum("bnth,bntm->bnhm", phi_k.astype(q.dtype), v_heads) / T
-    numerator = einsum(
-        "bnth,bnhm->bntm",
-        phi_q.astype(q.dtype),
-        state.astype(q.dtype),
-    )
-    key_mean = jnp.mean(phi_k, axis=2, keepdims=True)  # (B, N, 1, H)
+    state = einsum("nth,ntm->nhm", phi_k.astype(q.dtype), v_heads) / T
+    numerator = einsum("nth,nhm->ntm", phi_q.astype(q.dtype), state.astype(q.dtype))
+    key_mean = jnp.mean(phi_k, axis=1, keepdims=True)  # (B N, 1, H)
     denominator = jnp.sum(phi_q * key_mean, axis=-1, keepdims=True)
-    out = numerator / (denominator + EPSILON)  # (B, N, T, H)
-    out = out.transpose(0, 2, 1, 3).reshape(B, T, D)
+    out = numerator / (denominator + EPSILON)  # (B N, T, H)
+    out = out.reshape(B, N, T, D // N).transpose(0, 2, 1, 3).reshape(B, T, D)
     if conv_kernel is not None:
         filters = jnp.tile(conv_kernel, (1, 1, N))
         out = out + depthwise_conv(v, filters, jnp.tile(conv_bias, N), case.grid)

@@ -5,6 +5,7 @@ implementation offers its case, and `macs` what it costs, so that nobody else
 needs to know what the case consists of.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +30,9 @@ PROJECTED = "projected"
 # The tokens of a block of the TPU flash kernel,
 # and what columns of wide heads are multiples of.
 FLASH_BLOCK = 128
+
+# Scores that XLA's form computes at a time: 1 GiB of float32.
+SCORES = 2**28
 
 
 # ---- Softmax attention -------------------------------------------------------
@@ -62,10 +66,33 @@ def softmax_attention(
     elif reason := softmax_refusal(implementation, T, H, q.dtype):
         raise ValueError(reason)
 
-    if implementation != "pallas_tpu":
-        known: Any = implementation  # JAX's type lists its names, "xla" and "cudnn"
-        return jax.nn.dot_product_attention(q, k, v, implementation=known)
+    if implementation == "xla":
+        return _softmax_xla(q, k, v)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return split_rows(_flash_attention, (q, k, v))
+
+
+def _softmax_xla(q, k, v):
+    """The formula on (B, T, N, H), by blocks of queries where all scores are too many."""
+    B, T, N, H = q.shape
+    # (B N, T, H): with heads left inside, XLA copies around each product.
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * N, T, H) for x in (q, k, v))
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def read(q):
+        scores = einsum("nth,nsh->nts", q, k) * H**-0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return einsum("nts,nsh->nth", weights, v).astype(v.dtype)
+
+    blocks = -(-B * N * T * T // SCORES)
+    blocks = next(n for n in range(min(blocks, T), T + 1) if T % n == 0)
+    if blocks == 1:
+        out = read(q)
+    else:
+        rows = q.reshape(B * N, blocks, T // blocks, H).swapaxes(0, 1)
+        out = jax.lax.map(jax.checkpoint(read), rows).swapaxes(0, 1)
+    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
 
 
 def _flash_attention(q, k, v):

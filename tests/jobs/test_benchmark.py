@@ -4,6 +4,7 @@ No test looks at a time.
 """
 
 import dataclasses
+import importlib.util
 import json
 import types
 
@@ -20,7 +21,8 @@ from lit_jax.experiment import Experiment
 from lit_jax.jobs import benchmark
 from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import param_shapes
-from lit_jax.models.dit import DiT
+from lit_jax.models.dit import DiT, DiTConfig
+from lit_jax.porting.torch_peer import torch_peer
 
 
 def tiny_config(**model):
@@ -268,9 +270,54 @@ def test_an_image_is_drawn_by_both_models_and_decoded(tmp_path):
     config.sample.update(sampler="ddim", steps=2, variance="")
     benchmark.run(config, epath.Path(tmp_path))
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert [row["what"] for row in rows] == ["image, linear", "image, softmax"]
+    torch = importlib.util.find_spec("torch") is not None
+    names = ["linear", "torch linear", "softmax", "torch softmax"]
+    assert [row["what"] for row in rows] == [
+        f"image, {name}" for name in names if torch or "torch" not in name
+    ]
     for row in rows:
         assert row["steps"] == 2 and row["draw s"] > 0 and row["peak GB"] > 0.1
+
+
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
+def test_the_peer_of_a_model_computes_the_same(attention):
+    """Otherwise the benchmark would compare the times of two functions."""
+    torch = pytest.importorskip("torch", reason="the peers are PyTorch's")
+    config = tiny_config(depth=1).model
+    architecture = DiTConfig(
+        1, 32, 2, attention=attention, num_classes=3, grid=(4, 4), conv_size=3,
+        kernel_function=config.kernel_function if attention == "linear" else "relu",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    x = rng.standard_normal((1, 8, 8, 4), np.float32)
+    t = np.array([500])
+    model = DiT(architecture, dtype=np.float32)
+    ours = model.apply({"params": params}, x, t, {"label": np.ones(1, np.int32)})
+    peer = torch_peer(params, architecture)
+    with torch.no_grad():
+        theirs = peer(
+            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.ones(1).long()
+        )
+    # As the exports: float32, two blocks deep.
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_and_its_peer_are_a_row_with_a_column_each(tmp_path):
+    config = tiny_config(depth=1, kernel_function="relu")
+    config.benchmark.what = ("peers",)
+    benchmark.run(config, tmp_path)
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(row["what"], row["pixels"]) for row in rows] == [("forward", 32), ("gradient", 32)]
+    names = ["LiT", "DiT"]
+    if importlib.util.find_spec("torch") is not None:
+        names = ["LiT", "torch LiT", "DiT", "torch DiT"]
+    for row in rows:
+        columns = [f"{name} {unit}" for unit in ("CPU ms", "ms") for name in names]
+        assert list(row) == ["what", "pixels", *columns]
+        assert all(row[column] > 0 for column in columns)
 
 
 # ---- Low precision -------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """MHLA, MALA and DiT5's attention against dense float64 oracles; Sana's as a case of LiT's op."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +184,27 @@ def test_a_convolution_has_a_filter_for_each_channel():
         for column in range(6)
     ]
     assert_close(depthwise_conv(x, kernel, bias, GRID)[0], np.array(expected), reduction=9)
+
+
+def test_the_gradients_of_the_convolution_are_those_of_its_definition():
+    """A grid that is no square, by float64 sums over every tap and token."""
+    h, w = GRID
+    rng = np.random.default_rng(1)
+    x, do = rng.standard_normal((2, 2, h, w, 3))
+    kernel = rng.standard_normal((3, 3, 3))
+    dx, dkernel = np.zeros((2, h, w, 3)), np.zeros((3, 3, 3))
+    for row, column, dy, dx_ in itertools.product(range(h), range(w), range(3), range(3)):
+        y, z = row + dy - 1, column + dx_ - 1
+        if 0 <= y < h and 0 <= z < w:
+            dx[:, y, z] += do[:, row, column] * kernel[dy, dx_]
+            dkernel[dy, dx_] += (do[:, row, column] * x[:, y, z]).sum(axis=0)
+
+    def convolve(x, kernel, bias):
+        return depthwise_conv(x, kernel, bias, GRID)
+
+    arrays = (x.reshape(2, h * w, 3), kernel, np.zeros(3))
+    _, pull = jax.vjp(convolve, *(jnp.float32(array) for array in arrays))
+    found = pull(jnp.float32(do.reshape(2, h * w, 3)))
+    expected = (dx.reshape(2, h * w, 3), dkernel, do.sum(axis=(0, 1, 2)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, reduction=2 * h * w)

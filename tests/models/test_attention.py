@@ -36,6 +36,19 @@ def test_the_tpu_flash_kernel_computes_softmax_attention(T, head_width):
         assert_close(ours, theirs, reduction=T)
 
 
+def test_softmax_attention_by_blocks_of_queries_is_that_of_all_at_once(monkeypatch):
+    """Values and gradients against JAX's own; 15 tokens in blocks of 5, or of 1."""
+    q, k, v, do = (jnp.asarray(tokens(2, 15, 3, 4, seed=seed)) for seed in range(4))
+    expected, vjp = jax.vjp(jax.nn.dot_product_attention, q, k, v)
+    for scores, blocks in ((2**28, 1), (500, 3), (1, 15)):
+        monkeypatch.setattr(attention, "SCORES", scores)
+        out, pull = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
+        for ours, theirs in zip((out, *pull(do)), (expected, *vjp(do)), strict=True):
+            assert_close(ours, theirs, reduction=15, what=f"{blocks} blocks")
+        text = str(jax.make_jaxpr(lambda *x: attention.softmax_attention(*x, "xla"))(q, k, v))
+        assert f"f32[6,{15 // blocks},15]" in text  # of heads, queries and keys
+
+
 def test_the_tpu_compiler_takes_the_flash_kernel_of_a_ragged_aspect():
     """PixArt-Sigma's 1,008 tokens of the bucket 12x21 at 512 pixels, whose last block has 112."""
     array = jax.ShapeDtypeStruct((2, 1008, 16, 72), jnp.bfloat16)
