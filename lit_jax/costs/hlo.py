@@ -210,6 +210,8 @@ class Program:
         result = shape_bytes(instruction.shape)
         called = sum(_called(instruction).values(), [])
         if opcode == "async-start":
+            if any(i.opcode in COLLECTIVES for i, _ in self._inside(instruction)):
+                return 0.0
             # Another way to write slice-start and the like.
             (root,) = [i for i in self.computations[called[0]].values() if i.is_root]
             if root.opcode in ("copy", "slice"):
@@ -283,7 +285,7 @@ class Program:
 
     def _behind_bitcasts(self, body, instruction):
         """What made a value, seen through what leaves its bytes as they are."""
-        while instruction.opcode in ("bitcast", "copy", "convert"):
+        while instruction.opcode in ("bitcast", "copy", "convert") or self._is_view(instruction):
             if instruction.operands[0] not in body:
                 break
             instruction = body[instruction.operands[0]]
@@ -293,10 +295,21 @@ class Program:
         """What reads a value, and by which name: its own, or that of a bitcast of it."""
         for instruction in body.values():
             if name in instruction.operands:
-                if instruction.opcode == "bitcast":
+                if instruction.opcode == "bitcast" or self._is_view(instruction):
                     yield from self._users(body, instruction.name)
                 else:
                     yield instruction, name
+
+    def _is_view(self, instruction):
+        """Whether it is a fusion that names other tiles for its operand, and writes nothing.
+
+        TPU7x's compiler has these inside of fusions.
+        """
+        aliased = "output_to_operand_aliasing" in instruction.attributes
+        if instruction.opcode != "fusion" or not aliased:
+            return False
+        body = self.computations[_called(instruction)["calls"][0]]
+        return {x.opcode for x in body.values()} <= {"parameter", "copy", "bitcast"}
 
     # ---- Bytes between chips -------------------------------------------------
 
@@ -309,9 +322,7 @@ class Program:
         for step, computation, times in self.executed():
             inside = [(step, computation)]
             if step.opcode in ("fusion", "async-start"):
-                for name in sum(_called(step).values(), []):
-                    body = self.computations[name]
-                    inside += [(i, body) for i in body.values()]
+                inside += self._inside(step)
             for i, where in inside:
                 groups = replica_groups(i.attributes)
                 if i.opcode.removesuffix("-start") not in COLLECTIVES or groups.shape[1] == 1:
@@ -332,6 +343,17 @@ class Program:
                 collective = Collective(kind, int(size), groups.shape[1], crosses, times, i.name)
                 found.setdefault(key, collective)
         return list(found.values())
+
+    def _inside(self, instruction):
+        """The instructions that it calls, and those that they call, each with where it stands.
+
+        What SparseCores do (TPU7x, v6e) is a call inside an asynchronous one.
+        """
+        for name in sum(_called(instruction).values(), []):
+            body = self.computations[name]
+            for inner in body.values():
+                yield inner, body
+                yield from self._inside(inner)
 
     def _kind(self, instruction, step):
         kind = instruction.opcode.removesuffix("-start")
@@ -443,7 +465,7 @@ def shape_bytes(shape: str, *, all_spaces: bool = False) -> float:
 
 
 _CALLED = re.compile(
-    r"\b(calls|body|condition|to_apply|branch_computations|\w+_computation)="
+    r"\b(calls|body|condition|to_apply|(?:branch|called)_computations|\w+_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 

@@ -69,6 +69,54 @@ def test_traffic_counts_a_loop_as_often_as_it_runs_and_a_slice_as_a_slice():
     assert hlo.Program(MODULE).traffic() == 28 * body + collectives
 
 
+# A row of a stack is replaced, and another one gathered by a SparseCore, as for TPU7x.
+IRONWOOD = """
+HloModule step, is_scheduled=true
+
+%retile (r: bf16[12,64,128]) -> bf16[12,64,128] {
+  %r = bf16[12,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %tiles = bf16[12,64,128]{2,1,0:T(8,128)(2,1)} copy(%r)
+}
+
+%replace (a: bf16[12,64,128], b: bf16[1,64,128], c: s32[]) -> bf16[12,64,128] {
+  %a = bf16[12,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %b = bf16[1,64,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %c = s32[]{:T(128)} parameter(2)
+  %seen = bf16[12,64,128]{2,1,0:T(8,128)(2,1)} fusion(%a), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retile
+  ROOT %put = bf16[12,64,128]{2,1,0:T(16,128)(2,1)} dynamic-update-slice(%seen, %b, %c, %c, %c)
+}
+
+%gather (g: bf16[1,8,128]) -> bf16[1,64,128] {
+  %g = bf16[1,8,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %whole = bf16[1,64,128]{2,1,0:T(16,128)(2,1)} all-gather(%g), channel_id=1, replica_groups=mesh['x'=8] {'x'}, dimensions={1}
+}
+
+%sparse_core (h: bf16[1,8,128]) -> bf16[1,64,128] {
+  %h = bf16[1,8,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %program = bf16[1,64,128]{2,1,0:T(16,128)(2,1)} custom-call(%h), custom_call_target="x", called_computations={%gather}
+}
+
+ENTRY %main (x: bf16[12,64,128], y: bf16[1,8,128], z: s32[]) -> bf16[12,64,128] {
+  %x = bf16[12,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %y = bf16[1,8,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %z = s32[]{:T(128)} parameter(2)
+  %begun = ((), (), s32[8192]{0:T(1024)}) async-start(), async_execution_thread="sparsecore", calls=%sparse_core
+  %told = ((bf16[1,8,128]{2,1,0}), bf16[1,64,128]{2,1,0}, s32[8192]{0:T(1024)}) async-update(%begun, %y)
+  %row = bf16[1,64,128]{2,1,0:T(16,128)(2,1)} async-done(%told)
+  ROOT %out = bf16[12,64,128]{2,1,0:T(16,128)(2,1)} fusion(%x, %row, %z), kind=kLoop, calls=%replace
+}
+"""  # noqa: E501
+
+
+def test_a_sparse_cores_collective_and_a_row_under_other_tiles_are_seen():
+    row = 64 * 128 * 2
+    program = hlo.Program(IRONWOOD)
+    (gather,) = program.collectives()
+    assert (gather.kind, gather.size, gather.group) == ("all-gather", row, 8)
+    # The row is read and written, its number read; the collective reads and writes once.
+    assert program.movers() == {"collectives": 2 * row, "fusion": 2 * row + 4}
+
+
 def test_bytes_are_told_by_the_part_of_the_model_that_moves_them():
     layer, row, stacked = 64 * 64 * 2, 8 * 64 * 4, 28 * 8 * 64 * 4
     program = hlo.Program(MODULE)
