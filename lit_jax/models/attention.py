@@ -31,7 +31,7 @@ PROJECTED = "projected"
 # and what columns of wide heads are multiples of.
 FLASH_BLOCK = 128
 
-# Scores that XLA's form computes at a time: 1 GiB of float32.
+# Scores of an image that XLA's form computes at a time: 1 GiB of float32.
 SCORES = 2**28
 
 
@@ -85,7 +85,7 @@ def _softmax_xla(q, k, v):
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return einsum("nts,nsh->nth", weights, v).astype(v.dtype)
 
-    blocks = -(-B * N * T * T // SCORES)
+    blocks = -(-N * T * T // SCORES)
     blocks = next(n for n in range(min(blocks, T), T + 1) if T % n == 0)
     if blocks == 1:
         out = read(q)

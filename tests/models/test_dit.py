@@ -285,12 +285,3 @@ def test_the_forward_and_the_backward_loop_share_no_condition(remat):
 
     for loop in loops:
         assert between_layers(loop.invars) == between_layers(loop.outvars)
-
-
-@pytest.mark.parametrize("B", [1, 2])
-def test_the_gradient_of_a_vector_for_all_tokens_is_their_sum(B):
-    """One image goes another way than several."""
-    c, x = (np.random.default_rng(B).standard_normal(shape) for shape in ((B, 4), (B, 6, 4)))
-    out, pull = jax.vjp(lambda c: dit.over_tokens(c, 6), jnp.float32(c))
-    np.testing.assert_array_equal(out, np.repeat(np.float32(c)[:, None], 6, axis=1))
-    np.testing.assert_allclose(pull(jnp.float32(x))[0], x.sum(axis=1), rtol=1e-5, atol=1e-5)
