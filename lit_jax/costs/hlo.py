@@ -353,7 +353,8 @@ class Program:
             body = self.computations[name]
             for inner in body.values():
                 yield inner, body
-                yield from self._inside(inner)
+                if inner.opcode == "custom-call":
+                    yield from self._inside(inner)
 
     def _kind(self, instruction, step):
         kind = instruction.opcode.removesuffix("-start")
