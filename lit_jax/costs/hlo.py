@@ -345,7 +345,7 @@ class Program:
         return list(found.values())
 
     def _inside(self, instruction):
-        """The instructions that it calls, and those that they call, each with where it stands.
+        """The instructions that it calls, also through custom calls, each with where it stands.
 
         What SparseCores do (TPU7x, v6e) is a call inside an asynchronous one.
         """
