@@ -1,9 +1,8 @@
 """Recipes of the workbench as fields of a config: what they refuse, and which leaves they mean."""
 
 import pytest
-from torch_checkpoints import make_torch, save
+from torch_checkpoints import make_torch, save, small_config
 
-from configs import debug
 from lit_jax.experiment import Experiment
 
 
@@ -14,17 +13,8 @@ def teacher(tmp_path_factory):
 
 def experiment(teacher, **fields):
     """The debug config for a student of the teacher's size."""
-    config = debug.get_config()
-    config.model.update(
-        size="S", depth=3, width=48, num_heads=3, patch_size=2, num_classes=10, input_size=8,
-        in_channels=4,
-    )  # fmt: skip
-    config.teacher.update(checkpoint=str(teacher), num_heads=3, size="")
-    config.student.init = "teacher"
-    for name, value in fields.items():
-        group, _, field = name.partition("__")
-        config[group][field] = value
-    return Experiment(config)
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    return Experiment(small_config(teacher, **{"student.init": "teacher"} | named))
 
 
 def test_what_is_inherited_as_a_whole_has_the_rate_of_inherited_parameters(teacher):

@@ -15,10 +15,10 @@ from torch_checkpoints import (
     run_ours,
     run_torch,
     save,
+    small_config,
     training_checkpoint,
 )
 
-from configs import debug
 from lit_jax import diffusion
 from lit_jax.experiment import Experiment
 from lit_jax.porting.dit import Overrides, lit_config
@@ -110,37 +110,25 @@ def test_diffusers_gets_no_velocity_model(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def small(path, **fields):
-    """The debug config for make_torch's model as its teacher."""
-    config = debug.get_config()
-    config.model.update(
-        size="S", depth=3, width=48, num_heads=3, patch_size=2, num_classes=10, input_size=8,
-        in_channels=4,
-    )  # fmt: skip
-    config.teacher.update(checkpoint=str(path), num_heads=3, size="")
-    config.update_from_flattened_dict(fields)
-    return config
-
-
 def test_a_flow_and_a_diffusion_are_never_taken_for_each_other(tmp_path):
     """As teacher, as start, and as what is sampled."""
     sit = save(make_sit(), tmp_path / "sit.pt")
     dit = save(make_torch(), tmp_path / "dit.pt")
     flow = {"model.prediction": "velocity", "sample.sampler": "euler"}
-    taken = Experiment(small(sit, **flow))
+    taken = Experiment(small_config(sit, **flow))
     assert taken.teacher.config.prediction == "velocity"
     assert isinstance(taken.process, diffusion.RectifiedFlow)
     taken.check_inheritance()
 
     with pytest.raises(ValueError, match="^model.prediction = noise, but the teacher .* velocity"):
-        _ = Experiment(small(sit)).teacher
+        _ = Experiment(small_config(sit)).teacher
     message = "noise; if it has velocity, port it with port.prediction=velocity$"
     with pytest.raises(ValueError, match=message):
-        _ = Experiment(small(dit, **flow)).teacher
+        _ = Experiment(small_config(dit, **flow)).teacher
     with pytest.raises(ValueError, match="^model.prediction = noise, but .* with velocity"):
-        Experiment(small(dit, **{"student.init": str(sit)})).check_inheritance()
+        Experiment(small_config(dit, **{"student.init": str(sit)})).check_inheritance()
     fitting = {"model.attention": "softmax"}
     with pytest.raises(ValueError, match="^model.prediction = noise, but the checkpoint"):
-        Experiment(small(dit, **fitting)).check_checkpoint(taken.teacher_checkpoint, sit)
+        Experiment(small_config(dit, **fitting)).check_checkpoint(taken.teacher_checkpoint, sit)
     with pytest.raises(ValueError, match="^sample.sampler = dpm.*, but RectifiedFlow offers euler"):
-        Experiment(small(sit, **{"model.prediction": "velocity"}))
+        Experiment(small_config(sit, **{"model.prediction": "velocity"}))

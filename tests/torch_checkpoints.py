@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 from torch_dit import DiT, randomise_
 
-from configs import default
+from configs import debug, default
 from lit_jax.models import dit
 from lit_jax.models.dit import DiTConfig
 from lit_jax.porting.read import load_params
@@ -88,6 +88,21 @@ def save(model, path, **architecture):
     else:
         torch.save(tensors, path)
     return path
+
+
+def small_config(teacher, **fields):
+    """The debug config for the model of `make_torch`, which is in the file of its teacher.
+
+    Args: fields: of the config, by their whole names, such as "student.init".
+    """
+    config = debug.get_config()
+    config.model.update(
+        size="S", depth=3, width=48, num_heads=3, patch_size=2, num_classes=10, input_size=8,
+        in_channels=4,
+    )  # fmt: skip
+    config.teacher.update(checkpoint=str(teacher), num_heads=3, size="")
+    config.update_from_flattened_dict(fields)
+    return config
 
 
 def training_checkpoint(model, ema, **extra):
