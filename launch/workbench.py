@@ -110,10 +110,13 @@ def curve(workdir: pathlib.Path, first: int) -> dict[int, float]:
     return {first + line["step"]: line[name] for line in lines if name in line}
 
 
-def result(workdir: pathlib.Path, first: int) -> dict[str, float]:
-    """The figures of a finished run; steps to the teacher are infinite where it is not reached."""
+def result(workdir: pathlib.Path, labels_read: dict[int, float]) -> dict[str, float]:
+    """The figures of a finished run; steps to the teacher are infinite where it is not reached.
+
+    Args: labels_read: its `curve`.
+    """
     teacher = json.loads((workdir / "report.json").read_text())["labels_read"]["teacher"]
-    reached = [s for s, read in curve(workdir, first).items() if read >= teacher - WITHIN]
+    reached = [step for step, read in labels_read.items() if read >= teacher - WITHIN]
     # The losses of the recipes have other terms, or none of a teacher.
     found = {k: v for k, v in guidelines.result(workdir).items() if k not in ("mse", "vb")}
     return found | {"steps to the teacher": float(min(reached, default=math.inf))}
@@ -192,9 +195,9 @@ def main() -> None:
                         status = subprocess.run(run, cwd=guidelines.ROOT).returncode
                         if status:
                             sys.exit(status)
-                first = first_steps(recipe, wanted.steps)
-                results[name].append(result(workdir, first))
-                curves[name].append(curve(workdir, first))
+                labels_read = curve(workdir, first_steps(recipe, wanted.steps))
+                results[name].append(result(workdir, labels_read))
+                curves[name].append(labels_read)
     text = guidelines.table(results)
     (folder / "table.md").write_text(text + "\n")
     draw(curves, folder / "workbench.png")

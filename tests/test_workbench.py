@@ -53,7 +53,7 @@ def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tm
     for teacher, expected in ((0.98, 180 + 100), (0.97, 120 + 100), (1.02, math.inf)):
         report = {"labels_read": {"teacher": teacher, "student": 0.9}}
         (tmp_path / "report.json").write_text(json.dumps(report))
-        found = workbench.result(tmp_path, 100)
+        found = workbench.result(tmp_path, workbench.curve(tmp_path, 100))
         assert found == {"labels read": 0.9, "steps to the teacher": expected}
     assert list(workbench.curve(tmp_path, 100)) == [160, 220, 280, 340, 400]
 
