@@ -324,7 +324,7 @@ class Planner:
         lowered = self.lower(program, batch_size)
         started = time.monotonic()
         try:
-            compiled, text = _compile(lowered)
+            compiled, contents = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
             found = memory_shortage(str(error))
             if not found:
@@ -365,15 +365,15 @@ class Planner:
             compile_seconds=seconds,
         )
 
-        collectives = text.collectives(self._slices)
+        collectives = contents.collectives(self._slices)
         ici, dcn = link_bytes(collectives, self._slices)
         flops, executed_flops = self.flops(program, batch_size)
         estimate.flops = flops / self.mesh.size
         estimate.executed_flops = executed_flops / self.mesh.size
-        estimate.movers = text.movers()
+        estimate.movers = contents.movers()
         estimate.traffic = sum(estimate.movers.values())
         estimate.collectives = by_kind(collectives)
-        estimate.largest = text.largest_buffers()
+        estimate.largest = contents.largest_buffers()
         estimate.seconds = roofline(
             self._chip,
             flops=estimate.executed_flops,
