@@ -209,6 +209,9 @@ def get_config() -> ConfigDict:
             # gamma / ratio. 5 in the paper; a small one teaches what a picture holds before its
             # edges. 0: all timesteps count alike, as in DiT.
             min_snr_gamma=0.0,
+            # Of the variational bound, which trains the predicted variance, beside mse. With a
+            # small gamma the bound would be most of the loss.
+            vb_weight=1.0,
             accumulation=1,  # microbatches a step
             remat="dots",  # none, dots or full: what the backward pass recomputes
             log_every=100,  # steps between log lines

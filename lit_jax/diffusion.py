@@ -61,13 +61,16 @@ class GaussianDiffusion:
     float32 of them before the cumulative product, whose end is then off by a part in a thousand.
 
     Raises: ValueError for betas that are no vector of two values or more in (0, 1], or a negative
-      gamma.
+      gamma or weight.
     """
 
     betas: np.ndarray = dataclasses.field(default_factory=linear_betas)
     # Where the signal-to-noise ratio is above gamma, the loss counts gamma / ratio (Min-SNR, Hang
     # et al. 2023, equation 8 for epsilon); 0: all timesteps count alike.
     min_snr_gamma: float = 0.0
+    # Of the variational bound beside the simple loss: lambda of Improved DDPM, equation 16, times
+    # the number of steps. 1 is theirs and DiT's.
+    vb_weight: float = 1.0
 
     # The rows of samplers.SAMPLERS that make sense of this process.
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "dpm++")
@@ -83,7 +86,7 @@ class GaussianDiffusion:
                 f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape} "
                 f"in [{low:g}, {high:g}]"
             )
-        ranges.check(self, min_snr_gamma=ranges.NOT_NEGATIVE)
+        ranges.check(self, min_snr_gamma=ranges.NOT_NEGATIVE, vb_weight=ranges.NOT_NEGATIVE)
 
     # ---- Tables ----------------------------------------------------------------------------------
 
@@ -148,10 +151,10 @@ class GaussianDiffusion:
     def loss(
         self, output: jax.Array, x_start: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array
     ) -> dict[str, jax.Array]:
-        """L_simple and, where the model predicts a variance, L_vlb: their sum is DiT's loss.
+        """L_simple and, where the model predicts a variance, L_vlb, each times its weight.
 
-        The bound trains the variance alone: the predicted noise enters it detached (Improved DDPM,
-        section 3.1). It is unscaled, as in DiT.
+        With the default weights their sum is DiT's loss. The bound trains the variance's head and
+        what lies below it: the predicted noise enters it detached (Improved DDPM, section 3.1).
 
         Args: output (B, h, w, C or 2C); x_start, x_t, noise (B, h, w, C); t (B,). All float32.
         Returns: {"mse": (B,)} and, with a variance head, {"vb": (B,) bits per dimension}.
@@ -164,7 +167,8 @@ class GaussianDiffusion:
             terms["mse"] *= at(self.loss_weight, t)[:, 0, 0, 0]
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
-            terms["vb"] = self._variational_bound(eps, parts["variance"], x_start, x_t, t)
+            bound = self._variational_bound(eps, parts["variance"], x_start, x_t, t)
+            terms["vb"] = self.vb_weight * bound
         return terms
 
     def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:

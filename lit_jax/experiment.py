@@ -1027,6 +1027,7 @@ class Experiment:
             "train.batch_size": config.train.batch_size,
             "train.label_dropout": config.train.label_dropout,
             "train.min_snr_gamma": config.train.min_snr_gamma,
+            "train.vb_weight": config.train.vb_weight,
             "teacher.checkpoint": distilled_from
             and f"of checksum {distilled_from.report.checksum}",
             "teacher.num_heads": config.teacher.num_heads,

@@ -185,15 +185,17 @@ def _check_implementations(config: ConfigDict, model: Architecture) -> None:
 
 def _process(config: ConfigDict, model: Architecture) -> Process:
     """That of what the model predicts."""
-    gamma = config.train.min_snr_gamma
+    # What each says that changes nothing.
+    weights = {"min_snr_gamma": 0.0, "vb_weight": 1.0}
     if PROCESSES[model.prediction] is GaussianDiffusion:
         with naming("train"):
-            return GaussianDiffusion(min_snr_gamma=gamma)
-    if gamma:
-        raise ValueError(
-            f"train.min_snr_gamma = {gamma:g} weighs the error of a predicted noise, but "
-            f"model.prediction = {model.prediction}; set it to 0"
-        )
+            return GaussianDiffusion(**{name: config.train[name] for name in weights})
+    for name, neutral in weights.items():
+        if config.train[name] != neutral:
+            raise ValueError(
+                f"train.{name} = {config.train[name]:g} weighs the loss of a predicted noise, but "
+                f"model.prediction = {model.prediction}; set it to {neutral:g}"
+            )
     return PROCESSES[model.prediction]()
 
 

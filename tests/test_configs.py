@@ -419,6 +419,7 @@ def test_the_defaults_are_the_papers():
         "train.batch_size": 256,
         "train.label_dropout": 0.1,
         "train.min_snr_gamma": 0.0,
+        "train.vb_weight": 1.0,
         "sample.steps": 250,
         "sample.cfg_channels": "3",
         "model.conv_size": 5,

@@ -279,10 +279,19 @@ def test_min_snr_counts_what_is_nearly_clean_as_gamma_over_its_ratio():
     np.testing.assert_array_equal(weighted["vb"], plain["vb"])
 
 
-@pytest.mark.parametrize("gamma", [-1.0, math.nan, math.inf])
-def test_an_impossible_gamma_is_refused(gamma):
-    with pytest.raises(ValueError, match="^min_snr_gamma must be a finite number, at least 0"):
-        diffusion.GaussianDiffusion(min_snr_gamma=gamma)
+def test_the_bound_counts_as_often_as_its_weight_says():
+    x_start, noise, x_t, output = make_batch()
+    plain = PROCESS.loss(output, x_start, x_t, STEPS, noise)
+    weighted = diffusion.GaussianDiffusion(vb_weight=0.25).loss(output, x_start, x_t, STEPS, noise)
+    np.testing.assert_array_equal(weighted["vb"], plain["vb"] / 4)
+    np.testing.assert_array_equal(weighted["mse"], plain["mse"])
+
+
+@pytest.mark.parametrize("name", ["min_snr_gamma", "vb_weight"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_an_impossible_weight_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number, at least 0"):
+        diffusion.GaussianDiffusion(**{name: value})
 
 
 def test_formulas_work_under_jit_with_traced_steps():

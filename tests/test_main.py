@@ -199,9 +199,14 @@ def test_wrong_config_files(monkeypatch, folder, tmp_path, program, parts):
         (["train.batch_size=0"], ["train.batch_size", "0"]),
         (["train.label_dropout=1.5"], ["train.label_dropout", "1.5"]),
         (["train.min_snr_gamma=-1"], ["train.min_snr_gamma", "-1"]),
+        (["train.vb_weight=-1"], ["train.vb_weight", "-1"]),
         (
             ["train.min_snr_gamma=5", "model.prediction=velocity", "sample.sampler=euler"],
             ["train.min_snr_gamma = 5", "model.prediction = velocity"],
+        ),
+        (
+            ["train.vb_weight=0.5", "model.prediction=velocity", "sample.sampler=euler"],
+            ["train.vb_weight = 0.5", "model.prediction = velocity", "set it to 1"],
         ),
         (["distill.noise_weight=nan"], ["distill.noise_weight", "nan"]),
         (["ema.decay=1.0"], ["ema.decay", "1.0"]),

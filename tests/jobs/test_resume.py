@@ -387,6 +387,7 @@ def go_on(started, *, data=None, teacher=0, **changes):
         ("train.batch_size", {"train.batch_size": 8}),
         ("train.label_dropout", {"train.label_dropout": 0.25}),
         ("train.min_snr_gamma", {"train.min_snr_gamma": 5.0}),
+        ("train.vb_weight", {"train.vb_weight": 0.5}),
         ("train.steps", {"train.steps": 4}),  # the cosine's length
         ("model.conv_size", {"model.conv_size": 3}),
         ("model.dtype", {"model.dtype": "bfloat16"}),
