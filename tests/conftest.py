@@ -48,7 +48,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from lit_jax.kernels.linear_attention_gpu_plan import JAX_NEEDED  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The CPU's client takes 32 programs at once. With that many waiting for an interpreted kernel, whose
+# The CPU takes 32 programs at once. With that many waiting for an interpreted kernel, whose
 # callbacks run programs of their own, neither side would go on (jax-ml/jax#25861).
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
