@@ -8,8 +8,13 @@ for objects:
     two_object      a three and an eight        position     a two left of a nine
     counting        three fours                 color_attr   a red six and a blue one
 
+"a three and an eight" names them in reading order: with no order at all each cell would have to
+learn from the other one which of the two it holds.
+
 A colour that the caption does not name is drawn too. One in ten pairs of a colour and a digit is
-in no picture that is trained on (UNSEEN), and no digit that is tested is.
+in no picture that is trained on (UNSEEN), and no digit that is tested is. Half the captions of
+places name colours as well, which no prompt does: "a red two left of a blue nine". Two digits that
+change places move few pixels, two colours move many, so a place is learned from them.
 
 launch/digit_scenes.py writes the tokenizer of the captions, and pictures to judge the judge by.
 """
@@ -34,6 +39,8 @@ SCENES = 10_000_000
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # How often each is drawn. The last two need the order of words, which is learned last.
 SHARES = (0.1, 0.1, 0.1, 0.1, 0.3, 0.3)
+# How often a caption of places names the colours too.
+COLOURED_PLACES = 0.5
 DIGITS = "zero one two three four five six seven eight nine".split()
 PLURALS = "zeros ones twos threes fours fives sixes sevens eights nines".split()
 COLOURS = {
@@ -119,11 +126,15 @@ def _article(noun: str) -> str:
     return f"{'an' if noun == DIGITS[8] else 'a'} {noun}"
 
 
-def draw_scene(rng: np.random.Generator, task: str, *, seen: bool = True) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, task: str, *, seen: bool = True, coloured: bool = False
+) -> Scene:
     """A scene of a task.
 
-    Args: seen: whether all pairs of colour and digit that it names are in UNSEEN's complement;
-      False, which only the tasks with colours know: one of them is in UNSEEN.
+    Args:
+        seen: whether all pairs of colour and digit that it names are in UNSEEN's complement;
+            False, which only the tasks with colours know: one of them is in UNSEEN.
+        coloured: whether places are those of coloured digits.
     Raises: ValueError for another task.
     """
     if task not in TASKS:
@@ -143,6 +154,8 @@ def draw_scene(rng: np.random.Generator, task: str, *, seen: bool = True) -> Sce
             items = ((a, first), (b, second))
         elif task == "position":
             relation = str(rng.choice(list(RELATIONS)))
+            if coloured:
+                items = ((a, first), (b, second))
         scene = Scene(task, items, relation)
         if scene.is_seen == seen:
             return scene
@@ -192,7 +205,7 @@ def compose(rng: np.random.Generator, scene: Scene, digits: tuple[np.ndarray, ..
         places = RELATIONS[scene.relation]
         cells = places[int(rng.integers(len(places)))]
     else:
-        cells = tuple(rng.permutation(4)[: len(scene.items)])
+        cells = tuple(sorted(rng.permutation(4)[: len(scene.items)]))
     picture = np.zeros((SIDE, SIDE, 3), np.float32)
     for cell, (digit, colour) in zip(cells, scene.items, strict=True):
         ink = digits[digit][int(rng.integers(len(digits[digit])))]
@@ -225,7 +238,8 @@ class Scenes:
             raise IndexError(f"scene {index} of {len(self)}")
         rng = np.random.default_rng([("train", "test").index(self.split), index])
         # SHARES are of the tasks, not of the captions.
-        scene = draw_scene(rng, str(rng.choice(TASKS, p=SHARES)))
+        task = str(rng.choice(TASKS, p=SHARES))
+        scene = draw_scene(rng, task, coloured=bool(rng.random() < COLOURED_PLACES))
         image = compose(rng, scene, digit_images(self.split))
         return {"image": image, "captions": [scene.caption]}
 

@@ -94,7 +94,9 @@ def test_a_picture_shows_what_its_caption_says():
     digits = digit_scenes.digit_images("test")
     rng = np.random.default_rng(0)
     for number in range(60):
-        scene = digit_scenes.draw_scene(rng, digit_scenes.TASKS[number % 6])
+        scene = digit_scenes.draw_scene(
+            rng, digit_scenes.TASKS[number % 6], coloured=number % 4 == 0
+        )
         picture = digit_scenes.compose(rng, scene, digits)
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
         found = [shown(cell, digits) for cell in cells(picture)]
@@ -102,7 +104,10 @@ def test_a_picture_shows_what_its_caption_says():
         assert sorted(digit for digit, _ in there) == sorted(digit for digit, _ in scene.items)
         for digit, colour in scene.items:
             assert colour is None or (digit, colour) in there
-        if scene.relation:
+        if not scene.relation:
+            # In reading order.
+            assert [digit for digit, _ in there] == [digit for digit, _ in scene.items]
+        else:
             (a, _), (b, _) = scene.items
             rows, columns = np.divmod(
                 [[each and each[0] for each in found].index(x) for x in (a, b)], 2
@@ -158,6 +163,15 @@ def test_the_tasks_are_drawn_by_their_shares():
     )
     # Two words: a digit, or a count; 3: a colour; 5 and 7: two digits. Five deviations each.
     assert abs(tasks["position"] - 180) < 56
+    # Half of them name colours: "a red two left of a blue nine".
+    coloured = [text for text in words if " of a" in text and len(text.split()) == 8]
+    plain = [text for text in words if " of a" in text and len(text.split()) == 6]
+    assert abs(len(coloured) - 45) < 33 and abs(len(plain) - 45) < 33
+    assert all(
+        digit_scenes.draw_scene(np.random.default_rng(i), "position", coloured=True).is_seen
+        for i in range(100)
+    )
+    assert not any(scene.relation and scene.items[0][1] for scene in digit_scenes.prompts())
     assert abs(tasks[2] - 120) < 49 and abs(tasks[3] - 60) < 37
     assert abs(tasks[5] - 60) < 37 and abs(tasks[7] - 180) < 56
 
