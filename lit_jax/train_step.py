@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lit_jax import came, losses, ranges, sharding
 from lit_jax.diffusion import Process
-from lit_jax.models import Model, init_params
+from lit_jax.models import Model, param_shapes
 from lit_jax.models.autoencoder import sample_posterior
 from lit_jax.models.blocks import ATTENTION, attention_error
 
@@ -175,7 +175,7 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainStat
 
 def state_shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of the whole state; nothing is computed."""
-    return jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
+    return jax.eval_shape(lambda params: new_state(params, optimizer), param_shapes(model.config))
 
 
 def with_sharding(shapes: Any, shardings: Any) -> Any:

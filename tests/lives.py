@@ -6,6 +6,7 @@ forks each life.
 
 import contextlib
 import gc
+import io
 import json
 import os
 import pathlib
@@ -18,22 +19,30 @@ import time
 import compiler
 from tiny_dataset import put_digits
 
-from lit_jax import checkpoint, main
+from configs import debug
+from lit_jax import checkpoint, main, models
 from lit_jax.data import pipeline
+from lit_jax.experiment import Experiment
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-# Softmax attention, and nothing computed twice: these tests are about what surrounds the step.
+# One layer of softmax attention, nothing computed twice: these tests are about what surrounds the
+# step.
 TINY = (
     "--config=configs/debug.py",
     "--config.student.init=random",
     "--config.report.num_images=0",
     "--config.model.attention=softmax",
+    "--config.model.depth=1",
     "--config.train.preview_every=0",
     "--config.train.remat=none",
     "--config.train.batch_size=8",
     "--config.data.prefetch=2",
     "--config.checkpoint.keep=2",
 )
+
+
+# Of a model whose arrays are large enough for lit_jax/sharding.py to split.
+WIDTH = 128
 
 
 class Server:
@@ -239,12 +248,23 @@ def serve() -> None:
     # loads where it can, for nothing that a life asks of it.
     sys.modules["torch"] = None
     import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-    from jax._src import cache_key
+    import matplotlib.figure
+    from jax._src import cache_key, xla_bridge
 
     import lit_jax.jobs.train  # noqa: F401
 
     del sys.modules["torch"]
+
+    # What a process draws first finds the fonts, and what it traces first fills JAX's caches of
+    # small functions. Nothing of it starts the CPU's client, whose threads no fork would have.
+    figure = matplotlib.figure.Figure(layout="constrained")
+    figure.subplots().set(title="loss", xlabel="step", yscale="log")
+    figure.savefig(io.BytesIO(), dpi=110)
+    config = debug.get_config()
+    for width in (config.model.width, WIDTH):
+        config.model.update(attention="softmax", depth=1, width=width)
+        models.param_shapes(Experiment(config).model_config)
+    assert not xla_bridge.backends_are_initialized()
 
     # On a CPU the key of a compiled program says by which process it is used. So every process but
     # the first, which alone writes to the cache, would compile everything in each of its lives.

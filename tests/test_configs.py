@@ -79,24 +79,31 @@ def test_a_config_is_a_recipe(name):
     assert "FID" not in text or any("--mode=evaluate" in command for command in commands)
 
 
+def models_of(config):
+    """The experiment of a config, and the teacher of its step: a softmax model of its size."""
+    experiment = Experiment(config)
+    experiment.check_batches()
+    taught = config.teacher.checkpoint or config.student.init == "teacher"
+    return experiment, experiment.default_teacher() if taught else None
+
+
+# These differ from one that is traced in the size of the model, the image or the batch alone: the
+# same step is traced for them, and whether their sizes fit is found before.
+OTHER_SIZES = re.compile("imagenet256_.*_[sbl]|imagenet512_.*|pixart_sigma_512")
+
+
 @pytest.mark.parametrize(
     "name",
-    [*NAMES, "ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
+    [name for name in NAMES if not OTHER_SIZES.fullmatch(name)]
+    + ["ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
     + [f"workbench.{name}" for name in ("mhla", "mala", "dit5", "hybrid")],
 )
 def test_one_train_step_of_every_config_traces(name):
-    """Shapes alone, on the mesh of the config, over pretend devices.
-
-    The teacher is a softmax model of the student's size.
-    """
+    """Shapes alone, on the mesh of the config, over pretend devices."""
     config = load(name)
-    experiment = Experiment(config)
-    experiment.check_batches()
+    experiment, teacher = models_of(config)
     size, C = config.model.input_size, config.model.in_channels
-    teacher = teacher_shapes = None
-    if config.teacher.checkpoint or config.student.init == "teacher":
-        teacher = experiment.default_teacher()
-        teacher_shapes = param_shapes(teacher.config)
+    teacher_shapes = param_shapes(teacher.config) if teacher else None
     train_step = make_train_step(
         experiment.model,
         teacher,
@@ -310,7 +317,10 @@ def test_an_interval_without_timesteps_is_refused():
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_config_holds_only_what_fields_may_hold(name):
-    Experiment(load(name))
+    """And what fits together: heads and width, batch and mesh, the steps of a schedule."""
+    experiment, _ = models_of(load(name))
+    assert experiment.model.config.num_heads
+    assert experiment.optimizer_settings and experiment.unscaled_step_settings
 
 
 @pytest.mark.parametrize(

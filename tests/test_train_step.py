@@ -464,6 +464,12 @@ def compiled(data, fsdp, **change):
     return train_step, place, put
 
 
+def everywhere(tree, data=1, fsdp=1):
+    """On every device of the mesh: where a step's program finds the teacher and its key."""
+    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+    return jax.device_put(tree, sharding.replicated(mesh))
+
+
 BATCH = make_images(16, size=SIZE)
 NORMS = {"grad_norm", "param_norm", "update_norm", "learning_rate"}
 
@@ -472,9 +478,7 @@ def run(steps, params, teacher_params, data=2, fsdp=4, batch=BATCH, **change):
     """The host state after so many steps, and each step's metrics."""
     train_step, place, put = compiled(data, fsdp, **change)
     state, history = place(params), []
-    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
-    everywhere = sharding.replicated(mesh)
-    teacher_params, rng = jax.device_put((teacher_params, RNG), everywhere)
+    teacher_params, rng = everywhere((teacher_params, RNG), data, fsdp)
     inputs = put(batch)
     for _ in range(steps):
         # Nothing goes between host and device in a step but what the caller puts there.
@@ -524,11 +528,11 @@ def test_layers_alone_are_regressed_where_nothing_else_has_a_weight(start):
 def test_the_teacher_does_not_move(start):
     params, teacher = start
     kept = jax.tree.map(np.array, teacher)
-    on_device = jax.tree.map(jnp.asarray, teacher)
+    on_device, rng = everywhere((teacher, RNG))
     train_step, place, put = compiled(1, 1)
     state = place(params)
     for _ in range(3):
-        state, _ = train_step(state, on_device, put(BATCH), RNG)
+        state, _ = train_step(state, on_device, put(BATCH), rng)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(on_device), kept)
     moved = jax.tree.map(
         lambda a, b: not np.array_equal(a, b), jax.device_get(state.params), params
@@ -540,7 +544,8 @@ def test_the_state_is_donated(start):
     params, teacher = start
     train_step, place, put = compiled(1, 1)
     old = place(params)
-    train_step(old, teacher, put(BATCH), RNG)
+    teacher, rng = everywhere((teacher, RNG))
+    train_step(old, teacher, put(BATCH), rng)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
 
 
@@ -595,20 +600,20 @@ def test_distillation_weights_of_zero_are_plain_training(start, reference):
 def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
     params, teacher = start
     train_step, place, put = compiled(1, 1)
+    teacher, rng = everywhere((teacher, RNG))
     state = place(params)
     for _ in range(2):
-        state, _ = train_step(state, teacher, put(BATCH), RNG)
+        state, _ = train_step(state, teacher, put(BATCH), rng)
     checkpoints = checkpoint.Checkpointer(tmp_path, keep=1, keep_every=0)
     checkpoints.save(2, state.items(), data={"at": 2}, metadata={})
-    state, metrics = train_step(
-        state, teacher, put(BATCH), RNG
-    )  # donates what is still being written
+    # It donates what is still being written.
+    state, metrics = train_step(state, teacher, put(BATCH), rng)
     checkpoints.wait()
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), place(params)
     )
     number, items, data, _ = checkpoints.restore(shapes.items())
-    resumed, resumed_metrics = train_step(TrainState.from_items(items), teacher, put(BATCH), RNG)
+    resumed, resumed_metrics = train_step(TrainState.from_items(items), teacher, put(BATCH), rng)
     checkpoints.close()
     assert number == 2 and data == {"at": 2} and int(resumed.step) == 3
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))

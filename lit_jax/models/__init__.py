@@ -1,5 +1,6 @@
 """The model families: `config.model.family` names one of them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -77,5 +78,11 @@ def init_params(model: Model, rng: jax.Array) -> Any:
 
 def param_shapes(config: Architecture) -> Any:
     """The tree of parameters as ShapeDtypeStructs; nothing is computed. `num_heads` is known."""
+    return jax.tree.map(lambda leaf: leaf, _traced_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(config: Architecture) -> Any:
+    """Traced once: a job asks several times for the shapes of its student and its teacher."""
     model = model_of(config)(config)
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

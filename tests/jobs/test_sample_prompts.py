@@ -164,7 +164,8 @@ def test_text_encoder_model_and_decoder_come_one_after_the_other(
     watch(text, "load_encoder_params", "text encoder")
     watch(sample, "load_params", "model")
     watch(experiment, "load_params", "decoder")
-    assert images(draw(config, tmp_path, offload=offload)) == images(drawn)
+    found = images(draw(config, tmp_path, offload=offload, prompts=PROMPTS[:1]))
+    assert found == images(drawn)[:3]
     beside = [] if offload else ["model"]
     assert events == [("text encoder", []), ("model", []), ("decoder", beside)]
 

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from lit_jax.runtime import cluster, exit_status, preemption, roll_call, workdir_lock
 
 WIDE = (
-    "--config.model.width=128",
+    f"--config.model.width={lives.WIDTH}",
     "--config.optimizer.schedule=constant",
     "--config.train.log_every=1",
     "--config.mesh.join_timeout=120",
