@@ -101,6 +101,33 @@ def saved(tmp_path_factory, states):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_states():
+    """States of four arrays: Orbax takes its time for each."""
+    mesh = sharding.make_mesh(2, 4)
+
+    def state(seed):
+        values = np.random.default_rng(seed).standard_normal((3, 8, 5)).astype(np.float32)
+        spread = jax.device_put(list(values), sharding.batch_sharding(mesh))
+        trees = [{"a": array} for array in spread]
+        counters = jax.device_put(list(np.int32([seed, 0, 0])), sharding.replicated(mesh))
+        return TrainState(*counters, *trees)
+
+    return {number: state(number) for number in (2, 4, 6)}
+
+
+@pytest.fixture(scope="module")
+def few_saved(tmp_path_factory, few_states):
+    folder = tmp_path_factory.mktemp("few") / "checkpoints"
+    save_run(folder, few_states)
+    return folder
+
+
+@pytest.fixture
+def few(few_saved, tmp_path):
+    return pathlib.Path(shutil.copytree(few_saved, tmp_path / "checkpoints"))
+
+
 @pytest.fixture
 def copy(saved, tmp_path):
     return pathlib.Path(shutil.copytree(saved, tmp_path / "checkpoints"))
@@ -139,8 +166,10 @@ def test_an_empty_workdir_restores_nothing(tmp_path, states):
     run.close()
 
 
-def test_the_newest_and_every_so_many_steps_are_kept(tmp_path, states):
-    save_run(tmp_path, {number: states[2] for number in (2, 4, 5, 6, 8, 9)}, keep=2, keep_every=4)
+def test_the_newest_and_every_so_many_steps_are_kept(tmp_path, few_states):
+    save_run(
+        tmp_path, {number: few_states[2] for number in (2, 4, 5, 6, 8, 9)}, keep=2, keep_every=4
+    )
     assert folders(tmp_path) == ["4", "8", "9"]
 
 
@@ -225,25 +254,27 @@ JSON_DAMAGE = {
 @pytest.mark.parametrize(
     "how", ["array data cut short", "item missing", "metadata garbled", *JSON_DAMAGE]
 )
-def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(copy, states, how, caplog):
-    damage(copy / "6", JSON_DAMAGE.get(how, how))
-    run = open_run(copy)
+def test_a_damaged_newest_checkpoint_is_named_set_aside_and_skipped(few, few_states, how, caplog):
+    damage(few / "6", JSON_DAMAGE.get(how, how))
+    run = open_run(few)
     with caplog.at_level(logging.WARNING, logger="absl"):
-        number, items, data, _ = run.restore(shapes_of(states[4]), FIELDS)
+        number, items, data, _ = run.restore(shapes_of(few_states[4]), FIELDS)
     assert (number, data) == (4, {"read": 4})
-    assert_same(items, states[4])
+    assert_same(items, few_states[4])
     warnings = [
         record.getMessage() for record in caplog.records if "is damaged and" in record.getMessage()
     ]
-    assert len(warnings) == 1 and str(copy / "6") in warnings[0]
-    assert folders(copy) == ["2", "4", "6.damaged"]
-    run.save(6, states[6].items(), data={}, metadata={})  # the step is free again
+    assert len(warnings) == 1 and str(few / "6") in warnings[0]
+    assert folders(few) == ["2", "4", "6.damaged"]
+    run.save(6, few_states[6].items(), data={}, metadata={})  # the step is free again
     run.wait()
     assert run.latest_step() == 6
     run.close()
 
 
-def test_one_of_several_processes_that_meets_damage_stops_after_renaming(copy, states, monkeypatch):
+def test_one_of_several_processes_that_meets_damage_stops_after_renaming(
+    few, few_states, monkeypatch
+):
     """The others may have read the same checkpoint well, and would go on from another step."""
 
     class TwoProcesses:
@@ -254,39 +285,39 @@ def test_one_of_several_processes_that_meets_damage_stops_after_renaming(copy, s
         def __getattr__(self, name):
             return getattr(jax, name)
 
-    damage(copy / "6", "item missing")
-    run = open_run(copy)
+    damage(few / "6", "item missing")
+    run = open_run(few)
     monkeypatch.setattr(checkpoint, "jax", TwoProcesses())
     with pytest.raises(TryAgainError, match="6 is damaged and set aside; run the same command"):
-        run.restore(shapes_of(states[4]), FIELDS)
+        run.restore(shapes_of(few_states[4]), FIELDS)
     run.close()
-    assert folders(copy) == ["2", "4", "6.damaged"]
-    checkpoint.set_aside(checkpoint.orbax_path(copy / "6"))  # as one that comes second
-    assert folders(copy) == ["2", "4", "6.damaged"]
+    assert folders(few) == ["2", "4", "6.damaged"]
+    checkpoint.set_aside(checkpoint.orbax_path(few / "6"))  # as one that comes second
+    assert folders(few) == ["2", "4", "6.damaged"]
 
 
-def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(copy, states):
+def test_when_none_can_be_read_the_run_stops_and_does_not_begin_again(few, few_states):
     for number in (2, 4, 6):
-        damage(copy / str(number), "item missing")
+        damage(few / str(number), "item missing")
     for _ in range(2):  # the same command again finds only what the first has set aside
-        run = open_run(copy)
+        run = open_run(few)
         with pytest.raises(
             ValueError,
             match="no checkpoint in .*checkpoints can be read; set aside: 2.damaged, 4.d.*, 6.d",
         ):
-            run.restore(shapes_of(states[2]))
+            run.restore(shapes_of(few_states[2]))
         run.close()
 
 
-def test_a_checkpoint_from_before_the_checksum_is_taken_with_a_warning(copy, states, caplog):
-    path = copy / "6" / "metadata" / "metadata"
+def test_a_checkpoint_from_before_the_checksum_is_taken_with_a_warning(few, few_states, caplog):
+    path = few / "6" / "metadata" / "metadata"
     metadata = json.loads(path.read_text())
     del metadata["checksum"]
     path.write_text(json.dumps(metadata))
-    run = open_run(copy)
+    run = open_run(few)
     with caplog.at_level(logging.WARNING, logger="absl"):
-        assert run.restore(shapes_of(states[6]))[0] == 6
-    assert f"checkpoint {copy}/6 has no checksum of its data state" in caplog.text
+        assert run.restore(shapes_of(few_states[6]))[0] == 6
+    assert f"checkpoint {few}/6 has no checksum of its data state" in caplog.text
     run.close()
 
 
@@ -297,18 +328,18 @@ def test_a_checkpoint_from_before_the_checksum_is_taken_with_a_warning(copy, sta
         TypeError("a fault of ours"),
     ],
 )
-def test_no_memory_or_a_fault_of_ours_is_no_damage(copy, states, monkeypatch, error):
+def test_no_memory_or_a_fault_of_ours_is_no_damage(few, few_states, monkeypatch, error):
     """What XLA raises when the arrays do not fit the devices, and what a bug raises."""
 
     def fail(items):
         raise error
 
     monkeypatch.setattr(checkpoint, "fingerprints", fail)
-    run = open_run(copy)
+    run = open_run(few)
     with pytest.raises(type(error), match=str(error)):
-        run.restore(shapes_of(states[6]))
+        run.restore(shapes_of(few_states[6]))
     run.close()
-    assert folders(copy) == ["2", "4", "6"]
+    assert folders(few) == ["2", "4", "6"]
 
 
 @pytest.mark.skipif(
@@ -323,25 +354,25 @@ def test_no_memory_or_a_fault_of_ours_is_no_damage(copy, states, monkeypatch, er
     ],
 )
 def test_a_failing_file_system_stops_the_run_and_leaves_the_checkpoint_alone(
-    copy, states, files, target, message
+    few, few_states, files, target, message
 ):
-    for path in list((copy / "6").glob(files)):
+    for path in list((few / "6").glob(files)):
         path.unlink()
         path.symlink_to(target or path)
-    run = open_run(copy)
+    run = open_run(few)
     with pytest.raises(
-        OSError, match=f"checkpoint {copy}/6 cannot be read and is left as it is: .*{message}"
+        OSError, match=f"checkpoint {few}/6 cannot be read and is left as it is: .*{message}"
     ) as error:
-        run.restore(shapes_of(states[6]))
+        run.restore(shapes_of(few_states[6]))
     run.close()
-    assert "\n" not in str(error.value) and folders(copy) == ["2", "4", "6"]
+    assert "\n" not in str(error.value) and folders(few) == ["2", "4", "6"]
 
 
-def test_a_half_written_checkpoint_does_not_count(copy, states):
+def test_a_half_written_checkpoint_does_not_count(few, few_states):
     """What a killed process leaves: a temporary folder without its final name."""
-    shutil.copytree(copy / "6", copy / "8.orbax-checkpoint-tmp-1")
-    run = open_run(copy)
-    assert run.restore(shapes_of(states[6]))[0] == 6
+    shutil.copytree(few / "6", few / "8.orbax-checkpoint-tmp-1")
+    run = open_run(few)
+    assert run.restore(shapes_of(few_states[6]))[0] == 6
     run.close()
 
 
@@ -384,13 +415,13 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_left_alone(copy):
 
 @pytest.mark.parametrize("below", ["", "6"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema, below):
+def test_sampling_reads_one_set_of_parameters_and_nothing_else(few, few_states, ema, below):
     for number in ("6", "4"):
-        shutil.rmtree(copy / number / "opt_state")  # what is not needed may be missing or damaged
-        spoil(copy / number / ("params" if ema else "ema_params"))
-    path = copy / below if below else copy.parent  # a checkpoint, or a workdir and so its newest
+        shutil.rmtree(few / number / "opt_state")  # what is not needed may be missing or damaged
+        spoil(few / number / ("params" if ema else "ema_params"))
+    path = few / below if below else few.parent  # a checkpoint, or a workdir and so its newest
     params, metadata = restore_params(path, ema=ema)
-    expected = states[6].ema_params if ema else states[6].params
+    expected = few_states[6].ema_params if ema else few_states[6].params
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
     assert (
         metadata["weights"] == ("ema_params" if ema else "params") and metadata["name"] == "step 6"
@@ -398,13 +429,13 @@ def test_sampling_reads_one_set_of_parameters_and_nothing_else(copy, states, ema
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
 
-def test_a_training_checkpoint_without_its_ema_is_not_sampled_from_raw_weights(copy, states):
-    shutil.rmtree(copy / "6" / "ema_params")
+def test_a_training_checkpoint_without_its_ema_is_not_sampled_from_raw_weights(few, few_states):
+    shutil.rmtree(few / "6" / "ema_params")
     with pytest.raises(ValueError, match="6 cannot be read: .*ema_params"):
-        restore_params(copy / "6")
-    params, metadata = restore_params(copy / "6", ema=False)
+        restore_params(few / "6")
+    params, metadata = restore_params(few / "6", ema=False)
     assert metadata["weights"] == "params"
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(states[6].params))
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(few_states[6].params))
 
 
 def test_parameters_are_read_onto_shards(saved, states):
@@ -431,21 +462,23 @@ def test_a_parameter_checkpoint_goes_there_and_back(tmp_path, states):
 
 @pytest.mark.parametrize("onto_shards", [False, True])
 @pytest.mark.parametrize("ema", [True, False])
-def test_parameters_of_another_step_are_refused(copy, states, ema, onto_shards):
+def test_parameters_of_another_step_are_refused(few, few_states, ema, onto_shards):
     """As from a disk that changes bits: readable, finite, of the right shapes."""
     item = "ema_params" if ema else "params"
-    shutil.rmtree(copy / "6" / item)
-    shutil.copytree(copy / "4" / item, copy / "6" / item)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, states[6].params) if onto_shards else None
-    with pytest.raises(ValueError, match=f"{copy}/6 cannot be read: {item} is not what was saved"):
-        restore_params(copy, shardings, ema=ema)
-    restore_params(copy, shardings, ema=not ema)  # what is not read is not compared
+    shutil.rmtree(few / "6" / item)
+    shutil.copytree(few / "4" / item, few / "6" / item)
+    shardings = (
+        jax.tree.map(lambda leaf: leaf.sharding, few_states[6].params) if onto_shards else None
+    )
+    with pytest.raises(ValueError, match=f"{few}/6 cannot be read: {item} is not what was saved"):
+        restore_params(few, shardings, ema=ema)
+    restore_params(few, shardings, ema=not ema)  # what is not read is not compared
 
 
-def test_changed_metadata_are_refused(tmp_path, copy, states):
+def test_changed_metadata_are_refused(tmp_path, few, few_states):
     """One bit makes another model of the same weights: 2 heads or 3, a shift of 0 or 1."""
-    checkpoint.save_params(tmp_path / "ported", states[2].params, {"model": {"num_heads": 2}})
-    for folder, item in ((tmp_path / "ported", "metadata"), (copy / "6", "metadata")):
+    checkpoint.save_params(tmp_path / "ported", few_states[2].params, {"model": {"num_heads": 2}})
+    for folder, item in ((tmp_path / "ported", "metadata"), (few / "6", "metadata")):
         path = folder / item / "metadata"
         text = path.read_text()
         for old, new in (("2", "3"), ("{", "[")):
@@ -454,9 +487,9 @@ def test_changed_metadata_are_refused(tmp_path, copy, states):
                 restore_params(folder)
         path.write_text(text)
         restore_params(folder)
-    damage(copy / "6", JSON_DAMAGE["data state of another step"])
+    damage(few / "6", JSON_DAMAGE["data state of another step"])
     with pytest.raises(ValueError, match="6 cannot be read: data or metadata is not what was"):
-        restore_params(copy / "6")
+        restore_params(few / "6")
 
 
 def fingerprint_oracle(tree):
@@ -499,14 +532,14 @@ def test_a_fingerprint_sees_every_value_and_where_it_stands(monkeypatch):
     assert len(seen) == len(changes)
 
 
-def test_a_failed_read_prints_one_error(copy, monkeypatch):
+def test_a_failed_read_prints_one_error(few, monkeypatch):
     """Orbax leaves tracebacks of the arrays that it had begun to read."""
     printed = []
     monkeypatch.setattr("sys.unraisablehook", printed.append)
-    spoil(copy / "6" / "ema_params")
+    spoil(few / "6" / "ema_params")
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot be read"):
-            restore_params(copy / "6")
+            restore_params(few / "6")
     printed.clear()
     echo = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
     other = types.SimpleNamespace(exc_value=RuntimeError("another"))
@@ -581,28 +614,28 @@ def test_folders_that_lie_are_refused_before_a_value_is_read(tmp_path, monkeypat
     assert text.startswith(f"checkpoint {tmp_path}/saved cannot be read: ") and "\n" not in text
 
 
-def test_a_folder_whose_name_is_no_number_is_no_step(copy, states):
+def test_a_folder_whose_name_is_no_number_is_no_step(few, few_states):
     """Python calls a superscript a digit."""
-    shutil.copytree(copy / "6", copy / "\u00b2")
-    assert restore_params(copy.parent)[1]["path"] == f"{copy}/6"
-    run = open_run(copy)
-    assert run.restore(shapes_of(states[6]))[0] == 6
+    shutil.copytree(few / "6", few / "\u00b2")
+    assert restore_params(few.parent)[1]["path"] == f"{few}/6"
+    run = open_run(few)
+    assert run.restore(shapes_of(few_states[6]))[0] == 6
     run.close()
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path, copy):
+def test_what_is_no_checkpoint_is_named(tmp_path, few):
     assert not checkpoint.is_checkpoint(tmp_path / "nothing")
     for path in (tmp_path / "nothing", tmp_path):
         if path == tmp_path:
-            shutil.rmtree(copy)
+            shutil.rmtree(few)
         with pytest.raises(FileNotFoundError, match=f"{path} holds no Orbax checkpoint"):
             restore_params(path)
 
 
-def test_unreadable_parameters_are_named_in_one_line(copy):
-    spoil(copy / "6" / "ema_params")
-    with pytest.raises(ValueError, match=f"checkpoint {copy}/6 cannot be read") as error:
-        restore_params(copy)
+def test_unreadable_parameters_are_named_in_one_line(few):
+    spoil(few / "6" / "ema_params")
+    with pytest.raises(ValueError, match=f"checkpoint {few}/6 cannot be read") as error:
+        restore_params(few)
     assert "\n" not in str(error.value)
 
 
@@ -620,13 +653,13 @@ def test_paths_and_sizes_of_a_tree():
     assert checkpoint.parameter_count(tree) == 11
 
 
-def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, states):
+def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch, few_states):
     """JAX's service hears one count alone, that of distributed.Preemption."""
     asked = []
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False
     )
-    save_run(tmp_path, {2: states[2]})
+    save_run(tmp_path, {2: few_states[2]})
     assert not asked
 
 

@@ -1,5 +1,6 @@
 """MHLA, MALA and DiT5's attention against dense float64 oracles; Sana's as a case of LiT's op."""
 
+import functools
 import itertools
 
 import jax
@@ -107,7 +108,7 @@ def test_a_design_is_its_dense_formula(name):
     # MALA's weights of two signs nearly cancel; DiT5's is two steps of a network.
     assert_close(jax.jit(design)(*arrays), expected, reduction=24, factor=64)
     halves = [jnp.asarray(a, jnp.bfloat16) for a in arrays[:3]]
-    rounded = design(*halves, *arrays[3:])
+    rounded = jax.jit(design)(*halves, *arrays[3:])
     assert rounded.dtype == jnp.bfloat16
     exact = oracle(*(np.float64(a) for a in halves), *arrays[3:])
     assert_close(rounded, exact, reduction=24, dtype="bfloat16")
@@ -132,10 +133,11 @@ def test_gradients_are_those_of_the_dense_formula(name):
 
 
 def test_one_block_is_lits_attention_without_its_convolution():
-    flat = [jnp.asarray(a.reshape(2, 24, 15)) for a in (Q, K, V)]
-    kv = jnp.concatenate(flat[1:], axis=-1)
-    lit = linear_attention.linear_attention(flat[0], kv, num_heads=3, grid=GRID)
-    one = mhla.mhla(Q, K, V, jnp.ones((1, 1)), grid=GRID)
+    flat = [a.reshape(2, 24, 15) for a in (Q, K, V)]
+    kv = np.concatenate(flat[1:], axis=-1)
+    attend = functools.partial(linear_attention.linear_attention, num_heads=3, grid=GRID)
+    lit = jax.jit(attend)(flat[0], kv)
+    one = jax.jit(functools.partial(mhla.mhla, grid=GRID))(Q, K, V, jnp.ones((1, 1)))
     assert_close(one.reshape(2, 24, 15), lit, reduction=24)
 
 
@@ -163,8 +165,9 @@ def test_sanas_normaliser_is_a_case_of_lits():
         with_ones = np.concatenate([v_head, np.ones((24, 1))], axis=1)
         read = scores @ with_ones
         expected[b, :, n] = read[:, :-1] / (read[:, -1:] + 1e-6)
-    kv = jnp.concatenate([k.reshape(1, 24, 64), v.reshape(1, 24, 64)], axis=-1)
-    ours = linear_attention.linear_attention(q.reshape(1, 24, 64), kv, num_heads=2, grid=GRID)
+    kv = np.concatenate([k.reshape(1, 24, 64), v.reshape(1, 24, 64)], axis=-1)
+    attend = functools.partial(linear_attention.linear_attention, num_heads=2, grid=GRID)
+    ours = jax.jit(attend)(q.reshape(1, 24, 64), kv)
     # LiT's epsilons are 1e-6 of sums that are near ten.
     assert_close(ours.reshape(q.shape), expected, reduction=24, factor=32)
 
@@ -203,8 +206,8 @@ def test_the_gradients_of_the_convolution_are_those_of_its_definition():
         return depthwise_conv(x, kernel, bias, GRID)
 
     arrays = (x.reshape(2, h * w, 3), kernel, np.zeros(3))
-    _, pull = jax.vjp(convolve, *(jnp.float32(array) for array in arrays))
-    found = pull(jnp.float32(do.reshape(2, h * w, 3)))
+    pull_back = jax.jit(lambda do, *arrays: jax.vjp(convolve, *arrays)[1](do))
+    found = pull_back(*(np.float32(array) for array in (do.reshape(2, h * w, 3), *arrays)))
     expected = (dx.reshape(2, h * w, 3), dkernel, do.sum(axis=(0, 1, 2)))
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, reduction=2 * h * w)
