@@ -23,6 +23,7 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range", model_fn=model_
         kept.append(round(position))
         position += 999 / (steps - 1)
     spaced = alphas_cumprod[kept]
+    model_fn = jax.jit(model_fn)
     x, C = np.float64(noises[0]), noises.shape[-1]
     for step, i in enumerate(range(steps)[::-1]):
         t = np.full(len(x), kept[i], np.int32)
@@ -52,7 +53,8 @@ def ddpm_oracle(steps, noises, labels, variance="learned_range", model_fn=model_
 def test_ddpm_is_the_respaced_chain(steps, variance):
     grid = make_grid("ddpm", steps, variance=variance)
     keys, labels = make_keys(3), jnp.arange(3)
-    noises = np.stack([samplers.step_noise(keys, s, SHAPE) for s in range(steps + 1)])
+    noise = jax.jit(samplers.step_noise, static_argnums=2)
+    noises = np.stack([noise(keys, s, SHAPE) for s in range(steps + 1)])
     expected = ddpm_oracle(steps, noises, labels, variance)
     actual = run(grid, labels=labels)
     # float32 against float64, along a chain whose first estimate of x_start is 157 times as large
@@ -247,9 +249,11 @@ def test_guidance_moves_only_the_guided_channels(cfg_channels, guided):
     x, y = jax.random.normal(jax.random.key(0), (3, *SHAPE)), jnp.array([1, 2, 3])
     t = jnp.full((3,), 500)
     condition = {"label": y}
-    actual = samplers.guide(model_fn, x, t, condition, 4.0, cfg_channels)
-    cond = np.float64(model_fn(x, t, condition, jnp.zeros(3, bool)))
-    uncond = np.float64(model_fn(x, t, condition, jnp.ones(3, bool)))
+    guide = jax.jit(samplers.guide, static_argnums=(0, 4, 5))
+    actual = guide(model_fn, x, t, condition, 4.0, cfg_channels)
+    run_model = jax.jit(model_fn)
+    cond = np.float64(run_model(x, t, condition, np.zeros(3, bool)))
+    uncond = np.float64(run_model(x, t, condition, np.ones(3, bool)))
     expected = cond.copy()
     expected[..., :guided] = uncond[..., :guided] + 4.0 * (cond - uncond)[..., :guided]
     np.testing.assert_allclose(actual, expected, atol=1e-5)

@@ -28,22 +28,36 @@ def tokens(*shape, seed=5, scale=1.0):
 def test_the_tpu_flash_kernel_computes_softmax_attention(T, head_width):
     """Values and gradients, in interpret mode, which multiplies in float32: wrong axes show."""
     q, k, v, do = (jnp.asarray(tokens(1, T, 2, head_width, seed=seed)) for seed in range(4))
-    expected, vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
+
+    def run(name):
+        def both(q, k, v, do):
+            out, vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, name), q, k, v)
+            return out, *vjp(do)
+
+        return jax.jit(both)(q, k, v, do)
+
     with pltpu.force_tpu_interpret_mode():
-        out, flash_vjp = jax.vjp(lambda *x: attention.softmax_attention(*x, "pallas_tpu"), q, k, v)
-        gradients = flash_vjp(do)
-    for ours, theirs in zip((out, *gradients), (expected, *vjp(do))):
+        flash = run("pallas_tpu")
+    for ours, theirs in zip(flash, run("xla"), strict=True):
         assert_close(ours, theirs, reduction=T)
 
 
 def test_softmax_attention_by_blocks_of_queries_is_that_of_all_at_once(monkeypatch):
     """Values and gradients against JAX's own; 15 tokens in blocks of 5, or of 1."""
     q, k, v, do = (jnp.asarray(tokens(2, 15, 3, 4, seed=seed)) for seed in range(4))
-    expected, vjp = jax.vjp(jax.nn.dot_product_attention, q, k, v)
+
+    def run(attend):
+        def both(q, k, v, do):
+            out, pull = jax.vjp(attend, q, k, v)
+            return out, *pull(do)
+
+        return jax.jit(both)(q, k, v, do)
+
+    expected = run(jax.nn.dot_product_attention)
     for scores, blocks in ((2**28, 1), (250, 3), (1, 15)):
         monkeypatch.setattr(attention, "SCORES", scores)
-        out, pull = jax.vjp(lambda *x: attention.softmax_attention(*x, "xla"), q, k, v)
-        for ours, theirs in zip((out, *pull(do)), (expected, *vjp(do)), strict=True):
+        found = run(lambda *x: attention.softmax_attention(*x, "xla"))
+        for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs, reduction=15, what=f"{blocks} blocks")
         text = str(jax.make_jaxpr(lambda *x: attention.softmax_attention(*x, "xla"))(q, k, v))
         assert f"f32[6,{15 // blocks},15]" in text  # of heads, queries and keys
@@ -63,15 +77,20 @@ def test_projections_head_by_head_are_those_of_all_heads(bias):
     """What a TPU's kernel is given, values and gradients, against the dense layers."""
     x, do = (jnp.asarray(tokens(1, 128, 32, seed=seed)) for seed in range(2))
     module = functools.partial(attention.SoftmaxAttention, 2, bias, dtype=jnp.float32)
-    params = module("xla").init(jax.random.key(0), x, (8, 16))
-    params = jax.tree.map(lambda p: p + tokens(*p.shape, seed=3, scale=0.1), params)
-    expected, vjp = jax.vjp(lambda p, x: module("xla").apply(p, x, (8, 16)), params, x)
+    init = jax.jit(module("xla").init, static_argnums=2)
+    params = init(jax.random.key(0), x, (8, 16))
+    params = jax.tree.map(lambda p: np.asarray(p) + tokens(*p.shape, seed=3, scale=0.1), params)
+
+    def run(name):
+        def both(params, x, do):
+            out, vjp = jax.vjp(lambda p, x: module(name).apply(p, x, (8, 16)), params, x)
+            return out, vjp(do)
+
+        return jax.tree.leaves(jax.jit(both)(params, x, do))
+
     with pltpu.force_tpu_interpret_mode():
-        out, tpu_vjp = jax.vjp(lambda p, x: module("pallas_tpu").apply(p, x, (8, 16)), params, x)
-        gradients = tpu_vjp(do)
-    for ours, theirs in zip(
-        jax.tree.leaves((out, gradients)), jax.tree.leaves((expected, vjp(do)))
-    ):
+        tpu = run("pallas_tpu")
+    for ours, theirs in zip(tpu, run("xla"), strict=True):
         assert_close(ours, theirs, reduction=128)
 
 
@@ -205,14 +224,15 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
     shared = {f"{m}/{leaf}" for m in ("q", "kv", "proj") for leaf in ("kernel", "bias")}
     assert set(own) == shared | OWN_LEAVES[name]
 
-    teacher = init(dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3)), jax.random.key(1))
+    teacher = dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3))
+    teacher = init(teacher, jax.random.key(1))
     merged, report = inherit.merge_params(teacher, params, load=("q", "k", "v", "o"))
     assert {path.removeprefix("blocks/attn/") for path in report.at_init} == OWN_LEAVES[name]
     qkv = teacher["blocks"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(merged["blocks"]["attn"]["kv"]["kernel"], qkv[..., 16:])
 
-    layer = jax.tree.map(lambda leaf: leaf[1], merged["blocks"]["attn"])
-    layer = jax.tree.map(lambda x: np.asarray(x) + 0.1 * tokens(*x.shape), layer)
+    layers = jax.device_get(merged["blocks"]["attn"])
+    layer = jax.tree.map(lambda x: x[1] + 0.1 * tokens(*x[1].shape), layers)
     x = tokens(2, 24, 16)
     module = attention.make_attention(config, dtype=jnp.float32, parent=None)
     out = jax.jit(module.apply, static_argnums=2)({"params": layer}, x, (4, 6))
