@@ -225,6 +225,31 @@ def test_only_what_a_finished_run_lacks_is_drawn_and_no_parameter_changes(first_
     assert again["asked"]["step"] == 3
 
 
+def test_resuming_equals_the_run_that_was_not_interrupted(folder):
+    """Two steps, then the same command with five steps.
+
+    Parameters, EMA and every metric are those of five steps at once.
+    """
+    assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
+    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
+    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(folder / "parts"),
+        final_params(folder / "whole"),
+    )
+
+    def losses(name):
+        terms = ("loss", "mse", "vb", "kd_noise", "kd_variance", "grad_norm")
+        return [
+            [line["step"], *(line[f"train/{term}"] for term in terms)]
+            for line in read_lines(folder / name)
+        ]
+
+    assert [line[0] for line in losses("parts")] == [1, 2, 3, 4, 5]
+    assert losses("parts") == losses("whole")
+
+
 def test_another_model_in_the_same_workdir_is_refused_and_changes_nothing(
     first_run, folder, monkeypatch
 ):
