@@ -185,15 +185,15 @@ def _check_implementations(config: ConfigDict, model: Architecture) -> None:
 
 def _process(config: ConfigDict, model: Architecture) -> Process:
     """That of what the model predicts."""
-    # What each says that changes nothing.
-    weights = {"min_snr_gamma": 0.0, "vb_weight": 1.0}
+    weights = {name: config.train[name] for name in ("min_snr_gamma", "vb_weight")}
     if PROCESSES[model.prediction] is GaussianDiffusion:
         with naming("train"):
-            return GaussianDiffusion(**{name: config.train[name] for name in weights})
-    for name, neutral in weights.items():
-        if config.train[name] != neutral:
+            return GaussianDiffusion(**weights)
+    for name, weight in weights.items():
+        neutral = getattr(GaussianDiffusion, name)  # its default
+        if weight != neutral:
             raise ValueError(
-                f"train.{name} = {config.train[name]:g} weighs the loss of a predicted noise, but "
+                f"train.{name} = {weight:g} weighs the loss of a predicted noise, but "
                 f"model.prediction = {model.prediction}; set it to {neutral:g}"
             )
     return PROCESSES[model.prediction]()

@@ -78,6 +78,7 @@ def init_params(model: Model, rng: jax.Array) -> Any:
 
 def param_shapes(config: Architecture) -> Any:
     """The tree of parameters as ShapeDtypeStructs; nothing is computed. `num_heads` is known."""
+    # A tree of the caller's own, which it may change.
     return jax.tree.map(lambda leaf: leaf, _traced_shapes(config))
 
 

@@ -163,7 +163,14 @@ def test_the_tasks_are_drawn_by_their_shares():
     )
     # Two words: a digit, or a count; 3: a colour; 5 and 7: two digits. Five deviations each.
     assert abs(tasks["position"] - 180) < 56
-    # Half of them name colours: "a red two left of a blue nine".
+    assert abs(tasks[2] - 120) < 49 and abs(tasks[3] - 60) < 37
+    assert abs(tasks[5] - 60) < 37 and abs(tasks[7] - 180) < 56
+
+
+def test_half_the_captions_of_places_name_colours_and_no_prompt_does():
+    scenes = digit_scenes.Scenes("train")
+    words = [str(scenes[i]["captions"][0]) for i in range(600)]
+    # "a red two left of a blue nine" has 8 words. 45 of each are expected: five deviations.
     coloured = [text for text in words if " of a" in text and len(text.split()) == 8]
     plain = [text for text in words if " of a" in text and len(text.split()) == 6]
     assert abs(len(coloured) - 45) < 33 and abs(len(plain) - 45) < 33
@@ -172,8 +179,6 @@ def test_the_tasks_are_drawn_by_their_shares():
         for i in range(100)
     )
     assert not any(scene.relation and scene.items[0][1] for scene in digit_scenes.prompts())
-    assert abs(tasks[2] - 120) < 49 and abs(tasks[3] - 60) < 37
-    assert abs(tasks[5] - 60) < 37 and abs(tasks[7] - 180) < 56
 
 
 def test_no_digit_is_trained_and_tested_with():
