@@ -96,11 +96,29 @@ def read_ptxas(ptx: str) -> dict:
     }
 
 
+def cut_swizzles(mlir: str) -> list[str]:
+    """Slices of a swizzled tile that start within its pattern of eight rows.
+
+    Mosaic counts the swizzle of a slice from the slice's start, a copy that of the tile from the
+    tile's: such a slice is read in the wrong order, which no interpreter shows.
+    """
+    pattern = r"memref\.subview %\S+?\[([^]]*)\] \[([^]]*)\] .*?(in_transforms = .*?\]\])"
+    slices = re.findall(pattern, mlir)
+    found = []
+    for offsets, sizes, transforms in slices:
+        row = offsets.split(", ")[-2]
+        # The start of a slice that is a row of tiles is a variable; all others are numbers.
+        if "swizzle" in transforms and not (row.isdigit() and int(row) % 8 == 0):
+            found.append(f"[{offsets}] of [{sizes}]")
+    return found
+
+
 def main(folder: str) -> None:
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "MOSAIC_GPU_DUMP_TO": folder,
         "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_MLIR_PASSES": "1",
         "PATH": os.path.dirname(find_ptxas()) + os.pathsep + os.environ["PATH"],
     }
     os.environ.pop("XLA_FLAGS", None)
@@ -111,6 +129,9 @@ def main(folder: str) -> None:
         re.sub(r"_\d+$", "", pathlib.Path(ptx).stem): read_ptxas(ptx)
         for ptx in glob.glob(os.path.join(folder, "*.ptx"))
     }
+    for mlir in glob.glob(os.path.join(folder, "*.after_layout_inference.txt")):
+        name = re.sub(r"_\d+\.after_layout_inference$", "", pathlib.Path(mlir).stem)
+        kernels[name]["cut_swizzles"] = cut_swizzles(pathlib.Path(mlir).read_text())
     found = {
         "kernels": kernels,
         "launches": compiled.as_text().count('custom_call_target="mosaic_gpu'),

@@ -29,6 +29,27 @@ def depthwise_conv(
 @jax.custom_vjp
 def _convolve(image, kernel):
     """(B, h, w, D) by (K, K, D), both float32, to (B, h, w, D)."""
+    # With its gradients cuDNN's takes an H100 less than half the time that windows take.
+    return jax.lax.platform_dependent(image, kernel, cuda=by_cudnn, default=_by_windows)
+
+
+def _forward(image, kernel):
+    return _convolve(image, kernel), (image, kernel)
+
+
+def _backward(saved, cotangent):
+    return jax.lax.platform_dependent(
+        *saved, cotangent, cuda=gradients_by_cudnn, default=_gradients_by_windows
+    )
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+# ---- As shifted windows --------------------------------------------------------------------------
+
+
+def _by_windows(image, kernel):
     taps = kernel[:, :, None, None, None]  # (K, K, 1, 1, 1, D)
     windows = _windows(image, len(kernel))
     return sum(window * taps[place] for place, window in windows.items())
@@ -46,17 +67,34 @@ def _windows(image, K):
     }  # fmt: skip
 
 
-def _forward(image, kernel):
-    return _convolve(image, kernel), (image, kernel)
-
-
-def _backward(saved, cotangent):
-    image, kernel = saved
+def _gradients_by_windows(image, kernel, cotangent):
     # JAX's own rule adds K * K padded images, which XLA's CPU does ten times as slowly.
-    dimage = _convolve(cotangent, kernel[::-1, ::-1])
+    dimage = _by_windows(cotangent, kernel[::-1, ::-1])
     windows = _windows(image, len(kernel))
     sums = [jnp.sum(window * cotangent, axis=(0, 1, 2)) for window in windows.values()]
     return dimage, jnp.stack(sums).reshape(kernel.shape)
 
 
-_convolve.defvjp(_forward, _backward)
+# ---- By the GPU's library ------------------------------------------------------------------------
+
+
+def by_cudnn(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B, h, w, D) by (K, K, D), both float32, to (B, h, w, D)."""
+    return jax.lax.conv_general_dilated(
+        image,
+        kernel[:, :, None],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=image.shape[-1],
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def gradients_by_cudnn(
+    image: jax.Array, kernel: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of image and kernel for a cotangent (B, h, w, D)."""
+    _, vjp = jax.vjp(by_cudnn, image, kernel)
+    return vjp(cotangent)

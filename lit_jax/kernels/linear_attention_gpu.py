@@ -46,6 +46,10 @@ WGMMA = plgpu.Layout.WGMMA
 # 64 bytes and not 128: slices of 96 columns divide by 32, not by 64.
 TILED = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
 TILED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+# A convolution's window starts at any column. In a swizzled tile, which Mosaic would choose by
+# itself, it would have to start at a multiple of eight: Mosaic counts the swizzle from the start of
+# a slice, the copy counts it from the start of the memory, and neither says a word.
+HALO = (plgpu.TilingTransform((1, 32)),)
 # 8 columns of the grid x 32 channels on a warpgroup. A lane has the same two
 # channels everywhere, so that their taps stay in its registers.
 IMAGE = plgpu.Layout.TILED(
@@ -376,7 +380,7 @@ def _patches(operands, out_type, plan: Plan, *, normalise):
         plgpu.SMEM((PATCH_WARPGROUPS, ROWS, plan.slice), jnp.float32, transforms=TILED_FLOAT32),
     ]
     if taps is not None:
-        scratch.append(plgpu.SMEM((*plan.tile, plan.slice), dtype))
+        scratch.append(plgpu.SMEM((*plan.tile, plan.slice), dtype, transforms=HALO))
     scratch.append(
         (
             plgpu.Barrier(num_arrivals=1 + normalise),
@@ -488,9 +492,18 @@ def _patch_kernel(left_ref, state_ref, *refs, plan: Plan, normalise):
             product = product * _by_row(1 / denominator, product.shape)
         products[warpgroup] = product
 
+    # The first warpgroup multiplies while the others convolve, and the other way round: a
+    # product waits for memory and tensor cores, a convolution is all instructions.
+    @pl.when(warpgroup > 0)
+    def _ahead():
+        attend(0)
+
     @pl.loop(0, steps)
     def _step(step):
-        attend(step)
+        @pl.when(warpgroup == 0)
+        def _product():
+            attend(step)
+
         if has_conv:
             plgpu.barrier_wait(image_full)
         y, x = corner(step)
@@ -515,11 +528,17 @@ def _patch_kernel(left_ref, state_ref, *refs, plan: Plan, normalise):
                 # Straight to memory: a warp writes whole sectors of 64 bytes.
                 plgpu.store(out, value.astype(out_ref.dtype), optimized=False)
 
-        # Both warpgroups read rows of the one tile: it is replaced when both are through.
         if has_conv:
             # Orders these reads before the copy's writes, which go another way.
             plgpu.commit_smem()
             plgpu.barrier_arrive(done)
+
+        @pl.when((warpgroup > 0) & (step + 1 < steps))
+        def _next_product():
+            attend(step + 1)
+
+        # Both warpgroups read rows of the one tile: it is replaced when both are through.
+        if has_conv:
             plgpu.barrier_wait(done)
 
             @pl.when((warpgroup == 0) & (step + 1 < steps))
@@ -710,11 +729,12 @@ def _filter_gradient(kv, do, plan: Plan):
         [jax.ShapeDtypeStruct(shape, jnp.float32)],
         plan=plan,
         scratch_types=(
-            plgpu.SMEM((2, *plan.tile, CHUNK), do.dtype),
+            plgpu.SMEM((2, *plan.tile, CHUNK), do.dtype, transforms=HALO),
             plgpu.SMEM((2, *PATCH, CHUNK), do.dtype),
             (
                 plgpu.Barrier(num_arrivals=2, num_barriers=2),
                 plgpu.Barrier(num_arrivals=PATCH_WARPGROUPS, num_barriers=2),
+                plgpu.Barrier(num_barriers=PATCH_WARPGROUPS - 1),
             ),
         ),
         grid=(plan.filter_chunks, D // CHUNK),
@@ -728,7 +748,7 @@ def _filter_gradient(kv, do, plan: Plan):
 
 def _filter_kernel(kv_ref, do_ref, out_ref, image_tiles, do_tiles, barriers, *, plan: Plan):
     """The sums of some channels over some patches of all images."""
-    full, read = barriers
+    full, read, turn = barriers
     channel = lax.axis_index("channels") * CHUNK
     chunk = lax.axis_index("chunk")
     warpgroup = lax.axis_index("warpgroup")
@@ -789,6 +809,16 @@ def _filter_kernel(kv_ref, do_ref, out_ref, image_tiles, do_tiles, barriers, *, 
     zero = plgpu.layout_cast(jnp.zeros((8, CHUNK), jnp.float32), IMAGE)
     # In registers through all patches; summed over the warpgroup once, at the end.
     sums = lax.fori_loop(0, steps, add, (zero,) * (K * K + 1))
+
+    # One warpgroup after the other: Mosaic adds over warps in a scratch that all of them share.
+    @pl.when(warpgroup > 0)
+    def _wait_for_turn():
+        plgpu.barrier_wait(turn.at[warpgroup - 1])
+
     for i, value in enumerate(sums):
         out = out_ref.at[chunk, warpgroup, i, pl.ds(channel, CHUNK)]
         plgpu.store(out, jnp.sum(value, axis=0), optimized=False)
+
+    @pl.when(warpgroup + 1 < PATCH_WARPGROUPS)
+    def _give_turn():
+        plgpu.barrier_arrive(turn.at[warpgroup])

@@ -1,7 +1,8 @@
 """The GPU kernels against a float64 oracle, interpreted, and compiled for an H100 without one.
 
 Mosaic GPU's interpreter runs barriers, copies and products on a CPU, and finds races. It takes no
-notice of layouts, so what it accepts may not compile: the second part compiles.
+notice of layouts, so what it accepts may not compile: the second part compiles. On a GPU itself
+`python tests/on_gpu.py` compares the kernels with the same oracle.
 """
 
 import importlib.util
@@ -97,7 +98,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs the CUDA compiler of jax[cuda13]")
-def test_kernels_compile_for_an_h100_without_spills_or_serialised_products(compiled):
+def test_kernels_compile_for_an_h100_without_spills_serialised_products_or_cut_swizzles(compiled):
     assert sorted(compiled["kernels"]) == [
         f"linear_attention_{name}"
         for name in ("dfilter", "dk", "dq", "dstate", "dv", "out", "state")
@@ -105,6 +106,7 @@ def test_kernels_compile_for_an_h100_without_spills_or_serialised_products(compi
     for name, kernel in compiled["kernels"].items():
         assert kernel["spilled_bytes"] == 0, name
         assert kernel["warnings"] == [], name
+        assert kernel["cut_swizzles"] == [], name
         assert kernel["registers"] * kernel["threads"] <= 65536, name
     assert compiled["launches"] == 7
     # The state and the sums of the filter's gradient: nothing else is set aside.

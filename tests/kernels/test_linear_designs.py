@@ -10,7 +10,7 @@ import pytest
 from oracles import assert_close
 
 from lit_jax.kernels import dit5, linear_attention, mala, mhla
-from lit_jax.kernels.depthwise import depthwise_conv
+from lit_jax.kernels.depthwise import by_cudnn, depthwise_conv, gradients_by_cudnn
 
 EPSILON = 1e-6
 
@@ -211,3 +211,26 @@ def test_the_gradients_of_the_convolution_are_those_of_its_definition():
     expected = (dx.reshape(2, h * w, 3), dkernel, do.sum(axis=(0, 1, 2)))
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, reduction=2 * h * w)
+
+
+def test_what_a_gpu_convolves_by_is_the_same_convolution():
+    """A CPU never takes this form by itself, but can."""
+    image, do = (tokens(2, *GRID, 3, seed=seed) for seed in (0, 1))
+    kernel = tokens(5, 5, 3, seed=2)
+
+    @jax.jit
+    def on_a_gpu(image, kernel, do):
+        return by_cudnn(image, kernel), *gradients_by_cudnn(image, kernel, do)
+
+    @jax.jit
+    def on_a_cpu(image, kernel, do):
+        def convolve(image, kernel):
+            rows = image.reshape(2, -1, 3)
+            return depthwise_conv(rows, kernel, jnp.zeros(3), GRID).reshape(image.shape)
+
+        out, vjp = jax.vjp(convolve, image, kernel)
+        return out, *vjp(do)
+
+    arrays = (image, kernel, do)
+    for ours, theirs in zip(on_a_gpu(*arrays), on_a_cpu(*arrays), strict=True):
+        assert_close(ours, np.float64(theirs), reduction=image[..., 0].size)
