@@ -238,7 +238,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     # The config is a program, which can raise anything.
     except Exception as error:
         kind = "" if isinstance(error, plain) else f"{type(error).__name__}: "
-        sys.exit(f"error: {kind}{_one_line(error)}{_config_of(argv)}")
+        text = _one_line(error)
+        sys.exit(f"error: {_override_of(argv, text)}{kind}{text}{_config_of(argv)}")
 
 
 def _one_line(error: BaseException) -> str:
@@ -249,6 +250,16 @@ def _one_line(error: BaseException) -> str:
     quoted = isinstance(error, KeyError) and error.args
     text = error.args[0] if quoted else error
     return " ".join(str(text).split())
+
+
+def _override_of(argv: list[str], error: str) -> str:
+    """The override that an error is about, which itself names the last part of the field alone."""
+    for text in argv:
+        field = text.partition("=")[0]
+        names = field.removeprefix("--config.").split(".")
+        if field.startswith("--config.") and any(f"'{name}'" in error for name in names):
+            return f"{field}: "
+    return ""
 
 
 def _config_of(argv: list[str]) -> str:

@@ -102,8 +102,14 @@ def test_compiled_programs_have_a_place_unless_it_is_empty(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--config=configs/debug.py", "--config.train.batchsize=8"], ["batchsize"]),
-        (["--config=configs/debug.py", "--config.trian.batch_size=8"], ["trian"]),
+        (
+            ["--config=configs/debug.py", "--config.trian.batch_size=8"],
+            ["--config.trian.batch_size"],
+        ),
+        (
+            ["--config=configs/debug.py", "--config.train.batchsize=8"],
+            ["--config.train.batchsize: ", "batch_size"],
+        ),
         (
             ["--config=configs/debug.py", "--config.train.batch_size=many"],
             ["train.batch_size", "many"],
