@@ -205,9 +205,9 @@ def get_config() -> ConfigDict:
             batch_size=256,  # images a step, over all devices
             steps=400_000,  # in total: a resumed run counts from its first start
             label_dropout=0.1,  # share of labels replaced by the null class
-            # Min-SNR (Hang et al. 2023): where the signal-to-noise ratio is above it, mse counts
-            # gamma / ratio. 5 in the paper; a small one teaches what a picture holds before its
-            # edges. 0: all timesteps count alike, as in DiT.
+            # Min-SNR (Hang et al. 2023): where the signal-to-noise ratio is above it, mse and
+            # kd_noise count gamma / ratio. 5 in the paper; a small one teaches what a picture holds
+            # before its edges. 0: all timesteps count alike, as in DiT.
             min_snr_gamma=0.0,
             # Of the variational bound, which trains the predicted variance, beside mse. With a
             # small gamma the bound would be most of the loss.

@@ -39,9 +39,11 @@ def stages(name: str) -> dict[str, dict[str, Any]]:
     }
     convolution = scratch | {"model.conv_size": config.model.conv_size}
     few_heads = convolution | {"model.num_heads": config.model.num_heads}
-    inherited = few_heads | {"student.init": teacher}
+    # All but attention, whatever the config's own recipe is; and its losses beside the teacher's.
+    inherited = few_heads | {"student.init": teacher, "inherit.load": ("auto",)}
     noise = inherited | {
         "teacher.checkpoint": teacher,
+        "distill.denoising_weight": 1.0,
         "distill.noise_weight": config.distill.noise_weight,
         "distill.variance_weight": 0.0,
     }

@@ -106,7 +106,7 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def loss_weight(self) -> np.ndarray:
-        """Of the simple loss, in (0, 1]; see `min_snr_gamma`."""
+        """Of the noise's error at each timestep, (S,) in (0, 1]; see `min_snr_gamma`."""
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         return np.minimum(snr, self.min_snr_gamma or np.inf) / snr
 

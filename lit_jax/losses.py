@@ -5,7 +5,7 @@ Each term is per sample and unweighted: {name: (B,)}. The train step weighs and 
 
 import jax
 
-from lit_jax.diffusion import GaussianDiffusion, Process, mean_square
+from lit_jax.diffusion import GaussianDiffusion, Process, at, mean_square
 
 VARIANCE_TARGETS = ("raw", "log_variance")
 
@@ -20,6 +20,8 @@ def distillation_terms(
     variance_target: str = "raw",
 ) -> dict[str, jax.Array]:
     """Mean squared distance of the student to its teacher, for each part of an output.
+
+    That of the noise counts at each timestep as the error of the noise does (Min-SNR).
 
     Args:
       student_output, teacher_output: (B, h, w, C or 2C) on the same x_t, t and condition. The
@@ -44,4 +46,7 @@ def distillation_terms(
     if isinstance(process, GaussianDiffusion) and has_variance and variance_target != "raw":
         for parts in (student, teacher):
             parts["variance"] = process.log_variance(parts["variance"], t)
-    return {f"kd_{name}": mean_square(student[name] - teacher[name]) for name in student}
+    terms = {f"kd_{name}": mean_square(student[name] - teacher[name]) for name in student}
+    if isinstance(process, GaussianDiffusion) and process.min_snr_gamma:
+        terms["kd_noise"] *= at(process.loss_weight, t)[:, 0, 0, 0]
+    return terms

@@ -90,6 +90,20 @@ def test_distillation_matches_the_oracle(batch):
     assert_close(terms["kd_variance"], square[..., C:].mean(axis=(1, 2, 3)), reduction=96)
 
 
+def test_min_snr_weighs_the_distilled_noise_as_the_error_of_the_noise(batch):
+    x_start, x_t, noise, student, teacher = batch
+    gamma = 0.05
+    process = diffusion.GaussianDiffusion(min_snr_gamma=gamma)
+    plain = losses.distillation_terms(PROCESS, student, teacher, T, in_channels=C)
+    terms = losses.distillation_terms(process, student, teacher, T, in_channels=C)
+    snr = ALPHAS_CUMPROD[T] / (1 - ALPHAS_CUMPROD[T])
+    weights = np.minimum(snr, gamma) / snr
+    assert weights[-1] == 1 and weights[0] < 1e-5
+    # Tables and products are float32.
+    np.testing.assert_allclose(terms["kd_noise"], plain["kd_noise"] * weights, rtol=1e-6)
+    np.testing.assert_array_equal(terms["kd_variance"], plain["kd_variance"])
+
+
 def test_log_variance_target_matches_the_oracle(batch):
     *_, student, teacher = batch
     terms = losses.distillation_terms(
