@@ -99,7 +99,7 @@ def test_the_seed_and_the_label_change_the_image(sampler, images):
     labels = random_labels(index)
     other = sampler(PARAMS, index, {"label": (labels["label"] + 1) % 5})
     assert (np.abs(other - images[:8]).max(axis=(1, 2, 3)) > 1e-3).all()
-    reseeded = make_sampler(seed=1)
+    reseeded = sampler.with_seed(1)
     assert (np.abs(reseeded(PARAMS, index, labels) - images[:8]).max(axis=(1, 2, 3)) > 0.1).all()
 
 
@@ -130,11 +130,10 @@ def test_a_program_is_noticed():
 @pytest.mark.parametrize(
     "change", [{"cfg_scale": 4.0}, {"cfg_scale": 4.0, "cfg_interval": (300.0, 800.0)}, {"seed": 3}]
 )
-def test_guidance_and_seed_are_arguments_of_the_program(images, change):
+def test_guidance_and_seed_are_arguments_of_the_program(sampler, images, change):
     """Changed after the first batch they compile nothing, and give what a new sampler gives."""
     index = np.arange(8)
     labels = random_labels(index)
-    sampler = make_sampler()
     np.testing.assert_array_equal(sampler(PARAMS, index, labels), images[:8])
     other = sampler.with_seed(3) if "seed" in change else sampler.with_guidance(**change)
     with programs() as compiled:

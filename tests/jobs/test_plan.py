@@ -255,7 +255,7 @@ def test_a_sampler_in_int8_is_planned_with_its_own_weights(kind):
     """Lowered and compiled for the slice: int8 is what it holds, and what it multiplies."""
     pytest.importorskip("qwix", reason="low precision needs qwix")
     config = tiny_config(fsdp=4)
-    config.model.depth = 2
+    config.model.update(depth=2, implementation="xla")
     config.sample.quantize = kind
     planner = plan.Planner(config, topology_devices("v5e:2x4"))
     lowered = planner.lower("sample", 8)
@@ -359,6 +359,8 @@ def test_a_plan_comes_before_the_weights():
 def test_cores_that_are_devices_are_not_counted_as_chips():
     config = tiny_config(fsdp=8)
     config.plan.topology = "tpu7x:2x2x1"
+    config.model.update(depth=2, width=64, implementation="xla")
+    config.sample.cfg_scale = 1.0
     planner = plan.Planner(config, topology_devices("tpu7x:2x2x1"))
     assert "tpu7x:2x2x1, 4 chips of 2 cores, each of them a device of JAX, " in planner.heading()
     estimate = planner.estimate("sample", 8)
@@ -421,7 +423,7 @@ def test_the_program_does_not_grow_with_the_depth():
     lines = []
     for depth in (2, 8):
         config = tiny_config(fsdp=4)
-        config.model.update(depth=depth, width=64)
+        config.model.update(depth=depth, width=64, implementation="xla")
         planner = plan.Planner(config, topology_devices("v5e:2x4"))
         lines.append(len(planner.lower("distill", 64).as_text().splitlines()))
     assert lines[0] == lines[1]
