@@ -346,6 +346,7 @@ def test_a_head_whose_state_vmem_does_not_hold_is_refused_by_name():
         ("v6e:2x2", 256, 1, (16, 16), 5, "bfloat16", "forward"),  # L's heads, of whole tiles
         ("v6e:2x2", 128, 2, (12, 20), 7, "bfloat16", "backward"),  # heads of 64
         ("v5p:2x2x1", 192, 1, (2, 24), 3, "float32", "backward"),  # a head of several tiles
+        ("v4:2x2x1", 1152, 4, (16, 16), 5, "bfloat16", "backward"),  # XL: 16 MiB are near
     ],
 )
 def test_the_tpu_compiler_takes_the_kernel(topology, width, num_heads, grid, K, dtype, name):
