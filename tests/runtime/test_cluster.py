@@ -28,10 +28,8 @@ WIDE = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = lives.Server(tmp_path_factory.mktemp("processes"))
-    yield server
-    server.close()
+def server(forker, tmp_path_factory):
+    return lives.Server(forker, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
