@@ -29,7 +29,6 @@ SMALL = {
     "data.split": "'train[:500]'",
     "optimizer.warmup": 1,
     "train.batch_size": 8,
-    "train.remat": "none",
     "sample.steps": 4,
     "sample.batch_size": 10,
 }
