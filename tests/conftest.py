@@ -64,6 +64,16 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def forker():
+    """The process of tests/lives.py, whose start takes as long as two lives."""
+    import lives
+
+    forker = lives.Forker()
+    yield forker
+    forker.close()
+
+
 # ---- Marks. `python -m pytest -m fast -n 2` is for every change; all tests are for a commit.
 
 # The files that carry the mark: a change that breaks the main job should break one of them.

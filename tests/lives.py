@@ -17,12 +17,15 @@ import sys
 import time
 
 import compiler
+import jax
+import jax.numpy as jnp
 from tiny_dataset import put_digits
 
 from configs import debug
 from lit_jax import checkpoint, main, models
 from lit_jax.data import pipeline
 from lit_jax.experiment import Experiment
+from lit_jax.train_step import make_optimizer, state_shapes
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 # One layer of softmax attention, nothing computed twice: these tests are about what surrounds the
@@ -45,22 +48,17 @@ TINY = (
 WIDTH = 128
 
 
-class Server:
-    """Forks lives.
+class Forker:
+    """The process that forks lives: one for all files of tests that a worker runs."""
 
-    `start` gives the process id and `wait` its exit status, where a negative one is the signal that
-    killed it.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        put_digits(folder / "data")
+    def __init__(self):
         environ = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
             XLA_FLAGS=compiler.XLA_FLAGS,  # without the suite's eight devices
             OMP_NUM_THREADS="1",
-            JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
+            # Of lives alone: the suite's other programs have keys of another kind, see `serve`.
+            JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(os.environ["SESSION_FILES"]) / "compiled"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             JAX_SHARE_BINARY_BETWEEN_HOSTS="1",  # process 0 compiles for all processes of its run
         )
@@ -72,12 +70,30 @@ class Server:
             cwd=REPOSITORY,
             env=environ | {"PYTHONPATH": str(REPOSITORY)},
         )
-        self._count = 0
 
-    def _ask(self, **request):
+    def ask(self, **request):
+        """`argv` and more start a life: its process id. `wait` for an id: its exit status."""
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Server:
+    """Starts lives, whose data and workdirs are in a folder.
+
+    `start` gives a life and `wait` its exit status, where a negative one is the signal that killed
+    it.
+    """
+
+    def __init__(self, forker: Forker, folder: pathlib.Path):
+        self._forker = forker
+        self.folder = folder
+        put_digits(folder / "data")
+        self._count = 0
 
     def start(
         self,
@@ -106,7 +122,7 @@ class Server:
             f"--config.data.dir={self.folder / 'data'}",
             *(text for text in overrides if text not in named),
         ]
-        pid = self._ask(
+        pid = self._forker.ask(
             argv=argv,
             log=str(log),
             ids=str(log.with_suffix(".ids")),
@@ -118,7 +134,7 @@ class Server:
         return Life(self, pid, log)
 
     def wait(self, pid: int) -> int:
-        return self._ask(wait=pid)
+        return self._forker.ask(wait=pid)
 
     def run(self, workdir: pathlib.Path, *overrides: str) -> "Life":
         """A life that ends by itself, and well."""
@@ -153,10 +169,6 @@ class Server:
             )
             for i in range(present or count)
         ]
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
 
 
 class Life:
@@ -243,6 +255,29 @@ def lag(seconds: float) -> None:
     checkpoint.Checkpointer.wait = wait_late
 
 
+def trace_step(experiment: Experiment) -> None:
+    """Traces what a step without a teacher is made of, and the fingerprints of its state."""
+    model, process = experiment.model, experiment.process
+    optimizer = make_optimizer(experiment.optimizer_settings)
+
+    def step(state, x, t, condition, drop):
+        def loss(params):
+            noise = jax.random.normal(jax.random.key(0), x.shape)
+            x_t = process.perturb(x, t, noise)
+            output = model.apply({"params": params}, x_t, t, condition, drop)
+            terms = process.loss(output, x, x_t, t, noise)
+            return sum(term.mean() for term in terms.values())
+
+        return optimizer.update(jax.grad(loss)(state.params), state.opt_state, state.params)
+
+    state = state_shapes(model, optimizer)
+    x = jax.ShapeDtypeStruct((8, 28, 28, 1), jnp.float32)
+    number = jax.ShapeDtypeStruct((8,), jnp.int32)
+    drop = jax.ShapeDtypeStruct((8,), jnp.bool)
+    jax.eval_shape(step, state, x, number, {"label": number}, drop)
+    jax.eval_shape(checkpoint._fingerprints, state.items())
+
+
 def serve() -> None:
     # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
     # loads where it can, for nothing that a life asks of it.
@@ -261,9 +296,11 @@ def serve() -> None:
     figure.subplots().set(title="loss", xlabel="step", yscale="log")
     figure.savefig(io.BytesIO(), dpi=110)
     config = debug.get_config()
-    for width in (config.model.width, WIDTH):
-        config.model.update(attention="softmax", depth=1, width=width)
-        models.param_shapes(Experiment(config).model_config)
+    for width in (WIDTH, config.model.width):
+        config.model.update(attention="softmax", depth=1, width=width, implementation="xla")
+        experiment = Experiment(config)
+        models.param_shapes(experiment.model_config)
+    trace_step(experiment)
     assert not xla_bridge.backends_are_initialized()
 
     # On a CPU the key of a compiled program says by which process it is used. So every process but

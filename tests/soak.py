@@ -21,7 +21,8 @@ import lives
 def soak(kills: int, seed: int) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak_"))
     os.environ["SESSION_FILES"] = str(folder)
-    server, draw = lives.Server(folder), random.Random(seed)
+    forker, draw = lives.Forker(), random.Random(seed)
+    server = lives.Server(forker, folder)
     steps = 6 * kills
     rhythm = (
         f"--config.train.steps={steps}",
@@ -53,7 +54,7 @@ def soak(kills: int, seed: int) -> None:
     assert lives.fingerprints(workdir, steps) == lives.fingerprints(expected, steps), (
         "other parameters"
     )
-    server.close()
+    forker.close()
     sys.stdout.write(
         f"\n{kills} kills (seed {seed}), {during_save} of them in a save, the last life went on "
         f"from step {life.first_step()} of {steps}: same ids, losses, parameters, EMA and "

@@ -17,7 +17,7 @@ def shrink(config):
     """A model that draws 180 pictures in a second."""
     config.model.update(depth=1, width=16, num_heads=2, cross_heads=2, caption_channels=12)
     config.mesh.cpu_devices = 0
-    config.train.update(batch_size=8, steps=2, preview_every=2, preview_images=8)
+    config.train.update(batch_size=8, steps=2, preview_every=2, preview_images=8, remat="none")
     config.optimizer.warmup = 1
     config.sample.update(steps=2, batch_size=64)
     return config

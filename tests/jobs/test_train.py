@@ -35,7 +35,7 @@ QUIET = [
     "--config.report.num_images=0",
     "--config.optimizer.schedule=constant",
 ]
-# One step without a teacher, which compiles soonest.
+# One step without a teacher, which compiles soonest; all that add no more than steps share it.
 PLAIN = [
     *QUIET,
     "--config.student.init=random",
@@ -43,6 +43,7 @@ PLAIN = [
     "--config.teacher.checkpoint=",
     "--config.train.steps=1",
     "--config.optimizer.warmup=0",
+    "--config.ema.warmup=False",
 ]
 
 
@@ -226,13 +227,16 @@ def test_only_what_a_finished_run_lacks_is_drawn_and_no_parameter_changes(first_
 
 
 def test_resuming_equals_the_run_that_was_not_interrupted(folder):
-    """Two steps, then the same command with five steps.
+    """Five steps, and the same from the second one's checkpoint on.
 
-    Parameters, EMA and every metric are those of five steps at once.
+    Parameters, EMA and every metric are the same.
     """
-    assert run_debug(folder, *QUIET, "--config.train.steps=2", workdir="parts") is None
-    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="parts") is None
-    assert run_debug(folder, *QUIET, "--config.train.steps=5", workdir="whole") is None
+    run = (*QUIET, "--config.train.steps=5", "--config.checkpoint.every=2")
+    assert run_debug(folder, *run, "--config.checkpoint.keep=3", workdir="whole") is None
+    shutil.copytree(folder / "whole", folder / "parts")
+    for step in (4, 5):
+        shutil.rmtree(folder / "parts" / "checkpoints" / str(step))
+    assert run_debug(folder, *run, workdir="parts") is None
     jax.tree.map(
         np.testing.assert_array_equal,
         final_params(folder / "parts"),
@@ -272,7 +276,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_came_before(folder):
     """
     error = run_debug(
         folder,
-        *QUIET,
+        *PLAIN,
         "--config.optimizer.learning_rate=1e30",
         "--config.optimizer.clip_norm=0.0",
         "--config.train.steps=99",
@@ -352,19 +356,7 @@ def test_the_teacher_is_split_over_the_devices_and_kept_in_its_dtype(tmp_path):
 
 
 def test_plain_training_needs_no_teacher(folder, caplog):
-    assert (
-        run_debug(
-            folder,
-            *QUIET,
-            "--config.teacher.checkpoint=",
-            "--config.student.init=random",
-            "--config.model.attention=softmax",
-            "--config.train.steps=2",
-            "--config.ema.warmup=False",
-            workdir="plain",
-        )
-        is None
-    )
+    assert run_debug(folder, *PLAIN, "--config.train.steps=2", workdir="plain") is None
     assert not (folder / "plain" / "inheritance.json").exists()
     # 0.98 ** 2 is 0.96.
     assert "ema.decay = 0.98 leaves 96 % of the first parameters in the EMA" in caplog.text
@@ -618,15 +610,15 @@ def after_too_little_memory(folder):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(train.StepPrograms, "compile", lambda self, batch: too_much)
-        error = run_debug(folder, *PLAIN, workdir="smaller")
-    smaller = [*PLAIN, "--config.train.batch_size=8"]
-    return error, run_debug(folder, *smaller, workdir="smaller"), smaller
+        larger = [*PLAIN, "--config.train.batch_size=32"]
+        error = run_debug(folder, *larger, workdir="smaller")
+    return error, run_debug(folder, *PLAIN, workdir="smaller")
 
 
 def test_a_first_step_without_memory_is_one_line_and_its_workdir_can_be_used_again(
     folder, after_too_little_memory
 ):
-    error, status, _ = after_too_little_memory
+    error, status = after_too_little_memory
     assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
     assert error.endswith("a workdir that holds no checkpoint yet can be used again")
     assert status is None and [line["step"] for line in read_lines(folder / "smaller")] == [1]
@@ -636,7 +628,7 @@ def test_a_signal_while_the_report_is_drawn_is_answered(
     folder, after_too_little_memory, monkeypatch
 ):
     """The run is done, and the same command draws the report again, with another seed by force."""
-    arguments = [*after_too_little_memory[2], "--config.report.num_images=8"]
+    arguments = [*PLAIN, "--config.report.num_images=8"]
     arguments += ["--config.report.read_labels=False", "--config.seed=1"]
     error = run_debug(folder, *arguments, workdir="smaller")
     assert "seed was 0 and is now 1" in error

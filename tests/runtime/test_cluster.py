@@ -28,10 +28,8 @@ WIDE = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = lives.Server(tmp_path_factory.mktemp("processes"))
-    yield server
-    server.close()
+def server(forker, tmp_path_factory):
+    return lives.Server(forker, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -86,44 +84,33 @@ def test_four_processes_go_on_from_the_checkpoint_of_two(server, one_process, tw
 def test_when_one_is_killed_the_others_stop_and_say_so_and_a_restart_resumes_exactly(
     server, two_processes
 ):
+    """And SIGTERM to one of the restarted stops all at the same step."""
     workdir = server.folder / "killed"
-    run = (*WIDE, "--config.train.steps=6", "--config.mesh.fsdp=2")
-    first, second = server.run_together(workdir, 2, *run)
+    run = (*WIDE, "--config.mesh.fsdp=2", "--config.checkpoint.keep=1000")
+    first, second = server.run_together(workdir, 2, *run, "--config.train.steps=6")
     second.wait_for_batches(5)
     second.kill(signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
     assert first.wait() not in (0, 1)
     assert "process 1 is gone" in first.text() or "another task died" in first.text()
-    processes = server.run_together(workdir, 2, *run)
-    assert [life.wait() for life in processes] == [0, 0], "".join(life.text() for life in processes)
-    expected, _ = two_processes
-    assert {
-        now: metrics for now, metrics in lives.losses(expected).items() if now <= 6
-    } == lives.losses(workdir)
-    assert lives.fingerprints(workdir, 6) == lives.fingerprints(expected, 6)
-
-
-def test_sigterm_to_one_stops_all_at_the_same_step(server):
-    workdir = server.folder / "terminated"
-    processes = server.run_together(
-        workdir,
-        2,
-        *WIDE,
-        "--config.train.steps=1000",
-        "--config.mesh.fsdp=2",
-        "--config.checkpoint.every=1000000",
-        # Process 0, without which JAX aborts the others, is the first to be ready.
-        late={1: 2.0},
-    )
-    processes[0].wait_for_batches(3)
+    # Process 0, without which JAX aborts the others, is the first to be ready.
+    more = (*run, "--config.train.steps=1000")
+    processes = server.run_together(workdir, 2, *more, late={1: 2.0})
+    processes[0].wait_until(lambda: processes[0].first_step() + len(processes[0].ids()) > 6)
     processes[1].kill(signal.SIGTERM)
     assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(
-        p.text() for p in processes
+        life.text() for life in processes
     )
-    steps = {len(life.ids()) for life in processes}
-    assert len(steps) == 1 and [path.name for path in (workdir / "checkpoints").iterdir()] == [
-        str(steps.pop())
+    steps = {life.first_step() + len(life.ids()) for life in processes}
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert steps == {saved} and 6 < saved < 1000
+    expected, _ = two_processes
+    until_six = [
+        {now: metrics for now, metrics in lives.losses(folder).items() if now <= 6}
+        for folder in (expected, workdir)
     ]
+    assert until_six[0] == until_six[1] and len(until_six[0]) == 6
+    assert lives.fingerprints(workdir, 6) == lives.fingerprints(expected, 6)
 
 
 def test_ctrl_c_to_one_inside_a_preview_stops_all_in_it(server):
