@@ -1,4 +1,4 @@
-"""Text-to-image in small: a PixArt of digit scenes becomes a LiT in nine minutes on two CPU cores.
+"""Text-to-image in small: a PixArt of digit scenes becomes a LiT in ten minutes on two CPU cores.
 
     python -m lit_jax.main --config=configs/quickstart_t2i.py
 
