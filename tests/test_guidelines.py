@@ -31,9 +31,10 @@ def test_each_stage_adds_one_thing_to_the_one_before():
     assert added[1:] == [
         {"model.conv_size": 5},
         {"model.num_heads": 0},  # that of LiT-Ti: 2
-        {"student.init": teacher},
+        {"student.init": teacher, "inherit.load": ("auto",)},
         {
             "teacher.checkpoint": teacher,
+            "distill.denoising_weight": 1.0,
             "distill.noise_weight": 8.0,
             "distill.variance_weight": 0.0,
         },
