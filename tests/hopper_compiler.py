@@ -107,7 +107,7 @@ def cut_swizzles(mlir: str) -> list[str]:
     found = []
     for offsets, sizes, transforms in slices:
         row = offsets.split(", ")[-2]
-        # The start of a slice that is a row of tiles is a variable; all others are numbers.
+        # A start that is no number cannot be judged, and counts.
         if "swizzle" in transforms and not (row.isdigit() and int(row) % 8 == 0):
             found.append(f"[{offsets}] of [{sizes}]")
     return found

@@ -49,13 +49,12 @@ def both(implementation, num_heads, grid, do, *inputs):
 def whole_batch(B: int, side: int) -> bool:
     """Prints the errors of XL/2's kernels on a whole batch; returns whether they are small."""
     grid = (side, side)
-    arrays = make_inputs(B=B, num_heads=4, head_width=288, grid=grid, K=5, dtype="bfloat16")
-    *inputs, do = (jax.device_put(x) for x in arrays)
+    *inputs, do = make_inputs(B=B, num_heads=4, head_width=288, grid=grid, K=5, dtype="bfloat16")
     fused = jax.jit(functools.partial(both, "pallas_gpu", 4, grid))
     found = jax.device_get(fused(do, *inputs))
     again = jax.device_get(fused(do, *inputs))
     exact = jax.jit(functools.partial(both, "xla", 4, grid))
-    # Float32 operands mean float32 products. A part of the batch at a time fits beside them.
+    # Float32 operands mean float32 products.
     wanted = jax.device_get(exact(*(x.astype(jnp.float32) for x in (do, *inputs))))
     right = True
     for name, ours, twice, theirs in zip(NAMES, found, again, wanted):
