@@ -110,6 +110,10 @@ class GaussianDiffusion:
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         return np.minimum(snr, self.min_snr_gamma or np.inf) / snr
 
+    def weigh(self, error: jax.Array, t: jax.Array) -> jax.Array:
+        """A noise's mean squared errors (B,), times `loss_weight` at t (B,)."""
+        return error * at(self.loss_weight, t)[:, 0, 0, 0] if self.min_snr_gamma else error
+
     @functools.cached_property
     def _alphas_cumprod_prev(self) -> np.ndarray:
         return np.append(1.0, self.alphas_cumprod[:-1])
@@ -162,9 +166,7 @@ class GaussianDiffusion:
         C = x_start.shape[-1]
         parts = self.parts(output, C)
         # The simple loss of DDPM, equation 14, which weighs all timesteps alike.
-        terms = {"mse": mean_square(parts["noise"] - noise)}
-        if self.min_snr_gamma:
-            terms["mse"] *= at(self.loss_weight, t)[:, 0, 0, 0]
+        terms = {"mse": self.weigh(mean_square(parts["noise"] - noise), t)}
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
             bound = self._variational_bound(eps, parts["variance"], x_start, x_t, t)

@@ -5,7 +5,7 @@ Each term is per sample and unweighted: {name: (B,)}. The train step weighs and 
 
 import jax
 
-from lit_jax.diffusion import GaussianDiffusion, Process, at, mean_square
+from lit_jax.diffusion import GaussianDiffusion, Process, mean_square
 
 VARIANCE_TARGETS = ("raw", "log_variance")
 
@@ -47,6 +47,6 @@ def distillation_terms(
         for parts in (student, teacher):
             parts["variance"] = process.log_variance(parts["variance"], t)
     terms = {f"kd_{name}": mean_square(student[name] - teacher[name]) for name in student}
-    if isinstance(process, GaussianDiffusion) and process.min_snr_gamma:
-        terms["kd_noise"] *= at(process.loss_weight, t)[:, 0, 0, 0]
+    if isinstance(process, GaussianDiffusion):
+        terms["kd_noise"] = process.weigh(terms["kd_noise"], t)
     return terms

@@ -43,8 +43,9 @@ def _forward(image, kernel):
 
 
 def _backward(saved, cotangent):
+    image, kernel = saved
     gradients = gradients_by_cudnn if _on_gpu() else _gradients_by_windows
-    return gradients(*saved, cotangent)
+    return gradients(image, kernel, cotangent)
 
 
 _convolve.defvjp(_forward, _backward)
