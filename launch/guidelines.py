@@ -2,10 +2,12 @@
 
     python launch/guidelines.py --config=configs/quickstart.py
     python launch/guidelines.py --config=configs/quickstart_t2i.py
+    python launch/guidelines.py --results=docs/guidelines_runs.jsonl
 
 Each stage adds one thing to the stage before it, and is trained from several seeds for the same
-number of steps. Runs that are finished are kept: the same command goes on. The table is printed,
-and written with its picture into the folder of the runs.
+number of steps. Finished runs are lines of a file, --results, and are not run again: the same
+command goes on, here or elsewhere, and the last one prints the table of the documents. It is
+written with its picture into the folder of the runs, too.
 """
 
 import argparse
@@ -17,6 +19,9 @@ import sys
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from finished import Finished  # beside this file
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of the loss: the mean over this many steps at the end.
@@ -63,6 +68,13 @@ def command(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[
     arguments = [f"--config.{field}={value}" for field, value in fields.items()]
     main = [sys.executable, "-m", "lit_jax.main", f"--config={config}", f"--workdir={workdir}"]
     return main + arguments
+
+
+def run(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Runs a config with its fields to its end; ends this program where that one fails."""
+    status = subprocess.run(command(config, fields, workdir), cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
 
 
 def result(workdir: pathlib.Path) -> dict[str, float]:
@@ -125,12 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--workdir", help="default: workdir/guidelines/NAME")
+    parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=500, help="of each Frechet distance")
     wanted = parser.parse_args()
     name = pathlib.Path(wanted.config).stem
     folder = pathlib.Path(wanted.workdir or f"workdir/guidelines/{name}")
+    finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
     budget = {
         "train.steps": wanted.steps,
         "train.preview_every": 0,
@@ -141,18 +155,22 @@ def main() -> None:
         budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
         budget["evaluate.reference"] = "mnist_digits:train"
     results: dict[str, list[dict[str, float]]] = {}
-    for number, (stage, fields) in enumerate(stages(name).items()):
-        results[stage] = []
-        for seed in range(wanted.seeds):
-            workdir = folder / f"stage_{number}_seed_{seed}"
-            if not (workdir / "report.json").exists():
+    # Seed by seed: a table of one seed is there after a third of the time.
+    for seed in range(wanted.seeds):
+        for number, (stage, fields) in enumerate(stages(name).items()):
+            # Of the teacher its name: its place differs from machine to machine.
+            named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
+            key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
+            found = finished.find(key)
+            if found is None:
+                workdir = folder / f"stage_{number}_seed_{seed}"
                 print(f"{stage}, seed {seed}: {workdir}", flush=True)
-                run = command(wanted.config, fields | budget | {"seed": seed}, workdir)
-                status = subprocess.run(run, cwd=ROOT).returncode
-                if status:
-                    sys.exit(status)
-            results[stage].append(result(workdir))
+                run(wanted.config, fields | budget | {"seed": seed}, workdir)
+                found = result(workdir)
+                finished.add(key, found)
+            results.setdefault(stage, []).append(found)
     text = table(results)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     draw(results, folder / "guidelines.png")
     print(text)

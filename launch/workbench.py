@@ -1,19 +1,21 @@
 """Every design of linear attention by every recipe on a quickstart, at equal steps.
 
     python launch/workbench.py --config=configs/quickstart.py
+    python launch/workbench.py --results=docs/workbench_runs.jsonl
     python launch/workbench.py --costs
 
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
-layer-wise regression count, though each of them costs less. Runs that are finished are kept: the
-same command goes on. The table is printed, and written with its picture into the folder of the
-runs. --costs prints what each design costs in XL/2, and runs nothing.
+layer-wise regression count, though each of them costs less. Finished runs are lines of a file,
+--results, and are not run again: the same command goes on, here or elsewhere, and the second one
+prints the table of the documents. It is written with its picture into the folder of the runs, too.
+--costs prints what each design costs in XL/2, and runs nothing.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
 import guidelines  # noqa: E402  beside this file
+from finished import Finished  # noqa: E402
 
 # Of models with tokens in a grid of 7 x 7 and a width of 160, as the quickstart's.
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -100,39 +103,42 @@ def budget(steps: int) -> dict[str, Any]:
     }
 
 
-def curve(workdir: pathlib.Path, first: int) -> dict[int, float]:
-    """The share of labels read at each scored step of a run.
+def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
+    """The figures of a finished run, and the share of labels read at each scored step.
 
     Args: first: the steps of the stage before, which count.
     """
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     name = "eval/labels_read"
-    return {first + line["step"]: line[name] for line in lines if name in line}
-
-
-def result(workdir: pathlib.Path, labels_read: dict[int, float]) -> dict[str, float]:
-    """The figures of a finished run; steps to the teacher are infinite where it is not reached.
-
-    Args: labels_read: its `curve`.
-    """
+    curve = [(first + line["step"], line[name]) for line in lines if name in line]
     teacher = json.loads((workdir / "report.json").read_text())["labels_read"]["teacher"]
-    reached = [step for step, read in labels_read.items() if read >= teacher - WITHIN]
     # The losses of the recipes have other terms, or none of a teacher.
     found = {k: v for k, v in guidelines.result(workdir).items() if k not in ("mse", "vb")}
-    return found | {"steps to the teacher": float(min(reached, default=math.inf))}
+    return {"figures": found, "teacher": teacher, "curve": curve}
 
 
-def draw(curves: dict[str, list[dict[int, float]]], path: pathlib.Path) -> None:
-    """A panel for each design: labels read over the steps, a line for each recipe's mean."""
+def figures(found: dict[str, Any]) -> dict[str, float]:
+    """A run's cells of the table; steps to the teacher are infinite where it is not reached.
+
+    Args: found: the run's `result`.
+    """
+    reached = [step for step, read in found["curve"] if read >= found["teacher"] - WITHIN]
+    return found["figures"] | {"steps to the teacher": float(min(reached, default=math.inf))}
+
+
+def draw(results: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+    """A panel for each design: labels read over the steps, a line for each recipe's mean.
+
+    Args: results: of each design and recipe, by its name in the table, the `result` of each seed.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
     for axes, design in zip(panels, DESIGNS, strict=True):
         for recipe in RECIPES:
-            seeds = curves[f"{design}: {recipe}"]
-            values = np.array([list(seed.values()) for seed in seeds])
-            steps = list(seeds[0])
+            curves = np.array([found["curve"] for found in results[f"{design}: {recipe}"]])
+            steps, values = curves[0, :, 0], curves[:, :, 1]
             (line,) = axes.plot(steps, values.mean(0), "o-", markersize=3, label=recipe)
             axes.fill_between(
                 steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15
@@ -168,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--workdir", default="workdir/workbench")
+    parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--costs", action="store_true")
@@ -176,31 +183,34 @@ def main() -> None:
         print(costs())
         return
     folder = pathlib.Path(wanted.workdir)
-    results: dict[str, list[dict[str, float]]] = {}
-    curves: dict[str, list[dict[int, float]]] = {}
-    for design, fields in DESIGNS.items():
-        for recipe in RECIPES:
+    finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
+    results: dict[str, list[dict[str, Any]]] = {}
+    # Seed by seed: a table of one seed is there after a third of the time.
+    for seed in range(wanted.seeds):
+        for design, recipe in itertools.product(DESIGNS, RECIPES):
             name = f"{design}: {recipe}"
-            results[name], curves[name] = [], []
-            for seed in range(wanted.seeds):
+            key = {
+                "config": pathlib.Path(wanted.config).stem,
+                "name": name,
+                "fields": DESIGNS[design] | RECIPES[recipe] | budget(wanted.steps),
+                "seed": seed,
+            }
+            found = finished.find(key)
+            if found is None:
                 place = "_".join([*name.lower().replace(":", "").replace(",", "").split()])
                 workdir = folder / f"{place}_seed_{seed}"
-                for run_fields, run_workdir in runs(fields, recipe, wanted.steps, workdir):
-                    # A run of layers alone has no report: it is finished, or goes on by itself.
-                    if not (workdir / "report.json").exists():
-                        print(f"{name}, seed {seed}: {run_workdir}", flush=True)
-                        run = guidelines.command(
-                            wanted.config, run_fields | {"seed": seed}, run_workdir
-                        )
-                        status = subprocess.run(run, cwd=guidelines.ROOT).returncode
-                        if status:
-                            sys.exit(status)
-                labels_read = curve(workdir, first_steps(recipe, wanted.steps))
-                results[name].append(result(workdir, labels_read))
-                curves[name].append(labels_read)
-    text = guidelines.table(results)
+                for fields, run_workdir in runs(DESIGNS[design], recipe, wanted.steps, workdir):
+                    print(f"{name}, seed {seed}: {run_workdir}", flush=True)
+                    guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
+                found = result(workdir, first_steps(recipe, wanted.steps))
+                finished.add(key, found)
+            results.setdefault(name, []).append(found)
+    text = guidelines.table(
+        {name: [figures(found) for found in seeds] for name, seeds in results.items()}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    draw(curves, folder / "workbench.png")
+    draw(results, folder / "workbench.png")
     print(text)
 
 

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pathlib
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +90,26 @@ def test_the_table_has_means_and_deviations_of_the_seeds(tmp_path):
     assert text.splitlines()[3].startswith("| two | 10 ± nan |")
     guidelines.draw({"one": found, "two": found}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, monkeypatch):
+    started = []
+
+    def run(config, fields, workdir):
+        started.append(workdir.name)
+        write_run(workdir, fields["seed"], 0.01)
+
+    monkeypatch.setattr(guidelines, "run", run)
+    argv = ["guidelines.py", "--config=configs/quickstart.py", "--seeds=1"]
+    argv += [f"--results={tmp_path}/kept.jsonl", f"--workdir={tmp_path}/runs"]
+    monkeypatch.setattr(sys, "argv", argv)
+    guidelines.main()
+    assert started == [f"stage_{number}_seed_0" for number in range(6)]
+    assert str(ROOT) not in (tmp_path / "kept.jsonl").read_text()
+    table = (tmp_path / "runs" / "table.md").read_text()
+    assert table.count("| 10 ± nan | 0.5 ± nan |") == 6
+
+    started.clear()
+    shutil.rmtree(tmp_path / "runs")
+    guidelines.main()
+    assert not started and (tmp_path / "runs" / "table.md").read_text() == table

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import pathlib
+import shutil
+import sys
 
 import pytest
 
@@ -53,9 +55,49 @@ def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tm
     for teacher, expected in ((0.98, 180 + 100), (0.97, 120 + 100), (1.02, math.inf)):
         report = {"labels_read": {"teacher": teacher, "student": 0.9}}
         (tmp_path / "report.json").write_text(json.dumps(report))
-        found = workbench.result(tmp_path, workbench.curve(tmp_path, 100))
-        assert found == {"labels read": 0.9, "steps to the teacher": expected}
-    assert list(workbench.curve(tmp_path, 100)) == [160, 220, 280, 340, 400]
+        found = workbench.result(tmp_path, 100)
+        assert workbench.figures(found) == {"labels read": 0.9, "steps to the teacher": expected}
+    assert [step for step, _ in found["curve"]] == [160, 220, 280, 340, 400]
+
+
+def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path, monkeypatch):
+    """Nothing is run that stands there; what stands there under other fields is run."""
+    started = []
+
+    def run(config, fields, workdir):
+        started.append((workdir.name, fields["seed"]))
+        workdir.mkdir(parents=True)
+        read = 0.5 + 0.1 * fields["seed"]
+        line = {"step": fields["train.steps"], "train/mse": 0.1, "train/vb": 0.1}
+        (workdir / "metrics.jsonl").write_text(
+            json.dumps(line | {"eval/labels_read": read, "step": fields["train.steps"]}) + "\n"
+        )
+        report = {"labels_read": {"teacher": 0.5, "student": read}}
+        (workdir / "report.json").write_text(json.dumps(report))
+
+    def main(*arguments):
+        started.clear()
+        argv = ["workbench.py", "--seeds=2", f"--workdir={tmp_path}/runs", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        workbench.main()
+
+    monkeypatch.setattr(workbench.guidelines, "run", run)
+    main()
+    # Two stages of each design's last recipe; one seed after the other.
+    assert len(started) == len(workbench.DESIGNS) * 5 * 2
+    assert [seed for _, seed in started] == [0] * 30 + [1] * 30
+    table = (tmp_path / "runs" / "table.md").read_text()
+    assert "| LiT: q, k, v, o | 0.55 ± 0.071 | 300 ± 0 |" in table
+    assert (tmp_path / "runs" / "workbench.png").stat().st_size > 5000
+    (tmp_path / "runs" / "results.jsonl").rename(tmp_path / "kept.jsonl")
+
+    main(f"--results={tmp_path}/kept.jsonl")
+    assert not started and (tmp_path / "runs" / "table.md").read_text() == table
+
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setitem(workbench.DESIGNS, "MALA", {"model.attention": "mala", "model.depth": 4})
+    main(f"--results={tmp_path}/kept.jsonl")
+    assert len(started) == 10 and all(name.startswith("mala") for name, _ in started)
 
 
 def test_the_table_says_how_many_seeds_reached_the_teacher():
