@@ -277,6 +277,16 @@ class Experiment:
             architecture, dtype=_dtype(teacher.dtype), implementation=teacher.implementation
         )
 
+    @property
+    def teacher_shapes(self) -> Any:
+        """Shapes of the teacher's parameters as `load_teacher` gives them; None: no teacher."""
+        if self.teacher_checkpoint is None:
+            return None
+        params = self.teacher_checkpoint.params
+        dtype = self.config.teacher.dtype
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+        return with_sharding(shapes, sharding.fsdp_sharding(params, self.mesh))
+
     def load_teacher(self) -> Any:
         """The teacher's parameters on the mesh, sharded by shape, in teacher.dtype; None: none."""
         if self.teacher_checkpoint is None:

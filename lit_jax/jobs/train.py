@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -118,6 +119,14 @@ def train(
         )
         return
 
+    # ---- Compile: in a thread of its own, while the weights are loaded ---------------------------
+    rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+    train_step = StepPrograms(experiment.train_step, (state_shapes, experiment.teacher_shapes), rng)
+    stack.enter_context(contextlib.closing(train_step))
+    # Of several shapes the largest, which needs most memory; the others at their first batch.
+    compilation = train_step.compile(experiment.batch_shapes()[0])
+    start_up.part_ended("tracing")
+
     # ---- The teacher's parameters, and what will draw pictures -----------------------------------
     if config.teacher.checkpoint:
         logging.info("loading the teacher %s", config.teacher.checkpoint)
@@ -127,18 +136,17 @@ def train(
     if due.evaluation:
         start_up.part_ended("reference")
 
-    # ---- Compile: what cannot be compiled here leaves no file ------------------------------------
-    rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
-    train_step = StepPrograms(experiment.train_step, (state_shapes, teacher_params), rng)
-    # Of several shapes the largest, which needs most memory; the others at their first batch.
-    train_step.compile(experiment.batch_shapes()[0])
-    start_up.part_ended("compilation")
-
     # ---- Resume or start -------------------------------------------------------------------------
-    # A new state comes before the workdir: one for which there is no memory leaves no file.
+    # A new state and the program come before the workdir: one for which there is no memory, or what
+    # cannot be compiled here, leaves no file.
     is_new = is_missing(workdir / "checkpoints")
     logging.info("making the first state" if is_new else "reading the newest checkpoint")
-    new = new_student(experiment) if is_new else None
+    new = None
+    if is_new:
+        new = new_student(experiment)
+        start_up.part_ended("state")
+        compilation.result()
+        start_up.part_ended("compilation")
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(workdir_lock.lock_workdir(workdir))
     checkpoints = checkpoint.Checkpointer(
@@ -168,10 +176,12 @@ def train(
         new = None  # the step donates the state
         if merged and jax.process_index() == 0:
             merged.save(workdir / "inheritance.json")
-    if jax.process_index() == 0:
-        storage.replace_text(workdir / "config.json", experiment.to_json())
     jax.block_until_ready(state)
     start_up.part_ended("state")
+    compilation.result()
+    start_up.part_ended("compilation")
+    if jax.process_index() == 0:
+        storage.replace_text(workdir / "config.json", experiment.to_json())
 
     if getattr(data, "autoencoder", None):
         deviation = ", ".join(f"{x:.2f}" for x in data.deviation())
@@ -293,21 +303,26 @@ def train(
 
 
 class StepPrograms:
-    """The train step, compiled once for each shape of a batch.
+    """The train step, compiled once for each shape of a batch, in a thread of its own.
 
     Args:
       train_step: what `make_train_step` gives.
-      arguments: shapes of the state, and the teacher's parameters.
+      arguments: shapes of the state, and of the teacher's parameters.
     """
 
     def __init__(self, train_step: Any, arguments: tuple[Any, Any], rng: jax.Array):
         self._train_step = train_step
         self._arguments = arguments
         self._rng = rng
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[Any, futures.Future] = {}
+        self._compiler = futures.ThreadPoolExecutor(1, "compiler")
 
-    def compile(self, batch: dict[str, Any]) -> Any:
-        """The program for batches of this shape: arrays, or ShapeDtypeStructs with sharding."""
+    def compile(self, batch: dict[str, Any]) -> futures.Future:
+        """Traces the step here, and compiles it while the caller goes on.
+
+        Args: batch: arrays of the shapes, or ShapeDtypeStructs with sharding.
+        Returns: the program to come, for batches of these shapes.
+        """
         key = tuple(sorted((name, x.shape) for name, x in batch.items()))
         if key not in self._programs:
             picture = batch["mean" if "mean" in batch else "image"]
@@ -318,14 +333,18 @@ class StepPrograms:
                 for name, x in batch.items()
             }
             lowered = self._train_step.lower(*self._arguments, shapes, self._rng)
-            self._programs[key] = lowered.compile()
+            self._programs[key] = self._compiler.submit(lowered.compile)
         return self._programs[key]
 
     def __call__(
         self, state: TrainState, teacher_params: Any, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        program = self.compile(batch)
+        program = self.compile(batch).result()
         return program(state, teacher_params, batch, self._rng)
+
+    def close(self) -> None:
+        """Waits for a program that is being compiled: XLA cannot be stopped."""
+        self._compiler.shutdown()
 
 
 def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport | None]:

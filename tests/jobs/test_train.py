@@ -6,7 +6,9 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import types
+from concurrent import futures
 
 import command
 import jax
@@ -179,8 +181,8 @@ def test_a_line_comes_before_every_long_silence_and_the_last_one_says_where_the_
     workdir, logged = first_run
     lines = (
         "--mode=train of ",
-        "loading the teacher ",
         "compiling the step for pictures of 28 x 28",
+        "loading the teacher ",
         "making the first state",
         "first step after ",
         "drawing the preview of step 3",
@@ -585,13 +587,33 @@ def test_a_student_goes_on_from_the_whole_of_a_linear_model(tmp_path):
             fine_tuned(path, tmp_path, **{field: value})
 
 
-def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
-    def too_much(params, optimizer):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
-        )
+def too_much(*_):
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+    )
 
-    monkeypatch.setattr(train, "new_state", too_much)
+
+def compiled_by(compiler):
+    """In place of StepPrograms.compile: what a compiler gives or raises, in its own time."""
+
+    def compile_step(self, batch):
+        future = futures.Future()
+        try:
+            future.set_result(compiler())
+        except jax.errors.JaxRuntimeError as error:
+            future.set_exception(error)
+        return future
+
+    return compile_step
+
+
+@pytest.mark.parametrize(
+    "place, name, fails",
+    [(train, "new_state", too_much), (train.StepPrograms, "compile", compiled_by(too_much))],
+    ids=["state", "program"],
+)
+def test_a_model_that_memory_cannot_hold_leaves_no_workdir(place, name, fails, folder, monkeypatch):
+    monkeypatch.setattr(place, name, fails)
     error = run_debug(folder, *PLAIN, workdir="too_large")
     assert error.startswith("error: out of memory: 8.00 GiB (8589934592 bytes)")
     for part in ("batch_size", "accumulation", "fsdp", "remat", "--mode=plan"):
@@ -602,14 +624,8 @@ def test_a_model_that_memory_cannot_hold_leaves_no_workdir(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def after_too_little_memory(folder):
     """What a first step without memory says, and the workdir after a smaller batch in it."""
-
-    def too_much(*_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
-        )
-
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train.StepPrograms, "compile", lambda self, batch: too_much)
+        monkeypatch.setattr(train.StepPrograms, "compile", compiled_by(lambda: too_much))
         larger = [*PLAIN, "--config.train.batch_size=32"]
         error = run_debug(folder, *larger, workdir="smaller")
     return error, run_debug(folder, *PLAIN, workdir="smaller")
@@ -643,6 +659,37 @@ def test_a_signal_while_the_report_is_drawn_is_answered(
         told.setattr(pictures, "plot_curves", plot_and_be_told)
         assert run_debug(folder, *arguments, workdir="smaller") == exit_status.EXIT_TRY_AGAIN
     assert not (folder / "smaller" / "report.json").exists()
+
+
+def test_the_weights_are_loaded_while_the_step_is_compiled(folder, monkeypatch):
+    """The compiler gets no further until the teacher is there, or the run would wait for good."""
+    teacher_is_there = threading.Event()
+    load_teacher, compile_step = Experiment.load_teacher, train.StepPrograms.compile
+
+    def load_and_tell(self):
+        params = load_teacher(self)
+        teacher_is_there.set()
+        return params
+
+    class Slow:
+        """The lowered step, whose compiler is slow."""
+
+        def __init__(self, lowered):
+            self._lowered = lowered
+
+        def compile(self):
+            assert teacher_is_there.wait(60), "the teacher is loaded after the compilation"
+            return self._lowered.compile()
+
+    def compile_slowly(self, batch):
+        step = self._train_step
+        self._train_step = types.SimpleNamespace(lower=lambda *args: Slow(step.lower(*args)))
+        return compile_step(self, batch)
+
+    monkeypatch.setattr(Experiment, "load_teacher", load_and_tell)
+    monkeypatch.setattr(train.StepPrograms, "compile", compile_slowly)
+    assert run_debug(folder, *PLAIN, workdir="while_loading") is None
+    assert [line["step"] for line in read_lines(folder / "while_loading")] == [1]
 
 
 def test_a_preview_that_is_not_whole_counts_as_missing(tmp_path):
