@@ -756,22 +756,25 @@ _PART = 1 << 22  # elements of a leaf that are in memory once more
 
 
 @jax.jit
-def _fingerprints(items: Items) -> dict[str, jax.Array]:
-    def of_leaf(leaf: jax.Array) -> jax.Array:
-        as_bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, as_bits).astype(jnp.uint32)
-        # Every element has another odd weight, so that swapped blocks
-        # show. Its place is a sum over the axes, for a reshape would
-        # gather the shards.
-        strides = np.cumprod([1, *leaf.shape[:0:-1]])[::-1]
-        place = jnp.uint32(0)
-        for axis in range(leaf.ndim):
-            along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place += along * np.uint32(strides[axis] % 2**32)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+def _fingerprint_of_leaf(leaf: jax.Array) -> jax.Array:
+    """Traced once for all leaves of a shape: parameters, their EMA and the optimizer's moments."""
+    as_bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, as_bits).astype(jnp.uint32)
+    # Every element has another odd weight, so that swapped blocks
+    # show. Its place is a sum over the axes, for a reshape would
+    # gather the shards.
+    strides = np.cumprod([1, *leaf.shape[:0:-1]])[::-1]
+    place = jnp.uint32(0)
+    for axis in range(leaf.ndim):
+        along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place += along * np.uint32(strides[axis] % 2**32)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
+
+@jax.jit
+def _fingerprints(items: Items) -> dict[str, jax.Array]:
     def of_tree(tree: Any) -> jax.Array:
-        sums = jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(tree)])
+        sums = jnp.stack([_fingerprint_of_leaf(leaf) for leaf in jax.tree.leaves(tree)])
         weights = 2 * jnp.arange(len(sums), dtype=jnp.uint32) + 1
         return jnp.sum(sums * weights, dtype=jnp.uint32)
 

@@ -159,9 +159,11 @@ def scalar_step(model, w=1.0, teacher=None, **change):
 def fresh_state(params, optimizer):
     """A state as the training job makes it, in one program.
 
-    So no two leaves share memory, which a donated state needs.
+    So no two leaves share memory, which a donated state needs. It lies where a step leaves it, on a
+    mesh of one device: elsewhere the second step would be another program.
     """
-    return jax.jit(lambda p: new_state(p, optimizer))(params)
+    where = sharding.replicated(sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+    return jax.jit(lambda p: new_state(p, optimizer), out_shardings=where)(params)
 
 
 def make_images(count, size=2, channels=1, label=None):
@@ -181,12 +183,13 @@ def test_labels_are_dropped_at_the_rate_asked_for(rate):
     The noise adds 1 to it.
     """
     train_step, state = scalar_step("null", w=1000.0, dropout=rate)
+    where = state.params["w"].sharding
     B = 4096
     shares = []
     for _ in range(4):
         state, metrics = train_step(state, None, make_images(B), RNG)
         shares.append(float(metrics["mse"]) / 1e6)
-        state = state.replace(params={"w": jnp.float32(1000.0)})
+        state = state.replace(params=jax.device_put({"w": np.float32(1000.0)}, where))
     deviation = np.sqrt(rate * (1 - rate) / (4 * B))
     # The noise adds 1e-6, and its product with the constant 2e-3 / sqrt(pixels) of the share: 2e-5.
     assert abs(np.mean(shares) - rate) < 5 * deviation + 4e-5
@@ -196,11 +199,12 @@ def test_labels_are_dropped_at_the_rate_asked_for(rate):
 
 def test_timesteps_are_uniform_over_the_whole_schedule():
     train_step, state = scalar_step("t", w=1.0)
+    where = state.params["w"].sharding
     B, squares = 4096, []
     for _ in range(4):
         state, metrics = train_step(state, None, make_images(B), RNG)
         squares.append(float(metrics["mse"]))
-        state = state.replace(params={"w": jnp.float32(1.0)})
+        state = state.replace(params=jax.device_put({"w": np.float32(1.0)}, where))
     expected = np.mean(np.arange(1000.0) ** 2)
     deviation = np.std(np.arange(1000.0) ** 2) / np.sqrt(4 * B)
     assert abs(np.mean(squares) - expected) < 5 * deviation
@@ -439,17 +443,21 @@ def start():
 
 @functools.cache
 def compiled(data, fsdp, **change):
-    """(train_step, place) on a mesh; `place` puts a host state on it and splits all it can."""
+    """(train_step, place, put, split) on a mesh.
+
+    `place` makes a state there of parameters in host memory, `put` puts a batch there, and `split`
+    splits of a state all that can be: a step leaves small arrays whole, so that the next one would
+    be another program.
+    """
     mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
     fields = OptimizerSettings(**OPTIMIZER | dict(clip_norm=1.0))
     teacher = change.pop("teacher", TEACHER)
     settings = StepSettings(**STEP | change)
     train_step = make_train_step(STUDENT, teacher, PROCESS, fields, settings, mesh)
     optimizer = make_optimizer(fields)
+    shardings = sharding.fsdp_sharding(state_shapes(STUDENT, optimizer), mesh, min_size=64)
 
     def place(params):
-        shapes = state_shapes(STUDENT, optimizer)
-        shardings = sharding.fsdp_sharding(shapes, mesh, min_size=64)
         params = jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, shardings.params)
         return jax.jit(
             lambda p: new_state(p, optimizer), out_shardings=shardings, donate_argnums=0
@@ -461,7 +469,10 @@ def compiled(data, fsdp, **change):
             for name, value in batch.items()
         }
 
-    return train_step, place, put
+    def split(state):
+        return jax.device_put(state, shardings)
+
+    return train_step, place, put, split
 
 
 def everywhere(tree, data=1, fsdp=1):
@@ -476,7 +487,7 @@ NORMS = {"grad_norm", "param_norm", "update_norm", "learning_rate"}
 
 def run(steps, params, teacher_params, data=2, fsdp=4, batch=BATCH, **change):
     """The host state after so many steps, and each step's metrics."""
-    train_step, place, put = compiled(data, fsdp, **change)
+    train_step, place, put, split = compiled(data, fsdp, **change)
     state, history = place(params), []
     teacher_params, rng = everywhere((teacher_params, RNG), data, fsdp)
     inputs = put(batch)
@@ -484,6 +495,7 @@ def run(steps, params, teacher_params, data=2, fsdp=4, batch=BATCH, **change):
         # Nothing goes between host and device in a step but what the caller puts there.
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, teacher_params, inputs, rng)
+        state = split(state)
         history.append({name: float(value) for name, value in metrics.items()})
     return jax.device_get(state), history
 
@@ -529,7 +541,7 @@ def test_the_teacher_does_not_move(start):
     params, teacher = start
     kept = jax.tree.map(np.array, teacher)
     on_device, rng = everywhere((teacher, RNG))
-    train_step, place, put = compiled(1, 1)
+    train_step, place, put, _ = compiled(1, 1)
     state = place(params)
     for _ in range(3):
         state, _ = train_step(state, on_device, put(BATCH), rng)
@@ -542,7 +554,7 @@ def test_the_teacher_does_not_move(start):
 
 def test_the_state_is_donated(start):
     params, teacher = start
-    train_step, place, put = compiled(1, 1)
+    train_step, place, put, _ = compiled(1, 1)
     old = place(params)
     teacher, rng = everywhere((teacher, RNG))
     train_step(old, teacher, put(BATCH), rng)
@@ -599,7 +611,7 @@ def test_distillation_weights_of_zero_are_plain_training(start, reference):
 
 def test_save_restore_step_is_bitwise_the_uninterrupted_step(start, tmp_path):
     params, teacher = start
-    train_step, place, put = compiled(1, 1)
+    train_step, place, put, _ = compiled(1, 1)
     teacher, rng = everywhere((teacher, RNG))
     state = place(params)
     for _ in range(2):

@@ -63,6 +63,8 @@ def two_steps(data, fsdp):
     batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
     history = []
     for _ in range(2):
+        # A step leaves what is so small on every device: its second would be another program.
+        state = jax.device_put(state, shardings)
         state, metrics = step(state, teacher, batch, jax.random.key(0))
         history.append({name: float(value) for name, value in metrics.items()})
     return before, jax.device_get(state), history

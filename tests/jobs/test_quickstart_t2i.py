@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -11,6 +12,15 @@ from configs import quickstart_t2i, quickstart_t2i_teacher
 from lit_jax.data import digit_scenes
 from lit_jax.experiment import Experiment
 from lit_jax.jobs import evaluate, port, sample, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """As many as the recipes ask for. Eight would only take longer."""
+    two = jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(jax, "devices", lambda: two)
+        yield
 
 
 def shrink(config):

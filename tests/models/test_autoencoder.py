@@ -37,13 +37,14 @@ VARIANTS = {
 def make_torch(sample_size=32, **fields):
     fields = SMALL | fields
     blocks = len(fields["block_out_channels"])
-    model = TorchAutoencoder(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        sample_size=sample_size,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        **fields,
-    )
-    randomise_(model, 3)
+    with torch.device("meta"):  # its weights are drawn once, below
+        model = TorchAutoencoder(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            sample_size=sample_size,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            **fields,
+        )
+    randomise_(model.to_empty(device="cpu"), 3)
     with torch.no_grad():  # norms near one, as trained ones are, or deep activations vanish
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

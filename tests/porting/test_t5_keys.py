@@ -38,7 +38,10 @@ def make_theirs(config=CONFIG, kind=transformers.T5EncoderModel, seed=0, **field
         **fields,
     )
     torch.manual_seed(seed)
-    model = kind(theirs).eval()
+    # Not drawn twice: of a block of full width transformers' own numbers take longest.
+    with torch.device("meta"):
+        model = kind(theirs).eval()
+    model.to_empty(device="cpu").tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
