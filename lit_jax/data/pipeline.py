@@ -21,6 +21,11 @@ from lit_jax.data.dataset import Dataset
 Record = dict[str, Any]
 
 
+# The length of what is repeated without an end. Grain's own is the largest that Python takes, and
+# in batches of one it would be rounded up, past that.
+ENDLESS = 2**62
+
+
 class _ProcessRows(grain.MapDataset):
     """The rows of each global batch that one process reads, as a data set of their own."""
 
@@ -33,7 +38,7 @@ class _ProcessRows(grain.MapDataset):
         self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
+        return min(len(self._parent), ENDLESS) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index):
         batch, row = divmod(index, len(self._rows))
@@ -142,7 +147,7 @@ class _BucketRows(grain.MapDataset):
 
     def __len__(self) -> int:
         # The streams are repeated without an end.
-        records = min(map(len, self._parents))
+        records = min(ENDLESS, *map(len, self._parents))
         return records // self._order.batch_size * len(self._rows)
 
     def __getitem__(self, index):

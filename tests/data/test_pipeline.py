@@ -50,6 +50,10 @@ def test_batches_run_over_the_end_of_an_epoch_without_losing_records():
     assert sorted(ids[:40].tolist()) == sorted(ids[40:].tolist()) == list(range(40))
 
 
+def test_a_batch_of_one_is_a_batch():
+    assert indices(40, batch_size=1).tolist() == indices(5, batch_size=8).tolist()
+
+
 def test_images_labels_and_indices_belong_together():
     for batch in take(make_batches(make_numbers(), seed=3), 5):
         assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
