@@ -17,15 +17,12 @@ import sys
 import time
 
 import compiler
-import jax
-import jax.numpy as jnp
 from tiny_dataset import put_digits
 
 from configs import debug
 from lit_jax import checkpoint, main, models
 from lit_jax.data import pipeline
 from lit_jax.experiment import Experiment
-from lit_jax.train_step import make_optimizer, state_shapes
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 # One layer of softmax attention, nothing computed twice: these tests are about what surrounds the
@@ -46,6 +43,14 @@ TINY = (
 
 # Of a model whose arrays are large enough for lit_jax/sharding.py to split.
 WIDTH = 128
+# What the files of tests have in common, so that a program is compiled once for all of them. The
+# number of steps decides nothing here. The rate grows at first, so that a restart which
+# forgets how many there were is seen.
+WIDE = (
+    f"--config.model.width={WIDTH}",
+    "--config.optimizer.schedule=constant",
+    "--config.optimizer.warmup=2",
+)
 
 
 class Forker:
@@ -190,6 +195,12 @@ class Life:
     def wait_for_batches(self, count: int) -> None:
         self.wait_until(lambda: len(self.ids()) >= count)
 
+    def wait_for_preview(self, step: int) -> None:
+        """Returns when it draws, or compiles what draws."""
+        line = f"drawing the preview of step {step}"
+        self.wait_until(lambda: self._log.exists() and line in self.text())
+        time.sleep(0.5)
+
     def text(self) -> str:
         return self._log.read_text()
 
@@ -255,29 +266,6 @@ def lag(seconds: float) -> None:
     checkpoint.Checkpointer.wait = wait_late
 
 
-def trace_step(experiment: Experiment) -> None:
-    """Traces what a step without a teacher is made of, and the fingerprints of its state."""
-    model, process = experiment.model, experiment.process
-    optimizer = make_optimizer(experiment.optimizer_settings)
-
-    def step(state, x, t, condition, drop):
-        def loss(params):
-            noise = jax.random.normal(jax.random.key(0), x.shape)
-            x_t = process.perturb(x, t, noise)
-            output = model.apply({"params": params}, x_t, t, condition, drop)
-            terms = process.loss(output, x, x_t, t, noise)
-            return sum(term.mean() for term in terms.values())
-
-        return optimizer.update(jax.grad(loss)(state.params), state.opt_state, state.params)
-
-    state = state_shapes(model, optimizer)
-    x = jax.ShapeDtypeStruct((8, 28, 28, 1), jnp.float32)
-    number = jax.ShapeDtypeStruct((8,), jnp.int32)
-    drop = jax.ShapeDtypeStruct((8,), jnp.bool)
-    jax.eval_shape(step, state, x, number, {"label": number}, drop)
-    jax.eval_shape(checkpoint._fingerprints, state.items())
-
-
 def serve() -> None:
     # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
     # loads where it can, for nothing that a life asks of it.
@@ -298,9 +286,7 @@ def serve() -> None:
     config = debug.get_config()
     for width in (WIDTH, config.model.width):
         config.model.update(attention="softmax", depth=1, width=width, implementation="xla")
-        experiment = Experiment(config)
-        models.param_shapes(experiment.model_config)
-    trace_step(experiment)
+        models.param_shapes(Experiment(config).model_config)
     assert not xla_bridge.backends_are_initialized()
 
     # On a CPU the key of a compiled program says by which process it is used. So every process but

@@ -207,7 +207,7 @@ def test_from_a_pipeline_to_genevals_folder(server, recipe, captions, tmp_path):
     steps = 13
     overrides = (
         *recipe, f"--config.data.dir={captions}", f"--config.train.steps={steps}",
-        "--config.train.log_every=1", "--config.checkpoint.every=2", "--config.optimizer.warmup=12",
+        "--config.train.log_every=1", "--config.optimizer.warmup=12",
         "--config.train.remat=none", "--config.train.preview_images=4",
         "--config.sample.steps=2", "--config.sample.batch_size=4",
         "--config.sample.images_per_prompt=2",
@@ -219,7 +219,7 @@ def test_from_a_pipeline_to_genevals_folder(server, recipe, captions, tmp_path):
     whole = server.run(tmp_path / "whole", *overrides, previews)
     assert "text.checkpoint = " in whole.text() and "makes it" in whole.text()
     assert whole.text().count("compiling the step for pictures of") == 2
-    parts = server.start(tmp_path / "parts", *overrides, batches=3)
+    parts = server.start(tmp_path / "parts", *overrides, "--config.checkpoint.every=2", batches=3)
     saved = tmp_path / "parts" / "checkpoints" / "2"
     parts.wait_until(lambda: saved.is_dir() and len(parts.ids()) == 3)
     parts.kill(signal.SIGKILL)

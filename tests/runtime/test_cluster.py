@@ -18,8 +18,7 @@ from jax.experimental import multihost_utils
 from lit_jax.runtime import cluster, exit_status, preemption, roll_call, workdir_lock
 
 WIDE = (
-    f"--config.model.width={lives.WIDTH}",
-    "--config.optimizer.schedule=constant",
+    *lives.WIDE,
     "--config.train.log_every=1",
     "--config.mesh.join_timeout=120",
     "--config.mesh.heartbeat=20",  # a busy machine can keep a process silent for long
@@ -126,8 +125,8 @@ def test_ctrl_c_to_one_inside_a_preview_stops_all_in_it(server):
         "--config.train.preview_images=800000",
         "--config.sample.batch_size=8",
     )
-    processes[0].wait_for_batches(4)
-    time.sleep(3.0)
+    for life in processes:
+        life.wait_for_preview(4)
     told = time.monotonic()
     processes[1].kill(signal.SIGINT)
     assert [life.wait() for life in processes] == [exit_status.EXIT_TRY_AGAIN] * 2, "".join(
