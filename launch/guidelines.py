@@ -2,12 +2,11 @@
 
     python launch/guidelines.py --config=configs/quickstart.py
     python launch/guidelines.py --config=configs/quickstart_t2i.py
-    python launch/guidelines.py --results=docs/guidelines_runs.jsonl
 
 Each stage adds one thing to the stage before it, and is trained from several seeds for the same
 number of steps. Finished runs are lines of a file, --results, and are not run again: the same
-command goes on, here or elsewhere, and the last one prints the table of the documents. It is
-written with its picture into the folder of the runs, too.
+command goes on, here or elsewhere. The table is printed, and written with its picture into the
+folder of the runs.
 """
 
 import argparse

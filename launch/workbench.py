@@ -1,14 +1,13 @@
 """Every design of linear attention by every recipe on a quickstart, at equal steps.
 
     python launch/workbench.py --config=configs/quickstart.py
-    python launch/workbench.py --results=docs/workbench_runs.jsonl
     python launch/workbench.py --costs
 
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
 layer-wise regression count, though each of them costs less. Finished runs are lines of a file,
---results, and are not run again: the same command goes on, here or elsewhere, and the second one
-prints the table of the documents. It is written with its picture into the folder of the runs, too.
---costs prints what each design costs in XL/2, and runs nothing.
+--results, and are not run again: the same command goes on, here or elsewhere. The table is printed,
+and written with its picture into the folder of the runs. --costs prints what each design costs in
+XL/2, and runs nothing.
 """
 
 import argparse
