@@ -3,12 +3,13 @@
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 
 class Finished:
-    """What was run is not run again: `find` a run by its key, or `add` it.
+    """What was run is not run again: `get` a run by its key.
 
     A key holds everything that the table varies, fields of the config among them: a recipe that is
     changed is another run. What its config file says besides is not in it.
@@ -19,21 +20,21 @@ class Finished:
         lines = path.read_text().splitlines() if path.exists() else []
         self._lines = [json.loads(line) for line in lines]
 
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """What the run found; None where it was not run."""
+    def get(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the run of a key found; where there is no line of it, `run()`, which becomes one."""
         asked = json.loads(json.dumps(key))  # tuples are lists there
-        return next((line["found"] for line in self._lines if line["run"] == asked), None)
-
-    def add(self, key: dict[str, Any], found: dict[str, Any]) -> None:
-        """Appends a line: key, what was found, the date and the version of JAX."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for line in self._lines:
+            if line["run"] == asked:
+                return line["found"]
         line = {
             "run": key,
-            "found": found,
+            "found": run(),
             "date": time.strftime("%Y-%m-%d"),
             "jax": metadata.version("jax"),
         }
         text = json.dumps(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(text + "\n")
         self._lines.append(json.loads(text))
+        return line["found"]

@@ -154,20 +154,21 @@ def main() -> None:
         budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
         budget["evaluate.reference"] = "mnist_digits:train"
     results: dict[str, list[dict[str, float]]] = {}
+    path = stages(name)
     # Seed by seed: a table of one seed is there after a third of the time.
     for seed in range(wanted.seeds):
-        for number, (stage, fields) in enumerate(stages(name).items()):
+        for number, (stage, fields) in enumerate(path.items()):
             # Of the teacher its name: its place differs from machine to machine.
             named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
             key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
-            found = finished.find(key)
-            if found is None:
-                workdir = folder / f"stage_{number}_seed_{seed}"
+            workdir = folder / f"stage_{number}_seed_{seed}"
+
+            def train() -> dict[str, float]:
                 print(f"{stage}, seed {seed}: {workdir}", flush=True)
                 run(wanted.config, fields | budget | {"seed": seed}, workdir)
-                found = result(workdir)
-                finished.add(key, found)
-            results.setdefault(stage, []).append(found)
+                return result(workdir)
+
+            results.setdefault(stage, []).append(finished.get(key, train))
     text = table(results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")

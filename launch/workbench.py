@@ -194,16 +194,16 @@ def main() -> None:
                 "fields": DESIGNS[design] | RECIPES[recipe] | budget(wanted.steps),
                 "seed": seed,
             }
-            found = finished.find(key)
-            if found is None:
-                place = "_".join([*name.lower().replace(":", "").replace(",", "").split()])
-                workdir = folder / f"{place}_seed_{seed}"
+            place = "_".join(name.lower().replace(":", "").replace(",", "").split())
+            workdir = folder / f"{place}_seed_{seed}"
+
+            def train() -> dict[str, Any]:
                 for fields, run_workdir in runs(DESIGNS[design], recipe, wanted.steps, workdir):
                     print(f"{name}, seed {seed}: {run_workdir}", flush=True)
                     guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
-                found = result(workdir, first_steps(recipe, wanted.steps))
-                finished.add(key, found)
-            results.setdefault(name, []).append(found)
+                return result(workdir, first_steps(recipe, wanted.steps))
+
+            results.setdefault(name, []).append(finished.get(key, train))
     text = guidelines.table(
         {name: [figures(found) for found in seeds] for name, seeds in results.items()}
     )

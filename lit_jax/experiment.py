@@ -291,10 +291,11 @@ class Experiment:
         """The teacher's parameters on the mesh, sharded by shape, in teacher.dtype; None: none."""
         if self.teacher_checkpoint is None:
             return None
-        params = self.teacher_checkpoint.params
+        shapes = self.teacher_shapes
         # Each device reads its part of the file. The cast comes after: a file holds float32.
-        loaded = load_params(params, sharding.fsdp_sharding(params, self.mesh))
-        return jax.tree.map(lambda x: x.astype(self.config.teacher.dtype), loaded)
+        shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+        loaded = load_params(self.teacher_checkpoint.params, shardings)
+        return jax.tree.map(lambda x, shape: x.astype(shape.dtype), loaded, shapes)
 
     @functools.cached_property
     def init_checkpoint(self) -> Checkpoint | None:

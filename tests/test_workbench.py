@@ -69,9 +69,8 @@ def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path,
         workdir.mkdir(parents=True)
         read = 0.5 + 0.1 * fields["seed"]
         line = {"step": fields["train.steps"], "train/mse": 0.1, "train/vb": 0.1}
-        (workdir / "metrics.jsonl").write_text(
-            json.dumps(line | {"eval/labels_read": read, "step": fields["train.steps"]}) + "\n"
-        )
+        line["eval/labels_read"] = read
+        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         report = {"labels_read": {"teacher": 0.5, "student": read}}
         (workdir / "report.json").write_text(json.dumps(report))
 
