@@ -71,6 +71,11 @@ def command(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[
 
 def run(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> None:
     """Runs a config with its fields to its end; ends this program where that one fails."""
+    # The statistics of the reference take longer than many a run, and are the same for all.
+    known = next(workdir.parent.glob("*/reference_*.npz"), None)
+    if known and not (workdir / known.name).exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / known.name).hardlink_to(known)
     status = subprocess.run(command(config, fields, workdir), cwd=ROOT).returncode
     if status:
         sys.exit(status)

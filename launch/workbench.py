@@ -5,12 +5,14 @@
 
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
 layer-wise regression count, though each of them costs less. Finished runs are lines of a file,
---results, and are not run again: the same command goes on, here or elsewhere. The table is printed,
-and written with its picture into the folder of the runs. --costs prints what each design costs in
-XL/2, and runs nothing.
+--results, and are not run again: the same command goes on, here or elsewhere. --at_once is for a
+CPU: so small a model keeps few cores busy, and two runs on a core each take less time than one
+after the other. The table is printed, and written with its picture into the folder of the runs.
+--costs prints what each design costs in XL/2, and runs nothing.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -22,7 +24,7 @@ import numpy as np
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
 import guidelines  # noqa: E402  beside this file
-from finished import Finished  # noqa: E402
+from finished import Finished, run_all  # noqa: E402
 
 # Of models with tokens in a grid of 7 x 7 and a width of 160, as the quickstart's.
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -43,8 +45,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 LAYERS_FIRST = "layers first"
 # Of the steps, the first ones of that recipe.
 LAYERS_SHARE = 0.25
-# Of each score, and of the teacher's in the report.
-IMAGES = 150
+# Of each score.
+IMAGES = 100
+SCORES = 3
+# Of the distillation's error: the mean over this many steps at the end.
+LAST_STEPS = 50
 # A student has reached its teacher where it reads so much less of the labels.
 WITHIN = 0.05
 REGRESSION: dict[str, Any] = {
@@ -55,6 +60,16 @@ REGRESSION: dict[str, Any] = {
     "report.num_images": 0,
     "report.read_labels": False,
     "train.preview_every": 0,
+}
+# The teacher draws as many images, beside those of a student of one step.
+TEACHER: dict[str, Any] = {
+    "train.steps": 1,
+    "optimizer.warmup": 0,
+    "train.preview_every": 0,
+    "checkpoint.every": 1,
+    "report.num_images": IMAGES,
+    "sample.steps": 10,
+    "sample.batch_size": IMAGES // 2,
 }
 # The same designs in the size that their papers measure, for --costs.
 XL_DESIGNS: dict[str, dict[str, Any]] = {
@@ -89,16 +104,18 @@ def runs(
 
 
 def budget(steps: int) -> dict[str, Any]:
-    """The fields of the run that is scored: five times on its way, and in its report."""
+    """The fields of the run that is scored, on its way and at its end."""
     return {
         "train.steps": steps,
         "train.preview_every": 0,
         "checkpoint.every": steps,
-        "evaluate.every": -(-steps // 5),
+        "evaluate.every": -(-steps // SCORES),
         "evaluate.every_images": IMAGES,
         "evaluate.reference": "mnist_digits:train",
-        "report.num_images": IMAGES,
+        "evaluate.batch_size": IMAGES // 2,
+        "report.num_images": 0,
         "sample.steps": 10,
+        "sample.batch_size": IMAGES // 2,
     }
 
 
@@ -108,20 +125,28 @@ def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
     Args: first: the steps of the stage before, which count.
     """
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    name = "eval/labels_read"
-    curve = [(first + line["step"], line[name]) for line in lines if name in line]
-    teacher = json.loads((workdir / "report.json").read_text())["labels_read"]["teacher"]
-    # The losses of the recipes have other terms, or none of a teacher.
-    found = {k: v for k, v in guidelines.result(workdir).items() if k not in ("mse", "vb")}
-    return {"figures": found, "teacher": teacher, "curve": curve}
+    scores = [line for line in lines if "eval/labels_read" in line]
+    trained = [line for line in lines if "train/kd_noise" in line]
+    last = [line for line in trained if line["step"] > trained[-1]["step"] - LAST_STEPS]
+    found = {
+        name.removeprefix("eval/"): value
+        for name, value in scores[-1].items()
+        if name.startswith("eval/fd_")
+    }
+    found["labels read"] = scores[-1]["eval/labels_read"]
+    found["kd_noise"] = float(np.mean([line["train/kd_noise"] for line in last]))
+    curve = [(first + line["step"], line["eval/labels_read"]) for line in scores]
+    return {"figures": found, "curve": curve}
 
 
-def figures(found: dict[str, Any]) -> dict[str, float]:
+def figures(found: dict[str, Any], teacher: float) -> dict[str, float]:
     """A run's cells of the table; steps to the teacher are infinite where it is not reached.
 
-    Args: found: the run's `result`.
+    Args:
+      found: the run's `result`.
+      teacher: the share of labels that are read in the teacher's images.
     """
-    reached = [step for step, read in found["curve"] if read >= found["teacher"] - WITHIN]
+    reached = [step for step, read in found["curve"] if read >= teacher - WITHIN]
     return found["figures"] | {"steps to the teacher": float(min(reached, default=math.inf))}
 
 
@@ -174,8 +199,9 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--workdir", default="workdir/workbench")
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
     parser.add_argument("--costs", action="store_true")
     wanted = parser.parse_args()
     if wanted.costs:
@@ -183,30 +209,46 @@ def main() -> None:
         return
     folder = pathlib.Path(wanted.workdir)
     finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
-    results: dict[str, list[dict[str, Any]]] = {}
+    config = pathlib.Path(wanted.config).stem
+
+    def teacher(seed: int) -> float:
+        """The share of labels that are read in the teacher's images."""
+        workdir = folder / f"teacher_seed_{seed}"
+
+        def train() -> dict[str, Any]:
+            guidelines.run(wanted.config, TEACHER | {"seed": seed}, workdir)
+            report = json.loads((workdir / "report.json").read_text())
+            return {"labels read": report["labels_read"]["teacher"]}
+
+        key = {"config": config, "name": "teacher", "fields": TEACHER, "seed": seed}
+        return finished.get(key, train)["labels read"]
+
+    def student(seed: int, design: str, recipe: str) -> dict[str, Any]:
+        """The `result` of a run."""
+        name = f"{design}: {recipe}"
+        place = "_".join(name.lower().replace(":", "").replace(",", "").split())
+        workdir = folder / f"{place}_seed_{seed}"
+
+        def train() -> dict[str, Any]:
+            for fields, run_workdir in runs(DESIGNS[design], recipe, wanted.steps, workdir):
+                print(f"{name}, seed {seed}: {run_workdir}", flush=True)
+                guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
+            return result(workdir, first_steps(recipe, wanted.steps))
+
+        fields = DESIGNS[design] | RECIPES[recipe] | budget(wanted.steps)
+        return finished.get({"config": config, "name": name, "fields": fields, "seed": seed}, train)
+
     # Seed by seed: a table of one seed is there after a third of the time.
-    for seed in range(wanted.seeds):
-        for design, recipe in itertools.product(DESIGNS, RECIPES):
-            name = f"{design}: {recipe}"
-            key = {
-                "config": pathlib.Path(wanted.config).stem,
-                "name": name,
-                "fields": DESIGNS[design] | RECIPES[recipe] | budget(wanted.steps),
-                "seed": seed,
-            }
-            place = "_".join(name.lower().replace(":", "").replace(",", "").split())
-            workdir = folder / f"{place}_seed_{seed}"
-
-            def train() -> dict[str, Any]:
-                for fields, run_workdir in runs(DESIGNS[design], recipe, wanted.steps, workdir):
-                    print(f"{name}, seed {seed}: {run_workdir}", flush=True)
-                    guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
-                return result(workdir, first_steps(recipe, wanted.steps))
-
-            results.setdefault(name, []).append(finished.get(key, train))
-    text = guidelines.table(
-        {name: [figures(found) for found in seeds] for name, seeds in results.items()}
-    )
+    seeds = range(wanted.seeds)
+    asked = list(itertools.product(seeds, DESIGNS, RECIPES))
+    read = run_all([functools.partial(teacher, seed) for seed in seeds], wanted.at_once)
+    found = run_all([functools.partial(student, *run) for run in asked], wanted.at_once)
+    results: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
+    for (seed, design, recipe), run in zip(asked, found, strict=True):
+        results.setdefault(f"{design}: {recipe}", []).append(run)
+        rows.setdefault(f"{design}: {recipe}", []).append(figures(run, read[seed]))
+    text = guidelines.table(rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     draw(results, folder / "workbench.png")

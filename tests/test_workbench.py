@@ -1,11 +1,16 @@
 """The workbench's script: every design and every recipe is a run that can start."""
 
+import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -35,6 +40,12 @@ def test_every_run_can_start(design, recipe, tmp_path):
         assert workdir.parent == tmp_path
 
 
+def test_the_run_that_draws_with_the_teacher_can_start():
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(workbench.TEACHER)
+    Experiment(config)
+
+
 def test_the_steps_of_all_stages_are_those_of_one(tmp_path):
     """A first stage regresses layers alone, and the second starts from its workdir."""
     first, last = workbench.runs({}, "layers first", 100, tmp_path / "a")
@@ -46,18 +57,24 @@ def test_the_steps_of_all_stages_are_those_of_one(tmp_path):
     assert only["train.steps"] == 100 and workdir == tmp_path / "a"
 
 
+def write_run(workdir, read, kd_noise=0.5):
+    """A run that is scored at the steps that `read` names, and logs 100 and 150 besides."""
+    lines = [{"step": step, "train/kd_noise": kd_noise * step} for step in (100, 125, 150)]
+    for step, value in read.items():
+        lines.append({"step": step, "eval/labels_read": value, "eval/fd_x_100": float(step)})
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tmp_path):
     """Steps of a stage before count; without such a score there is no number."""
-    read = {60: 0.80, 120: 0.92, 180: 0.93, 240: 0.91, 300: 0.96}
-    lines = [{"step": 60, "train/mse": 0.1, "train/vb": 0.1}]
-    lines += [{"step": step, "eval/labels_read": value} for step, value in read.items()]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for teacher, expected in ((0.98, 180 + 100), (0.97, 120 + 100), (1.02, math.inf)):
-        report = {"labels_read": {"teacher": teacher, "student": 0.9}}
-        (tmp_path / "report.json").write_text(json.dumps(report))
-        found = workbench.result(tmp_path, 100)
-        assert workbench.figures(found) == {"labels read": 0.9, "steps to the teacher": expected}
-    assert [step for step, _ in found["curve"]] == [160, 220, 280, 340, 400]
+    write_run(tmp_path, {30: 0.80, 60: 0.92, 90: 0.93, 120: 0.91, 150: 0.9})
+    found = workbench.result(tmp_path, 100)
+    assert found["curve"] == [(130, 0.80), (160, 0.92), (190, 0.93), (220, 0.91), (250, 0.9)]
+    # Scores of the last step; the error's mean over its last fifty.
+    last = {"fd_x_100": 150.0, "labels read": 0.9, "kd_noise": 0.5 * (125 + 150) / 2}
+    for teacher, steps in ((0.98, 190.0), (0.97, 160.0), (1.02, math.inf)):
+        assert workbench.figures(found, teacher) == last | {"steps to the teacher": steps}
 
 
 def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path, monkeypatch):
@@ -66,12 +83,9 @@ def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path,
 
     def run(config, fields, workdir):
         started.append((workdir.name, fields["seed"]))
-        workdir.mkdir(parents=True)
         read = 0.5 + 0.1 * fields["seed"]
-        line = {"step": fields["train.steps"], "train/mse": 0.1, "train/vb": 0.1}
-        line["eval/labels_read"] = read
-        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        report = {"labels_read": {"teacher": 0.5, "student": read}}
+        write_run(workdir, {fields["train.steps"]: read})
+        report = {"labels_read": {"teacher": 0.5, "student": 0.0}}
         (workdir / "report.json").write_text(json.dumps(report))
 
     def main(*arguments):
@@ -82,11 +96,12 @@ def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path,
 
     monkeypatch.setattr(workbench.guidelines, "run", run)
     main()
-    # Two stages of each design's last recipe; one seed after the other.
-    assert len(started) == len(workbench.DESIGNS) * 5 * 2
-    assert [seed for _, seed in started] == [0] * 30 + [1] * 30
+    # The teacher of each seed; two stages of each design's last recipe; one seed after the other.
+    assert started[:2] == [("teacher_seed_0", 0), ("teacher_seed_1", 1)]
+    assert len(started) == 2 + len(workbench.DESIGNS) * 5 * 2
+    assert [seed for _, seed in started[2:]] == [0] * 30 + [1] * 30
     table = (tmp_path / "runs" / "table.md").read_text()
-    assert "| LiT: q, k, v, o | 0.55 ± 0.071 | 300 ± 0 |" in table
+    assert "| LiT: q, k, v, o | 150 ± 0 | 0.55 ± 0.071 | 68.75 ± 0 | 150 ± 0 |" in table
     assert (tmp_path / "runs" / "workbench.png").stat().st_size > 5000
     (tmp_path / "runs" / "results.jsonl").rename(tmp_path / "kept.jsonl")
 
@@ -95,8 +110,58 @@ def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path,
 
     shutil.rmtree(tmp_path / "runs")
     monkeypatch.setitem(workbench.DESIGNS, "MALA", {"model.attention": "mala", "model.depth": 4})
-    main(f"--results={tmp_path}/kept.jsonl")
+    main(f"--results={tmp_path}/kept.jsonl", "--at_once=2")
     assert len(started) == 10 and all(name.startswith("mala") for name, _ in started)
+
+
+def test_several_runs_at_once_have_each_its_share_of_the_cores():
+    """And give what they found in the order in which they were asked for."""
+    cores = os.sched_getaffinity(0)
+    both_run = threading.Barrier(2, timeout=60)
+
+    def run(number):
+        both_run.wait()
+        return number, os.sched_getaffinity(0)
+
+    found = workbench.run_all([functools.partial(run, number) for number in range(4)], 2)
+    assert [number for number, _ in found] == [0, 1, 2, 3]
+    shares = {frozenset(share) for _, share in found}
+    # A machine of one core has no two shares.
+    assert frozenset.union(*shares) == cores and len(shares) == min(2, len(cores))
+    assert sum(len(share) for share in shares) == len(cores)
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_run_that_fails_cancels_those_after_it():
+    started = []
+
+    def fail():
+        raise SystemExit(3)
+
+    def run():
+        started.append(1)
+        time.sleep(0.001)  # ten seconds in all, of which a cancelled list takes few
+
+    with pytest.raises(SystemExit, match="3"):
+        workbench.run_all([run, fail] + [run] * 10_000, 2)
+    assert len(started) < 10_000
+
+
+def test_runs_share_the_statistics_of_their_reference(tmp_path, monkeypatch):
+    """They are computed by the first run alone, whose file the others' workdirs have."""
+    started = []
+
+    def start(command, cwd):
+        workdir = pathlib.Path(command[4].partition("=")[2])
+        started.append((workdir / "reference_a.npz").exists())
+        workdir.mkdir(exist_ok=True)
+        (workdir / "reference_a.npz").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(workbench.guidelines.subprocess, "run", start)
+    for name in ("one", "two", "two"):
+        workbench.guidelines.run("configs/quickstart.py", {}, tmp_path / name)
+    assert started == [False, True, True]
 
 
 def test_the_table_says_how_many_seeds_reached_the_teacher():

@@ -1,5 +1,6 @@
 """What the pretrained feature networks share: frozen batch norm, and strict loading of weights."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -82,6 +83,17 @@ def from_torch(module: str, name: str, value: np.ndarray) -> tuple[str, np.ndarr
     return f"{module}/{name}", value
 
 
+@functools.cache  # tracing takes seconds
+def param_shapes(network: nn.Module, input_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's parameters, by their paths "a/b/kernel"."""
+    x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
+    return {
+        "/".join(key.key for key in keys): leaf.shape
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+
+
 def build_params(
     flat: Mapping[str, np.ndarray],
     network: nn.Module,
@@ -96,13 +108,7 @@ def build_params(
     Raises: ValueError that lists what is missing, what is unknown, and what
       has another shape.
     """
-    x = jax.ShapeDtypeStruct((1, input_size, input_size, 3), np.float32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
-    expected = {
-        "/".join(key.key for key in keys): leaf.shape
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
-
+    expected = param_shapes(network, input_size)
     problems = [f"missing {key}" for key in expected if key not in flat]
     problems += [f"unknown {key}" for key in flat if key not in expected]
     problems += [
