@@ -138,7 +138,7 @@ def configure_jax(config: ConfigDict) -> None:
     """Passes on what JAX must know before it looks for devices."""
     import jax
 
-    from lit_jax.runtime import cluster
+    from lit_jax.runtime import cluster, pages
 
     configured = jax.config.values["jax_platforms"]
     if configured is None and only_libtpu() and not cluster.tpu_attached():
@@ -149,6 +149,9 @@ def configure_jax(config: ConfigDict) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    # Before there are devices: each of their threads would have a heap of its own.
+    if jax.config.values["jax_platforms"] == "cpu":
+        pages.keep()
 
 
 def programs_folder(asked: str) -> str:

@@ -46,6 +46,7 @@ import jax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 
 from lit_jax.kernels.linear_attention_gpu_plan import JAX_NEEDED  # noqa: E402
+from lit_jax.runtime import pages  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The CPU takes 32 programs at once. With that many waiting for an interpreted kernel, whose
@@ -56,6 +57,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 # program, and refuses some of them: they are not there any more.
 flags = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{flags} {compiler.XLA_FLAGS}"
+pages.keep()  # as the program does
 jax.devices()
 os.environ["XLA_FLAGS"] = flags
 # libtpu ignores the signal where nobody listens, and processes that a test starts would inherit it.
