@@ -36,6 +36,7 @@ from lit_jax.models.attention import LinearAttention, make_attention, softmax_at
 from lit_jax.pictures import to_uint8
 from lit_jax.porting.read import load_params
 from lit_jax.porting.torch_peer import torch_peer
+from lit_jax.runtime import pages
 from lit_jax.sampling import Sampler
 from lit_jax.settings import evaluation_settings, naming
 from lit_jax.train_step import (
@@ -615,6 +616,8 @@ def time_images(config: ConfigDict) -> Iterator[Row]:
 
 def _start_peak() -> None:
     """From here `_peak_bytes` counts, where Linux lets a process reset it."""
+    if jax.default_backend() == "cpu":
+        pages.release()
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 

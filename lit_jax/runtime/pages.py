@@ -31,8 +31,16 @@ def keep() -> None:
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.free(libc.malloc(ctypes.c_size_t(LARGEST_MMAP_THRESHOLD // 2)))
-    heap = next((line for line in maps.read_text().splitlines() if line.endswith("[heap]")), "")
-    if heap:
-        start, end = (int(address, 16) for address in heap.split()[0].split("-"))
-        # A kernel that has no such pages refuses, and its own serve.
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE)
+    for line in maps.read_text().splitlines():
+        if line.endswith("[heap]"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            # A kernel that has no such pages refuses, and its own serve.
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE)
+
+
+def release() -> None:
+    """Gives what is free back to the system, so that its memory can be counted anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
+        keep()  # the heap has lost its room
