@@ -33,7 +33,7 @@ from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.models import Model, init_params
 from lit_jax.models.architecture import heads_of_size
 from lit_jax.models.attention import LinearAttention, make_attention, softmax_attention
-from lit_jax.pictures import to_uint8
+from lit_jax.pictures import save_png, to_uint8
 from lit_jax.porting.read import load_params
 from lit_jax.porting.torch_peer import torch_peer
 from lit_jax.runtime import pages
@@ -54,6 +54,7 @@ Row = dict[str, Any]
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Prints the table and writes workdir/benchmark.json; config.benchmark says what is timed.
 
+    Images of several sizes are a picture too, benchmark.png.
     Raises: ValueError for fields that cannot be.
     """
     # ---- What is asked -------------------------------------------------------
@@ -114,6 +115,32 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             report = {"machine": machine, "rows": rows}
             (workdir / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(f"{machine}\n{table(rows)}\n")
+    images = [row for row in rows if row.get("what", "").startswith("image, ")]
+    if len({row["pixels"] for row in images}) > 1 and jax.process_index() == 0:
+        save_png(workdir / "benchmark.png", draw_images(images).savefig, dpi=110)
+
+
+def draw_images(rows: list[Row]) -> Any:
+    """The rows of `time_images`: over the size, what an image takes by each model.
+
+    Returns: a matplotlib Figure.
+    """
+    # Not at the top, for it takes a second; no pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("draw CPU s", "peak GB")):
+        for what in dict.fromkeys(row["what"] for row in rows):
+            line = [(row["pixels"], row[name]) for row in rows if row["what"] == what]
+            style = "o--" if "torch" in what else "o-"
+            axes.plot(*zip(*line), style, label=what.removeprefix("image, "))
+        sizes = sorted({row["pixels"] for row in rows})
+        axes.set(xlabel="pixels of a side", ylabel=name, xscale="log", yscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
 
 
 def table(rows: list[Row]) -> str:

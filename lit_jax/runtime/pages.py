@@ -7,6 +7,7 @@ import pathlib
 TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -2, -3, -8
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
 RESERVED = (2 << 30) - 4096  # of addresses, not of memory; an int holds no more
+BLOCK = 16 << 20  # of bytes
 HUGE = 14  # MADV_HUGEPAGE of madvise(2)
 
 
@@ -27,10 +28,15 @@ def keep() -> None:
     libc.mallopt(ARENA_MAX, 1)
     libc.mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(TOP_PAD, RESERVED)
-    # Grows the heap by the pad, so that one call names all its pages.
-    libc.malloc.restype = ctypes.c_void_p
+    # Grows the heap by the pad, so that its pages can be named. Holes in it are filled first.
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.free(libc.malloc(ctypes.c_size_t(LARGEST_MMAP_THRESHOLD // 2)))
+    blocks: list[int] = []
+    top = libc.sbrk(0)
+    while libc.sbrk(0) == top and len(blocks) < RESERVED // BLOCK:
+        blocks.append(libc.malloc(ctypes.c_size_t(BLOCK)))
+    for block in blocks:
+        libc.free(block)
     for line in maps.read_text().splitlines():
         if line.endswith("[heap]"):
             start, end = (int(address, 16) for address in line.split()[0].split("-"))

@@ -279,6 +279,33 @@ def test_an_image_is_drawn_by_both_models_and_decoded(tmp_path):
         assert row["steps"] == 2 and row["draw s"] > 0 and row["peak GB"] > 0.1
 
 
+def test_images_of_several_sizes_are_a_picture(tmp_path, monkeypatch):
+    """A line a model: its sizes, what an image took, and its memory."""
+
+    def time_images(config):
+        for pixels in config.benchmark.pixels:
+            for factor, name in enumerate(("linear", "torch linear"), 1):
+                took = {"draw CPU s": factor * pixels / 100, "peak GB": factor * 0.5}
+                yield {"what": f"image, {name}", "pixels": pixels} | took
+
+    monkeypatch.setattr(benchmark, "time_images", time_images)
+    config = tiny_config()
+    config.benchmark.update(what=("image",), pixels=(16,))
+    benchmark.run(config, epath.Path(tmp_path / "one"))
+    assert not (tmp_path / "one" / "benchmark.png").exists()
+    config.benchmark.pixels = (16, 32)
+    benchmark.run(config, epath.Path(tmp_path))
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+    figure = benchmark.draw_images(list(time_images(config)))
+    seconds, memory = figure.axes
+    lines = [[line.get_label(), *line.get_xydata().tolist()] for line in seconds.lines]
+    assert lines == [
+        ["linear", [16, 0.16], [32, 0.32]],
+        ["torch linear", [16, 0.32], [32, 0.64]],
+    ]
+    assert [line.get_ydata().tolist() for line in memory.lines] == [[0.5, 0.5], [1.0, 1.0]]
+
+
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 def test_the_peer_of_a_model_computes_the_same(attention):
     """Otherwise the benchmark would compare the times of two functions."""
