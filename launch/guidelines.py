@@ -10,7 +10,9 @@ folder of the runs.
 """
 
 import argparse
+import functools
 import importlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from finished import Finished  # beside this file
+from finished import Finished, run_all  # beside this file
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of the loss: the mean over this many steps at the end.
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
     parser.add_argument("--images", type=int, default=500, help="of each Frechet distance")
     wanted = parser.parse_args()
     name = pathlib.Path(wanted.config).stem
@@ -158,22 +161,29 @@ def main() -> None:
     if name == "quickstart":
         budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
         budget["evaluate.reference"] = "mnist_digits:train"
-    results: dict[str, list[dict[str, float]]] = {}
     path = stages(name)
+
+    def student(seed: int, stage: str) -> dict[str, float]:
+        """The `result` of a run."""
+        fields = path[stage]
+        # Of the teacher its name: its place differs from machine to machine.
+        named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
+        key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
+        workdir = folder / f"stage_{list(path).index(stage)}_seed_{seed}"
+
+        def train() -> dict[str, float]:
+            print(f"{stage}, seed {seed}: {workdir}", flush=True)
+            run(wanted.config, fields | budget | {"seed": seed}, workdir)
+            return result(workdir)
+
+        return finished.get(key, train)
+
     # Seed by seed: a table of one seed is there after a third of the time.
-    for seed in range(wanted.seeds):
-        for number, (stage, fields) in enumerate(path.items()):
-            # Of the teacher its name: its place differs from machine to machine.
-            named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
-            key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
-            workdir = folder / f"stage_{number}_seed_{seed}"
-
-            def train() -> dict[str, float]:
-                print(f"{stage}, seed {seed}: {workdir}", flush=True)
-                run(wanted.config, fields | budget | {"seed": seed}, workdir)
-                return result(workdir)
-
-            results.setdefault(stage, []).append(finished.get(key, train))
+    asked = list(itertools.product(range(wanted.seeds), path))
+    found = run_all([functools.partial(student, *each) for each in asked], wanted.at_once)
+    results: dict[str, list[dict[str, float]]] = {}
+    for (_, stage), figures in zip(asked, found, strict=True):
+        results.setdefault(stage, []).append(figures)
     text = table(results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
