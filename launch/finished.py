@@ -17,8 +17,8 @@ T = TypeVar("T")
 def run_all(runs: Sequence[Callable[[], T]], at_once: int) -> list[T]:
     """What the runs return, in their order; several at once have each its share of the cores.
 
-    What a run starts as a process has the run's cores. Where one fails, those that
-    have not started are cancelled.
+    What a run starts as a process has the run's cores. Where one fails, those that have not started
+    are cancelled.
     """
     if at_once == 1:
         return [run() for run in runs]
@@ -53,7 +53,7 @@ class Finished:
     def get(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the run of a key found; where there is no line of it, `run()`, which becomes one."""
         asked = json.loads(json.dumps(key))  # tuples are lists there
-        for line in list(self._lines):
+        for line in self._lines:
             if line["run"] == asked:
                 return line["found"]
         line = {

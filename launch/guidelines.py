@@ -5,8 +5,9 @@
 
 Each stage adds one thing to the stage before it, and is trained from several seeds for the same
 number of steps. Finished runs are lines of a file, --results, and are not run again: the same
-command goes on, here or elsewhere. The table is printed, and written with its picture into the
-folder of the runs.
+command goes on, here or elsewhere. --at_once is for a CPU: two runs on a core each take less time
+than one after the other. The table is printed, and written with its picture into the folder of the
+runs.
 """
 
 import argparse
@@ -83,12 +84,23 @@ def run(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> None:
         sys.exit(status)
 
 
+def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The lines that a run wrote while it trained: of training and of its evaluations."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def mean_at_end(lines: list[dict[str, float]], name: str, steps: int) -> float:
+    """The mean of a metric over so many steps before the last one that has it."""
+    lines = [line for line in lines if name in line]
+    return float(
+        np.mean([line[name] for line in lines if line["step"] > lines[-1]["step"] - steps])
+    )
+
+
 def result(workdir: pathlib.Path) -> dict[str, float]:
     """The figures of a finished run, by their names in the table."""
     report = json.loads((workdir / "report.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "train/mse" in line]
-    last = [line for line in lines if line["step"] > lines[-1]["step"] - LAST_STEPS]
+    lines = metrics(workdir)
     found = {}
     for file in sorted(workdir.glob("evaluation_*.json")):
         scores = json.loads(file.read_text())["scores"]
@@ -98,7 +110,7 @@ def result(workdir: pathlib.Path) -> dict[str, float]:
     if "geneval" in report:
         found["GenEval"] = report["geneval"]["student"]["overall"]
     for name in ("mse", "vb"):
-        found[name] = float(np.mean([line[f"train/{name}"] for line in last]))
+        found[name] = mean_at_end(lines, f"train/{name}", LAST_STEPS)
     return found
 
 

@@ -61,15 +61,15 @@ REGRESSION: dict[str, Any] = {
     "report.read_labels": False,
     "train.preview_every": 0,
 }
+# Teacher and students draw alike.
+DRAWN: dict[str, Any] = {"sample.steps": 10, "sample.batch_size": IMAGES // 2}
 # The teacher draws as many images, beside those of a student of one step.
-TEACHER: dict[str, Any] = {
+TEACHER: dict[str, Any] = DRAWN | {
     "train.steps": 1,
     "optimizer.warmup": 0,
     "train.preview_every": 0,
     "checkpoint.every": 1,
     "report.num_images": IMAGES,
-    "sample.steps": 10,
-    "sample.batch_size": IMAGES // 2,
 }
 # The same designs in the size that their papers measure, for --costs.
 XL_DESIGNS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def runs(
 
 def budget(steps: int) -> dict[str, Any]:
     """The fields of the run that is scored, on its way and at its end."""
-    return {
+    return DRAWN | {
         "train.steps": steps,
         "train.preview_every": 0,
         "checkpoint.every": steps,
@@ -114,8 +114,6 @@ def budget(steps: int) -> dict[str, Any]:
         "evaluate.reference": "mnist_digits:train",
         "evaluate.batch_size": IMAGES // 2,
         "report.num_images": 0,
-        "sample.steps": 10,
-        "sample.batch_size": IMAGES // 2,
     }
 
 
@@ -124,17 +122,15 @@ def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
 
     Args: first: the steps of the stage before, which count.
     """
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = guidelines.metrics(workdir)
     scores = [line for line in lines if "eval/labels_read" in line]
-    trained = [line for line in lines if "train/kd_noise" in line]
-    last = [line for line in trained if line["step"] > trained[-1]["step"] - LAST_STEPS]
     found = {
         name.removeprefix("eval/"): value
         for name, value in scores[-1].items()
         if name.startswith("eval/fd_")
     }
     found["labels read"] = scores[-1]["eval/labels_read"]
-    found["kd_noise"] = float(np.mean([line["train/kd_noise"] for line in last]))
+    found["kd_noise"] = guidelines.mean_at_end(lines, "train/kd_noise", LAST_STEPS)
     curve = [(first + line["step"], line["eval/labels_read"]) for line in scores]
     return {"figures": found, "curve": curve}
 

@@ -117,13 +117,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     sys.stdout.write(f"{machine}\n{table(rows)}\n")
     images = [row for row in rows if row.get("what", "").startswith("image, ")]
     if len({row["pixels"] for row in images}) > 1 and jax.process_index() == 0:
-        # Other work spoils the seconds of a CPU least where it counts its own.
+        # Where cores are shared, other work spoils the seconds of the clock.
         seconds = "draw CPU s" if device.platform == "cpu" else "draw s"
-        figure = draw_images(images, (seconds, "peak GB"))
+        figure = draw_resolutions(images, (seconds, "peak GB"))
         save_png(workdir / "benchmark.png", figure.savefig, dpi=110)
 
 
-def draw_images(rows: list[Row], names: tuple[str, ...]) -> Any:
+def draw_resolutions(rows: list[Row], names: tuple[str, ...]) -> Any:
     """The rows of `time_images`: over the size, what an image takes by each model.
 
     Args: names: of the columns, each a panel.

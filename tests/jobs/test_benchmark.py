@@ -296,7 +296,7 @@ def test_images_of_several_sizes_are_a_picture(tmp_path, monkeypatch):
     config.benchmark.pixels = (16, 32)
     benchmark.run(config, epath.Path(tmp_path))
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
-    figure = benchmark.draw_images(list(time_images(config)), ("draw CPU s", "peak GB"))
+    figure = benchmark.draw_resolutions(list(time_images(config)), ("draw CPU s", "peak GB"))
     seconds, memory = figure.axes
     lines = [[line.get_label(), *line.get_xydata().tolist()] for line in seconds.lines]
     assert lines == [
