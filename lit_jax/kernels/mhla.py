@@ -7,7 +7,10 @@ each block b has a state, and the query's block i mixes all of them:
     o   = phi(q) (sum_b m_ib S_b) / (phi(q) . sum_b m_ib z_b)
 
 m is one learned M x M matrix, the same for all heads. With M = 1 this is LiT's
-attention without its convolution.
+attention without its convolution. Where the tokens are few, the same sums cost
+less pair by pair of tokens:
+
+    w_ij = m_block(i)block(j) phi(q_i) . phi(k_j)     o_i = sum_j w_ij v_j / sum_j w_ij
 """
 
 import functools
@@ -44,6 +47,11 @@ def initial_mix(num_blocks: int) -> np.ndarray:
     return (near / near.sum(axis=0, keepdims=True)).astype(np.float32)
 
 
+def macs(tokens: int, head_width: int, num_blocks: int) -> tuple[int, int]:
+    """Multiply-adds for one column of v, by states and by pairs of tokens."""
+    return (2 * tokens + num_blocks**2) * head_width, 2 * tokens * tokens
+
+
 def mhla(
     q: jax.Array,
     k: jax.Array,
@@ -53,7 +61,9 @@ def mhla(
     grid: tuple[int, int],
     kernel_function: str = "relu",
 ) -> jax.Array:
-    """The attention above; products in the dtype of q, sums and normaliser in float32.
+    """The attention above, by what takes fewer multiply-adds: states, or pairs of tokens.
+
+    Products are in the dtype of q, sums and normaliser in float32.
 
     Args:
       q, k, v: (B, T, N, H), T in raster order of `grid`.
@@ -62,18 +72,11 @@ def mhla(
     Returns: (B, T, N, H) in the dtype of q.
     Raises: ValueError for a grid that does not divide into M square blocks.
     """
-    B, T, N, H = q.shape
-    M = len(mix)
-    if reason := refusal(M, grid):
+    T, H = q.shape[1], q.shape[3]
+    if reason := refusal(len(mix), grid):
         raise ValueError(reason)
-    side = math.isqrt(M)
-    h, w = grid[0] // side, grid[1] // side
-
-    def to_blocks(x):  # (B, T, N, H) to (B, M, N, T / M, H)
-        x = x.reshape(B, side, h, side, w, N, H)
-        return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, M, N, h * w, H)
-
-    q, k, v = map(to_blocks, (q, k, v))
+    by_states, by_pairs = macs(T, H, len(mix))
+    form = _by_states if by_states <= by_pairs else _by_pairs
     phi_q = feature_map(q.astype(jnp.float32), kernel_function)
     phi_k = feature_map(k.astype(jnp.float32), kernel_function)
     einsum = functools.partial(
@@ -81,15 +84,44 @@ def mhla(
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
+    return form(phi_q, phi_k, v, mix, grid, einsum).astype(q.dtype)
+
+
+def _by_states(phi_q, phi_k, v, mix, grid, einsum):
+    B, T, N, H = v.shape
+    side = math.isqrt(len(mix))
+    h, w = grid[0] // side, grid[1] // side
+
+    def to_blocks(x):  # (B, T, N, H) to (B, M, N, T / M, H)
+        x = x.reshape(B, side, h, side, w, N, H)
+        return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, side * side, N, h * w, H)
+
+    phi_q, phi_k, v = map(to_blocks, (phi_q, phi_k, v))
     # Means in place of sums: what is large in both cancels.
-    state = einsum("bmnth,bmntd->bmnhd", phi_k.astype(q.dtype), v) / T
+    state = einsum("bmnth,bmntd->bmnhd", phi_k.astype(v.dtype), v) / T
     mass = phi_k.sum(axis=3) / T  # (B, M, N, H)
     exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     state = exactly("im,bmnhd->binhd", mix, state)
     mass = exactly("im,bmnh->binh", mix, mass)
-    numerator = einsum("bmnth,bmnhd->bmntd", phi_q.astype(q.dtype), state.astype(q.dtype))
+    numerator = einsum("bmnth,bmnhd->bmntd", phi_q.astype(v.dtype), state.astype(v.dtype))
     denominator = jnp.sum(phi_q * mass[:, :, :, None], axis=-1, keepdims=True)
     out = numerator / (denominator + EPSILON)
 
     out = out.reshape(B, side, side, N, h, w, H).transpose(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    return out.reshape(B, T, N, H)
+
+
+def _by_pairs(phi_q, phi_k, v, mix, grid, einsum):
+    B, T, N, H = v.shape
+    side = math.isqrt(len(mix))
+    row, column = np.divmod(np.arange(T), grid[1])
+    block = row // (grid[0] // side) * side + column // (grid[1] // side)
+    # (B N, T, H): with heads left inside, XLA copies around each product.
+    phi_q, phi_k, v = (
+        x.astype(v.dtype).transpose(0, 2, 1, 3).reshape(B * N, T, H) for x in (phi_q, phi_k, v)
+    )
+    pairs = mix[block][:, block] / T
+    weights = einsum("nth,nsh->nts", phi_q, phi_k) * pairs[None]
+    numerator = einsum("nts,nsh->nth", weights.astype(v.dtype), v)
+    out = numerator / (weights.sum(axis=-1, keepdims=True) + EPSILON)
+    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)

@@ -344,11 +344,11 @@ class BlockAttention(nn.Module):
     def macs(self, tokens: int, width: int) -> int:
         """Multiply-adds for one image without the projections.
 
-        States and read-out, 2 T D H, their mixing, M M D H, the convolution, K K T D.
+        States and read-out, 2 T D H, and their mixing, M M D H, or pairs, 2 T T D; the
+        convolution, K K T D.
         """
-        head_width = width // self.num_heads
-        products = (2 * tokens + self.num_blocks**2) * width * head_width
-        return products + self.conv_size**2 * tokens * width
+        products = min(mhla.macs(tokens, width // self.num_heads, self.num_blocks))
+        return products * width + self.conv_size**2 * tokens * width
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:

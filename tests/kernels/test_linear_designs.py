@@ -94,8 +94,15 @@ GRID = (4, 6)
 Q, K, V = (tokens(2, 24, 3, 5, seed=seed) for seed in range(3))
 MIX = np.abs(tokens(4, 4, seed=3))
 W1, W2 = tokens(3, 5, 5, seed=4), tokens(3, 5, 5, seed=5)
+# Of heads so wide, pairs of 24 tokens cost less than states.
+WIDE = [tokens(2, 24, 2, 40, seed=seed) for seed in range(3)]
 DESIGNS = {
     "mhla": (lambda *x: mhla.mhla(*x, grid=GRID), lambda *x: mhla_oracle(*x, GRID), (Q, K, V, MIX)),
+    "mhla, pairs": (
+        lambda *x: mhla.mhla(*x, grid=GRID),
+        lambda *x: mhla_oracle(*x, GRID),
+        (*WIDE, MIX),
+    ),
     "mala": (mala.mala, mala_oracle, (Q, K, V)),
     "dit5": (dit5.dit5, dit5_oracle, (Q, K, V, W1, W2)),
 }
@@ -118,7 +125,7 @@ def test_a_design_is_its_dense_formula(name):
 def test_gradients_are_those_of_the_dense_formula(name):
     """Along one random direction in all arrays at once."""
     design, oracle, arrays = DESIGNS[name]
-    do = tokens(*Q.shape, seed=8)
+    do = tokens(*arrays[0].shape, seed=8)
     pull_back = jax.jit(lambda do, *arrays: jax.vjp(design, *arrays)[1](do))
     directions = [tokens(*a.shape, seed=20 + i) for i, a in enumerate(arrays)]
     slope = sum((np.float64(g) * d).sum() for g, d in zip(pull_back(do, *arrays), directions))
@@ -130,6 +137,17 @@ def test_gradients_are_those_of_the_dense_formula(name):
 
     expected = (along(1e-6) - along(-1e-6)) / 2e-6
     np.testing.assert_allclose(slope, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("width", [5, 40])
+def test_blocks_cost_the_products_that_are_counted(width):
+    """The program's own FLOPs: by states for narrow heads, by pairs for wide ones."""
+    heads = [tokens(2, 24, 3, width, seed=seed) for seed in range(3)]
+    program = jax.jit(functools.partial(mhla.mhla, grid=GRID)).lower(*heads, MIX)
+    products = 2 * 3 * width * min(mhla.macs(24, width, len(MIX)))
+    flops = program.cost_analysis()["flops"]
+    # Besides the products: sums and phi, a few operations an entry.
+    assert 2 * products <= flops < 2 * products + 20 * heads[0].size + 4 * 2 * 3 * 24 * 24
 
 
 def test_one_block_is_lits_attention_without_its_convolution():

@@ -197,6 +197,9 @@ def test_other_designs_cost_what_their_products_do():
     state = 48
     mhla = attention.BlockAttention(num_heads=2, conv_size=0, num_blocks=1)
     assert mhla.macs(tokens=3, width=4) == state + 8  # a state of 2 x 2 x 2, mixed once
+    # Of wide heads the pairs cost less: 2 x 2 scores and as many read-outs of 8 columns.
+    mhla = attention.BlockAttention(num_heads=1, conv_size=0, num_blocks=4)
+    assert mhla.macs(tokens=2, width=8) == 2 * 2 * 2 * 8
     mala = attention.MagnitudeAttention(num_heads=2, conv_size=3)
     assert mala.macs(tokens=3, width=4) == state + 108 + 48  # the gate is a projection of 4 x 4
     dit5 = attention.FastWeightAttention(num_heads=2, conv_size=3)
