@@ -1,6 +1,7 @@
 """Every design of linear attention by every recipe on a quickstart, at equal steps.
 
     python launch/workbench.py --config=configs/quickstart.py
+    python launch/workbench.py --config=configs/quickstart_t2i.py --designs LiT
     python launch/workbench.py --costs
 
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
@@ -18,6 +19,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,28 +28,34 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 import guidelines  # noqa: E402  beside this file
 from finished import Finished, run_all  # noqa: E402
 
-# Of models with tokens in a grid of 7 x 7 and a width of 160, as the quickstart's.
+# Of models with a width of 160, as the quickstarts'.
 DESIGNS: dict[str, dict[str, Any]] = {
     "LiT": {},
     "Sana": {"model.num_heads": 5, "model.conv_size": 0},
-    "MHLA": {"model.attention": "mhla", "model.conv_size": 3, "model.num_blocks": 49},
+    "MHLA": {"model.attention": "mhla", "model.conv_size": 3},
     "MALA": {"model.attention": "mala"},
     "DiT5": {"model.attention": "dit5", "model.conv_size": 3},
     "LiT, one softmax": {"model.softmax_every": 5},
 }
+ALL_BUT_ATTENTION = {"inherit.load": ("auto",)}  # LiT's guideline 4
 WHOLE = {"inherit.load": ("q", "k", "v", "o")}
 RECIPES: dict[str, dict[str, Any]] = {
-    "all but attention": {},  # LiT's guideline 4
+    "all but attention": ALL_BUT_ATTENTION,
     "q, k, v, o": WHOLE,
     "q, k, v, o, two rates": WHOLE | {"optimizer.inherited_rate": 0.1},
-    "layers first": {},
+    "layers first": ALL_BUT_ATTENTION,
 }
 LAYERS_FIRST = "layers first"
 # Of the steps, the first ones of that recipe.
 LAYERS_SHARE = 0.25
-# Of each score.
-IMAGES = 100
+# Of digits: the scores of a run, and the images of each.
 SCORES = 3
+IMAGES = 100
+# Of scenes there is one, of all prompts: its images are the report's, with the teacher's.
+SCENES_CONFIG = "quickstart_t2i"
+STEPS = {"quickstart": 150, SCENES_CONFIG: 400}
+# The quickstarts' grids are 7 x 7 and 8 x 8: blocks of one token, and of 2 x 2.
+NUM_BLOCKS = {"quickstart": 49, SCENES_CONFIG: 16}
 # Of the distillation's error: the mean over this many steps at the end.
 LAST_STEPS = 50
 # A student has reached its teacher where it reads so much less of the labels.
@@ -59,9 +67,10 @@ REGRESSION: dict[str, Any] = {
     "distill.variance_weight": 0.0,
     "report.num_images": 0,
     "report.read_labels": False,
+    "report.read_scenes": False,
     "train.preview_every": 0,
 }
-# Teacher and students draw alike.
+# Teacher and students draw digits alike.
 DRAWN: dict[str, Any] = {"sample.steps": 10, "sample.batch_size": IMAGES // 2}
 # The teacher draws as many images, beside those of a student of one step.
 TEACHER: dict[str, Any] = DRAWN | {
@@ -89,13 +98,22 @@ def first_steps(recipe: str, steps: int) -> int:
     return round(LAYERS_SHARE * steps) if recipe == LAYERS_FIRST else 0
 
 
+def designs(name: str) -> dict[str, dict[str, Any]]:
+    """The fields of each design in a config's model, by the design's name."""
+    blocks = {"model.num_blocks": NUM_BLOCKS[name]}
+    return DESIGNS | {"MHLA": DESIGNS["MHLA"] | blocks}
+
+
 def runs(
-    fields: dict[str, Any], recipe: str, steps: int, workdir: pathlib.Path
+    name: str, design: str, recipe: str, steps: int, workdir: pathlib.Path
 ) -> list[tuple[dict[str, Any], pathlib.Path]]:
-    """The runs of a recipe, one after the other: the fields and the workdir of each."""
-    fields = fields | RECIPES[recipe]
+    """The runs of a recipe, one after the other: the fields and the workdir of each.
+
+    Args: name: of the config, a key of `STEPS`.
+    """
+    fields = designs(name)[design] | RECIPES[recipe]
     first = first_steps(recipe, steps)
-    last = fields | budget(steps - first)
+    last = fields | budget(name, steps - first)
     if not first:
         return [(last, workdir)]
     layers = workdir.with_name(f"{workdir.name}_layers")
@@ -103,59 +121,70 @@ def runs(
     return [(regression, layers), (last | {"student.init": str(layers)}, workdir)]
 
 
-def budget(steps: int) -> dict[str, Any]:
-    """The fields of the run that is scored, on its way and at its end."""
-    return DRAWN | {
-        "train.steps": steps,
-        "train.preview_every": 0,
-        "checkpoint.every": steps,
+def budget(name: str, steps: int) -> dict[str, Any]:
+    """The fields of the run that is scored: digits on its way and at its end, scenes at its end."""
+    common = {"train.steps": steps, "train.preview_every": 0, "checkpoint.every": steps}
+    if name == SCENES_CONFIG:
+        return common | {"sample.steps": 20}
+    scores = {
         "evaluate.every": -(-steps // SCORES),
         "evaluate.every_images": IMAGES,
         "evaluate.reference": "mnist_digits:train",
         "evaluate.batch_size": IMAGES // 2,
         "report.num_images": 0,
     }
+    return DRAWN | common | scores
 
 
 def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
-    """The figures of a finished run, and the share of labels read at each scored step.
+    """The figures of a finished run; of digits the share of labels read at each scored step too.
 
     Args: first: the steps of the stage before, which count.
     """
     lines = guidelines.metrics(workdir)
+    kd_noise = {"kd_noise": guidelines.mean_at_end(lines, "train/kd_noise", LAST_STEPS)}
     scores = [line for line in lines if "eval/labels_read" in line]
+    if not scores:
+        report = json.loads((workdir / "report.json").read_text())["geneval"]
+        scene_scores = {who: report[who]["overall"] for who in ("student", "teacher")}
+        return {"figures": scene_scores | kd_noise}
     found = {
         name.removeprefix("eval/"): value
         for name, value in scores[-1].items()
         if name.startswith("eval/fd_")
     }
     found["labels read"] = scores[-1]["eval/labels_read"]
-    found["kd_noise"] = guidelines.mean_at_end(lines, "train/kd_noise", LAST_STEPS)
     curve = [(first + line["step"], line["eval/labels_read"]) for line in scores]
-    return {"figures": found, "curve": curve}
+    return {"figures": found | kd_noise, "curve": curve}
 
 
-def figures(found: dict[str, Any], teacher: float) -> dict[str, float]:
+def figures(found: dict[str, Any], teacher: float | None) -> dict[str, float]:
     """A run's cells of the table; steps to the teacher are infinite where it is not reached.
 
     Args:
       found: the run's `result`.
-      teacher: the share of labels that are read in the teacher's images.
+      teacher: the share of labels that are read in the teacher's images; of scenes None.
     """
+    if teacher is None:
+        return found["figures"]
     reached = [step for step, read in found["curve"] if read >= teacher - WITHIN]
     return found["figures"] | {"steps to the teacher": float(min(reached, default=math.inf))}
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+def draw(
+    results: dict[str, list[dict[str, Any]]], designs: Sequence[str], path: pathlib.Path
+) -> None:
     """A panel for each design: labels read over the steps, a line for each recipe's mean.
 
     Args: results: of each design and recipe, by its name in the table, the `result` of each seed.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
-    for axes, design in zip(panels, DESIGNS, strict=True):
+    columns = min(len(designs), 3)
+    rows = -(-len(designs) // columns)
+    figure = Figure(figsize=(3.7 * columns, 3.1 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, design in zip(panels, designs):
         for recipe in RECIPES:
             curves = np.array([found["curve"] for found in results[f"{design}: {recipe}"]])
             steps, values = curves[0, :, 0], curves[:, :, 1]
@@ -192,10 +221,11 @@ def costs() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--workdir", default="workdir/workbench")
+    parser.add_argument("--config", default="configs/quickstart.py", help="or quickstart_t2i.py")
+    parser.add_argument("--workdir", help="default: workdir/workbench/NAME")
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
+    parser.add_argument("--steps", type=int, help="default: 150 of digits, 400 of scenes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
     parser.add_argument("--costs", action="store_true")
@@ -203,12 +233,17 @@ def main() -> None:
     if wanted.costs:
         print(costs())
         return
-    folder = pathlib.Path(wanted.workdir)
-    finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
     config = pathlib.Path(wanted.config).stem
+    if config not in STEPS:
+        parser.error(f"--config={wanted.config} is neither of {' and '.join(STEPS)}")
+    steps = wanted.steps or STEPS[config]
+    folder = pathlib.Path(wanted.workdir or f"workdir/workbench/{config}")
+    finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
 
-    def teacher(seed: int) -> float:
+    def teacher(seed: int) -> float | None:
         """The share of labels that are read in the teacher's images."""
+        if config == SCENES_CONFIG:
+            return None  # each report of a student has the teacher's score
         workdir = folder / f"teacher_seed_{seed}"
 
         def train() -> dict[str, Any]:
@@ -226,17 +261,17 @@ def main() -> None:
         workdir = folder / f"{place}_seed_{seed}"
 
         def train() -> dict[str, Any]:
-            for fields, run_workdir in runs(DESIGNS[design], recipe, wanted.steps, workdir):
+            for fields, run_workdir in runs(config, design, recipe, steps, workdir):
                 print(f"{name}, seed {seed}: {run_workdir}", flush=True)
                 guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
-            return result(workdir, first_steps(recipe, wanted.steps))
+            return result(workdir, first_steps(recipe, steps))
 
-        fields = DESIGNS[design] | RECIPES[recipe] | budget(wanted.steps)
+        fields = designs(config)[design] | RECIPES[recipe] | budget(config, steps)
         return finished.get({"config": config, "name": name, "fields": fields, "seed": seed}, train)
 
     # Seed by seed: a table of one seed is there after a third of the time.
     seeds = range(wanted.seeds)
-    asked = list(itertools.product(seeds, DESIGNS, RECIPES))
+    asked = list(itertools.product(seeds, wanted.designs, RECIPES))
     read = run_all([functools.partial(teacher, seed) for seed in seeds], wanted.at_once)
     found = run_all([functools.partial(student, *run) for run in asked], wanted.at_once)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -247,7 +282,10 @@ def main() -> None:
     text = guidelines.table(rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    draw(results, folder / "workbench.png")
+    if config == SCENES_CONFIG:
+        guidelines.draw(rows, folder / "workbench.png")
+    else:
+        draw(results, wanted.designs, folder / "workbench.png")
     print(text)
 
 

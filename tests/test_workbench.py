@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from configs import quickstart
+from configs import quickstart, quickstart_t2i
 from lit_jax.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,20 +23,24 @@ assert SPEC and SPEC.loader
 workbench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(workbench)
 
-CASES = [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS]
-CASES += [("LiT", recipe) for recipe in ("all but attention", "q, k, v, o", "layers first")]
+CONFIGS = {"quickstart": quickstart, "quickstart_t2i": quickstart_t2i}
+CASES = [("LiT", recipe) for recipe in workbench.RECIPES]
+CASES += [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS if design != "LiT"]
 
 
 @pytest.mark.parametrize("design, recipe", CASES)
-def test_every_run_can_start(design, recipe, tmp_path):
-    fields = workbench.DESIGNS[design]
-    for run_fields, workdir in workbench.runs(fields, recipe, 200, tmp_path / "a"):
-        config = quickstart.get_config()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_run_can_start(name, design, recipe, tmp_path):
+    steps = workbench.STEPS[name]
+    for run_fields, workdir in workbench.runs(name, design, recipe, steps, tmp_path / "a"):
+        config = CONFIGS[name].get_config()
         config.update_from_flattened_dict(run_fields)
         experiment = Experiment(config)
         if config.student.init == "teacher":
             experiment.check_inheritance()
             assert (len(experiment.inherited_paths) > 0) == ("two rates" in recipe)
+        # The recipes say it themselves, whatever the config's own one is.
+        assert config.inherit.load == (("q", "k", "v", "o") if "q, k" in recipe else ("auto",))
         assert workdir.parent == tmp_path
 
 
@@ -48,12 +52,13 @@ def test_the_run_that_draws_with_the_teacher_can_start():
 
 def test_the_steps_of_all_stages_are_those_of_one(tmp_path):
     """A first stage regresses layers alone, and the second starts from its workdir."""
-    first, last = workbench.runs({}, "layers first", 100, tmp_path / "a")
+    asked = ("quickstart", "LiT")
+    first, last = workbench.runs(*asked, "layers first", 100, tmp_path / "a")
     assert first[0]["train.steps"] + last[0]["train.steps"] == 100
     assert last[0]["student.init"] == str(first[1]) != str(last[1])
     assert first[0]["distill.attention_weight"] == 1.0
     assert "distill.attention_weight" not in last[0]
-    ((only, workdir),) = workbench.runs({}, "q, k, v, o", 100, tmp_path / "a")
+    ((only, workdir),) = workbench.runs(*asked, "q, k, v, o", 100, tmp_path / "a")
     assert only["train.steps"] == 100 and workdir == tmp_path / "a"
 
 
@@ -75,6 +80,26 @@ def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tm
     last = {"fd_x_100": 150.0, "labels read": 0.9, "kd_noise": 0.5 * (125 + 150) / 2}
     for teacher, steps in ((0.98, 190.0), (0.97, 160.0), (1.02, math.inf)):
         assert workbench.figures(found, teacher) == last | {"steps to the teacher": steps}
+
+
+def test_scenes_are_scored_once_beside_the_teacher(tmp_path, monkeypatch, capsys):
+    def run(config, fields, workdir):
+        write_run(workdir, {}, kd_noise=0.5 + fields["seed"])
+        scores = {"student": {"overall": 0.3}, "teacher": {"overall": 0.75 + 0.1 * fields["seed"]}}
+        (workdir / "report.json").write_text(json.dumps({"geneval": scores}))
+
+    monkeypatch.setattr(workbench.guidelines, "run", run)
+    argv = ["workbench.py", "--config=configs/quickstart_t2i.py", "--designs", "LiT", "MHLA"]
+    monkeypatch.setattr(sys, "argv", argv + ["--seeds=2", f"--workdir={tmp_path}"])
+    workbench.main()
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| stage | student | teacher | kd_noise |" and len(lines) == 2 + 8
+    assert lines[2] == "| LiT: all but attention | 0.3 ± 0 | 0.8 ± 0.071 | 137.5 ± 97 |"
+    assert (tmp_path / "workbench.png").stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["workbench.py", "--config=configs/cifar10_lit.py"])
+    with pytest.raises(SystemExit, match="2"):
+        workbench.main()
+    assert "cifar10_lit.py is neither of quickstart and quickstart_t2i" in capsys.readouterr().err
 
 
 def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path, monkeypatch):
