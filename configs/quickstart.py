@@ -20,7 +20,10 @@ def get_config():
     config.teacher.checkpoint = str(ASSETS / "quickstart_teacher.safetensors")
     config.teacher.dtype = "float32"
     config.student.init = "teacher"
-    # The paper's 0.5 is for 400,000 steps. In hundreds of steps a larger weight teaches faster.
+    # The paper inherits all but attention, and has 400,000 steps. In hundreds of them the teacher's
+    # projections help every linear attention that was tried: docs/workbench.md.
+    config.inherit.load = ("q", "k", "v", "o")
+    # The paper's weight is 0.5; here a larger one teaches faster.
     config.distill.noise_weight = 8.0
     config.train.update(batch_size=32, steps=800, log_every=25, preview_every=400)
     config.optimizer.update(learning_rate=1.5e-3, warmup=25)

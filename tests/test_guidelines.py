@@ -44,11 +44,12 @@ def test_each_stage_adds_one_thing_to_the_one_before():
     ]
     first = stages["linear attention from scratch"]
     assert first["student.init"] == "random" and first["model.conv_size"] == 0
-    # The last stage is the quickstart itself, its teacher named by its file.
+    # The last stage is the quickstart with the paper's inheritance, its teacher named by its file.
     last = quickstart.get_config()
     last.update_from_flattened_dict(stages["+ variance distillation"])
     whole = quickstart.get_config()
     whole.student.init = teacher
+    whole.inherit.load = ("auto",)
     assert last.to_dict() == whole.to_dict()
 
 
