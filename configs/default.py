@@ -112,7 +112,8 @@ def get_config() -> ConfigDict:
 
     # Hybrid distillation (paper):
     # loss = mse + vb + noise_weight * kd_noise + variance_weight * kd_variance.
-    # denoising_weight multiplies mse + vb, and attention_weight * kd_attention is added.
+    # denoising_weight multiplies mse + vb, and attention_weight * kd_attention and
+    # feature_weight * kd_features are added.
     config.distill = ConfigDict(
         dict(
             noise_weight=0.5,  # lambda_1 of the paper
@@ -121,6 +122,8 @@ def get_config() -> ConfigDict:
             # Of the layer-wise regression: each attention learns what the teacher's gives for the
             # teacher's own input. With the other weights at 0 nothing else is computed.
             attention_weight=0.0,
+            # Of what each attention gives in the student, against what it gives in the teacher.
+            feature_weight=0.0,
             # raw: compare the values of the variance heads.
             # log_variance: compare the log-variances that these values stand for.
             variance_target="raw",

@@ -213,8 +213,9 @@ class Experiment:
                 raise ValueError(
                     f"model.{name} = {ours}, but the teacher {path} has {theirs}{advice}"
                 )
-        if weight := self.unscaled_step_settings.attention_weight:
-            self.check_layers(f"distill.attention_weight = {weight:g}", "; set it to 0")
+        for name in ("attention_weight", "feature_weight"):
+            if weight := getattr(self.unscaled_step_settings, name):
+                self.check_layers(f"distill.{name} = {weight:g}", "; set it to 0")
         return self._as_teacher(found.with_heads(num_heads))
 
     def check_layers(self, asked: str, advice: str = "") -> None:

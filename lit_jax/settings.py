@@ -231,6 +231,7 @@ def _step_settings(config: ConfigDict) -> StepSettings:
             variance_target=config.distill.variance_target,
             denoising_weight=config.distill.denoising_weight,
             attention_weight=config.distill.attention_weight,
+            feature_weight=config.distill.feature_weight,
             teacher_sees_dropped=config.distill.teacher_sees_dropped_labels,
         )
 

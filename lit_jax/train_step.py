@@ -17,7 +17,7 @@ from lit_jax import came, losses, ranges, sharding
 from lit_jax.diffusion import Process
 from lit_jax.models import Model, param_shapes
 from lit_jax.models.autoencoder import sample_posterior
-from lit_jax.models.blocks import ATTENTION, attention_error
+from lit_jax.models.blocks import ATTENTION, attention_error, feature_error
 
 
 @flax.struct.dataclass
@@ -208,6 +208,7 @@ class StepSettings:
     teacher_sees_dropped: bool = False  # False, the paper's code: the teacher is told everything
     denoising_weight: float = 1.0  # of the process's own loss
     attention_weight: float = 0.0  # of the layer-wise regression, see `blocks.attention_error`
+    feature_weight: float = 0.0  # of the student's attentions in it, see `blocks.feature_error`
     inherited: tuple[str, ...] = ()  # paths whose updates the optimizer's inherited_rate scales
     scaling_factor: float = 1.0  # of latents, see `images_to_model`
     shift_factor: float = 0.0
@@ -221,6 +222,7 @@ class StepSettings:
             noise_weight=ranges.NOT_NEGATIVE,
             denoising_weight=ranges.NOT_NEGATIVE,
             attention_weight=ranges.NOT_NEGATIVE,
+            feature_weight=ranges.NOT_NEGATIVE,
             variance_weight=ranges.NOT_NEGATIVE,
             variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
         )
@@ -240,8 +242,9 @@ class StepSettings:
 
     @property
     def reads_outputs(self) -> bool:
-        """Whether any term is of the student's output, or all are of its layers alone."""
-        return bool(self.denoising_weight or self.noise_weight or self.variance_weight)
+        """Whether any term needs a pass through the student, or all are of its layers alone."""
+        weights = (self.denoising_weight, self.noise_weight, self.variance_weight)
+        return any(weights) or bool(self.feature_weight)
 
 
 def images_to_model(
@@ -286,34 +289,39 @@ def make_train_step(
     rows = sharding.batch_sharding(mesh)
     tx = make_optimizer(optimizer)
     condition_fields = tuple(model.config.condition_shapes(1))
+    teacher_apply: Any = jax.named_scope("teacher")(teacher.apply) if teacher else None
+    compares_features = teacher is not None and settings.feature_weight > 0
+    compares_layers = teacher is not None and settings.attention_weight > 0
 
     def loss_fn(params, teacher_params, x_start, noise, t, condition, drop):
         x_t = process.perturb(x_start, t, noise)
         terms: dict[str, jax.Array] = {}
         weights: dict[str, float] = {}
         output: Any = None
+        own: Any = {}
         # A regression of the layers alone needs no pass through the student.
         if teacher is None or settings.reads_outputs:
-            output = model.apply({"params": params}, x_t, t, condition, drop)
+            told = ({"params": params}, x_t, t, condition, drop)
+            output, own = _apply(model.apply, told, watch=compares_features)
             terms = process.loss(output, x_start, x_t, t, noise)
             weights = dict.fromkeys(terms, settings.denoising_weight if teacher else 1.0)
 
         seen: Any = {}
         teacher_output: Any = None
         if teacher is not None:
-            teacher_apply: Any = jax.named_scope("teacher")(teacher.apply)
             frozen = {"params": jax.lax.stop_gradient(teacher_params)}
             teacher_drop = drop if settings.teacher_sees_dropped else jnp.zeros_like(drop)
             told = (frozen, x_t, t, condition, teacher_drop)
-            if settings.attention_weight:
-                # That of Flax, which a step's teacher has.
-                teacher_output, seen = teacher_apply(*told, mutable=[ATTENTION])
-                patch = model.config.patch_size
-                grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
-                terms["kd_attention"] = attention_error(model, params, seen[ATTENTION], grid)
-                weights["kd_attention"] = settings.attention_weight
-            else:
-                teacher_output = teacher_apply(*told)
+            watch = compares_features or compares_layers
+            teacher_output, seen = _apply(teacher_apply, told, watch=watch)
+        if compares_layers:
+            patch = model.config.patch_size
+            grid = (x_t.shape[1] // patch, x_t.shape[2] // patch)
+            terms["kd_attention"] = attention_error(model, params, seen[ATTENTION], grid)
+            weights["kd_attention"] = settings.attention_weight
+        if compares_features:
+            terms["kd_features"] = feature_error(own[ATTENTION], seen[ATTENTION])
+            weights["kd_features"] = settings.feature_weight
         if teacher is not None and output is not None:
             distillation: dict[str, jax.Array] = losses.distillation_terms(
                 process,
@@ -401,6 +409,12 @@ def make_train_step(
         donate_argnums=0,
         compiler_options=sharding.compiler_options(mesh),
     )
+
+
+def _apply(apply: Any, told: tuple, *, watch: bool) -> tuple[jax.Array, Any]:
+    """A model's output, and where it is watched what its attentions read and gave."""
+    # Of Flax: it returns the collections that are asked for beside the output.
+    return apply(*told, mutable=[ATTENTION]) if watch else (apply(*told), {})
 
 
 def _scaled(tree: Any, paths: tuple[str, ...], factor: float) -> Any:

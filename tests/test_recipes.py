@@ -36,6 +36,9 @@ def test_layers_are_compared_with_those_of_a_teacher_of_the_same_shape(teacher):
     other = experiment(teacher, distill__attention_weight=1.0, model__depth=2)
     with pytest.raises(ValueError, match="^distill.attention_weight = 1 .* depth 2 and .* has 3"):
         _ = other.teacher
+    other = experiment(teacher, distill__feature_weight=0.5, model__depth=2)
+    with pytest.raises(ValueError, match="^distill.feature_weight = 0.5 .* depth 2 and .* has 3"):
+        _ = other.teacher
     with pytest.raises(ValueError, match="^distill.denoising_weight = 0, and so are all other"):
         experiment(
             teacher,

@@ -537,6 +537,21 @@ def test_layers_alone_are_regressed_where_nothing_else_has_a_weight(start):
         assert ("blocks/attn/" in path) == (leaf != before[path]).any(), path
 
 
+def test_features_are_one_more_term_and_can_be_the_only_one(start):
+    """Along the student's own path: what is before its attentions moves too."""
+    teacher = DiT(DiTConfig(2, 32, 4, **PIXELS), dtype=jnp.float32)
+    params, frozen = start[0], random_params(teacher, 5)
+    alone = dict(noise_weight=0.0, variance_weight=0.0, denoising_weight=0.0, feature_weight=2.0)
+    state, history = run(12, params, frozen, teacher=teacher, **alone)
+    assert history[0]["loss"] == pytest.approx(2.0 * history[0]["kd_features"])
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    moved = state.params["x_embedder"]["proj"]["kernel"]
+    assert (moved != params["x_embedder"]["proj"]["kernel"]).all()
+    _, ((_, *_, both)) = run(3, params, frozen, teacher=teacher, feature_weight=0.25)
+    plain = both["mse"] + both["vb"] + 0.5 * both["kd_noise"] + 0.05 * both["kd_variance"]
+    assert both["loss"] == pytest.approx(plain + 0.25 * both["kd_features"], rel=1e-5)
+
+
 def test_the_teacher_does_not_move(start):
     params, teacher = start
     kept = jax.tree.map(np.array, teacher)

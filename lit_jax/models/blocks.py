@@ -167,10 +167,7 @@ def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -
     @jax.checkpoint
     def layer(params, x, wanted):
         params = gather_weights(params, dtype=model.dtype)
-        out = attn.apply({"params": params}, x.astype(model.dtype), grid)
-        wanted = wanted.astype(jnp.float32)
-        distance = jnp.square(out.astype(jnp.float32) - wanted).mean(axis=(1, 2))
-        return distance / (jnp.square(wanted).mean() + EPSILON)
+        return _relative_error(attn.apply({"params": params}, x.astype(model.dtype), grid), wanted)
 
     def add(total, rows):
         return total + layer(*rows), None
@@ -186,3 +183,36 @@ def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -
         own = blocks[f"layer_{i}"]["attn"]
         total, _ = jax.lax.scan(add, total, (own, read[i::every], gave[i::every]))
     return total / (len(read) * (every - 1) // every)
+
+
+def feature_error(own: Any, seen: Any) -> jax.Array:
+    """How far what each attention of a student gives is from its teacher's, each in its own model.
+
+    The hints of FitNets (arXiv 1412.6550), in every layer: unlike `attention_error`, a layer reads
+    what the student's layers before it made, and gradients reach all of them. It costs no pass of
+    its own. Relative to the mean square of the teacher's attention in that layer.
+
+    Args:
+      own, seen: the collections ATTENTION of the student and of the teacher, of as many blocks and
+        as wide; the teacher's is detached here.
+    Returns: (B,) float32, the mean over the layers.
+    """
+    errors = jax.vmap(_relative_error)(_given(own), jax.lax.stop_gradient(_given(seen)))
+    return errors.mean(axis=0)
+
+
+def _given(collection: Any) -> jax.Array:
+    """What the attentions gave, (L, B, T, D), of the collection ATTENTION of any pattern."""
+    blocks = collection["blocks"]
+    if "gave" in blocks:
+        return blocks["gave"][0]
+    layers = [blocks[f"layer_{i}"]["gave"][0] for i in range(len(blocks))]
+    # Of the first group all layers, then of the next one.
+    return jnp.stack(layers, axis=1).reshape(-1, *layers[0].shape[1:])
+
+
+def _relative_error(out: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The squared distance of (B, T, D) by image, as a share of the mean square; (B,) float32."""
+    wanted = wanted.astype(jnp.float32)
+    distance = jnp.square(out.astype(jnp.float32) - wanted).mean(axis=(1, 2))
+    return distance / (jnp.square(wanted).mean() + EPSILON)
