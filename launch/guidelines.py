@@ -125,8 +125,9 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         cells = []
         for name in names:
             values = [seed[name] for seed in seeds if np.isfinite(seed[name])]
-            spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-            cell = f"{np.mean(values):.4g} ± {spread:.2g}" if values else "not reached"
+            cell = f"{np.mean(values):.4g}" if values else "not reached"
+            if len(values) > 1:
+                cell += f" ± {np.std(values, ddof=1):.2g}"
             some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
             cells.append(cell + some)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
