@@ -226,7 +226,7 @@ class StepSettings:
             variance_weight=ranges.NOT_NEGATIVE,
             variance_target=ranges.one_of(*losses.VARIANCE_TARGETS),
         )
-        if not self.reads_outputs and not self.attention_weight:
+        if not self.runs_student and not self.attention_weight:
             raise ValueError(
                 "denoising_weight = 0, and so are all other weights: nothing would be learned"
             )
@@ -241,10 +241,10 @@ class StepSettings:
         return self.variance_weight if term == "kd_variance" else self.noise_weight
 
     @property
-    def reads_outputs(self) -> bool:
-        """Whether any term needs a pass through the student, or all are of its layers alone."""
-        weights = (self.denoising_weight, self.noise_weight, self.variance_weight)
-        return any(weights) or bool(self.feature_weight)
+    def runs_student(self) -> bool:
+        """Whether a term needs a pass through the student: not if all are of its layers alone."""
+        outputs = self.denoising_weight + self.noise_weight + self.variance_weight
+        return outputs + self.feature_weight > 0
 
 
 def images_to_model(
@@ -300,7 +300,7 @@ def make_train_step(
         output: Any = None
         own: Any = {}
         # A regression of the layers alone needs no pass through the student.
-        if teacher is None or settings.reads_outputs:
+        if teacher is None or settings.runs_student:
             told = ({"params": params}, x_t, t, condition, drop)
             output, own = _apply(model.apply, told, watch=compares_features)
             terms = process.loss(output, x_start, x_t, t, noise)

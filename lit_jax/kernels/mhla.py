@@ -88,6 +88,7 @@ def mhla(
 
 
 def _by_states(phi_q, phi_k, v, mix, grid, einsum):
+    """A state a block, (M, H, H) of each head; all blocks' states mixed for each query's block."""
     B, T, N, H = v.shape
     side = math.isqrt(len(mix))
     h, w = grid[0] // side, grid[1] // side
@@ -112,6 +113,7 @@ def _by_states(phi_q, phi_k, v, mix, grid, einsum):
 
 
 def _by_pairs(phi_q, phi_k, v, mix, grid, einsum):
+    """A weight a pair of tokens, (T, T) of each head."""
     B, T, N, H = v.shape
     side = math.isqrt(len(mix))
     row, column = np.divmod(np.arange(T), grid[1])
