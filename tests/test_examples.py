@@ -72,7 +72,7 @@ def test_the_notebook_runs_and_makes_its_pictures(tmp_path, monkeypatch, capsys)
     assert len(np.unique(names["images"], axis=0)) == 40
     printed = capsys.readouterr().out
     assert "attention: linear" in printed
-    assert re.search(r"inherited +1,928,832 parameters", printed)
+    assert re.search(r"inherited +2,444,032 parameters", printed)
     assert re.search(r"student +\d+\.\d% of its digits", printed)
 
 
