@@ -15,6 +15,7 @@ def get_config():
     config.mesh.cpu_devices = 0
     config.teacher.checkpoint = ""
     config.student.init = "random"
+    config.inherit.load = ("auto",)
     config.train.update(batch_size=16, steps=3, log_every=1, preview_every=3, preview_images=8)
     config.optimizer.warmup = 1
     config.sample.update(steps=4, num_images=10, batch_size=8)
