@@ -131,6 +131,7 @@ def test_one_train_step_of_every_config_traces(name):
         wanted |= {"vb"}
     if teacher:
         wanted |= {f"kd_{config.model.prediction}"} | ({"kd_variance"} if has_variance else set())
+        wanted |= {"kd_features"} if config.distill.feature_weight else set()
     assert set(metrics) == wanted
     assert all(
         leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.ema_params, metrics))
