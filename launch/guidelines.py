@@ -53,6 +53,7 @@ def stages(name: str) -> dict[str, dict[str, Any]]:
         "distill.denoising_weight": 1.0,
         "distill.noise_weight": config.distill.noise_weight,
         "distill.variance_weight": 0.0,
+        "distill.feature_weight": 0.0,
     }
     variance = noise | {"distill.variance_weight": config.distill.variance_weight}
     return {

@@ -62,6 +62,7 @@ LAST_STEPS = 50
 WITHIN = 0.05
 REGRESSION: dict[str, Any] = {
     "distill.attention_weight": 1.0,
+    "distill.feature_weight": 0.0,
     "distill.denoising_weight": 0.0,
     "distill.noise_weight": 0.0,
     "distill.variance_weight": 0.0,
@@ -172,19 +173,21 @@ def figures(found: dict[str, Any], teacher: float | None) -> dict[str, float]:
 
 
 def draw(
-    results: dict[str, list[dict[str, Any]]], designs: Sequence[str], path: pathlib.Path
+    results: dict[str, list[dict[str, Any]]], names: Sequence[str], path: pathlib.Path
 ) -> None:
     """A panel for each design: labels read over the steps, a line for each recipe's mean.
 
-    Args: results: of each design and recipe, by its name in the table, the `result` of each seed.
+    Args:
+      results: of each design and recipe, by its name in the table, the `result` of each seed.
+      names: of the designs.
     """
     from matplotlib.figure import Figure
 
-    columns = min(len(designs), 3)
-    rows = -(-len(designs) // columns)
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.7 * columns, 3.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, design in zip(panels, designs):
+    for axes, design in zip(panels, names):
         for recipe in RECIPES:
             curves = np.array([found["curve"] for found in results[f"{design}: {recipe}"]])
             steps, values = curves[0, :, 0], curves[:, :, 1]

@@ -39,6 +39,7 @@ def test_each_stage_adds_one_thing_to_the_one_before():
             "distill.denoising_weight": 1.0,
             "distill.noise_weight": 8.0,
             "distill.variance_weight": 0.0,
+            "distill.feature_weight": 0.0,
         },
         {"distill.variance_weight": 0.05},
     ]

@@ -39,6 +39,9 @@ def test_every_run_can_start(name, design, recipe, tmp_path):
         if config.student.init == "teacher":
             experiment.check_inheritance()
             assert (len(experiment.inherited_paths) > 0) == ("two rates" in recipe)
+        # A first stage is of the layers alone, whatever the config's own losses are.
+        is_first = workdir.name.endswith("_layers")
+        assert experiment.unscaled_step_settings.runs_student != is_first
         # The recipes say it themselves, whatever the config's own one is.
         assert config.inherit.load == (("q", "k", "v", "o") if "q, k" in recipe else ("auto",))
         assert workdir.parent == tmp_path
