@@ -142,8 +142,7 @@ def attention_outputs(model: Any, params: Any, read: jax.Array, grid: tuple[int,
 
         _, out = jax.lax.scan(one, None, (layer["attn"], read[i :: len(layers)]))
         outputs.append(out)
-    # Of the first group all layers, then of the next one.
-    return jnp.stack(outputs, axis=1).reshape(read.shape)
+    return _in_order(outputs)
 
 
 def attention_error(model: Any, params: Any, seen: Any, grid: tuple[int, int]) -> jax.Array:
@@ -204,10 +203,12 @@ def feature_error(own: Any, seen: Any) -> jax.Array:
 def _given(collection: Any) -> jax.Array:
     """What the attentions gave, (L, B, T, D), of the collection ATTENTION of any pattern."""
     blocks = collection["blocks"]
-    if "gave" in blocks:
-        return blocks["gave"][0]
-    layers = [blocks[f"layer_{i}"]["gave"][0] for i in range(len(blocks))]
-    # Of the first group all layers, then of the next one.
+    layers = [blocks] if "gave" in blocks else [blocks[f"layer_{i}"] for i in range(len(blocks))]
+    return _in_order([layer["gave"][0] for layer in layers])
+
+
+def _in_order(layers: list[jax.Array]) -> jax.Array:
+    """(L, ...) of a pattern's layers, (groups, ...) each: of the first group all, then the next."""
     return jnp.stack(layers, axis=1).reshape(-1, *layers[0].shape[1:])
 
 
