@@ -14,6 +14,8 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -41,42 +43,67 @@ def find_ptxas() -> str:
     raise FileNotFoundError("ptxas was not found: pip install 'jax[cuda13]'")
 
 
-def compile_both_passes(tokens_on_a_side: int = 32):
-    """The compiled output and gradients at D = 1152, 4 heads, B T = 32,768, bfloat16."""
+def compile_for_h100(function: Callable, *arrays: Any) -> Any:
+    """The compiled program. Args: arrays: ShapeDtypeStructs, or trees of them."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-    from lit_jax.kernels.linear_attention import linear_attention
-
-    side = tokens_on_a_side
-    batch = 32768 // side**2
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays
+    )
+    card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=card)):
+        traced = jax.jit(function).trace(*placed)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+def compile_both_passes(layers: int = 0, side: int = 32) -> Any:
+    """The compiled output and gradients at D = 1152, 4 heads, B T = 32,768, bfloat16.
+
+    Args:
+      layers: of a scan with remat "dots", whose layer has q, k and v = its input; 0: the op alone.
+      side: tokens along a side of the image.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from lit_jax.kernels.linear_attention import linear_attention
+    from lit_jax.models.blocks import REMAT_POLICIES
 
     op = functools.partial(
         linear_attention, num_heads=4, grid=(side, side), implementation="pallas_gpu"
     )
 
+    def layer(x, _, conv_kernel, conv_bias):
+        kv = jnp.concatenate([x, x], axis=-1)
+        return op(x, kv, conv_kernel, conv_bias), None
+
+    def many(x, _, conv_kernel, conv_bias):
+        kept = jax.checkpoint(layer, policy=REMAT_POLICIES["dots"], prevent_cse=False)
+        step = functools.partial(kept, conv_kernel=conv_kernel, conv_bias=conv_bias)
+        return jax.lax.scan(step, x, None, length=layers)[0]
+
     def both(q, kv, conv_kernel, conv_bias, do):
-        out, vjp = jax.vjp(op, q, kv, conv_kernel, conv_bias)
+        out, vjp = jax.vjp(many if layers else op, q, kv, conv_kernel, conv_bias)
         return out, vjp(do)
 
+    tokens = (32768 // side**2, side**2)
     arrays = (
-        array(jnp.bfloat16, batch, side**2, 1152),
-        array(jnp.bfloat16, batch, side**2, 2304),
-        array(jnp.float32, 5, 5, 288),
-        array(jnp.float32, 288),
-        array(jnp.bfloat16, batch, side**2, 1152),
+        jax.ShapeDtypeStruct((*tokens, 1152), jnp.bfloat16),
+        jax.ShapeDtypeStruct((*tokens, 2304), jnp.bfloat16),
+        jax.ShapeDtypeStruct((5, 5, 288), jnp.float32),
+        jax.ShapeDtypeStruct((288,), jnp.float32),
+        jax.ShapeDtypeStruct((*tokens, 1152), jnp.bfloat16),
     )
-    card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=card)):
-        traced = jax.jit(both).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+    return compile_for_h100(both, *arrays)
+
+
+def launches(compiled: Any) -> int:
+    """How many kernels of Mosaic stand in a compiled program; a loop's body counts once."""
+    return compiled.as_text().count('custom_call_target="mosaic_gpu')
 
 
 def read_ptxas(ptx: str) -> dict:
@@ -134,7 +161,8 @@ def main(folder: str) -> None:
         kernels[name]["cut_swizzles"] = cut_swizzles(pathlib.Path(mlir).read_text())
     found = {
         "kernels": kernels,
-        "launches": compiled.as_text().count('custom_call_target="mosaic_gpu'),
+        "launches": launches(compiled),
+        "launches_of_a_layer": launches(compile_both_passes(layers=2)),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
     pathlib.Path(folder, "kernels.json").write_text(json.dumps(found, indent=1))

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 EPSILON = 1e-6  # added to phi(q), to phi(k) and to the denominator
 KERNEL_FUNCTIONS = ("relu", "gelu", "focused", "focused_gelu")
+# By this name a policy of rematerialisation keeps what forward kernels wrote, where they offer it.
+FUSED = "fused_linear_attention"
 
 
 @dataclasses.dataclass(frozen=True)

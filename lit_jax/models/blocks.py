@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lit_jax.kernels.linear_attention_case import FUSED
 from lit_jax.models.attention import PROJECTED, make_attention
 from lit_jax.models.dense import PRODUCT
 from lit_jax.partitioning import gather_weights
@@ -16,7 +17,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTED, PRODUCT),
+        jax.checkpoint_policies.save_only_these_names(PROJECTED, PRODUCT, FUSED),
     ),
 }
 

@@ -5,6 +5,7 @@ notice of layouts, so what it accepts may not compile: the second part compiles.
 `python tests/on_gpu.py` compares the kernels with the same oracle.
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -15,10 +16,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxprs import equations
 from test_linear_attention import case_of, check, make_inputs
 
 from lit_jax.kernels import linear_attention_gpu_plan
+from lit_jax.kernels.linear_attention import linear_attention
 from lit_jax.kernels.linear_attention_gpu_plan import refusal
+from lit_jax.models.blocks import REMAT_POLICIES
 
 
 def check_interpreted(inputs, num_heads, grid):
@@ -73,6 +77,22 @@ def test_a_case_that_is_not_offered_is_refused_by_name(change, message):
     assert re.search(message, refusal(case))
 
 
+@pytest.mark.parametrize("policy, forward", [("dots", 1), ("full", 2)])
+def test_remat_dots_keeps_what_the_forward_kernels_wrote(policy, forward):
+    *inputs, do = make_inputs(B=1, num_heads=1, head_width=64, grid=(8, 16), K=3, dtype="bfloat16")
+    op = functools.partial(linear_attention, num_heads=1, grid=(8, 16), implementation="pallas_gpu")
+
+    def layer(*inputs):
+        return jnp.square(op(*inputs))  # as a projection's, its gradient needs the output
+
+    def both(*inputs):
+        return jax.vjp(jax.checkpoint(layer, policy=REMAT_POLICIES[policy]), *inputs)[1](do)
+
+    calls = [str(e.params.get("name")) for e in equations(both, *inputs)]
+    found = {name: calls.count(f"linear_attention_{name}") for name in ("state", "out", "dq", "dv")}
+    assert found == {"state": forward, "out": forward, "dq": 1, "dv": 1}
+
+
 # ---- Compiled for an H100, on a machine without one --------------------------
 
 WHEELS = ("jax_cuda13_plugin", "nvidia.cu13")
@@ -109,5 +129,7 @@ def test_kernels_compile_for_an_h100_without_spills_serialised_products_or_cut_s
         assert kernel["cut_swizzles"] == [], name
         assert kernel["registers"] * kernel["threads"] <= 65536, name
     assert compiled["launches"] == 7
+    # In a scan over layers neither rematerialisation nor XLA runs a forward kernel again.
+    assert compiled["launches_of_a_layer"] == 7
     # The state and the sums of the filter's gradient: nothing else is set aside.
     assert compiled["temporaries"] < 64e6
