@@ -175,6 +175,8 @@ def main() -> None:
     if name == "quickstart":
         budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
         budget["evaluate.reference"] = "mnist_digits:train"
+    else:
+        budget["sample.steps"] = 20  # of the report, which draws with teacher and student
     path = stages(name)
 
     def student(seed: int, stage: str) -> dict[str, float]:
