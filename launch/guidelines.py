@@ -115,13 +115,15 @@ def result(workdir: pathlib.Path) -> dict[str, float]:
     return found
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]], what: str = "stage") -> str:
     """Markdown: a line a stage, mean and standard deviation over its seeds.
 
-    Args: results: of each stage, those of its seeds; infinite where a figure was not reached.
+    Args:
+      results: of each stage, those of its seeds; infinite where a figure was not reached.
+      what: the head of the stages' column.
     """
     names = list(next(iter(results.values()))[0])
-    lines = [f"| stage | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| {what} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for stage, seeds in results.items():
         cells = []
         for name in names:

@@ -282,7 +282,7 @@ def main() -> None:
     for (seed, design, recipe), run in zip(asked, found, strict=True):
         results.setdefault(f"{design}: {recipe}", []).append(run)
         rows.setdefault(f"{design}: {recipe}", []).append(figures(run, read[seed]))
-    text = guidelines.table(rows)
+    text = guidelines.table(rows, "design: recipe")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     if config == SCENES_CONFIG:
