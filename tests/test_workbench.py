@@ -96,7 +96,7 @@ def test_scenes_are_scored_once_beside_the_teacher(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", argv + ["--seeds=2", f"--workdir={tmp_path}"])
     workbench.main()
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| stage | student | teacher | kd_noise |" and len(lines) == 2 + 8
+    assert lines[0] == "| design: recipe | student | teacher | kd_noise |" and len(lines) == 2 + 8
     assert lines[2] == "| LiT: all but attention | 0.3 ± 0 | 0.8 ± 0.071 | 137.5 ± 97 |"
     assert (tmp_path / "workbench.png").stat().st_size > 5000
     monkeypatch.setattr(sys, "argv", ["workbench.py", "--config=configs/cifar10_lit.py"])
