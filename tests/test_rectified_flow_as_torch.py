@@ -76,6 +76,53 @@ def test_a_training_checkpoint_of_sit_has_both_its_weights(tmp_path):
         assert rel(run_ours(checkpoint, x, t, y), run_torch(make_sit(seed), x, t, y)) < 2e-5
 
 
+def test_a_repa_model_is_turned_round_to_sits_time_and_sign(tmp_path):
+    """REPA's velocity is noise - image at the time of the noise, x = (1 - t) image + t noise."""
+    model = make_torch(learn_sigma=False)
+    projectors = {f"projectors.0.{i}.weight": torch.randn(4, 4) for i in (0, 2, 4)}
+    torch.save({"ema": model.state_dict() | projectors}, tmp_path / "last.pt")
+    checkpoint = read_checkpoint(tmp_path / "last.pt", overrides=Overrides(num_heads=3))
+    assert set(checkpoint.report.left_out) == set(projectors)
+    x, _, y = inputs({})
+    t = np.array([0.13, 0.98], np.float32)
+    ours = run_ours(checkpoint, x, t, y)
+    assert rel(ours, -run_torch(model, x, 1 - t, y)) < 2e-5
+    assert rel(ours, run_torch(model, x, t, y)) > 0.1
+
+    # What goes out is a SiT, and reads as one.
+    export_official(checkpoint.params, tmp_path / "sit.pt", checkpoint.config)
+    again = read_checkpoint(tmp_path / "sit.pt")
+    assert again.config.prediction == "velocity"
+    assert again.report.checksum == checkpoint.report.checksum
+
+
+@pytest.mark.parametrize(
+    "path_type, prediction, taken",
+    [
+        ("Linear", "velocity", True),  # SiT's spelling
+        ("linear", "v", True),  # REPA's
+        ("GVP", "velocity", False),
+        ("Linear", "noise", False),
+        ("Linear", ["velocity"], False),
+    ],
+)
+def test_the_arguments_of_a_training_checkpoint_say_what_was_trained(
+    tmp_path, path_type, prediction, taken
+):
+    """A model of C output channels tells it by nothing else; of 2 C the zeros would lie."""
+    for name, model in (("c", make_torch(learn_sigma=False)), ("two_c", make_sit())):
+        both = training_checkpoint(make_torch(), model)
+        both["args"].path_type = path_type
+        both["args"].prediction = prediction
+        torch.save(both, tmp_path / f"{name}.pt")
+        if taken:
+            assert read_checkpoint(tmp_path / f"{name}.pt").config.prediction == "velocity"
+            continue
+        message = f"say path_type = '{path_type}', prediction = .*; of SiT's models those on the"
+        with pytest.raises(PortingError, match=message):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
 def test_what_a_checkpoint_predicts_is_told_by_it_or_named(tmp_path):
     """A DiT's variance is no zero; a file without those rows tells nothing."""
     dit = save(make_torch(), tmp_path / "dit.pt")

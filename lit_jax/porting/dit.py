@@ -21,7 +21,7 @@ from lit_jax import ranges
 from lit_jax.diffusion import PROCESSES
 from lit_jax.models import param_shapes
 from lit_jax.models.architecture import MAX_COUNT
-from lit_jax.models.dit import DiTConfig, position_embedding
+from lit_jax.models.dit import FREQUENCIES, DiTConfig, position_embedding
 from lit_jax.porting.matching import (
     FLOATS,
     GROUP,
@@ -54,6 +54,7 @@ from lit_jax.porting.torch_checkpoint import (
     is_count,
 )
 from lit_jax.porting.torch_file import NewTensor
+from lit_jax.porting.untrusted import describe
 
 # Our module and its name in an official checkpoint, in the order of those. The
 # position table is not among them: it is computed.
@@ -249,7 +250,7 @@ def read_torch(
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
     told["depth"] = checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
-    fields["prediction"] = _prediction(named, told, stored, report)
+    fields["prediction"] = _prediction(named, told, source, report)
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
         fields |= agreeing(told, says, path, "config.json")
@@ -265,17 +266,60 @@ def read_torch(
         checked.add("pos_embed")
         config = _with_stored_grid(config, table.shape[1], overrides, path)
         report.keys[table.keys[0]] = _check_pos_embed(table.arrays[0], config, report)
-    return match(named, entries(config), source, report, checked=checked), config
+    params: dict[str, Any] = match(named, entries(config), source, report, checked=checked)
+    if _is_repa(source):
+        params |= _turned_round(params)
+    return params, config
 
 
-def _prediction(named, told, stored, report):
+def _is_repa(source):
+    return any(key.startswith("projectors.") for key in source.tensors)
+
+
+def _turned_round(params):
+    """The leaves of a REPA model that differ in the SiT of the same path.
+
+    REPA (arXiv 2410.06940) writes SiT's path the other way round, from the image at t = 0 to the
+    noise at t = 1: its velocity is noise - image. So v(x, t) = -v_repa(x, 1 - t). The sign goes
+    into the last layer; the time, since cos w(1 - t) = cos w cos wt + sin w sin wt and
+    sin w(1 - t) = sin w cos wt - cos w sin wt, into the first layer that reads its sinusoids.
+    """
+    kernel = np.asarray(params["t_embedder/mlp_0/kernel"], np.float64)
+    half = FREQUENCIES // 2
+    # As in the embedding: cosines first, and DiT's frequencies.
+    turn = np.exp(-np.log(10000.0) * np.arange(half) / half)[:, None]
+    of_cos, of_sin = kernel[:half], kernel[half:]
+    turned = [
+        np.cos(turn) * of_cos + np.sin(turn) * of_sin,
+        np.sin(turn) * of_cos - np.cos(turn) * of_sin,
+    ]
+    last = {f"final_layer/linear/{leaf}" for leaf in ("kernel", "bias")}
+    return {path: -np.asarray(params[path]) for path in last} | {
+        "t_embedder/mlp_0/kernel": np.concatenate(turned).astype(np.float32)
+    }
+
+
+def _prediction(named, told, source, report):
     """What the weights were trained to predict: noise, unless something tells a velocity.
 
     SiT's and DiT's checkpoints have the same keys and shapes.
+    Raises: PortingError where a SiT was trained on another path, or to predict anything else.
     """
-    if "prediction" in stored:
-        return stored["prediction"]
-    if any(key.startswith("projectors.") for key in report.left_out):
+    if "prediction" in source.stored:
+        return source.stored["prediction"]
+    # SiT's and REPA's own spellings. DiT's programs have no such argument.
+    path_type = source.arguments.get("path_type")
+    trained = source.arguments.get("prediction")
+    if path_type is not None:
+        if path_type not in ("Linear", "linear") or trained not in ("velocity", "v"):
+            raise PortingError(
+                f"{source.path}: its training arguments say path_type = {describe(path_type)}, "
+                f"prediction = {describe(trained)}; of SiT's models those on the linear path that "
+                "predict a velocity are supported",
+                report,
+            )
+        why = "its training arguments say a velocity"
+    elif _is_repa(source):
         why = "a REPA model"
     elif _has_unused_half(named, told):
         # A flow has no variance: these rows stay at zero, where every DiT has them at first.
@@ -286,6 +330,11 @@ def _prediction(named, told, stored, report):
         f"{why}: it predicts the velocity of SiT's linear path, at times in [0, 1]; "
         "if not, name port.prediction"
     )
+    if _is_repa(source):
+        report.notes.append(
+            "REPA's time runs from the image to the noise: t_embedder.mlp.0 and "
+            "final_layer.linear were turned round, so that it is a SiT"
+        )
     return "velocity"
 
 

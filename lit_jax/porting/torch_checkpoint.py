@@ -74,6 +74,12 @@ class TorchCheckpoint:
         """As `stored`: of the labels, where the file tells them."""
         return _stored(self.files[0], "class_names") if self.files else None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of a training checkpoint the arguments of its training, not checked; else none."""
+        found = self.files[0].tensors.get("args") if self.files else None
+        return found if isinstance(found, dict) else {}
+
     def release(self) -> None:
         """Gives the pages read so far back to the system."""
         for file in self.files:

@@ -219,12 +219,8 @@ def test_repa_projectors_are_left_out_and_named(tmp_path):
     )
     checkpoint = read_checkpoint(tmp_path / "a.pt")
     assert set(checkpoint.report.left_out) == set(extra)
-    assert any("REPA" in note for note in checkpoint.report.notes)
+    assert any("a REPA model" in note for note in checkpoint.report.notes)
     assert checkpoint.config.prediction == "velocity"
-    assert (
-        checkpoint.report.checksum
-        == read_checkpoint(save(model, tmp_path / "b.pt")).report.checksum
-    )
 
 
 def test_published_head_counts_are_known_and_others_asked_for(tmp_path):
