@@ -56,9 +56,11 @@ class Finished:
         for line in self._lines:
             if line["run"] == asked:
                 return line["found"]
+        start = time.monotonic()
         line = {
             "run": key,
             "found": run(),
+            "seconds": round(time.monotonic() - start),
             "date": time.strftime("%Y-%m-%d"),
             "jax": metadata.version("jax"),
         }

@@ -19,5 +19,7 @@ def get_config():
     config.inherit.load = ("q", "k", "v", "o")
     config.optimizer.update(learning_rate=1e-3, inherited_rate=0.01)
     config.train.steps = 40_000  # 8 epochs
-    config.distill.update(noise_weight=0.0, variance_weight=0.0)
+    # Not distilled: the teacher is where the student begins, and no step runs it.
+    config.student.init = config.teacher.checkpoint
+    config.teacher.checkpoint = ""
     return config

@@ -18,5 +18,7 @@ def get_config():
     config = imagenet256_lit_xl.get_config()
     config.model.update(attention="mhla", num_blocks=16, conv_size=3)
     config.train.steps = 400_000
-    config.distill.update(noise_weight=0.0, variance_weight=0.0)
+    # Not distilled: the teacher is where the student begins, and no step runs it.
+    config.student.init = config.teacher.checkpoint
+    config.teacher.checkpoint = ""
     return config
