@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from tiny_autoencoder import write_autoencoder
 
 from configs import debug
 from lit_jax import checkpoint, pictures
@@ -65,6 +66,45 @@ def test_a_data_set_is_what_the_teacher_draws_and_goes_on_where_it_stopped(confi
     other.sample.cfg_scale = 3.0
     with pytest.raises(ValueError, match="was begun with .*'cfg_scale': 2.0.* this run has"):
         prepare.run(other, epath.Path("unused"))
+
+
+def test_a_velocity_teacher_of_latents_gives_posteriors_of_its_images_and_their_mirrors(
+    config, tmp_path
+):
+    """Each drawn latent is decoded, rounded to bytes, and encoded again, itself and its mirror."""
+    config = config.copy_and_resolve_references()
+    config.autoencoder.checkpoint = str(write_autoencoder(tmp_path / "vae"))
+    config.model.update(prediction="velocity", in_channels=4, patch_size=2, input_size=4)
+    config.sample.update(sampler="euler", num_images=3, cfg_channels="all")
+    config.prepare.batch_size = 8
+    config.data.dir = str(tmp_path / "data")
+    config.teacher.checkpoint = ""
+    architecture = Experiment(config).default_teacher().config
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    checkpoint.save_params(tmp_path / "params", params, {"model": architecture.to_json()})
+    config.teacher.checkpoint = str(tmp_path / "params")
+    prepare.run(config, epath.Path("unused"))
+
+    latents = open_dataset("drawn", config.data.dir, "train")
+    experiment = Experiment(config)
+    labels = np.arange(3)
+    images = experiment.sampler(experiment.teacher, 8).draw(
+        experiment.load_teacher(), range(3), {"label": labels}
+    )
+    pixels = pictures.to_uint8(np.asarray(images))[:3]
+    assert pixels.shape == (3, 8, 8, 3) and len(latents) == 3
+    found = [latents[i] for i in range(3)]
+    assert [record["label"] for record in found] == list(labels)
+    for side, seen in enumerate((pixels, pixels[:, :, ::-1])):
+        mean, log_variance = experiment.autoencoder.encode(np.float32(seen) / 127.5 - 1)
+        # Stored in float16.
+        for name, wanted in (("mean", mean), ("log_variance", log_variance)):
+            stored = np.stack([record[name][side] for record in found])
+            np.testing.assert_allclose(stored, wanted, rtol=2e-3, atol=1e-3)
+    assert not np.allclose(found[0]["mean"][0], found[0]["mean"][1], atol=0.01)
 
 
 def test_a_teacher_has_to_be_named(config):
