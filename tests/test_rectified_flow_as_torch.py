@@ -104,6 +104,7 @@ def test_a_repa_model_is_turned_round_to_sits_time_and_sign(tmp_path):
         ("GVP", "velocity", False),
         ("Linear", "noise", False),
         ("Linear", ["velocity"], False),
+        ("Linear", torch.ones(2), False),
     ],
 )
 def test_the_arguments_of_a_training_checkpoint_say_what_was_trained(

@@ -96,6 +96,8 @@ DIFFUSERS_EMBEDDERS = {
 _OFFICIAL_TOP = {theirs: ours for ours, theirs in DIFFUSERS_TOP.items()}
 _OFFICIAL_BLOCK = {theirs: ours for ours, theirs in DIFFUSERS_BLOCK.items()}
 _OFFICIAL_EMBEDDERS = {theirs: ours for ours, theirs in DIFFUSERS_EMBEDDERS.items()}
+# As SiT and REPA name a velocity in their arguments, described.
+_VELOCITY = ("'velocity'", "'v'")
 # Transformer2DModel is what DiT was before diffusers gave it a class.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
@@ -250,7 +252,7 @@ def read_torch(
     depth = count_indices(shapes, rf"blocks\.{INDEX}\.", path)
     told["depth"] = checked_depth(depth, path)
     fields = _assumed(told, shapes, path) | told
-    fields["prediction"] = _prediction(named, told, source, report)
+    fields["prediction"] = _prediction(named, told, stored, source, report)
     if report.layout == "diffusers":
         says = _diffusers_conventions(source, told)
         fields |= agreeing(told, says, path, "config.json")
@@ -299,19 +301,19 @@ def _turned_round(params):
     }
 
 
-def _prediction(named, told, source, report):
+def _prediction(named, told, stored, source, report):
     """What the weights were trained to predict: noise, unless something tells a velocity.
 
     SiT's and DiT's checkpoints have the same keys and shapes.
     Raises: PortingError where a SiT was trained on another path, or to predict anything else.
     """
-    if "prediction" in source.stored:
-        return source.stored["prediction"]
-    # SiT's and REPA's own spellings. DiT's programs have no such argument.
+    if "prediction" in stored:
+        return stored["prediction"]
+    # DiT's programs have no such arguments. A stranger's may be anything: their names are compared.
     path_type = source.arguments.get("path_type")
     trained = source.arguments.get("prediction")
     if path_type is not None:
-        if path_type not in ("Linear", "linear") or trained not in ("velocity", "v"):
+        if describe(path_type).lower() != "'linear'" or describe(trained) not in _VELOCITY:
             raise PortingError(
                 f"{source.path}: its training arguments say path_type = {describe(path_type)}, "
                 f"prediction = {describe(trained)}; of SiT's models those on the linear path that "
