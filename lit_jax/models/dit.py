@@ -72,10 +72,15 @@ def timestep_embedding(t: jax.Array, freq_shift: int = 0) -> jax.Array:
 
     freq_shift 0 is DiT's; 1 is what diffusers computes, up to a tenth of the output away.
     """
-    half = FREQUENCIES // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
+    frequencies = jnp.asarray(timestep_frequencies(freq_shift), jnp.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def timestep_frequencies(freq_shift: int = 0) -> np.ndarray:
+    """Of `timestep_embedding`: (128,) float64, of a cosine and of a sine each."""
+    half = FREQUENCIES // 2
+    return np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
 
 
 def position_embedding(

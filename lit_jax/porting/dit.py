@@ -21,7 +21,7 @@ from lit_jax import ranges
 from lit_jax.diffusion import PROCESSES
 from lit_jax.models import param_shapes
 from lit_jax.models.architecture import MAX_COUNT
-from lit_jax.models.dit import FREQUENCIES, DiTConfig, position_embedding
+from lit_jax.models.dit import DiTConfig, position_embedding, timestep_frequencies
 from lit_jax.porting.matching import (
     FLOATS,
     GROUP,
@@ -287,14 +287,10 @@ def _turned_round(params):
     sin w(1 - t) = sin w cos wt - cos w sin wt, into the first layer that reads its sinusoids.
     """
     kernel = np.asarray(params["t_embedder/mlp_0/kernel"], np.float64)
-    half = FREQUENCIES // 2
-    # As in the embedding: cosines first, and DiT's frequencies.
-    turn = np.exp(-np.log(10000.0) * np.arange(half) / half)[:, None]
-    of_cos, of_sin = kernel[:half], kernel[half:]
-    turned = [
-        np.cos(turn) * of_cos + np.sin(turn) * of_sin,
-        np.sin(turn) * of_cos - np.cos(turn) * of_sin,
-    ]
+    of_cos, of_sin = np.split(kernel, 2)  # as the embedding has them
+    frequencies = timestep_frequencies()[:, None]
+    cos, sin = np.cos(frequencies), np.sin(frequencies)
+    turned = [cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin]
     last = {f"final_layer/linear/{leaf}" for leaf in ("kernel", "bias")}
     return {path: -np.asarray(params[path]) for path in last} | {
         "t_embedder/mlp_0/kernel": np.concatenate(turned).astype(np.float32)

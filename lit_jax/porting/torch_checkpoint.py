@@ -77,8 +77,7 @@ class TorchCheckpoint:
     @property
     def arguments(self) -> dict[str, Any]:
         """Of a training checkpoint the arguments of its training, not checked; else none."""
-        found = self.files[0].tensors.get("args") if self.files else None
-        return found if isinstance(found, dict) else {}
+        return _arguments(self.files[0].tensors) if self.files else {}
 
     def release(self) -> None:
         """Gives the pages read so far back to the system."""
@@ -201,15 +200,14 @@ def _chosen_weights(file, weights):
     left = abridged((describe(name) for name in tree if name != chosen), 8)
     notes = [f"took {chosen!r} from a training checkpoint and left {left or 'nothing'}"]
 
-    arguments = tree.get("args")
-    if isinstance(arguments, dict):
-        told = []
-        for name in _ARGUMENTS:
-            value = arguments.get(name)
-            if isinstance(value, str) or is_size(value):
-                told.append(f"{name}={str(value)[:80]}")
-        if told:
-            notes.append(f"its training arguments: {', '.join(told)}")
+    arguments = _arguments(tree)
+    told = []
+    for name in _ARGUMENTS:
+        value = arguments.get(name)
+        if isinstance(value, str) or is_size(value):
+            told.append(f"{name}={str(value)[:80]}")
+    if told:
+        notes.append(f"its training arguments: {', '.join(told)}")
 
     state = tree[chosen]
     inner = [name for name in _INNER if isinstance(state.get(name), dict)]
@@ -217,6 +215,12 @@ def _chosen_weights(file, weights):
         state = state[inner[0]]
         notes.append(f"of {chosen!r} the weights are {inner[0]!r}")
     return state, notes
+
+
+def _arguments(tree):
+    """The arguments that a training checkpoint's tree has, not checked."""
+    found = tree.get("args")
+    return found if isinstance(found, dict) else {}
 
 
 def _stored(file, name):

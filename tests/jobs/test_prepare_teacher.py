@@ -17,6 +17,18 @@ from lit_jax.jobs import prepare
 from lit_jax.models import param_shapes
 
 
+def write_teacher(config, path, **about):
+    """Random parameters of the config's own teacher, which they become."""
+    config.teacher.checkpoint = ""
+    architecture = Experiment(config).default_teacher().config
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
+    )
+    checkpoint.save_params(path, params, {"model": architecture.to_json()} | about)
+    config.teacher.checkpoint = str(path)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Seven images of three classes, by a random teacher in pixels."""
@@ -27,14 +39,7 @@ def config(tmp_path_factory):
     config.data.update(name="drawn", dir=str(folder / "data"))
     config.prepare.update(source="teacher", batch_size=8, shard_records=3)
     config.sample.update(num_images=7, labels="balanced", steps=2)
-    architecture = Experiment(config).default_teacher().config
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
-    )
-    about = {"model": architecture.to_json(), "class_names": ["a", "b", "c"]}
-    checkpoint.save_params(folder / "params", params, about)
-    config.teacher.checkpoint = str(folder / "params")
+    write_teacher(config, folder / "params", class_names=["a", "b", "c"])
     return config
 
 
@@ -78,14 +83,7 @@ def test_a_velocity_teacher_of_latents_gives_posteriors_of_its_images_and_their_
     config.sample.update(sampler="euler", num_images=3, cfg_channels="all")
     config.prepare.batch_size = 8
     config.data.dir = str(tmp_path / "data")
-    config.teacher.checkpoint = ""
-    architecture = Experiment(config).default_teacher().config
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), param_shapes(architecture)
-    )
-    checkpoint.save_params(tmp_path / "params", params, {"model": architecture.to_json()})
-    config.teacher.checkpoint = str(tmp_path / "params")
+    write_teacher(config, tmp_path / "params")
     prepare.run(config, epath.Path("unused"))
 
     latents = open_dataset("drawn", config.data.dir, "train")

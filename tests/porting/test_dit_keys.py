@@ -221,6 +221,16 @@ def test_repa_projectors_are_left_out_and_named(tmp_path):
     assert set(checkpoint.report.left_out) == set(extra)
     assert any("a REPA model" in note for note in checkpoint.report.notes)
     assert checkpoint.config.prediction == "velocity"
+    # Without them it is the same file, but for what turns REPA's time and sign to SiT's.
+    plain = read_checkpoint(save(model, tmp_path / "b.pt"))
+    ours, theirs = (flatten_dict(each.params, sep="/") for each in (checkpoint, plain))
+    changed = {path for path in theirs if not np.array_equal(ours[path], theirs[path])}
+    assert ours.keys() == theirs.keys()
+    assert changed == {
+        "t_embedder/mlp_0/kernel",
+        "final_layer/linear/kernel",
+        "final_layer/linear/bias",
+    }
 
 
 def test_published_head_counts_are_known_and_others_asked_for(tmp_path):
