@@ -1,12 +1,15 @@
-"""DiT-S/2 on the pixels of CIFAR-10, a size for one GPU: the teacher of configs/cifar10_lit.py.
+"""A DiT on the pixels of CIFAR-10, minutes on one GPU: the teacher of configs/cifar10_lit.py.
 
     python -m lit_jax.main --config=configs/cifar10_dit.py --config.data.dir=DIRECTORY_OF_TFDS
 
 Images of 32 x 32 pixels are 256 tokens, as many as at ImageNet 256.
 
-Hardware and time: a training image costs 0.036 TFLOP, so 100,000 steps are 9e17 FLOPs. That is
-less than an hour on a GPU that sustains 300 TFLOP/s. Nobody ran it to its end yet, so there is no
-expected number.
+Hardware and time: 6,000 steps of 256 images take 190 seconds on one H100, at 8,080 images/s, beside
+a minute and a half for the start and the 50,000 images of the reference.
+
+Expected (measured, JAX 0.12): a loss of 0.033 at the end; with --config.evaluate.every=6000
+--config.evaluate.every_images=500 a Frechet distance of 58.2 by EfficientNet's features, precision
+0.68, recall 0.36. It is no converged teacher: these are 31 epochs.
 """
 
 from configs import default
@@ -15,22 +18,34 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.model.update(
-        size="S", patch_size=2, attention="softmax", num_classes=10, input_size=32, in_channels=3
+        size="Ti",  # its heads: four of softmax, two of LiT
+        depth=8,
+        width=256,
+        patch_size=2,
+        attention="softmax",
+        num_classes=10,
+        input_size=32,
+        in_channels=3,
     )
     config.student.init = "random"
     config.data.update(name="cifar10", flip=True)
     config.train.update(
-        batch_size=256, steps=100_000, remat="none", preview_every=5_000, preview_images=20
+        batch_size=256, steps=6_000, remat="none", preview_every=2_000, preview_images=20
     )
-    config.optimizer.update(learning_rate=4e-4, b2=0.99, clip_norm=1.0, warmup=1_000)
-    config.checkpoint.update(every=5_000, keep=2, keep_every=0)
+    config.optimizer.update(
+        learning_rate=1e-3, b2=0.99, clip_norm=1.0, schedule="cosine", warmup=300
+    )
+    config.ema.update(decay=0.999, warmup=True)
+    config.checkpoint.update(every=2_000, keep=2, keep_every=0)
     config.sample.update(
-        steps=250,
+        sampler="dpm++",
+        steps=20,
         num_images=10_000,
-        batch_size=400,
+        batch_size=500,
         cfg_scale=1.5,
         cfg_channels="all",
         clip_denoised=True,
     )
-    config.evaluate.update(reference="cifar10:train", num_images=0)  # as many as were drawn
+    # num_images=0: as many as were drawn.
+    config.evaluate.update(reference="cifar10:train", num_images=0, batch_size=250)
     return config

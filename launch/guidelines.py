@@ -2,12 +2,15 @@
 
     python launch/guidelines.py --config=configs/quickstart.py
     python launch/guidelines.py --config=configs/quickstart_t2i.py
+    python launch/guidelines.py --config=configs/cifar10_lit.py --config.data.dir=DIRECTORY_OF_TFDS
 
 Each stage adds one thing to the stage before it, and is trained from several seeds for the same
 number of steps. Finished runs are lines of a file, --results, and are not run again: the same
-command goes on, here or elsewhere. --at_once is for a CPU: two runs on a core each take less time
-than one after the other. The table is printed, and written with its picture into the folder of the
-runs.
+command goes on, here or elsewhere. --at_once is for runs that keep few cores busy: two on a core
+each take less time than one after the other, and several small ones share a GPU, where
+XLA_PYTHON_CLIENT_PREALLOCATE=false keeps the first from taking its memory. The table is printed,
+and written with its picture into the folder of the runs. Fields such as --config.data.dir are those
+of every run.
 """
 
 import argparse
@@ -16,8 +19,10 @@ import importlib
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,22 @@ from finished import Finished, run_all  # beside this file
 ROOT = pathlib.Path(__file__).parent.parent
 # Of the loss: the mean over this many steps at the end.
 LAST_STEPS = 100
+SCENES_CONFIG = "quickstart_t2i"
+
+
+def load(name: str) -> Any:
+    """The config of that name."""
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the config's fields for every run, as they stand on the command line."""
+    wanted, fields = parser.parse_known_args()
+    unknown = [each for each in fields if not re.match(r"--config\.[\w.]+=", each)]
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; a config's field is --config.FIELD=VALUE")
+    return wanted, fields
 
 
 def stages(name: str) -> dict[str, dict[str, Any]]:
@@ -35,8 +56,7 @@ def stages(name: str) -> dict[str, dict[str, Any]]:
 
     Args: name: of a config whose teacher is on this machine, such as quickstart.
     """
-    sys.path.insert(0, str(ROOT))
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = load(name)
     teacher = config.teacher.checkpoint
     scratch = {
         "teacher.checkpoint": "",
@@ -66,21 +86,28 @@ def stages(name: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def command(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+def command(
+    config: str, fields: dict[str, Any], workdir: pathlib.Path, common: Sequence[str]
+) -> list[str]:
     """The command line of one run."""
     arguments = [f"--config.{field}={value}" for field, value in fields.items()]
     main = [sys.executable, "-m", "lit_jax.main", f"--config={config}", f"--workdir={workdir}"]
-    return main + arguments
+    return main + arguments + list(common)
 
 
-def run(config: str, fields: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Runs a config with its fields to its end; ends this program where that one fails."""
+def run(
+    config: str, fields: dict[str, Any], workdir: pathlib.Path, common: Sequence[str] = ()
+) -> None:
+    """Runs a config with its fields to its end; ends this program where that one fails.
+
+    Args: common: what every run has on its command line besides.
+    """
     # The statistics of the reference take longer than many a run, and are the same for all.
     known = next(workdir.parent.glob("*/reference_*.npz"), None)
     if known and not (workdir / known.name).exists():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / known.name).hardlink_to(known)
-    status = subprocess.run(command(config, fields, workdir), cwd=ROOT).returncode
+    status = subprocess.run(command(config, fields, workdir, common), cwd=ROOT).returncode
     if status:
         sys.exit(status)
 
@@ -100,8 +127,9 @@ def mean_at_end(lines: list[dict[str, float]], name: str, steps: int) -> float:
 
 def result(workdir: pathlib.Path) -> dict[str, float]:
     """The figures of a finished run, by their names in the table."""
-    report = json.loads((workdir / "report.json").read_text())
     lines = metrics(workdir)
+    path = workdir / "report.json"  # of CIFAR-10 there is none
+    report = json.loads(path.read_text()) if path.exists() else {}
     found = {}
     for file in sorted(workdir.glob("evaluation_*.json")):
         scores = json.loads(file.read_text())["scores"]
@@ -164,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
     parser.add_argument("--images", type=int, default=500, help="of each Frechet distance")
-    wanted = parser.parse_args()
+    wanted, common = parse(parser)
     name = pathlib.Path(wanted.config).stem
     folder = pathlib.Path(wanted.workdir or f"workdir/guidelines/{name}")
     finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
@@ -174,11 +202,11 @@ def main() -> None:
         "checkpoint.every": wanted.steps,
     }
     # The scenes are composed as they are read: there is no data set to compare features with.
-    if name == "quickstart":
-        budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
-        budget["evaluate.reference"] = "mnist_digits:train"
-    else:
+    if name == SCENES_CONFIG:
         budget["sample.steps"] = 20  # of the report, which draws with teacher and student
+    else:
+        budget |= {"evaluate.every": wanted.steps, "evaluate.every_images": wanted.images}
+        budget["evaluate.reference"] = f"{load(name).data.name}:train"
     path = stages(name)
 
     def student(seed: int, stage: str) -> dict[str, float]:
@@ -191,7 +219,7 @@ def main() -> None:
 
         def train() -> dict[str, float]:
             print(f"{stage}, seed {seed}: {workdir}", flush=True)
-            run(wanted.config, fields | budget | {"seed": seed}, workdir)
+            run(wanted.config, fields | budget | {"seed": seed}, workdir, common)
             return result(workdir)
 
         return finished.get(key, train)

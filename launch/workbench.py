@@ -2,14 +2,15 @@
 
     python launch/workbench.py --config=configs/quickstart.py
     python launch/workbench.py --config=configs/quickstart_t2i.py --designs LiT
+    python launch/workbench.py --config=configs/cifar10_lit.py --config.data.dir=DIRECTORY_OF_TFDS
     python launch/workbench.py --costs
 
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
 layer-wise regression count, though each of them costs less. Finished runs are lines of a file,
---results, and are not run again: the same command goes on, here or elsewhere. --at_once is for a
-CPU: so small a model keeps few cores busy, and two runs on a core each take less time than one
-after the other. The table is printed, and written with its picture into the folder of the runs.
---costs prints what each design costs in XL/2, and runs nothing.
+--results, and are not run again: the same command goes on, here or elsewhere. --at_once and fields
+such as --config.data.dir are as in guidelines.py. The table is printed, and written with its
+picture into the folder of the runs. --costs prints what each design costs in XL/2, and runs
+nothing.
 """
 
 import argparse
@@ -28,14 +29,13 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 import guidelines  # noqa: E402  beside this file
 from finished import Finished, run_all  # noqa: E402
 
-# Of models with a width of 160, as the quickstarts'.
 DESIGNS: dict[str, dict[str, Any]] = {
     "LiT": {},
-    "Sana": {"model.num_heads": 5, "model.conv_size": 0},
+    "Sana": {"model.conv_size": 0},
     "MHLA": {"model.attention": "mhla", "model.conv_size": 3},
     "MALA": {"model.attention": "mala"},
     "DiT5": {"model.attention": "dit5", "model.conv_size": 3},
-    "LiT, one softmax": {"model.softmax_every": 5},
+    "LiT, one softmax": {},
 }
 ALL_BUT_ATTENTION = {"inherit.load": ("auto",)}  # LiT's guideline 4
 WHOLE = {"inherit.load": ("q", "k", "v", "o")}
@@ -52,10 +52,23 @@ LAYERS_SHARE = 0.25
 SCORES = 3
 IMAGES = 100
 # Of scenes there is one, of all prompts: its images are the report's, with the teacher's.
-SCENES_CONFIG = "quickstart_t2i"
-STEPS = {"quickstart": 150, SCENES_CONFIG: 400}
-# The quickstarts' grids are 7 x 7 and 8 x 8: blocks of one token, and of 2 x 2.
-NUM_BLOCKS = {"quickstart": 49, SCENES_CONFIG: 16}
+SCENES_CONFIG = guidelines.SCENES_CONFIG
+DIGITS_CONFIG = "quickstart"
+STEPS = {DIGITS_CONFIG: 150, SCENES_CONFIG: 400, "cifar10_lit": 300}
+# What depends on the size: Sana's heads of 32 columns, MHLA's blocks of one token, of 2 x 2 and of
+# 4 x 4, and the depth, so that the last layer alone keeps softmax.
+SIZED: dict[str, dict[str, dict[str, Any]]] = {
+    name: {
+        "Sana": {"model.num_heads": width // 32},
+        "MHLA": {"model.num_blocks": num_blocks},
+        "LiT, one softmax": {"model.softmax_every": depth},
+    }
+    for name, width, depth, num_blocks in (
+        (DIGITS_CONFIG, 160, 5, 49),
+        (SCENES_CONFIG, 160, 5, 16),
+        ("cifar10_lit", 256, 8, 16),
+    )
+}
 # Of the distillation's error: the mean over this many steps at the end.
 LAST_STEPS = 50
 # A student has reached its teacher where it reads so much less of the labels.
@@ -101,8 +114,7 @@ def first_steps(recipe: str, steps: int) -> int:
 
 def designs(name: str) -> dict[str, dict[str, Any]]:
     """The fields of each design in a config's model, by the design's name."""
-    blocks = {"model.num_blocks": NUM_BLOCKS[name]}
-    return DESIGNS | {"MHLA": DESIGNS["MHLA"] | blocks}
+    return {design: fields | SIZED[name].get(design, {}) for design, fields in DESIGNS.items()}
 
 
 def runs(
@@ -123,10 +135,12 @@ def runs(
 
 
 def budget(name: str, steps: int) -> dict[str, Any]:
-    """The fields of the run that is scored: digits on its way and at its end, scenes at its end."""
+    """The fields of the run that is scored: digits on its way and at its end, others at its end."""
     common = {"train.steps": steps, "train.preview_every": 0, "checkpoint.every": steps}
     if name == SCENES_CONFIG:
         return common | {"sample.steps": 20}
+    if name != DIGITS_CONFIG:
+        return common | {"evaluate.every": steps, "evaluate.every_images": 500}
     scores = {
         "evaluate.every": -(-steps // SCORES),
         "evaluate.every_images": IMAGES,
@@ -144,7 +158,7 @@ def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
     """
     lines = guidelines.metrics(workdir)
     kd_noise = {"kd_noise": guidelines.mean_at_end(lines, "train/kd_noise", LAST_STEPS)}
-    scores = [line for line in lines if "eval/labels_read" in line]
+    scores = [line for line in lines if any(name.startswith("eval/fd_") for name in line)]
     if not scores:
         report = json.loads((workdir / "report.json").read_text())["geneval"]
         scene_scores = {who: report[who]["overall"] for who in ("student", "teacher")}
@@ -154,6 +168,8 @@ def result(workdir: pathlib.Path, first: int) -> dict[str, Any]:
         for name, value in scores[-1].items()
         if name.startswith("eval/fd_")
     }
+    if "eval/labels_read" not in scores[-1]:
+        return {"figures": found | kd_noise}
     found["labels read"] = scores[-1]["eval/labels_read"]
     curve = [(first + line["step"], line["eval/labels_read"]) for line in scores]
     return {"figures": found | kd_noise, "curve": curve}
@@ -164,7 +180,7 @@ def figures(found: dict[str, Any], teacher: float | None) -> dict[str, float]:
 
     Args:
       found: the run's `result`.
-      teacher: the share of labels that are read in the teacher's images; of scenes None.
+      teacher: the share of labels that are read in the teacher's images; None where none are read.
     """
     if teacher is None:
         return found["figures"]
@@ -224,33 +240,33 @@ def costs() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", default="configs/quickstart.py", help="or quickstart_t2i.py")
+    parser.add_argument("--config", default="configs/quickstart.py", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--workdir", help="default: workdir/workbench/NAME")
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
-    parser.add_argument("--steps", type=int, help="default: 150 of digits, 400 of scenes")
+    parser.add_argument("--steps", type=int, help="default: by the config")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
     parser.add_argument("--costs", action="store_true")
-    wanted = parser.parse_args()
+    wanted, common = guidelines.parse(parser)
     if wanted.costs:
         print(costs())
         return
     config = pathlib.Path(wanted.config).stem
     if config not in STEPS:
-        parser.error(f"--config={wanted.config} is neither of {' and '.join(STEPS)}")
+        parser.error(f"--config={wanted.config} is none of {', '.join(STEPS)}")
     steps = wanted.steps or STEPS[config]
     folder = pathlib.Path(wanted.workdir or f"workdir/workbench/{config}")
     finished = Finished(pathlib.Path(wanted.results or folder / "results.jsonl"))
 
     def teacher(seed: int) -> float | None:
         """The share of labels that are read in the teacher's images."""
-        if config == SCENES_CONFIG:
-            return None  # each report of a student has the teacher's score
+        if config != DIGITS_CONFIG:
+            return None  # each report of a student on scenes has the teacher's score
         workdir = folder / f"teacher_seed_{seed}"
 
         def train() -> dict[str, Any]:
-            guidelines.run(wanted.config, TEACHER | {"seed": seed}, workdir)
+            guidelines.run(wanted.config, TEACHER | {"seed": seed}, workdir, common)
             report = json.loads((workdir / "report.json").read_text())
             return {"labels read": report["labels_read"]["teacher"]}
 
@@ -266,7 +282,7 @@ def main() -> None:
         def train() -> dict[str, Any]:
             for fields, run_workdir in runs(config, design, recipe, steps, workdir):
                 print(f"{name}, seed {seed}: {run_workdir}", flush=True)
-                guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir)
+                guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir, common)
             return result(workdir, first_steps(recipe, steps))
 
         fields = designs(config)[design] | RECIPES[recipe] | budget(config, steps)
@@ -285,10 +301,10 @@ def main() -> None:
     text = guidelines.table(rows, "design: recipe")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    if config == SCENES_CONFIG:
-        guidelines.draw(rows, folder / "workbench.png")
-    else:
+    if config == DIGITS_CONFIG:
         draw(results, wanted.designs, folder / "workbench.png")
+    else:
+        guidelines.draw(rows, folder / "workbench.png")
     print(text)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -54,6 +55,38 @@ def test_each_stage_adds_one_thing_to_the_one_before():
     assert last.to_dict() == whole.to_dict()
 
 
+def test_cifar10_is_scored_against_its_own_images(tmp_path, monkeypatch):
+    """Every run has the fields of the command line, after its own; there is no report to read."""
+    commands = []
+
+    def start(command, cwd):
+        workdir = pathlib.Path(command[4].partition("=")[2])
+        commands.append(command)
+        write_run(workdir, 0, 0.01)
+        (workdir / "report.json").unlink()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(guidelines.subprocess, "run", start)
+    argv = ["guidelines.py", "--config=configs/cifar10_lit.py", "--seeds=1"]
+    monkeypatch.setattr(
+        sys, "argv", argv + [f"--workdir={tmp_path}/runs", "--config.data.dir=/data"]
+    )
+    guidelines.main()
+    assert len(commands) == 6
+    for command in commands:
+        assert command[-1] == "--config.data.dir=/data"
+        assert "--config.evaluate.reference=cifar10:train" in command
+    assert "--config.teacher.checkpoint=workdir/cifar10_dit" in commands[-1]
+    table = (tmp_path / "runs" / "table.md").read_text().splitlines()
+    assert table[0] == "| stage | fd_efficientnet_lite0_500 | mse | vb |"
+
+    for wrong in ("--config.data.dir", "--seds=2", "data"):
+        monkeypatch.setattr(sys, "argv", [*argv, wrong])
+        with pytest.raises(SystemExit, match="2"):
+            guidelines.main()
+    assert len(commands) == 6
+
+
 @pytest.mark.parametrize("stage", guidelines.stages("quickstart"))
 def test_every_stage_is_a_config_that_can_be_run(stage):
     config = quickstart.get_config()
@@ -97,7 +130,7 @@ def test_the_table_has_means_and_deviations_of_the_seeds(tmp_path):
 def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, monkeypatch):
     started = []
 
-    def run(config, fields, workdir):
+    def run(config, fields, workdir, common):
         started.append(workdir.name)
         write_run(workdir, fields["seed"], 0.01)
 

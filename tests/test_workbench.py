@@ -12,10 +12,14 @@ import sys
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from configs import quickstart, quickstart_t2i
+from configs import cifar10_dit, cifar10_lit, quickstart, quickstart_t2i
+from lit_jax import checkpoint
 from lit_jax.experiment import Experiment
+from lit_jax.models import param_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("workbench", ROOT / "launch" / "workbench.py")
@@ -23,17 +27,34 @@ assert SPEC and SPEC.loader
 workbench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(workbench)
 
-CONFIGS = {"quickstart": quickstart, "quickstart_t2i": quickstart_t2i}
+CONFIGS = {
+    "quickstart": quickstart,
+    "quickstart_t2i": quickstart_t2i,
+    "cifar10_lit": cifar10_lit,
+}
 CASES = [("LiT", recipe) for recipe in workbench.RECIPES]
 CASES += [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS if design != "LiT"]
 
 
+@pytest.fixture(scope="module")
+def cifar10_teacher(tmp_path_factory):
+    """A checkpoint of the shapes of configs/cifar10_dit.py, which no one ships."""
+    architecture = Experiment(cifar10_dit.get_config()).model_config
+    shapes = param_shapes(architecture)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    folder = tmp_path_factory.mktemp("cifar10") / "teacher"
+    checkpoint.save_params(folder, params, {"model": architecture.to_json()})
+    return str(folder)
+
+
 @pytest.mark.parametrize("design, recipe", CASES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_run_can_start(name, design, recipe, tmp_path):
+def test_every_run_can_start(name, design, recipe, cifar10_teacher, tmp_path):
     steps = workbench.STEPS[name]
     for run_fields, workdir in workbench.runs(name, design, recipe, steps, tmp_path / "a"):
         config = CONFIGS[name].get_config()
+        if name == "cifar10_lit":
+            config.teacher.checkpoint = cifar10_teacher
         config.update_from_flattened_dict(run_fields)
         experiment = Experiment(config)
         if config.student.init == "teacher":
@@ -86,7 +107,7 @@ def test_steps_to_the_teacher_are_those_of_the_first_score_within_five_points(tm
 
 
 def test_scenes_are_scored_once_beside_the_teacher(tmp_path, monkeypatch, capsys):
-    def run(config, fields, workdir):
+    def run(config, fields, workdir, common):
         write_run(workdir, {}, kd_noise=0.5 + fields["seed"])
         scores = {"student": {"overall": 0.3}, "teacher": {"overall": 0.75 + 0.1 * fields["seed"]}}
         (workdir / "report.json").write_text(json.dumps({"geneval": scores}))
@@ -99,17 +120,49 @@ def test_scenes_are_scored_once_beside_the_teacher(tmp_path, monkeypatch, capsys
     assert lines[0] == "| design: recipe | student | teacher | kd_noise |" and len(lines) == 2 + 8
     assert lines[2] == "| LiT: all but attention | 0.3 ± 0 | 0.8 ± 0.071 | 137.5 ± 97 |"
     assert (tmp_path / "workbench.png").stat().st_size > 5000
-    monkeypatch.setattr(sys, "argv", ["workbench.py", "--config=configs/cifar10_lit.py"])
+    monkeypatch.setattr(sys, "argv", ["workbench.py", "--config=configs/debug.py"])
     with pytest.raises(SystemExit, match="2"):
         workbench.main()
-    assert "cifar10_lit.py is neither of quickstart and quickstart_t2i" in capsys.readouterr().err
+    known = "quickstart, quickstart_t2i, cifar10_lit"
+    assert f"configs/debug.py is none of {known}" in capsys.readouterr().err
+
+
+def test_cifar10_is_scored_at_its_end_and_no_labels_are_read(tmp_path, monkeypatch):
+    """And every run has the fields of the command line, after its own."""
+    commands = []
+
+    def start(command, cwd):
+        workdir = pathlib.Path(command[4].partition("=")[2])
+        commands.append(command)
+        write_run(workdir, {}, kd_noise=0.5)
+        with (workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 300, "eval/fd_x_500": 20.0 * len(commands)}) + "\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(workbench.guidelines.subprocess, "run", start)
+    argv = ["workbench.py", "--config=configs/cifar10_lit.py", "--designs", "LiT", "--seeds=1"]
+    argv += [f"--workdir={tmp_path}/runs", "--config.data.dir=/data"]
+    monkeypatch.setattr(sys, "argv", argv)
+    workbench.main()
+    assert len(commands) == 5  # the last recipe has two stages
+    assert all(command[-1] == "--config.data.dir=/data" for command in commands)
+    assert all("--config.evaluate.every=300" in command for command in commands[:3])
+    lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
+    assert lines[0] == "| design: recipe | fd_x_500 | kd_noise |" and len(lines) == 2 + 4
+    assert lines[2] == "| LiT: all but attention | 20 | 68.75 |"  # of steps 125 and 150
+    assert (tmp_path / "runs" / "workbench.png").stat().st_size > 5000
+
+    monkeypatch.setattr(sys, "argv", [*argv, "--sed=4"])
+    with pytest.raises(SystemExit, match="2"):
+        workbench.main()
+    assert len(commands) == 5
 
 
 def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path, monkeypatch):
     """Nothing is run that stands there; what stands there under other fields is run."""
     started = []
 
-    def run(config, fields, workdir):
+    def run(config, fields, workdir, common):
         started.append((workdir.name, fields["seed"]))
         read = 0.5 + 0.1 * fields["seed"]
         write_run(workdir, {fields["train.steps"]: read})

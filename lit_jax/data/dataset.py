@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from etils import epath
 from lit_jax.data import mnist_digits
 from lit_jax.runtime import cluster, storage, workdir_lock
 
+# The fields of a record that are its picture: an image, or latents.
+PICTURES = ("image", "mean", "log_variance")
+
 # Beside the shards that --mode=prepare writes: how they were made.
 PREPARED = "prepared.json"
 
@@ -28,6 +32,10 @@ DIGITS_SECONDS = 60.0
 # Records that `content` and `deviation` read. Every start of a run waits for them.
 CONTENT_RECORDS = 16
 DEVIATION_RECORDS = 1024
+
+# Of the pictures of a data set that stays in memory once decoded. A larger one is decoded anew
+# in every epoch.
+KEPT_BYTES = 2**30
 
 # Checks and converts one field of a record.
 Reader = Callable[[Any], np.ndarray | np.generic]
@@ -346,6 +354,10 @@ def open_dataset(
     builder = find_builder(name, directory)
     features = builder.info.features
     records = records_of(builder, split)
+    pictures = [features[field] for field in PICTURES if field in features]
+    if None not in [side for each in pictures for side in each.shape]:
+        sizes = [math.prod(each.shape) * np.dtype(each.np_dtype).itemsize for each in pictures]
+        records = Kept(records) if len(records) * sum(sizes) <= KEPT_BYTES else records
 
     if {"mean", "log_variance"} <= set(features):
         about = epath.Path(builder.data_dir) / PREPARED
@@ -379,6 +391,22 @@ def open_dataset(
         num_classes=count_classes(name, features, classes),
         class_names=class_names(features),
     )
+
+
+class Kept:
+    """Records that are decoded once: they stay in memory from their first reading on."""
+
+    def __init__(self, records: Any):
+        self._records = records
+        self._known: dict[int, dict[str, Any]] = {}  # two readers may both decode the same
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index not in self._known:
+            self._known[index] = self._records[index]
+        return self._known[index]
 
 
 @dataclasses.dataclass(frozen=True)

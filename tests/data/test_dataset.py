@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tiny_dataset import make_numbers, write_cifar10
 
-from lit_jax.data import mnist_digits, pipeline
+from lit_jax.data import dataset, mnist_digits, pipeline
 from lit_jax.data.dataset import (
     ImageDataset,
     LatentDataset,
@@ -170,6 +170,35 @@ def test_a_data_set_may_move(directory, copy):
     here, there = (open_dataset("mnist_digits", path, "test") for path in (directory, copy))
     assert here.content() == there.content()
     assert here.fingerprint() == there.fingerprint()
+
+
+def test_a_small_data_set_is_decoded_once(directory, monkeypatch):
+    """Then it stays in memory; one of more bytes than that may take is decoded in each epoch."""
+    decoded = []
+
+    class Records:
+        def __init__(self, records):
+            self.records = records
+
+        def __len__(self):
+            return len(self.records)
+
+        def __getitem__(self, index):
+            decoded.append(index)
+            return self.records[index]
+
+    records_of = dataset.records_of
+    monkeypatch.setattr(dataset, "records_of", lambda *asked: Records(records_of(*asked)))
+    pixels = 500 * 28 * 28
+    for most, times in ((pixels, 1), (pixels - 1, 2)):
+        monkeypatch.setattr(dataset, "KEPT_BYTES", most)
+        digits = open_dataset("mnist_digits", directory, "test")
+        decoded.clear()
+        first, other, again = digits[3], digits[4], digits[3]
+        assert decoded.count(3) == times and decoded.count(4) == 1
+        assert first["label"] == again["label"] and first["index"] == again["index"] == 3
+        np.testing.assert_array_equal(first["image"], again["image"])
+        assert (first["image"] != other["image"]).any()
 
 
 def test_a_data_set_may_be_in_a_bucket(directory, monkeypatch):
