@@ -29,6 +29,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 import guidelines  # noqa: E402  beside this file
 from finished import Finished, run_all  # noqa: E402
 
+# With what `SIZED` adds for a config.
 DESIGNS: dict[str, dict[str, Any]] = {
     "LiT": {},
     "Sana": {"model.conv_size": 0},
