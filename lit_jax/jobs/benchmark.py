@@ -726,7 +726,8 @@ def time_data(config: ConfigDict) -> Iterator[Row]:
 
     In records a second, and records a core second. The latter counts the
     seconds that this process computes on any core, so other work on the machine
-    spoils it less.
+    spoils it less. A data set that stays in memory is timed as one there from its
+    second epoch on: see `dataset.KEPT_BYTES`.
 
     Raises: ValueError or FileNotFoundError, at the call, for data that cannot
       be opened.
