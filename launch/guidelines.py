@@ -51,6 +51,12 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
     return wanted, fields
 
 
+def kept(common: Sequence[str]) -> dict[str, list[str]]:
+    """What a run's key holds of the fields of every run: all but where the data lies."""
+    decisive = [each for each in common if not each.startswith("--config.data.dir=")]
+    return {"common": decisive} if decisive else {}
+
+
 def stages(name: str) -> dict[str, dict[str, Any]]:
     """The fields of each stage, all of them, by the stage's name.
 
@@ -215,6 +221,7 @@ def main() -> None:
         # Of the teacher its name: its place differs from machine to machine.
         named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
         key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
+        key |= kept(common)
         workdir = folder / f"stage_{list(path).index(stage)}_seed_{seed}"
 
         def train() -> dict[str, float]:

@@ -272,6 +272,7 @@ def main() -> None:
             return {"labels read": report["labels_read"]["teacher"]}
 
         key = {"config": config, "name": "teacher", "fields": TEACHER, "seed": seed}
+        key |= guidelines.kept(common)
         return finished.get(key, train)["labels read"]
 
     def student(seed: int, design: str, recipe: str) -> dict[str, Any]:
@@ -287,7 +288,8 @@ def main() -> None:
             return result(workdir, first_steps(recipe, steps))
 
         fields = designs(config)[design] | RECIPES[recipe] | budget(config, steps)
-        return finished.get({"config": config, "name": name, "fields": fields, "seed": seed}, train)
+        key = {"config": config, "name": name, "fields": fields, "seed": seed}
+        return finished.get(key | guidelines.kept(common), train)
 
     # Seed by seed: a table of one seed is there after a third of the time.
     seeds = range(wanted.seeds)

@@ -80,6 +80,16 @@ def test_cifar10_is_scored_against_its_own_images(tmp_path, monkeypatch):
     table = (tmp_path / "runs" / "table.md").read_text().splitlines()
     assert table[0] == "| stage | fd_efficientnet_lite0_500 | mse | vb |"
 
+    # Other fields are other runs; the same data elsewhere is not.
+    again = [*argv, f"--workdir={tmp_path}/more", f"--results={tmp_path}/runs/results.jsonl"]
+    monkeypatch.setattr(sys, "argv", [*again, "--config.data.dir=/moved"])
+    guidelines.main()
+    assert len(commands) == 6
+    monkeypatch.setattr(sys, "argv", [*again, "--config.train.batch_size=4"])
+    guidelines.main()
+    assert len(commands) == 12
+    del commands[6:]
+
     for wrong in ("--config.data.dir", "--seds=2", "data"):
         monkeypatch.setattr(sys, "argv", [*argv, wrong])
         with pytest.raises(SystemExit, match="2"):
@@ -125,6 +135,32 @@ def test_the_table_has_means_and_deviations_of_the_seeds(tmp_path):
     assert text.splitlines()[3].startswith("| two | 10 | 0.5 |")
     guidelines.draw({"one": found, "two": found}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_each_line_of_the_table_is_of_its_stage_and_seeds(tmp_path, monkeypatch):
+    """GenEval is the student's, of scenes that are drawn in 20 steps."""
+
+    def start(command, cwd):
+        workdir = pathlib.Path(command[4].partition("=")[2])
+        stage, seed = (int(number) for number in workdir.name.split("_")[1::2])
+        assert f"--config.seed={seed}" in command and "--config.sample.steps=20" in command
+        write_run(workdir, seed, 0.01)
+        (workdir / "evaluation_0000300.json").unlink()
+        scores = {"student": {"overall": 0.1 * stage + 0.01 * seed}, "teacher": {"overall": 0.9}}
+        (workdir / "report.json").write_text(json.dumps({"geneval": scores}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(guidelines.subprocess, "run", start)
+    argv = ["guidelines.py", "--config=configs/quickstart_t2i.py", "--seeds=2"]
+    monkeypatch.setattr(sys, "argv", [*argv, f"--workdir={tmp_path}/runs"])
+    guidelines.main()
+    table = (tmp_path / "runs" / "table.md").read_text().splitlines()
+    assert table[0] == "| stage | GenEval | mse | vb |"
+    for stage, (name, line) in enumerate(
+        zip(guidelines.stages("quickstart_t2i"), table[2:], strict=True)
+    ):
+        mean = 0.1 * stage + 0.005
+        assert line.startswith(f"| {name} | {mean:.4g} ± 0.0071 |")
 
 
 def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, monkeypatch):

@@ -156,6 +156,11 @@ def test_cifar10_is_scored_at_its_end_and_no_labels_are_read(tmp_path, monkeypat
     with pytest.raises(SystemExit, match="2"):
         workbench.main()
     assert len(commands) == 5
+    # What other fields give is not what stands there; where the data lies does not count.
+    for field, count in (("data.dir=/moved", 5), ("train.batch_size=4", 10)):
+        monkeypatch.setattr(sys, "argv", [*argv[:-1], f"--config.{field}"])
+        workbench.main()
+        assert len(commands) == count
 
 
 def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path, monkeypatch):

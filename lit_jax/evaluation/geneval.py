@@ -236,14 +236,18 @@ class Scores(NamedTuple):
     overall: float  # mean of the tasks, as GenEval reports it
     standard_error: float  # of the overall, images taken as independent
     images: int
-    # Of images whose prompt joins what training never showed together; only digit scenes tell.
+    # Of images whose prompt joins what training never showed together, and of the other ones of
+    # those tasks; only digit scenes tell.
     unseen: dict[str, float]
+    seen: dict[str, float]
 
     def table(self) -> str:
         """A line for each task, then the overall score."""
-        lines = [f"{'task':<16}{'images':>8}{'prompts':>9}" + ("   unseen" if self.unseen else "")]
+        apart = "     seen   unseen" if self.unseen else ""
+        lines = [f"{'task':<16}{'images':>8}{'prompts':>9}{apart}"]
         for name, share in self.tasks.items():
-            apart = f"{self.unseen[name]:>9.3f}" if name in self.unseen else ""
+            parts = [part[name] for part in (self.seen, self.unseen) if name in part]
+            apart = "".join(f"{part:>9.3f}" for part in parts).rjust(18 if parts else 0)
             lines.append(f"{name:<16}{share:>8.3f}{self.prompts[name]:>9.3f}{apart}")
         lines.append(f"{'overall':<16}{self.overall:>8.3f} +- {self.standard_error:.3f}")
         return "\n".join(lines)
@@ -285,17 +289,20 @@ def score(found: Iterable[dict[str, Any]]) -> Scores:
     Raises: ValueError where a task has none.
     """
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
-    unseen: dict[str, list[bool]] = {task: [] for task in TASKS}
+    apart: dict[bool, dict[str, list[bool]]] = {True: {}, False: {}}  # by whether it was seen
     by_prompt: dict[str, dict[str, bool]] = {task: {} for task in TASKS}
     for result in found:
         task, correct, prompt = (result[name] for name in ("tag", "correct", "prompt"))
         right[task].append(correct)
         by_prompt[task][prompt] = by_prompt[task].get(prompt, False) or correct
-        if result.get("seen") is False:
-            unseen[task].append(correct)
+        apart[result.get("seen") is not False].setdefault(task, []).append(correct)
     if missing := [task for task in TASKS if not right[task]]:
         raise ValueError(f"no result of {', '.join(missing)}: the score needs all tasks")
     tasks = {task: float(np.mean(found)) for task, found in right.items()}
+    seen, unseen = (
+        {task: float(np.mean(found)) for task, found in part.items() if task in apart[False]}
+        for part in (apart[True], apart[False])
+    )
     variances = [share * (1 - share) / len(right[task]) for task, share in tasks.items()]
     return Scores(
         tasks=tasks,
@@ -303,5 +310,6 @@ def score(found: Iterable[dict[str, Any]]) -> Scores:
         overall=float(np.mean(list(tasks.values()))),
         standard_error=float(np.sqrt(sum(variances)) / len(TASKS)),
         images=sum(map(len, right.values())),
-        unseen={task: float(np.mean(found)) for task, found in unseen.items() if found},
+        unseen=unseen,
+        seen=seen,
     )

@@ -127,6 +127,10 @@ def read_inheritance(path: epath.Path) -> dict[str, int]:
     return counts
 
 
+def _row(name: str, shares: Sequence[float]) -> str:
+    return f"  {name:<15}" + "  ".join(f"{share:.3f}" for share in shares)
+
+
 def summary(
     result: Mapping[str, Any],
     first: int,
@@ -172,10 +176,13 @@ def summary(
             f"prompts        {' and '.join(scores)}, share of {result['num_images']} images each "
             "that show what their prompt asks for"
         )
-        rows = {task: [each["tasks"][task] for each in scores.values()] for task in geneval.TASKS}
-        rows["overall"] = [each["overall"] for each in scores.values()]
-        for task, shares in rows.items():
-            lines.append(f"  {task:<15}" + "  ".join(f"{share:.3f}" for share in shares))
+        for task in geneval.TASKS:
+            lines.append(_row(task, [each["tasks"][task] for each in scores.values()]))
+            # Pairs of colour and digit that training never showed, apart from the others.
+            for part in ("seen", "unseen"):
+                if shares := [each[part][task] for each in scores.values() if task in each[part]]:
+                    lines.append(_row(f"  {part}", shares))
+        lines.append(_row("overall", [each["overall"] for each in scores.values()]))
 
     if "images_not_finite" in result:
         counts = [f"{name} {count}" for name, count in result["images_not_finite"].items()]

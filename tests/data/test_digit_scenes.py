@@ -117,6 +117,37 @@ def test_a_picture_shows_what_its_caption_says():
             assert (dx, dy) == offsets[scene.relation]
 
 
+def said(caption):
+    """(digit, colour) of each digit that a caption names; the colour is None where none is."""
+    *words, last = caption.split()
+    if last in digit_scenes.PLURALS:
+        return [(digit_scenes.PLURALS.index(last), None)] * digit_scenes.DIGITS.index(words[0])
+    found, colour = [], None
+    for word in (*words, last):
+        if word in digit_scenes.COLOURS:
+            colour = word
+        elif word in digit_scenes.DIGITS:
+            found.append((digit_scenes.DIGITS.index(word), colour))
+            colour = None
+    return found
+
+
+@pytest.mark.parametrize("split, count", [("train", 90), ("test", 20)])
+def test_a_record_is_the_picture_of_its_caption_from_digits_of_its_split(split, count):
+    """And no record joins a colour and a digit that are held out, whatever its caption says."""
+    scenes, digits = digit_scenes.Scenes(split), digit_scenes.digit_images(split)
+    pairs = set()
+    for number in range(count):
+        record = scenes[number]
+        (caption,) = record["captions"]
+        there = [pair for cell in cells(record["image"]) if (pair := shown(cell, digits))]
+        named = said(caption)
+        assert sorted(digit for digit, _ in there) == sorted(digit for digit, _ in named), caption
+        assert all(colour is None or (digit, colour) in there for digit, colour in named), caption
+        pairs |= {(colour, digit) for digit, colour in there}
+    assert not pairs & digit_scenes.UNSEEN and len(pairs) > 15
+
+
 def test_a_tenth_of_the_pairs_is_never_shown():
     """Neither named nor as a colour that the caption leaves open."""
     assert len(digit_scenes.UNSEEN) == 6

@@ -210,8 +210,13 @@ def test_a_folder_is_judged_image_by_image(tmp_path):
     }  # fmt: skip
     scores = geneval.score(found)
     assert scores.tasks == dict.fromkeys(geneval.TASKS, 1.0) | {"colors": 0.5}
-    assert scores.unseen == {"colors": 0.5}
-    assert "colors             0.500    1.000    0.500" in scores.table()
+    assert scores.unseen == {"colors": 0.5} and scores.seen == {}
+    assert "colors             0.500    1.000             0.500" in scores.table()
+    # Another result of that task, of a prompt that training knows.
+    more = geneval.score([*found, found[0] | {"tag": "colors", "prompt": "b", "seen": True}])
+    assert more.unseen == {"colors": 0.5} and more.seen == {"colors": 1.0}
+    assert "task              images  prompts     seen   unseen" in more.table()
+    assert "colors             0.667    1.000    1.000    0.500" in more.table()
     (tmp_path / "00002" / "samples" / "0000.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="00002/samples/0000.png: no picture"):
         geneval.judge(folder, dogs)

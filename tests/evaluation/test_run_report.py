@@ -113,18 +113,29 @@ def test_prompts_are_scored_by_task_and_pictured_side_by_side(report, tmp_path):
 
     def score(images):
         right = {task: bool(images.max() > 200) for task in geneval.TASKS} | {"position": True}
-        return geneval.score(
+        results = [
             {"tag": task, "prompt": "p", "correct": correct} for task, correct in right.items()
-        )
+        ]
+        unseen = {"tag": "colors", "prompt": "q", "correct": False, "seen": False}
+        return geneval.score([*results, unseen])
 
     texts = [f"caption {i}" for i in range(9)]
     result, logged = report(captions=texts, score_prompts=score)
     assert result["geneval"]["teacher"]["overall"] == pytest.approx(1 / 6)
-    assert result["geneval"]["student"]["overall"] == 1.0
-    assert "counting       0.000  1.000" in logged and "overall        0.167  1.000" in logged
-    grid = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB"))
-    plain = pictures.square_grid(np.zeros((9, 4, 9, 3), np.uint8), texts)
-    assert grid.shape[:2] == (plain.height, plain.width)
+    assert result["geneval"]["student"]["overall"] == pytest.approx(5.5 / 6)
+    assert "counting       0.000  1.000" in logged and "overall        0.167  0.917" in logged
+    apart = (
+        "colors         0.000  0.500\n    seen         0.000  1.000\n    unseen       0.000  0.000"
+    )
+    assert apart in logged
+    # The teacher on the left, a white line, the student on the right, each pair over its caption.
+    pair = [
+        pictures.to_uint8(draw(PARAMS[name], np.arange(9), {"label": LABELS}, lambda done: None))
+        for name in ("teacher", "student")
+    ]
+    line = np.full((*pair[0].shape[:2], 1, pair[0].shape[3]), 255, np.uint8)
+    expected = pictures.square_grid(np.concatenate([pair[0], line, pair[1]], axis=2), texts)
+    np.testing.assert_array_equal(Image.open(tmp_path / "samples.png"), expected)
 
 
 def test_what_was_inherited_is_part_of_the_report(report, tmp_path):
