@@ -171,6 +171,19 @@ def table(results: dict[str, list[dict[str, float]]], what: str = "stage") -> st
     return "\n".join(lines)
 
 
+def differences(
+    results: dict[str, list[dict[str, float]]],
+) -> dict[str, list[dict[str, float]]]:
+    """What each stage adds to the one before it, by seed: seeds differ by more than stages do."""
+    return {
+        stage: [
+            {name: value - less[name] for name, value in more.items()}
+            for less, more in zip(before, after, strict=True)
+        ]
+        for (_, before), (stage, after) in itertools.pairwise(results.items())
+    }
+
+
 def draw(results: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None:
     """A picture of the table: a dot a run, a line through the means."""
     from matplotlib.figure import Figure
@@ -237,7 +250,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for (_, stage), figures in zip(asked, found, strict=True):
         results.setdefault(stage, []).append(figures)
-    text = table(results)
+    text = f"{table(results)}\n\n{table(differences(results), 'against the stage before')}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     draw(results, folder / "guidelines.png")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -154,13 +155,19 @@ def test_each_line_of_the_table_is_of_its_stage_and_seeds(tmp_path, monkeypatch)
     argv = ["guidelines.py", "--config=configs/quickstart_t2i.py", "--seeds=2"]
     monkeypatch.setattr(sys, "argv", [*argv, f"--workdir={tmp_path}/runs"])
     guidelines.main()
-    table = (tmp_path / "runs" / "table.md").read_text().splitlines()
-    assert table[0] == "| stage | GenEval | mse | vb |"
-    for stage, (name, line) in enumerate(
-        zip(guidelines.stages("quickstart_t2i"), table[2:], strict=True)
-    ):
+    table, by_seed = (tmp_path / "runs" / "table.md").read_text().split("\n\n")
+    head, _, *lines = table.splitlines()
+    assert head == "| stage | GenEval | mse | vb |"
+    names = list(guidelines.stages("quickstart_t2i"))
+    for stage, (name, line) in enumerate(zip(names, lines, strict=True)):
         mean = 0.1 * stage + 0.005
         assert line.startswith(f"| {name} | {mean:.4g} ± 0.0071 |")
+    # The same tenth in both seeds: what the stages differ by does not vary as they do.
+    head, _, *lines = by_seed.splitlines()
+    assert head == "| against the stage before | GenEval | mse | vb |"
+    for name, line in zip(names[1:], lines, strict=True):
+        # Sums of tenths differ by their rounding.
+        assert re.match(rf"\| {re.escape(name)} \| 0\.1 ± (0|\S+e-1\d) \| 0 ± 0 \|", line), line
 
 
 def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, monkeypatch):
@@ -178,7 +185,7 @@ def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, 
     assert started == [f"stage_{number}_seed_0" for number in range(6)]
     assert str(ROOT) not in (tmp_path / "kept.jsonl").read_text()
     table = (tmp_path / "runs" / "table.md").read_text()
-    assert table.count("| 10 | 0.5 |") == 6
+    assert table.count("| 10 | 0.5 |") == 6 and table.count("| 0 | 0 | 0 | 0 |") == 5
 
     started.clear()
     shutil.rmtree(tmp_path / "runs")
