@@ -180,8 +180,8 @@ def summary(
             lines.append(_row(task, [each["tasks"][task] for each in scores.values()]))
             # Pairs of colour and digit that training never showed, apart from the others.
             for part in ("seen", "unseen"):
-                if shares := [each[part][task] for each in scores.values() if task in each[part]]:
-                    lines.append(_row(f"  {part}", shares))
+                if apart := [each[part][task] for each in scores.values() if task in each[part]]:
+                    lines.append(_row(f"  {part}", apart))
         lines.append(_row("overall", [each["overall"] for each in scores.values()]))
 
     if "images_not_finite" in result:
