@@ -1,4 +1,4 @@
-"""A LiT on CIFAR-10 from the DiT of configs/cifar10_dit.py: the paper's path in a minute of a GPU.
+"""A LiT on CIFAR-10 from the DiT of configs/cifar10_dit.py: the paper's path on one GPU.
 
     python -m lit_jax.main --config=configs/cifar10_lit.py --config.data.dir=DIRECTORY_OF_TFDS
 

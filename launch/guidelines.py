@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from finished import Finished, run_all  # beside this file
-
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(ROOT)]
+from finished import Finished, run_all  # noqa: E402  beside this file
+
 # Of the loss: the mean over this many steps at the end.
 LAST_STEPS = 100
 SCENES_CONFIG = "quickstart_t2i"
@@ -38,7 +38,6 @@ SCENES_CONFIG = "quickstart_t2i"
 
 def load(name: str) -> Any:
     """The config of that name."""
-    sys.path.insert(0, str(ROOT))
     return importlib.import_module(f"configs.{name}").get_config()
 
 
