@@ -8,8 +8,9 @@
 All runs have the same teacher, data, batch and number of steps; the steps of a first stage of
 layer-wise regression count, though each of them costs less. Finished runs are lines of a file,
 --results, and are not run again: the same command goes on, here or elsewhere. --at_once and fields
-such as --config.data.dir are as in guidelines.py. The table is printed, and written with its
-picture into the folder of the runs. --costs prints what each design costs in XL/2, and runs
+such as --config.data.dir are as in guidelines.py. --designs and --recipes choose among them; three
+variants of recipes are run where they are asked for by name. The table is printed, and written with
+its picture into the folder of the runs. --costs prints what each design costs in XL/2, and runs
 nothing.
 """
 
@@ -46,8 +47,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "q, k, v, o, two rates": WHOLE | {"optimizer.inherited_rate": 0.1},
     "layers first": ALL_BUT_ATTENTION,
 }
-LAYERS_FIRST = "layers first"
-# Of the steps, the first ones of that recipe.
+# What two of the recipes leave open, asked for by name: other rates, and other layers first.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "q, k, v, o, two rates, 0.3": WHOLE | {"optimizer.inherited_rate": 0.3},
+    "q, k, v, o, two rates, 0.01": WHOLE | {"optimizer.inherited_rate": 0.01},
+    "layers first, q, k, v, o": WHOLE,
+}
+LAYERS_FIRST = "layers first"  # the beginning of a recipe's name
+# Of the steps, the first ones of such a recipe.
 LAYERS_SHARE = 0.25
 # Of digits: the scores of a run, and the images of each.
 SCORES = 3
@@ -110,12 +117,17 @@ PIXELS = (256, 512, 1024, 2048)
 
 def first_steps(recipe: str, steps: int) -> int:
     """The steps of the stage before the one that is scored."""
-    return round(LAYERS_SHARE * steps) if recipe == LAYERS_FIRST else 0
+    return round(LAYERS_SHARE * steps) if recipe.startswith(LAYERS_FIRST) else 0
 
 
 def designs(name: str) -> dict[str, dict[str, Any]]:
     """The fields of each design in a config's model, by the design's name."""
     return {design: fields | SIZED[name].get(design, {}) for design, fields in DESIGNS.items()}
+
+
+def fields_of(name: str, design: str, recipe: str) -> dict[str, Any]:
+    """The fields of a design and a recipe. Args: name: of the config, a key of `STEPS`."""
+    return designs(name)[design] | (RECIPES | VARIANTS)[recipe]
 
 
 def runs(
@@ -125,14 +137,16 @@ def runs(
 
     Args: name: of the config, a key of `STEPS`.
     """
-    fields = designs(name)[design] | RECIPES[recipe]
+    fields = fields_of(name, design, recipe)
     first = first_steps(recipe, steps)
     last = fields | budget(name, steps - first)
     if not first:
         return [(last, workdir)]
     layers = workdir.with_name(f"{workdir.name}_layers")
     regression = fields | {"train.steps": first, "checkpoint.every": first} | REGRESSION
-    return [(regression, layers), (last | {"student.init": str(layers)}, workdir)]
+    # Of one architecture, "auto" is everything: the regressed attentions too.
+    last |= ALL_BUT_ATTENTION | {"student.init": str(layers)}
+    return [(regression, layers), (last, workdir)]
 
 
 def budget(name: str, steps: int) -> dict[str, Any]:
@@ -190,7 +204,10 @@ def figures(found: dict[str, Any], teacher: float | None) -> dict[str, float]:
 
 
 def draw(
-    results: dict[str, list[dict[str, Any]]], names: Sequence[str], path: pathlib.Path
+    results: dict[str, list[dict[str, Any]]],
+    names: Sequence[str],
+    recipes: Sequence[str],
+    path: pathlib.Path,
 ) -> None:
     """A panel for each design: labels read over the steps, a line for each recipe's mean.
 
@@ -205,7 +222,7 @@ def draw(
     figure = Figure(figsize=(3.7 * columns, 3.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, design in zip(panels, names):
-        for recipe in RECIPES:
+        for recipe in recipes:
             curves = np.array([found["curve"] for found in results[f"{design}: {recipe}"]])
             steps, values = curves[0, :, 0], curves[:, :, 1]
             (line,) = axes.plot(steps, values.mean(0), "o-", markersize=3, label=recipe)
@@ -245,6 +262,8 @@ def main() -> None:
     parser.add_argument("--workdir", help="default: workdir/workbench/NAME")
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
+    named = list(RECIPES | VARIANTS)
+    parser.add_argument("--recipes", nargs="+", choices=named, default=list(RECIPES))
     parser.add_argument("--steps", type=int, help="default: by the config")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")
@@ -287,13 +306,13 @@ def main() -> None:
                 guidelines.run(wanted.config, fields | {"seed": seed}, run_workdir, common)
             return result(workdir, first_steps(recipe, steps))
 
-        fields = designs(config)[design] | RECIPES[recipe] | budget(config, steps)
+        fields = fields_of(config, design, recipe) | budget(config, steps)
         key = {"config": config, "name": name, "fields": fields, "seed": seed}
         return finished.get(key | guidelines.kept(common), train)
 
     # Seed by seed: a table of one seed is there after a third of the time.
     seeds = range(wanted.seeds)
-    asked = list(itertools.product(seeds, wanted.designs, RECIPES))
+    asked = list(itertools.product(seeds, wanted.designs, wanted.recipes))
     read = run_all([functools.partial(teacher, seed) for seed in seeds], wanted.at_once)
     found = run_all([functools.partial(student, *run) for run in asked], wanted.at_once)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -305,7 +324,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     if config == DIGITS_CONFIG:
-        draw(results, wanted.designs, folder / "workbench.png")
+        draw(results, wanted.designs, wanted.recipes, folder / "workbench.png")
     else:
         guidelines.draw(rows, folder / "workbench.png")
     print(text)

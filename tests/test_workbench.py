@@ -32,7 +32,7 @@ CONFIGS = {
     "quickstart_t2i": quickstart_t2i,
     "cifar10_lit": cifar10_lit,
 }
-CASES = [("LiT", recipe) for recipe in workbench.RECIPES]
+CASES = [("LiT", recipe) for recipe in workbench.RECIPES | workbench.VARIANTS]
 CASES += [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS if design != "LiT"]
 
 
@@ -63,8 +63,12 @@ def test_every_run_can_start(name, design, recipe, cifar10_teacher, tmp_path):
         # A first stage is of the layers alone, whatever the config's own losses are.
         is_first = workdir.name.endswith("_layers")
         assert experiment.unscaled_step_settings.runs_student != is_first
-        # The recipes say it themselves, whatever the config's own one is.
-        assert config.inherit.load == (("q", "k", "v", "o") if "q, k" in recipe else ("auto",))
+        # The recipes say it themselves, whatever the config's own one is. A second stage goes on
+        # with all of the first.
+        from_teacher = config.student.init == "teacher"
+        whole = "q, k" in recipe and from_teacher
+        assert config.inherit.load == (("q", "k", "v", "o") if whole else ("auto",))
+        assert from_teacher != (recipe.startswith("layers") and not is_first)
         assert workdir.parent == tmp_path
 
 
@@ -198,6 +202,16 @@ def test_the_table_and_the_picture_come_from_the_file_of_finished_runs(tmp_path,
     monkeypatch.setitem(workbench.DESIGNS, "MALA", {"model.attention": "mala", "model.depth": 4})
     main(f"--results={tmp_path}/kept.jsonl", "--at_once=2")
     assert len(started) == 10 and all(name.startswith("mala") for name, _ in started)
+
+    # Chosen recipes, and a variant, which no one runs who does not ask for it.
+    variant = "layers first, q, k, v, o"
+    main(f"--results={tmp_path}/kept.jsonl", "--designs=LiT", "--recipes", "q, k, v, o", variant)
+    stages = ("lit_layers_first_q_k_v_o_seed_{}_layers", "lit_layers_first_q_k_v_o_seed_{}")
+    assert started == [(stage.format(seed), seed) for seed in range(2) for stage in stages]
+    table = (tmp_path / "runs" / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| LiT: q, k, v, o", f"| LiT: {variant}"
+    ]  # fmt: skip
 
 
 def test_several_runs_at_once_have_each_its_share_of_the_cores():
