@@ -1,7 +1,7 @@
 """LiT: a pretrained diffusion transformer becomes one with linear attention (arXiv 2501.12976).
 
     model, params, config = lit_jax.load("workdir/quickstart")
-    settings = lit_jax.SamplerSettings(sampler="dpm++", steps=20, cfg_scale=3.0)
+    settings = lit_jax.SamplerSettings("dpm++", steps=20, cfg_scale=3.0, clip_denoised=True)
     sampler = lit_jax.Sampler(model, settings, batch_size=10)
     images = sampler(params, range(10), {"label": range(10)})    # (10, h, w, C), about [-1, 1]
 

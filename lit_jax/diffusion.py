@@ -1,7 +1,9 @@
 """The diffusion process: what x_t is, what the model is trained to predict, what an output means.
 
-A process answers five questions, and nothing else in the house knows epsilon or a variance:
-`draw_t`, `perturb`, `loss`, x_start of an output (`x_start_columns`), and which `samplers` it has.
+A process answers five questions: `draw_t`, `perturb`, `loss`, x_start of an output
+(`x_start_columns`), and which `samplers` it has. `Process` lists what else is asked of its outputs.
+The step, the losses and the scan that draws ask no process what kind it is; rows of
+samplers.SAMPLERS do, which are of one kind.
 
 `GaussianDiffusion` is DDPM's (Ho et al. 2020) with the learned variance of Improved DDPM (Nichol &
 Dhariwal 2021), in the exact form DiT trains and samples with: 1000 linear betas, epsilon
@@ -41,6 +43,12 @@ class Process(Protocol):
 
     def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:
         """The named parts of an output, each of which is distilled."""
+
+    def interpret(self, parts: dict[str, jax.Array], t: jax.Array) -> dict[str, jax.Array]:
+        """What the values of the parts stand for at t (B,)."""
+
+    def weigh(self, part: str, error: jax.Array, t: jax.Array) -> jax.Array:
+        """The mean squared errors (B,) of a part, as much as they count at t (B,)."""
 
     def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -110,9 +118,11 @@ class GaussianDiffusion:
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         return np.minimum(snr, self.min_snr_gamma or np.inf) / snr
 
-    def weigh(self, error: jax.Array, t: jax.Array) -> jax.Array:
-        """A noise's mean squared errors (B,), times `loss_weight` at t (B,)."""
-        return error * at(self.loss_weight, t)[:, 0, 0, 0] if self.min_snr_gamma else error
+    def weigh(self, part: str, error: jax.Array, t: jax.Array) -> jax.Array:
+        """The mean squared errors (B,), those of the noise times `loss_weight` at t (B,)."""
+        if part != "noise" or not self.min_snr_gamma:
+            return error
+        return error * at(self.loss_weight, t)[:, 0, 0, 0]
 
     @functools.cached_property
     def _alphas_cumprod_prev(self) -> np.ndarray:
@@ -166,7 +176,7 @@ class GaussianDiffusion:
         C = x_start.shape[-1]
         parts = self.parts(output, C)
         # The simple loss of DDPM, equation 14, which weighs all timesteps alike.
-        terms = {"mse": self.weigh(mean_square(parts["noise"] - noise), t)}
+        terms = {"mse": self.weigh("noise", mean_square(parts["noise"] - noise), t)}
         if "variance" in parts:
             eps = jax.lax.stop_gradient(parts["noise"])
             bound = self._variational_bound(eps, parts["variance"], x_start, x_t, t)
@@ -182,6 +192,12 @@ class GaussianDiffusion:
         if output.shape[-1] == C:
             return {"noise": output}
         return {"noise": output[..., :C], "variance": output[..., C:]}
+
+    def interpret(self, parts: dict[str, jax.Array], t: jax.Array) -> dict[str, jax.Array]:
+        """The parts with `log_variance` in place of the raw v."""
+        if "variance" not in parts:
+            return parts
+        return parts | {"variance": self.log_variance(parts["variance"], t)}
 
     def log_variance(self, variance: jax.Array, t: jax.Array) -> jax.Array:
         """log Sigma from the model's raw v (Improved DDPM, equation 15).
@@ -309,6 +325,14 @@ class RectifiedFlow:
     def parts(self, output: jax.Array, in_channels: int) -> dict[str, jax.Array]:
         """{"velocity": the first C channels of an output (B, h, w, C or 2C)}."""
         return {"velocity": output[..., :in_channels]}
+
+    def interpret(self, parts: dict[str, jax.Array], t: jax.Array) -> dict[str, jax.Array]:
+        """The parts as they are: a velocity stands for itself."""
+        return parts
+
+    def weigh(self, part: str, error: jax.Array, t: jax.Array) -> jax.Array:
+        """The errors as they are: all times count alike."""
+        return error
 
     def x_start_columns(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """a and b, (S',) float64, of x_start = a x_t + b output at the times of a sampler."""

@@ -5,7 +5,7 @@ Each term is per sample and unweighted: {name: (B,)}. The train step weighs and 
 
 import jax
 
-from lit_jax.diffusion import GaussianDiffusion, Process, mean_square
+from lit_jax.diffusion import Process, mean_square
 
 VARIANCE_TARGETS = ("raw", "log_variance")
 
@@ -21,7 +21,7 @@ def distillation_terms(
 ) -> dict[str, jax.Array]:
     """Mean squared distance of the student to its teacher, for each part of an output.
 
-    That of the noise counts at each timestep as the error of the noise does (Min-SNR).
+    Each counts at each timestep as the process says: that of the noise as in its loss (Min-SNR).
 
     Args:
       student_output, teacher_output: (B, h, w, C or 2C) on the same x_t, t and condition. The
@@ -41,12 +41,10 @@ def distillation_terms(
     # Part by part, as the two have weights of their own: lambda_1 and lambda_2 of the paper.
     student = process.parts(student_output, in_channels)
     teacher = process.parts(jax.lax.stop_gradient(teacher_output), in_channels)
-    # Both heads' values stand for a log-variance between the same two bounds at this t.
-    has_variance = "variance" in student
-    if isinstance(process, GaussianDiffusion) and has_variance and variance_target != "raw":
-        for parts in (student, teacher):
-            parts["variance"] = process.log_variance(parts["variance"], t)
-    terms = {f"kd_{name}": mean_square(student[name] - teacher[name]) for name in student}
-    if isinstance(process, GaussianDiffusion):
-        terms["kd_noise"] = process.weigh(terms["kd_noise"], t)
-    return terms
+    if variance_target == "log_variance":
+        # Both heads' values stand for one between the same two bounds at this t.
+        student, teacher = (process.interpret(parts, t) for parts in (student, teacher))
+    return {
+        f"kd_{part}": process.weigh(part, mean_square(student[part] - teacher[part]), t)
+        for part in student
+    }

@@ -193,6 +193,7 @@ def test_higher_orders_come_closer_to_the_exact_flow():
 
 
 GRIDS = {"ddpm": dict(steps=6), "ddim": dict(steps=6, eta=0.5), "dpm++": dict(steps=6, order=3)}
+assert set(GRIDS) == set(PROCESS.samplers)  # a new one is held to all that is below
 
 
 @pytest.mark.parametrize("sampler", GRIDS)

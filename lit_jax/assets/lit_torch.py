@@ -601,7 +601,7 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | 
     """The model of a .safetensors or .pt export, in evaluation mode.
 
     Raises: RuntimeError, listing the keys, if the tensors do not fit; ValueError for another
-      attention than softmax and linear.
+      attention than softmax and linear, or another prediction than noise and velocity.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -621,6 +621,8 @@ def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> LiT | 
         raise ValueError(f"{path}: no attention = {fields['attention']} here")
     if fields.get("softmax_every"):
         raise ValueError(f"{path}: no layers of two kinds here, softmax_every")
+    if fields.get("prediction", "noise") not in ("noise", "velocity"):
+        raise ValueError(f"{path}: no prediction = {fields['prediction']} here")
     kind = CaptionArchitecture if "caption_channels" in fields else Architecture
     # Fields of other attentions are none of these two's.
     known = {field.name for field in dataclasses.fields(kind)}

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lit_jax import conditions
 from lit_jax.checkpoint import is_checkpoint, open_params
 from lit_jax.models import FAMILIES
 from lit_jax.models.dit import DiTConfig
@@ -292,8 +293,7 @@ def _names_of_pipeline(path):
 
 def _checked_names(names, config):
     """The names that a checkpoint tells, if they are texts, one a class; () otherwise."""
-    count = getattr(config, "num_classes", 0)
-    is_list = isinstance(names, list) and len(names) == count
+    is_list = isinstance(names, list) and len(names) == conditions.count_classes(config)
     return tuple(names) if is_list and all(isinstance(name, str) for name in names) else ()
 
 

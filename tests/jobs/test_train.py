@@ -21,6 +21,7 @@ from PIL import Image
 from restored import restore_params
 from tiny_dataset import put_digits
 
+import lit_jax
 from configs import debug
 from lit_jax import checkpoint, conditions, pictures, sharding
 from lit_jax.experiment import Experiment
@@ -74,6 +75,9 @@ def final_params(workdir):
     return {ema: restore_params(workdir, ema=ema)[0] for ema in (True, False)}
 
 
+PEAK = 1e9  # FLOP/s that the CPU's devices are said to have
+
+
 @pytest.fixture(scope="module")
 def first_run(folder):
     """The workdir of three steps, and what was logged."""
@@ -82,7 +86,9 @@ def first_run(folder):
     logger = logging.getLogger("absl")
     logger.addHandler(handler)
     try:
-        assert run_debug(folder) is None
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(train.chips, "peak_flops", lambda device_kind: PEAK)
+            assert run_debug(folder) is None
     finally:
         logger.removeHandler(handler)
     return folder / "run", "\n".join(logged)
@@ -118,6 +124,17 @@ def test_a_run_leaves_everything_a_person_wants(first_run):
         assert line["train/loss"] == pytest.approx(weighted, rel=1e-5) and np.isfinite(weighted)
         assert line["train/skipped"] == 0
     assert lines[2]["train/images_per_second"] > 0
+
+
+def test_mfu_counts_the_students_step_and_the_teachers_pass(first_run):
+    workdir, _ = first_run
+    size = debug.get_config().model.input_size
+    _, _, student = lit_jax.load(str(workdir))
+    teacher = dataclasses.replace(student, attention="softmax", num_heads=2, conv_size=0)
+    flops = 3 * student.forward_flops((size, size)) + teacher.forward_flops((size, size))
+    line = read_lines(workdir)[2]
+    of_all = PEAK * jax.device_count()
+    assert line["train/mfu"] == pytest.approx(flops * line["train/images_per_second"] / of_all)
 
 
 def test_pictures_show_teacher_over_student(first_run):
@@ -426,7 +443,7 @@ def test_images_of_another_protocol_are_not_mixed_in(drawn, folder):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
-    """Its stream is the second half of the seed's key, from which no step draws."""
+    """Its stream is the second half of the seed's key, from which no step draws itself."""
     config = debug.get_config()
     config.seed = seed
     config.student.init = "random"

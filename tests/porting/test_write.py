@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from safetensors import safe_open
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file
 from torch_checkpoints import (
     VARIANTS,
@@ -208,6 +211,25 @@ def test_the_torch_module_draws_what_our_sampler_draws(tmp_path, prediction, sam
     assert rel(theirs(**guided), ours(**guided)) < 2e-5
     plain = dict(steps=4, cfg_scale=1.0)
     assert rel(theirs(**plain), ours(**plain)) < 2e-5
+
+
+def test_the_torch_module_refuses_what_it_cannot_draw_with(tmp_path):
+    """Another prediction would be taken for noise, without a word."""
+    source = save(
+        make_torch(attention="linear"), tmp_path / "a.safetensors", kernel_function="relu"
+    )
+    checkpoint = read_checkpoint(source)
+    export_official(checkpoint.params, tmp_path / "b.safetensors", checkpoint.config)
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    module = lit_torch(tmp_path / "lit_torch.py")
+    for field, value in (("prediction", "x_start"), ("attention", "mala"), ("softmax_every", 2)):
+        architecture = json.loads(metadata["architecture"]) | {field: value}
+        changed = metadata | {"architecture": json.dumps(architecture)}
+        save_numpy(tensors, tmp_path / "c.safetensors", changed)
+        with pytest.raises(ValueError, match=f"c.safetensors: no .*{field}") as error:
+            module.load(tmp_path / "c.safetensors")
+        assert field == "softmax_every" or f"{field} = {value} here" in str(error.value)
 
 
 def lit_torch(path):
