@@ -50,6 +50,8 @@ MAX_JSON_BYTES = 4 << 20
 # Arrays of constants pack well, and a stranger's folder may unpack to any size.
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_COMPRESSION = 100
+# Of a leaf, these are in memory once more while it is fingerprinted on the host.
+ELEMENTS_AT_ONCE = 1 << 22
 # What Orbax adds to the name of a folder until it is whole.
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -745,14 +747,11 @@ def host_fingerprint(tree: Any) -> int:
     for index, leaf in enumerate(jax.tree.leaves(tree)):
         flat = np.ascontiguousarray(leaf).reshape(-1)
         flat = flat.view(f"uint{8 * flat.dtype.itemsize}")
-        for start in range(0, flat.size, _PART):
-            bits = flat[start : start + _PART].astype(np.uint32)
+        for start in range(0, flat.size, ELEMENTS_AT_ONCE):
+            bits = flat[start : start + ELEMENTS_AT_ONCE].astype(np.uint32)
             places = np.arange(start, start + bits.size).astype(np.uint32)
             total += (2 * index + 1) * int(np.sum(bits * (2 * places + 1), dtype=np.uint32))
     return total % 2**32
-
-
-_PART = 1 << 22  # elements of a leaf that are in memory once more
 
 
 @jax.jit

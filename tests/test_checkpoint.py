@@ -522,7 +522,7 @@ def test_a_fingerprint_sees_every_value_and_where_it_stands(monkeypatch):
         "two leaves": {"a": b, "b": a},
     }
     seen = set()
-    monkeypatch.setattr(checkpoint, "_PART", 7)  # so that a leaf has several
+    monkeypatch.setattr(checkpoint, "ELEMENTS_AT_ONCE", 7)  # so that a leaf has several
     for change in changes.values():
         tree = whole | change
         expected = fingerprint_oracle(tree)

@@ -315,7 +315,7 @@ def _read_kernels(folder: str) -> Iterator[KernelCost]:
             continue  # the program's own code and XLA's fusions
         pattern = f"*-{glob.escape(name)}-*[0-9]-final_bundles.txt"
         (schedule,) = glob.glob(os.path.join(folder, pattern))
-        turns = np.array(_turns(_read(schedule)))
+        turns = np.array(bundle_turns(_read(schedule)))
 
         # A line of units, one of the slots that a bundle has for each, a rule, and then
         # a line a bundle of the slots that it uses.
@@ -329,7 +329,7 @@ def _read_kernels(folder: str) -> Iterator[KernelCost]:
         yield KernelCost(name=name, bundles=int(turns.sum()), least_bundles=needed)
 
 
-def _turns(schedule: str) -> list[int]:
+def bundle_turns(schedule: str) -> list[int]:
     """How often each bundle of a schedule issues in one grid step.
 
     A loop compares its counter with a constant and branches back to its first bundle. It

@@ -45,7 +45,7 @@ output */ }
 
 
 def test_a_loop_counts_as_often_as_it_turns_and_those_of_the_first_step_once():
-    turns = tpu_schedule._turns(SCHEDULE)
+    turns = tpu_schedule.bundle_turns(SCHEDULE)
     assert turns == [1] * 12 + [3] + [6] * 7 + [3] * 6 + [1] * 3
 
 
