@@ -66,7 +66,8 @@ def merge_params(
     Args:
       loaded: the source's tree of NumPy-like leaves. They are read one by one, and may still be in
         a file.
-      init: the student's tree of device arrays; their shardings are kept.
+      init: the student's tree of device arrays; their shardings are kept. A leaf that is inherited
+        whole need not be there: a ShapeDtypeStruct with its sharding does.
       load: any of q, k, v, o, conv, and rest: all else that an attention has.
       keep_init: paths (a module or a leaf) that stay at init.
     Returns: the merged tree and the report.
@@ -252,13 +253,14 @@ def _find_part(name: str, leaf: str, source: dict) -> Part:
     return Part(f"{ATTENTION}{there[0]}/{leaf}", parts.index(name), len(parts))
 
 
-def _place(columns: list[Any], leaf: jax.Array) -> jax.Array:
+def _place(columns: list[Any], leaf: Any) -> jax.Array:
     """Joins the parts on the last axis, with the leaf's sharding and dtype.
 
     Where a part is None, the leaf's own columns stay.
     """
-    if len(columns) == 1:
-        whole = columns[0]
+    if all(part is not None for part in columns):
+        # One part is still in its file: of that a device reads what it holds.
+        whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: np.asarray(whole[index], leaf.dtype)
         )

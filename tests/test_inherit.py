@@ -244,6 +244,21 @@ def test_parameters_stay_on_the_students_shards():
     assert shardings["blocks"]["mlp"]["fc1"]["kernel"] != NamedSharding(mesh, PartitionSpec())
 
 
+@pytest.mark.parametrize("load", [(), ("v",), ("q", "k", "v", "o")])
+def test_of_what_is_inherited_whole_the_shapes_are_enough(load):
+    """And only of that: the new columns of a leaf are those of its first values."""
+    teacher, student = make_params("softmax"), make_student()
+    expected, flat, report = merge(teacher, student, load=load)
+    shapes = {
+        path: leaf
+        if path in report.at_init
+        else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in flat.items()
+    }
+    merged, _ = inherit.merge_params(teacher, unflatten_dict(shapes, sep="/"), load=load)
+    jax.tree.map(np.testing.assert_array_equal, flatten_dict(merged, sep="/"), expected)
+
+
 def test_the_report_says_it_in_words_and_as_json(tmp_path):
     _, _, report = merge(make_params("softmax"), make_student(), load=("o",))
     report.save(tmp_path / "inheritance.json")

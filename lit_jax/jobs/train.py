@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -352,18 +353,16 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
 
     Returns: the state, and where each parameter came from; None: nothing was inherited.
     """
-    # Not the steps' key itself. (It is the parent of step 1's keys; no draw of the two is alike,
-    # and runs that are there began so.)
-    rng = jax.random.split(jax.random.key(experiment.config.seed), 2)[1]
-    model = experiment.model
-    shardings = experiment.state_sharding
-    init = jax.jit(lambda rng: init_params(model, rng), out_shardings=shardings.params)
-    params = init(rng)
+    shapes = experiment.sharded_state_shapes.params
     merged = None
-    if experiment.init_checkpoint:
-        params, merged = inherit.merge_params(
-            experiment.init_checkpoint.params, params, **experiment.inheritance
-        )
+    if experiment.init_checkpoint is None:
+        params = draw_params(experiment, flatten_dict(shapes, sep="/"))
+    else:
+        # What is inherited whole is not drawn: of XL/2 that is nearly everything.
+        source = experiment.init_checkpoint.params
+        _, merged = inherit.plan_merge(source, shapes, **experiment.inheritance)
+        params = draw_params(experiment, merged.at_init)
+        params, merged = inherit.merge_params(source, params, **experiment.inheritance)
         if jax.process_index() == 0:
             for note in experiment.init_checkpoint.report.notes:
                 logging.info("%s: %s", experiment.init_checkpoint.report.source, note)
@@ -373,9 +372,29 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
                 logging.info("  of the inherited, drawn afresh: %s", rows)
     optimizer = make_optimizer(experiment.optimizer_settings)
     build = jax.jit(
-        lambda params: new_state(params, optimizer), out_shardings=shardings, donate_argnums=0
+        lambda params: new_state(params, optimizer),
+        out_shardings=experiment.state_sharding,
+        donate_argnums=0,
     )
     return jax.block_until_ready(build(params)), merged
+
+
+def draw_params(experiment: Experiment, paths: Iterable[str]) -> Any:
+    """Fresh parameters of the student at the paths; all others are left as ShapeDtypeStructs.
+
+    Each leaf is what it would be if all were drawn: XLA leaves out what nobody asks for.
+    """
+    # Not the steps' key itself. (It is the parent of step 1's keys; no draw of the two is alike,
+    # and runs that are there began so.)
+    rng = jax.random.split(jax.random.key(experiment.config.seed), 2)[1]
+    leaves = flatten_dict(experiment.sharded_state_shapes.params, sep="/")
+    places = {path: leaves[path].sharding for path in paths}
+
+    def draw(rng):
+        drawn = flatten_dict(init_params(experiment.model, rng), sep="/")
+        return {path: drawn[path] for path in places}
+
+    return unflatten_dict(leaves | jax.jit(draw, out_shardings=places)(rng), sep="/")
 
 
 def save(

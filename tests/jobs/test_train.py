@@ -466,6 +466,24 @@ def test_a_new_student_draws_from_no_key_of_the_steps(seed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
 
 
+def test_what_is_new_is_drawn_as_if_nothing_were_inherited(folder):
+    """What is inherited is not drawn at all, and changes no other leaf."""
+    config = debug.get_config()
+    config.teacher.update(checkpoint=str(folder / "teacher.safetensors"), num_heads=2)
+    config.student.init = "teacher"
+    experiment = Experiment(config)
+    experiment.mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    state, merged = train.new_student(experiment)
+    drawn = train.draw_params(experiment, merged.at_init)
+    fresh = flatten_dict(state.params, sep="/")
+    for path, leaf in flatten_dict(drawn, sep="/").items():
+        assert isinstance(leaf, jax.Array) == (path in merged.at_init), path
+    everything = flatten_dict(train.draw_params(experiment, fresh), sep="/")
+    assert {"blocks/attn/q/kernel", "blocks/attn/dwc/kernel"} <= merged.at_init.keys()
+    for path, leaf in fresh.items():
+        assert np.array_equal(leaf, everything[path]) == (path in merged.at_init), path
+
+
 def test_the_steps_draw_from_the_key_of_the_seed(folder, monkeypatch):
     class Compiled(Exception):
         """The step would be compiled now."""
