@@ -2,9 +2,10 @@
 
     python -m lit_jax.main --config=configs/quickstart_t2i.py
 
-The teacher and its text encoder are lit_jax/assets/digit_scenes, a pipeline's folder that
-configs/quickstart_t2i_teacher.py made. The run ends with a table of GenEval's six tasks for teacher
-and student, read by a detector of digits, and their pictures side by side.
+The teacher and its text encoder are lit_jax/assets/digit_scenes, a pipeline's folder of the kind
+that configs/quickstart_t2i_teacher.py makes (lit_jax/assets/README.md has its trainings). The run
+ends with a table of GenEval's six tasks for teacher and student, read by a detector of digits, and
+their pictures side by side.
 """
 
 from configs import quickstart_t2i_teacher
