@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "q, k, v, o, two rates, 0.01": WHOLE | {"optimizer.inherited_rate": 0.01},
     "layers first, q, k, v, o": WHOLE,
 }
+ALL_RECIPES = RECIPES | VARIANTS
 LAYERS_FIRST = "layers first"  # the beginning of a recipe's name
 # Of the steps, the first ones of such a recipe.
 LAYERS_SHARE = 0.25
@@ -127,7 +128,7 @@ def designs(name: str) -> dict[str, dict[str, Any]]:
 
 def fields_of(name: str, design: str, recipe: str) -> dict[str, Any]:
     """The fields of a design and a recipe. Args: name: of the config, a key of `STEPS`."""
-    return designs(name)[design] | (RECIPES | VARIANTS)[recipe]
+    return designs(name)[design] | ALL_RECIPES[recipe]
 
 
 def runs(
@@ -262,8 +263,7 @@ def main() -> None:
     parser.add_argument("--workdir", help="default: workdir/workbench/NAME")
     parser.add_argument("--results", help="default: results.jsonl in the workdir")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
-    named = list(RECIPES | VARIANTS)
-    parser.add_argument("--recipes", nargs="+", choices=named, default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=ALL_RECIPES, default=list(RECIPES))
     parser.add_argument("--steps", type=int, help="default: by the config")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=1, help="runs, each on its share of cores")

@@ -32,7 +32,7 @@ CONFIGS = {
     "quickstart_t2i": quickstart_t2i,
     "cifar10_lit": cifar10_lit,
 }
-CASES = [("LiT", recipe) for recipe in workbench.RECIPES | workbench.VARIANTS]
+CASES = [("LiT", recipe) for recipe in workbench.ALL_RECIPES]
 CASES += [(design, "q, k, v, o, two rates") for design in workbench.DESIGNS if design != "LiT"]
 
 

@@ -353,7 +353,7 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
 
     Returns: the state, and where each parameter came from; None: nothing was inherited.
     """
-    shapes = experiment.sharded_state_shapes.params
+    shapes = experiment.state_shapes.params
     merged = None
     if experiment.init_checkpoint is None:
         params = draw_params(experiment, flatten_dict(shapes, sep="/"))
@@ -361,8 +361,8 @@ def new_student(experiment: Experiment) -> tuple[TrainState, inherit.MergeReport
         # What is inherited whole is not drawn: of XL/2 that is nearly everything.
         source = experiment.init_checkpoint.params
         _, merged = inherit.plan_merge(source, shapes, **experiment.inheritance)
-        params = draw_params(experiment, merged.at_init)
-        params, merged = inherit.merge_params(source, params, **experiment.inheritance)
+        drawn = draw_params(experiment, merged.at_init)
+        params, _ = inherit.merge_params(source, drawn, **experiment.inheritance)
         if jax.process_index() == 0:
             for note in experiment.init_checkpoint.report.notes:
                 logging.info("%s: %s", experiment.init_checkpoint.report.source, note)
