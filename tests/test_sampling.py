@@ -151,13 +151,14 @@ def test_a_sampler_without_guidance_gets_none():
         make_sampler(cfg_scale=1.0).with_guidance(2.0)
 
 
-def test_a_compiled_sampler_draws_the_same_and_compiles_no_more(images):
+def test_a_compiled_sampler_draws_the_same_and_compiles_no_more(sampler, images):
     condition = random_labels(np.arange(3))
-    sampler = make_sampler().compile(PARAMS, condition)
-    drawn = sampler.with_seed(0)(PARAMS, np.arange(3), condition)
+    compiled = make_sampler().compile(PARAMS, condition)
+    sampler(PARAMS, np.arange(3), condition)  # all that surrounds the program is compiled too
+    with programs() as asked_for:
+        drawn = compiled.with_seed(0)(PARAMS, np.arange(3), condition)
+    assert asked_for == []
     np.testing.assert_array_equal(drawn, images[:3])
-    # Nothing went through the function that would compile when it is called.
-    assert sampler._draw_batch._cache_size() == 0
 
 
 @pytest.mark.parametrize("change", [{}, dict(sampler="dpm++", steps=3), dict(cfg_scale=1.0)])
@@ -188,16 +189,24 @@ def test_a_stream_of_a_rule_of_outputs_shows_images_too():
 
 
 def test_other_steps_seeds_and_guidance_compile_no_other_step():
-    sampler = make_sampler()
-    settings = SamplerSettings(steps=4, cfg_channels="all")
     condition = random_labels(np.arange(2))
-    list(sampler.with_settings(settings).stream(PARAMS, np.arange(2), condition))
-    count = sampler._advance._cache_size()
-    assert count == 1  # the second step is the program of the first
+
+    def stream(sampler, **change):
+        settings = SamplerSettings(**dict(steps=4, cfg_channels="all") | change)
+        other = sampler.with_settings(settings).with_seed(5)
+        return other.stream(PARAMS, np.arange(2), condition)
+
+    sampler, before = make_sampler(), make_sampler()
+    seen = stream(sampler)
+    next(seen)
+    with programs() as compiled:
+        list(seen)
+    assert compiled == []  # the second step is the program of the first
     for change in (dict(steps=6), dict(cfg_scale=4.0), dict(cfg_scale=1.0)):
-        other = sampler.with_settings(dataclasses.replace(settings, **change)).with_seed(5)
-        list(other.stream(PARAMS, np.arange(2), condition))
-    assert sampler._advance._cache_size() == count
+        list(stream(before, **change))  # compiles all but the step of `sampler`
+        with programs() as compiled:
+            list(stream(sampler, **change))
+        assert compiled == [], change
 
 
 def test_random_labels_belong_to_the_number_and_are_uniform():

@@ -312,7 +312,7 @@ def _blocks(features: np.ndarray, block_size: int) -> Iterator[Block]:
 @functools.partial(jax.jit, static_argnames="k", donate_argnums=0)
 def _keep_nearest(nearest, rows, columns, is_column, k):
     """Merges the distances to some columns into the k smallest, (M, k)."""
-    distances = _squared_distances(rows, columns)
+    distances = squared_distances(rows, columns)
     distances = jnp.where(is_column[None, :], distances, jnp.inf)
     candidates = jnp.concatenate([nearest, distances], axis=1)
     return -jax.lax.top_k(-candidates, k)[0]
@@ -320,12 +320,12 @@ def _keep_nearest(nearest, rows, columns, is_column, k):
 
 @jax.jit
 def _is_inside(inside, rows, columns, radii):
-    distances = _squared_distances(rows, columns)
+    distances = squared_distances(rows, columns)
     return inside | (distances <= radii[None, :]).any(axis=1)
 
 
 @jax.jit
-def _squared_distances(a, b):
+def squared_distances(a, b):
     """(M, D), (N, D) -> (M, N) float32."""
     # Full precision, since the three terms nearly cancel between neighbours.
     products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)

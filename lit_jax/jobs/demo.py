@@ -115,6 +115,8 @@ class Studio:
 
     Raises: ValueError or FileNotFoundError for a config that cannot be sampled
       from.
+    Attributes:
+      models: the sampler and the parameters of each, by its name on the page.
     """
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
@@ -136,13 +138,13 @@ class Studio:
         if self.is_told_captions and not experiment.is_told_tokens:
             self._encoder = experiment.load_text_encoder()
 
-        self._models: dict[str, tuple[Sampler, Any]] = {}
+        self.models: dict[str, tuple[Sampler, Any]] = {}
         self._compiled: set[Any] = set()
         teacher = experiment.teacher
         if teacher:
             logging.info("loading the teacher %s", config.teacher.checkpoint)
             sampler = experiment.sampler(teacher, batch_size=1)
-            self._models["teacher"] = sampler, experiment.load_teacher()
+            self.models["teacher"] = sampler, experiment.load_teacher()
 
         name = "student" if teacher else "model"
         logging.info("loading the %s %s", name, checkpoint.report.source)
@@ -151,12 +153,12 @@ class Studio:
         model = experiment.for_drawing(experiment.model)
         params = load_params(stored, shardings)
         params = experiment.drawn_params(model, params)
-        self._models[name] = experiment.sampler(model, batch_size=1), params
+        self.models[name] = experiment.sampler(model, batch_size=1), params
 
     @property
     def names(self) -> list[str]:
         """Of the models, the teacher first."""
-        return list(self._models)
+        return list(self.models)
 
     def settings(self, request: Request) -> SamplerSettings:
         """The sampler of a request. Raises: ValueError for one that cannot be."""
@@ -192,13 +194,13 @@ class Studio:
         settings = self.settings(request)
         samplers = {
             name: sampler.with_settings(settings).with_seed(request.seed)
-            for name, (sampler, _) in self._models.items()
+            for name, (sampler, _) in self.models.items()
         }
         condition = self.condition(request.wanted)
-        views = {name: View(None, "compiling") for name in self._models}
+        views = {name: View(None, "compiling") for name in self.models}
         streams = {}
         for name, sampler in samplers.items():
-            params = self._models[name][1]
+            params = self.models[name][1]
             if self._is_new(name, sampler, condition):
                 yield dict(views)
                 first = next(self._stream(sampler, params, condition))
@@ -207,7 +209,7 @@ class Studio:
 
         steps = request.steps
         every = max(1, steps // PREVIEWS)
-        seconds = dict.fromkeys(self._models, 0.0)
+        seconds = dict.fromkeys(self.models, 0.0)
         for step in range(1, steps + 1):
             is_last = step == steps
             is_shown = is_last or step % every == 0

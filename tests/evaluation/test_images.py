@@ -9,6 +9,7 @@ from etils import epath
 from PIL import Image
 from tiny_extractor import random_images
 
+from lit_jax.data import raw_images
 from lit_jax.evaluation import images
 
 
@@ -62,11 +63,9 @@ def test_no_more_than_a_batch_is_read_ahead(tmp_path, monkeypatch):
         save(tmp_path, f"{i}.png", image)
     opened = open_folder(tmp_path)
     read = []
-    whole = images.FolderImages._read_pixels
+    decode = raw_images.decode
     monkeypatch.setattr(
-        images.FolderImages,
-        "_read_pixels",
-        lambda self, file: read.append(file) or whole(self, file),
+        raw_images, "decode", lambda image, *how: read.append(image) or decode(image, *how)
     )
     for number, _ in enumerate(opened.batches(9, 2)):
         assert len(read) == min(2 * number + 2, 9)

@@ -183,7 +183,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
 def test_distances_are_exact_on_every_device():
     """The squared distance of neighbours is a small difference of large numbers."""
     features = np.zeros((4, 8), np.float32)
-    assert assert_exact(metrics._squared_distances, features, features) == 1
+    assert assert_exact(metrics.squared_distances, features, features) == 1
 
 
 def test_the_boundary_of_a_ball_is_inside():

@@ -1,15 +1,13 @@
-"""The demo's page: what it draws is what was asked for, in a browser too where there is one."""
+"""The demo's page: what it draws is what was asked for; a browser asks in tests/in_browser.py."""
 
-import base64
-import io
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import threading
 
+import gradio_client
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,25 +19,21 @@ from lit_jax.evaluation.label_classifier import LabelClassifier
 from lit_jax.jobs import demo
 from lit_jax.runtime import preemption
 
-pytest.importorskip("gradio", reason="the demo needs gradio")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory):
+def make_studio(no_workdir):
     """The shipped teacher beside itself: no LiT is at hand that draws digits."""
     config = quickstart.get_config()
     config.model.attention = "softmax"
     config.sample.checkpoint = config.teacher.checkpoint
     config.sample.steps = STEPS
-    return demo.Studio(config, tmp_path_factory.mktemp("no_workdir"))
+    return demo.Studio(config, no_workdir)
 
 
-@pytest.fixture(scope="module")
-def read_digit(tmp_path_factory):
-    """The digit that a picture shows, by a classifier of the real ones."""
-    directory = put_digits(tmp_path_factory.mktemp("digits"))
+def make_reader(folder):
+    """Tells the digit that a picture shows, by a classifier of the real ones."""
+    directory = put_digits(folder)
     classifier = LabelClassifier(*read_all(open_dataset("mnist_digits", directory, "train")))
 
     def read(image):
@@ -49,6 +43,16 @@ def read_digit(tmp_path_factory):
         return int(np.argmax(shares))
 
     return read
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    return make_studio(tmp_path_factory.mktemp("no_workdir"))
+
+
+@pytest.fixture(scope="module")
+def read_digit(tmp_path_factory):
+    return make_reader(tmp_path_factory.mktemp("digits"))
 
 
 def request(**change):
@@ -73,7 +77,7 @@ def test_pictures_come_step_by_step_and_end_as_the_class_that_was_asked_for(stud
 
 def test_it_draws_what_the_sampler_draws(studio):
     """Image 0 of the seed, by the program that draws all steps at once."""
-    sampler, params = studio._models["student"]
+    sampler, params = studio.models["student"]
     sampler = sampler.with_settings(studio.settings(request())).with_seed(1)
     whole = sampler(params, np.array([0]), {"label": np.array([7], np.int32)})[0]
     (*_, last) = studio.draw(request())
@@ -129,39 +133,18 @@ def test_without_gradio_the_extra_is_named(monkeypatch, tmp_path):
         demo.run(quickstart.get_config(), tmp_path)
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: the demo's page is seen by nobody")
-def test_in_a_browser_a_class_is_chosen_and_both_models_draw_it(studio, read_digit):
-    from playwright.sync_api import sync_playwright
-
+def test_a_program_asks_the_page_over_http_and_gets_both_pictures(studio, read_digit, tmp_path):
+    """The same function as the page's button, and the call of docs/demo.md."""
     page = demo.make_page(studio)
     address = demo.serve(page, "127.0.0.1", 0)
     assert address.startswith("http://127.0.0.1:")
     try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-            )
-            seen = browser.new_page(viewport={"width": 1000, "height": 900})
-            seen.goto(address, wait_until="domcontentloaded")
-            seen.locator("#wanted input").click()
-            seen.get_by_role("option", name="3", exact=True).click()
-            seen.locator("#draw").click()
-            for name in ("teacher", "student"):
-                line = seen.locator(f"#{name}_line textarea")
-                seen.wait_for_function(
-                    "line => line.value.includes('s an image')", arg=line.element_handle()
-                )
-                picture = seen.locator(f"#{name}_image img")
-                content = seen.evaluate(FETCH, picture.get_attribute("src"))
-                image = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
-                assert read_digit(np.asarray(image)) == 3
-            browser.close()
+        client = gradio_client.Client(address, verbose=False, download_files=tmp_path)
+        job = client.submit("3", 0, 3.0, "dpm++", STEPS, api_name="/draw")
+        *images, teacher_line, student_line = job.result(timeout=600)
     finally:
         page.close()
-
-
-# The bytes of a picture of the page, in base64.
-FETCH = """async (source) => {
-    const bytes = new Uint8Array(await (await fetch(source)).arrayBuffer());
-    return btoa(String.fromCharCode(...bytes));
-}"""
+    for path in images:
+        assert read_digit(np.asarray(Image.open(path).convert("RGB"))) == 3
+    for line in (teacher_line, student_line):
+        assert re.fullmatch(rf"\d+\.\d\d s an image, {STEPS} steps", line)
