@@ -267,20 +267,17 @@ def lag(seconds: float) -> None:
 
 
 def serve() -> None:
-    # Everything that a life would load, before it is forked. But not torch, which TensorBoardX
-    # loads where it can, for nothing that a life asks of it.
-    sys.modules["torch"] = None
+    # Everything that a life would load, before it is forked.
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     from jax._src import cache_key, xla_bridge
 
     import lit_jax.jobs.train  # noqa: F401
 
-    del sys.modules["torch"]
-
+    assert "torch" not in sys.modules  # a start would take seconds more
     # What a process draws first finds the fonts, and what it traces first fills JAX's caches of
     # small functions. Nothing of it starts the CPU's client, whose threads no fork would have.
-    figure = matplotlib.figure.Figure(layout="constrained")
+    figure = matplotlib.figure.Figure()
     figure.subplots().set(title="loss", xlabel="step", yscale="log")
     figure.savefig(io.BytesIO(), dpi=110)
     config = debug.get_config()

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,11 +18,28 @@ import numpy as np
 from absl import logging
 from etils import epath
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from lit_jax.runtime import progress, storage
+
+
+@contextlib.contextmanager
+def without(name: str) -> Iterator[None]:
+    """What is imported meanwhile does not find the module `name`, unless it is loaded already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # so imports are told that it is missing
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+# Where torch is installed, TensorBoardX loads it, for seconds and for nothing that is written here.
+with without("torch"):
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
 
 CLEAR_LINE = "\r\x1b[2K"  # of a terminal
 EVENT_FILE_BYTES = 4 << 20  # of one object, in a store where files cannot grow
