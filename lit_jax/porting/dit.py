@@ -737,7 +737,10 @@ def official_tensors(params: Any, config: DiTConfig) -> list[NewTensor]:
 def check_diffusers(config: DiTConfig) -> None:
     """Raises PortingError unless diffusers computes what the model computes."""
     if config.attention != "softmax":
-        raise PortingError("diffusers has no LiT; export it as a pipeline with its torch module")
+        raise PortingError(
+            f"diffusers has no {config.attention} attention; LiT's goes into a pipeline with its "
+            "torch module"
+        )
     # Of the two conventions one is fixed: the norm's epsilon stands in
     # config.json.
     shift = {"timestep_freq_shift": DIFFUSERS_CONVENTIONS["timestep_freq_shift"]}

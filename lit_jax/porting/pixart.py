@@ -544,7 +544,10 @@ def official_tensors(params: Any, config: PixArtConfig) -> list[NewTensor]:
 def check_diffusers(config: PixArtConfig) -> None:
     """Raises PortingError unless diffusers computes what the model computes."""
     if config.attention != "softmax":
-        raise PortingError("diffusers has no LiT; its pipeline's folder brings the code for it")
+        raise PortingError(
+            f"diffusers has no {config.attention} attention; the folder of a LiT's pipeline brings "
+            "the code for it"
+        )
     _need_heads(config)
     if config.num_heads != config.cross_heads:
         raise PortingError(

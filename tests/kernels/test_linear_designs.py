@@ -11,6 +11,7 @@ from oracles import assert_close
 
 from lit_jax.kernels import dit5, linear_attention, mala, mhla
 from lit_jax.kernels.depthwise import by_cudnn, depthwise_conv, gradients_by_cudnn
+from lit_jax.models.attention import ATTENTIONS
 
 EPSILON = 1e-6
 
@@ -106,6 +107,10 @@ DESIGNS = {
     "mala": (mala.mala, mala_oracle, (Q, K, V)),
     "dit5": (dit5.dit5, dit5_oracle, (Q, K, V, W1, W2)),
 }
+
+
+def test_every_design_has_an_oracle():
+    assert ATTENTIONS.keys() - {"softmax", "linear"} <= DESIGNS.keys()
 
 
 @pytest.mark.parametrize("name", DESIGNS)

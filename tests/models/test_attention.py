@@ -208,11 +208,42 @@ def test_other_designs_cost_what_their_products_do():
 
 # ---- Every design in a model ---------------------------------------------------------------------
 
-OWN_LEAVES = {
-    "mhla": {"mix", "dwc/kernel", "dwc/bias"},
-    "mala": {"gate/kernel", "gate/bias", "dwc/kernel", "dwc/bias"},
-    "dit5": {"w1", "w2", "dwc_q/kernel", "dwc_q/bias", "dwc_k/kernel", "dwc_k/bias"},
+
+def mhla_again(layer, dense, conv, heads):
+    """(B, T, D) before the output projection, from a layer's leaves; so of the other two."""
+    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+    mix = jax.jit(mhla.mhla, static_argnames="grid")
+    mixed = mix(heads(q), heads(k), heads(v), layer["mix"], grid=(4, 6))
+    return np.asarray(mixed).reshape(v.shape) + conv("dwc", v)
+
+
+def mala_again(layer, dense, conv, heads):
+    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+    mixed = jax.jit(mala.mala)(heads(q), heads(k), heads(v))
+    return (np.asarray(mixed).reshape(v.shape) + conv("dwc", v)) * dense("gate")
+
+
+def dit5_again(layer, dense, conv, heads):
+    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+    k = np.asarray(dit5.centre_keys(jnp.asarray(k)))
+    q, k = q + conv("dwc_q", q), k + conv("dwc_k", k)
+    mixed = jax.jit(dit5.dit5)(heads(q), heads(k), heads(v), layer["w1"], layer["w2"])
+    return np.asarray(mixed).reshape(v.shape)
+
+
+# Of each design beside LiT's: the leaves that no teacher with softmax has, and what it computes.
+OWN = {
+    "mhla": ({"mix", "dwc/kernel", "dwc/bias"}, mhla_again),
+    "mala": ({"gate/kernel", "gate/bias", "dwc/kernel", "dwc/bias"}, mala_again),
+    "dit5": (
+        {"w1", "w2", "dwc_q/kernel", "dwc_q/bias", "dwc_k/kernel", "dwc_k/bias"},
+        dit5_again,
+    ),
 }
+
+
+def test_every_design_is_computed_again_here():
+    assert attention.ATTENTIONS.keys() - {"softmax", "linear"} == OWN.keys()
 
 
 def test_dit5s_small_networks_start_from_a_deviation_of_0_02():
@@ -225,9 +256,10 @@ def test_dit5s_small_networks_start_from_a_deviation_of_0_02():
         assert np.abs(leaves[name]).max() > 0.06
 
 
-@pytest.mark.parametrize("name", OWN_LEAVES)
+@pytest.mark.parametrize("name", OWN)
 def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(name):
     """And it computes: the module against its own kernel, by the leaves that it declares."""
+    own_leaves, again = OWN[name]
     config = dit.DiTConfig(
         depth=2, width=16, num_heads=2, attention=name, num_classes=3, conv_size=3, num_blocks=4
     )
@@ -235,12 +267,12 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
     params = init(dit.DiT(config), jax.random.key(0))
     own = flatten_dict(params["blocks"]["attn"], sep="/")
     shared = {f"{m}/{leaf}" for m in ("q", "kv", "proj") for leaf in ("kernel", "bias")}
-    assert set(own) == shared | OWN_LEAVES[name]
+    assert set(own) == shared | own_leaves
 
     teacher = dit.DiT(dit.DiTConfig(2, 16, 2, num_classes=3))
     teacher = init(teacher, jax.random.key(1))
     merged, report = inherit.merge_params(teacher, params, load=("q", "k", "v", "o"))
-    assert {path.removeprefix("blocks/attn/") for path in report.at_init} == OWN_LEAVES[name]
+    assert {path.removeprefix("blocks/attn/") for path in report.at_init} == own_leaves
     qkv = teacher["blocks"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(merged["blocks"]["attn"]["kv"]["kernel"], qkv[..., 16:])
 
@@ -258,22 +290,10 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
         kernel = layer[name]["kernel"][:, :, 0]
         return np.asarray(convolve(x, kernel, layer[name]["bias"], (4, 6)))
 
-    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
-    if name == "dit5":
-        k = np.asarray(dit5.centre_keys(jnp.asarray(k)))
-        q, k = q + conv("dwc_q", q), k + conv("dwc_k", k)
-    arrays = [jnp.asarray(a.reshape(2, 24, 2, 8)) for a in (q, k, v)]
-    if name == "mhla":
-        mixed = jax.jit(mhla.mhla, static_argnames="grid")(*arrays, layer["mix"], grid=(4, 6))
-    elif name == "mala":
-        mixed = jax.jit(mala.mala)(*arrays)
-    else:
-        mixed = jax.jit(dit5.dit5)(*arrays, layer["w1"], layer["w2"])
-    expected = np.asarray(mixed).reshape(2, 24, 16)
-    if name != "dit5":
-        expected = expected + conv("dwc", v)
-    if name == "mala":
-        expected = expected * dense("gate")
+    def heads(x):
+        return jnp.asarray(x.reshape(2, 24, 2, 8))
+
+    expected = again(layer, dense, conv, heads)
     expected = expected @ layer["proj"]["kernel"] + layer["proj"]["bias"]
     assert_close(out, expected, reduction=24, factor=32)
 

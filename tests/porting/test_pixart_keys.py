@@ -371,6 +371,6 @@ def test_the_released_sizes_heads_are_known(tmp_path):
     assert (read.config.num_heads, read.config.cross_heads) == (None, None)
     with pytest.raises(PortingError, match="num_heads must be named"):
         export_official(read.params, tmp_path / "c.safetensors", read.config)
-    with pytest.raises(PortingError, match="diffusers has no LiT"):
+    with pytest.raises(PortingError, match="diffusers has no linear attention"):
         linear = dataclasses.replace(read.config, attention="linear", num_heads=4, cross_heads=4)
         export_diffusers(read.params, tmp_path / "c", linear)

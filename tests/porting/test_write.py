@@ -113,7 +113,7 @@ def test_an_export_never_changes_the_function_silently(tmp_path):
     ):
         export_official(shifted.params, tmp_path / "b.pt", shifted.config)
     lit = read_checkpoint(save(make_torch(attention="linear"), tmp_path / "l.safetensors"))
-    with pytest.raises(PortingError, match="diffusers has no LiT"):
+    with pytest.raises(PortingError, match="diffusers has no linear attention"):
         export_diffusers(lit.params, tmp_path / "out", lit.config)
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "l.safetensors"]
 
