@@ -40,8 +40,8 @@ def run_all(runs: Sequence[Callable[[], T]], at_once: int) -> list[T]:
 class Finished:
     """What was run is not run again: `get` a run by its key.
 
-    A key holds everything that the table varies, fields of the config among them: a recipe that is
-    changed is another run. What its config file says besides is not in it.
+    A key holds everything that decides what is found, see `key_of` in guidelines.py: a recipe that
+    is changed is another run.
     """
 
     def __init__(self, path: pathlib.Path):

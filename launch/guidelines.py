@@ -15,6 +15,7 @@ of every run.
 
 import argparse
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -48,6 +49,31 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; a config's field is --config.FIELD=VALUE")
     return wanted, fields
+
+
+def key_of(
+    config: str, fields: dict[str, Any], common: Sequence[str], **about: Any
+) -> dict[str, Any]:
+    """What tells one run from all others; a run whose config's file has changed is another one.
+
+    Args: fields: of the run. common: of every run. about: the run's name in the table, its seed.
+    """
+    said, default = _flat(load(config)), _flat(load("default"))
+    changed = {field for field in said if field not in default or said[field] != default[field]}
+    changed -= {*fields, "data.dir", "compilation_cache"}
+    text = json.dumps({field: str(said[field]) for field in sorted(changed)})
+    # Files of the repository by their names: its place differs from machine to machine.
+    digest = hashlib.sha256(text.replace(f"{ROOT}/", "").encode()).hexdigest()[:8]
+    return {"config": config, "file": digest, "fields": fields, **about} | kept(common)
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, type(config))
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def kept(common: Sequence[str]) -> dict[str, list[str]]:
@@ -232,8 +258,7 @@ def main() -> None:
         fields = path[stage]
         # Of the teacher its name: its place differs from machine to machine.
         named = {field: str(value).removeprefix(f"{ROOT}/") for field, value in fields.items()}
-        key = {"config": name, "name": stage, "fields": named | budget, "seed": seed}
-        key |= kept(common)
+        key = key_of(name, named | budget, common, name=stage, seed=seed)
         workdir = folder / f"stage_{list(path).index(stage)}_seed_{seed}"
 
         def train() -> dict[str, float]:

@@ -290,8 +290,7 @@ def main() -> None:
             report = json.loads((workdir / "report.json").read_text())
             return {"labels read": report["labels_read"]["teacher"]}
 
-        key = {"config": config, "name": "teacher", "fields": TEACHER, "seed": seed}
-        key |= guidelines.kept(common)
+        key = guidelines.key_of(config, TEACHER, common, name="teacher", seed=seed)
         return finished.get(key, train)["labels read"]
 
     def student(seed: int, design: str, recipe: str) -> dict[str, Any]:
@@ -307,8 +306,8 @@ def main() -> None:
             return result(workdir, first_steps(recipe, steps))
 
         fields = fields_of(config, design, recipe) | budget(config, steps)
-        key = {"config": config, "name": name, "fields": fields, "seed": seed}
-        return finished.get(key | guidelines.kept(common), train)
+        key = guidelines.key_of(config, fields, common, name=name, seed=seed)
+        return finished.get(key, train)
 
     # Seed by seed: a table of one seed is there after a third of the time.
     seeds = range(wanted.seeds)

@@ -1,5 +1,6 @@
 """The paper's path on a quickstart: each stage adds one thing, and the table is of all seeds."""
 
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -191,3 +192,20 @@ def test_finished_runs_are_not_run_again_wherever_the_repository_lies(tmp_path, 
     shutil.rmtree(tmp_path / "runs")
     guidelines.main()
     assert not started and (tmp_path / "runs" / "table.md").read_text() == table
+
+    # A config whose file says something else since then is another run; where its data lies is not.
+    def changed(**fields):
+        def load(name):
+            config = importlib.import_module(f"configs.{name}").get_config()
+            if name == "quickstart":
+                config.update_from_flattened_dict(fields)
+            return config
+
+        return load
+
+    monkeypatch.setattr(guidelines, "load", changed(**{"data.dir": "/moved"}))
+    guidelines.main()
+    assert not started
+    monkeypatch.setattr(guidelines, "load", changed(**{"optimizer.b2": 0.98}))
+    guidelines.main()
+    assert len(started) == 6
