@@ -52,14 +52,11 @@ def scan_blocks(
       group: of a pattern of so many different layers, `layer_0` and so on, over which it scans
         as a whole; 0: all layers are alike. The block's config then answers `layer`.
     """
-    # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
-    gathered = nn.map_variables(
-        block,
-        "params",
-        functools.partial(gather_weights, dtype=dtype),
-        init=model.is_initializing(),
-        mutable=model.is_initializing(),
-    )
+    gathered = block
+    if not model.is_initializing():
+        # Inside remat: the backward pass gathers a layer's weights again, and does not keep all.
+        gather = functools.partial(gather_weights, dtype=dtype)
+        gathered = nn.map_variables(block, "params", gather)
     if remat != "none":
         gathered = nn.remat(gathered, policy=REMAT_POLICIES[remat], prevent_cse=False)
     if group:
