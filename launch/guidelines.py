@@ -60,7 +60,8 @@ def key_of(
     """
     said, default = _flat(load(config)), _flat(load("default"))
     changed = {field for field in said if field not in default or said[field] != default[field]}
-    changed -= {*fields, "data.dir", "compilation_cache"}
+    others = {each.removeprefix("--config.").partition("=")[0] for each in common}
+    changed -= {*fields, *others, "data.dir", "compilation_cache"}
     text = json.dumps({field: str(said[field]) for field in sorted(changed)})
     # Files of the repository by their names: its place differs from machine to machine.
     digest = hashlib.sha256(text.replace(f"{ROOT}/", "").encode()).hexdigest()[:8]
