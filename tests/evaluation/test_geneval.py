@@ -54,6 +54,7 @@ def test_the_overall_score_is_the_mean_of_the_tasks_shares_of_images(tmp_path):
     assert scores.standard_error == pytest.approx((5 / 36 / 6) ** 0.5 / 6)
     assert scores.images == 11
     assert "counting           0.167    0.333" in scores.table()
+    assert scores.unseen == {}  # an official result does not say what training showed
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,13 @@ def at(x, y, size=2.0):
 def test_a_relation_is_more_than_half_of_the_offset_beyond_the_margin(x, y, expected):
     """x to the right, y down."""
     assert geneval.relations(at(5 + x, 7 + y), at(5, 7)) == expected
+
+
+def test_the_margin_is_of_both_boxes_sizes():
+    """0.1 of 2 and of 6, whichever of the two is the larger."""
+    for a, b in ((2, 6), (6, 2)):
+        assert geneval.relations(at(5 + 1.5, 7, a), at(5, 7, b)) == set()  # 0.7 of 1.5
+        assert geneval.relations(at(5 + 1.7, 7, a), at(5, 7, b)) == {"right of"}  # 0.9 of 1.7
 
 
 def seen(*objects):
