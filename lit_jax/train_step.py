@@ -116,8 +116,8 @@ class OptimizerSettings:
         if self.name != "adamw" or not self.clip_norm or self.epsilon <= rms / 100:
             return ""
         return (
-            f"optimizer.epsilon = {self.epsilon:g} of adamw is not small beside gradients that "
-            f"optimizer.clip_norm = {self.clip_norm:g} leaves an rms of {rms:.1g} an element, and "
+            f"epsilon = {self.epsilon:g} of adamw is not small beside gradients that "
+            f"clip_norm = {self.clip_norm:g} leaves an rms of {rms:.1g} an element, and "
             f"shortens every update: set epsilon below {rms / 100:.0e}, or clip_norm=1.0"
         )
 

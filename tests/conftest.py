@@ -7,6 +7,7 @@ import ast
 import atexit
 import functools
 import gc
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -148,10 +149,29 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     """Without torch, a file that imports torch cannot even be read for its marks."""
     if config.getoption("--without-torch") and collection_path.suffix == ".py":
         return needs_torch(collection_path) or None
-    # Pallas Mosaic GPU is another module in an older JAX: the second Python of .ci/run has it.
-    if collection_path.name == "test_linear_attention_gpu.py":
-        return jax.__version_info__[:2] < JAX_NEEDED or None
     return None
+
+
+# Pallas Mosaic GPU is another module in an older JAX: the second Python of .ci/run has it.
+HAS_MOSAIC_GPU = jax.__version_info__[:2] >= JAX_NEEDED
+CUDA_WHEELS = ("jax_cuda13_plugin", "nvidia.cu13")
+
+
+def has_cuda_compiler() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) for name in CUDA_WHEELS)
+    except ModuleNotFoundError:
+        return False
+
+
+def is_left_out(item: pytest.Item, without_torch: bool) -> bool:
+    """Whether this environment lacks what a test is of: it is no test here, and none is skipped."""
+    if item.path.name == "test_linear_attention_gpu.py" and not HAS_MOSAIC_GPU:
+        return True
+    if item.get_closest_marker("cuda") and not has_cuda_compiler():
+        return True
+    # A file that imports torch is not even read; a test that does so in its body has its own mark.
+    return without_torch and item.get_closest_marker("torch") is not None
 
 
 def pytest_collection_finish() -> None:
@@ -186,11 +206,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without torch, a test that imports torch in its body goes by its own mark."""
-    if config.getoption("--without-torch"):
-        left_out = [item for item in items if item.get_closest_marker("torch")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    without_torch = config.getoption("--without-torch")
+    left_out = {item for item in items if is_left_out(item, without_torch)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(
@@ -200,3 +219,7 @@ def pytest_terminal_summary(
         files = sorted(TESTS.rglob("test_*.py"))
         names = [str(path.relative_to(TESTS)) for path in files if needs_torch(path)]
         terminalreporter.write_line("left out without torch: " + ", ".join(names))
+    if not HAS_MOSAIC_GPU:
+        terminalreporter.write_line("left out without JAX 0.12: the kernels for GPUs")
+    elif not has_cuda_compiler():
+        terminalreporter.write_line("left out without jax[cuda13]: compiling for an H100")

@@ -342,9 +342,6 @@ def test_no_memory_or_a_fault_of_ours_is_no_damage(few, few_states, monkeypatch,
     assert folders(few) == ["2", "4", "6"]
 
 
-@pytest.mark.skipif(
-    not pathlib.Path("/proc/self/mem").exists(), reason="needs a file that answers EIO"
-)
 @pytest.mark.parametrize(
     "files, target, message",
     [

@@ -15,7 +15,6 @@ from lit_jax.models.dense import Dense
 from lit_jax.models.dit import DiT, DiTConfig
 from lit_jax.samplers import SamplerSettings
 
-pytest.importorskip("qwix", reason="low precision needs qwix")
 CONFIG = DiTConfig(
     depth=2,
     width=32,

@@ -289,7 +289,7 @@ def _open_tars(path: epath.Path, tars: list[epath.Path], split: str) -> Captione
         else:
             captions = check_captions(_lines(text))
         # No more is read of it than is asked for: of most images the header, at first.
-        part = _Window(tar.open("rb"), *sample.image)
+        part = Window(tar.open("rb"), *sample.image)
         return io.BufferedReader(part, 1 << 16), captions
 
     def key(index):
@@ -375,7 +375,7 @@ class _Careful:
         return self._file.read(size)
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of a file, as a file; closes the whole one with it."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 ENDLESS = 2**62
 
 
-class _ProcessRows(grain.MapDataset):
+class ProcessRows(grain.MapDataset):
     """The rows of each global batch that one process reads, as a data set of their own."""
 
     # Grain's slicing by process interleaves: which records meet in a batch would depend on
@@ -95,7 +95,7 @@ def make_batches(
     records = records.random_map(_random_flip) if flip else records.map(_no_flip)
     # After the shuffle: every process draws the whole permutation, and flips by the number of
     # the record in it.
-    batches = _ProcessRows(records, batch_size, rows).batch(len(rows))
+    batches = ProcessRows(records, batch_size, rows).batch(len(rows))
     return _read_ahead(batches, num_threads, prefetch)
 
 

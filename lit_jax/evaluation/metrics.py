@@ -325,7 +325,7 @@ def _is_inside(inside, rows, columns, radii):
 
 
 @jax.jit
-def squared_distances(a, b):
+def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """(M, D), (N, D) -> (M, N) float32."""
     # Full precision, since the three terms nearly cancel between neighbours.
     products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)

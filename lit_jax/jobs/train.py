@@ -93,7 +93,7 @@ def train(
         )
     parameters = checkpoint.parameter_count(state_shapes.params)
     if remark := experiment.optimizer_settings.remark(parameters):
-        logging.warning("%s", remark)
+        logging.warning("optimizer: %s", remark)
 
     # ---- Data ------------------------------------------------------------------------------------
     data = experiment.dataset

@@ -138,6 +138,7 @@ class Entry:
 
     @property
     def is_stacked(self) -> bool:
+        """Whether our leaf holds all layers, and the file a tensor of each."""
         return self.path.startswith("blocks/")
 
     @property

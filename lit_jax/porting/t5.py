@@ -223,6 +223,7 @@ def load_encoder_params(params: Any, dtype: str, mesh: jax.sharding.Mesh) -> Any
     more than a leaf in `dtype` and a layer of it in float32.
 
     Args: dtype: "float32" or "bfloat16", of the matrices. Norms stay float32.
+    Raises: ValueError for another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")

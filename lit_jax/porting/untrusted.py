@@ -72,7 +72,10 @@ def fits_numpy(shape: Iterable[int], itemsize: int) -> bool:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object hook that refuses a key given twice."""
+    """The JSON object hook that refuses a key given twice.
+
+    Raises: ValueError naming the key.
+    """
     # Python's own takes the second, another reader of the same file the first.
     result: dict[str, Any] = {}
     for key, value in pairs:

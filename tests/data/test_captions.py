@@ -134,7 +134,7 @@ def test_tar_files_are_read_in_place(tmp_path):
 def test_a_part_of_a_file_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
-    window = captions._Window(path.open("rb"), 10, 20)
+    window = captions.Window(path.open("rb"), 10, 20)
     with io.BufferedReader(window, 8) as file:
         assert file.read() == bytes(range(10, 30))
         assert file.seek(-5, io.SEEK_END) == 15 and file.read(9) == bytes(range(25, 30))

@@ -96,7 +96,7 @@ def test_rows_need_not_be_neighbours():
 def test_a_process_has_its_rows_of_every_whole_batch():
     """Of an epoch that ends, unlike those that are repeated."""
     numbers = grain.MapDataset.source(range(40))
-    part = pipeline._ProcessRows(numbers, 16, np.array([1, 4, 6]))
+    part = pipeline.ProcessRows(numbers, 16, np.array([1, 4, 6]))
     assert len(part) == 6 and [part[i] for i in range(6)] == [1, 4, 6, 17, 20, 22]
 
 

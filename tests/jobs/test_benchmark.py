@@ -306,10 +306,12 @@ def test_images_of_several_sizes_are_a_picture(tmp_path, monkeypatch):
     assert [line.get_ydata().tolist() for line in memory.lines] == [[0.5, 0.5], [1.0, 1.0]]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 def test_the_peer_of_a_model_computes_the_same(attention):
     """Otherwise the benchmark would compare the times of two functions."""
-    torch = pytest.importorskip("torch", reason="the peers are PyTorch's")
+    import torch
+
     config = tiny_config(depth=1).model
     architecture = DiTConfig(
         1, 32, 2, attention=attention, num_classes=3, grid=(4, 4), conv_size=3,
@@ -352,7 +354,6 @@ def test_a_model_and_its_peer_are_a_row_with_a_column_each(tmp_path):
 
 def test_precisions_are_compared_on_the_same_images(tmp_path, monkeypatch):
     """Bytes by hand; every part that is rounded moves the pixels in a way of its own."""
-    pytest.importorskip("qwix", reason="low precision needs qwix")
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)  # eight would only compile longer
     config = tiny_config(depth=1, kernel_function="relu", patch_size=2, input_size=8)

@@ -85,7 +85,6 @@ def test_the_pixels_are_those_of_the_sampler(config, one_device, tmp_path, monke
 def test_weights_in_int8_go_into_the_file_and_draw_nearly_the_same(
     config, one_device, tmp_path, monkeypatch
 ):
-    pytest.importorskip("qwix", reason="low precision needs qwix")
     config = config.copy_and_resolve_references()
     config.sample.quantize = "int8_weights"
     export.run(config, tmp_path)

@@ -253,7 +253,6 @@ def test_a_captioned_model_with_came_is_planned_by_bucket():
 @pytest.mark.parametrize("kind", ["int8_weights", "int8"])
 def test_a_sampler_in_int8_is_planned_with_its_own_weights(kind):
     """Lowered and compiled for the slice: int8 is what it holds, and what it multiplies."""
-    pytest.importorskip("qwix", reason="low precision needs qwix")
     config = tiny_config(fsdp=4)
     config.model.update(depth=2, implementation="xla")
     config.sample.quantize = kind

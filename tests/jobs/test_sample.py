@@ -166,7 +166,6 @@ def test_the_speed_of_a_resumed_run_holds_no_compilation(config, drawn, tmp_path
 
 
 def test_in_int8_images_are_near_those_in_full_and_are_not_mixed_with_them(config, drawn, tmp_path):
-    pytest.importorskip("qwix", reason="low precision needs qwix")
     _, workdir = drawn
     images = draw(config, tmp_path, quantize="int8_weights", num_images=4)
     both = [

@@ -6,7 +6,6 @@ notice of layouts, so what it accepts may not compile: the second part compiles.
 """
 
 import functools
-import importlib.util
 import json
 import pathlib
 import re
@@ -95,15 +94,6 @@ def test_remat_dots_keeps_what_the_forward_kernels_wrote(policy, forward):
 
 # ---- Compiled for an H100, on a machine without one --------------------------
 
-WHEELS = ("jax_cuda13_plugin", "nvidia.cu13")
-
-
-def has_compiler():
-    try:
-        return all(importlib.util.find_spec(name) for name in WHEELS)
-    except ModuleNotFoundError:
-        return False
-
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
@@ -117,7 +107,7 @@ def compiled(tmp_path_factory):
     return json.loads((folder / "kernels.json").read_text())
 
 
-@pytest.mark.skipif(not has_compiler(), reason="needs the CUDA compiler of jax[cuda13]")
+@pytest.mark.cuda
 def test_kernels_compile_for_an_h100_without_spills_serialised_products_or_cut_swizzles(compiled):
     assert sorted(compiled["kernels"]) == [
         f"linear_attention_{name}"
