@@ -66,7 +66,8 @@ def scan_blocks(
         variable_axes={"params": 0, ATTENTION: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * shared_inputs or 0,
-        # It costs one more trace of the block. A parameter's key counts the traces.
+        # It costs one more trace of the block. Without it other parameters would be drawn: a key
+        # counts the traces.
         check_constancy_invariants=model.is_initializing(),
         length=depth // (group or 1),
     )
