@@ -96,7 +96,7 @@ OTHER_SIZES = re.compile("imagenet256_.*_[sbl]|imagenet512_.*|pixart_sigma_512")
     "name",
     [name for name in NAMES if not OTHER_SIZES.fullmatch(name)]
     + ["ablation.scratch", "ablation.few_heads", "ablation.variance_kd"]
-    + [f"workbench.{name}" for name in ("mhla", "mala", "dit5", "hybrid")],
+    + [f"workbench.{name}" for name in ("sana", "mhla", "mala", "dit5", "hybrid")],
 )
 def test_one_train_step_of_every_config_traces(name):
     """Shapes alone, on the mesh of the config, over pretend devices."""

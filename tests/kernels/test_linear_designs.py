@@ -195,6 +195,19 @@ def test_sanas_normaliser_is_a_case_of_lits():
     assert_close(ours.reshape(q.shape), expected, reduction=24, factor=32)
 
 
+def test_a_query_without_a_positive_entry_is_where_lits_normaliser_differs_from_sanas():
+    """Sana's gives 0. LiT's gives the values weighted by the keys' sums, by its two epsilons."""
+    q, k, v = (tokens(1, 24, 2, 32, seed=seed) for seed in range(3))
+    q[0, 3] = -1.0
+    kv = np.concatenate([k.reshape(1, 24, 64), v.reshape(1, 24, 64)], axis=-1)
+    attend = functools.partial(linear_attention.linear_attention, num_heads=2, grid=GRID)
+    ours = np.asarray(jax.jit(attend)(q.reshape(1, 24, 64), kv)).reshape(24, 2, 32)[3]
+    sums = relu(np.float64(k[0])).sum(axis=-1)  # (T, N)
+    expected = np.einsum("tn,tnh->nh", sums, v[0]) / (sums.sum(axis=0)[:, None] + 24)
+    assert_close(ours, expected, reduction=24)
+    assert np.abs(expected).max() > 0.1
+
+
 def test_keys_are_centred_channel_by_channel():
     x = np.float64(3.0 + tokens(2, 24, 15))
     expected = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1.0)
