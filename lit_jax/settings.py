@@ -83,7 +83,7 @@ def reading(field: str, path: epath.PathLike, advice: str, **names: str) -> Iter
 
 def evaluation_settings(config: ConfigDict) -> EvaluationSettings:
     """What config.evaluate says of scores; --mode=evaluate asks for it without a model."""
-    return _of_group(EvaluationSettings, config.evaluate, "evaluate")
+    return of_group(EvaluationSettings, config.evaluate, "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_settings(config: ConfigDict) -> Settings:
     model = _model_config(config)
     _check_implementations(config, model)
     process = _process(config, model)
-    sampler = _of_group(SamplerSettings, config.sample, "sample")
+    sampler = of_group(SamplerSettings, config.sample, "sample")
     with naming("sample"):
         _check_grid(sampler, model, process)
     with naming("optimizer", steps="train.steps"):
@@ -127,14 +127,14 @@ def read_settings(config: ConfigDict) -> Settings:
         sampler=sampler,
         optimizer=optimizer,
         step=_step_settings(config),
-        text=_of_group(TextSettings, config.text, "text"),
-        autoencoder=_of_group(AutoencoderSettings, config.autoencoder, "autoencoder"),
+        text=of_group(TextSettings, config.text, "text"),
+        autoencoder=of_group(AutoencoderSettings, config.autoencoder, "autoencoder"),
         images=_image_settings(config),
         port=_port_overrides(config, model),
     )
 
 
-def _of_group(settings: type, group: ConfigDict, name: str) -> Any:
+def of_group(settings: type, group: ConfigDict, name: str) -> Any:
     """Settings whose fields are all fields of one group of the config."""
     with naming(name):
         return settings(**{f.name: group[f.name] for f in dataclasses.fields(settings)})

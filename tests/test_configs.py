@@ -163,7 +163,7 @@ def reads_of_fields():
                     aliases[node.targets[0].id] = section
         for node in ast.walk(function):
             # Settings that are made of a group read the fields that they have.
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_of_group":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "of_group":
                 of = getattr(settings, node.args[0].id)
                 names = {field.name for field in dataclasses.fields(of)}
                 reads[section_of(node.args[1], aliases)] |= names
