@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(ROOT)]
@@ -58,29 +59,17 @@ def key_of(
 
     Args: fields: of the run. common: of every run. about: the run's name in the table, its seed.
     """
-    said, default = _flat(load(config)), _flat(load("default"))
+    said, default = (flatten_dict(load(name).to_dict(), sep=".") for name in (config, "default"))
     changed = {field for field in said if field not in default or said[field] != default[field]}
-    others = {each.removeprefix("--config.").partition("=")[0] for each in common}
-    changed -= {*fields, *others, "data.dir", "compilation_cache"}
+    of_all = {each.removeprefix("--config.").partition("=")[0]: each for each in common}
+    changed -= {*fields, *of_all, "data.dir", "compilation_cache"}
     text = json.dumps({field: str(said[field]) for field in sorted(changed)})
     # Files of the repository by their names: its place differs from machine to machine.
     digest = hashlib.sha256(text.replace(f"{ROOT}/", "").encode()).hexdigest()[:8]
-    return {"config": config, "file": digest, "fields": fields, **about} | kept(common)
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config's values by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, type(config))
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def kept(common: Sequence[str]) -> dict[str, list[str]]:
-    """What a run's key holds of the fields of every run: all but where the data lies."""
-    decisive = [each for each in common if not each.startswith("--config.data.dir=")]
-    return {"common": decisive} if decisive else {}
+    key = {"config": config, "file": digest, "fields": fields, **about}
+    # The same data elsewhere is the same run.
+    of_all.pop("data.dir", None)
+    return key | {"common": list(of_all.values())} if of_all else key
 
 
 def stages(name: str) -> dict[str, dict[str, Any]]:

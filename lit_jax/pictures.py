@@ -40,8 +40,10 @@ def plot_curves(workdir: epath.PathLike) -> None:
         return
     terms = loss_terms(lines[-1])
     figure = Figure(figsize=(PANEL * len(terms), 2.6))
-    all_axes = figure.subplots(1, len(terms), squeeze=False)[0]
-    for place, (axes, name) in enumerate(zip(all_axes, terms)):
+    for place, name in enumerate(terms):
+        # A layout that Matplotlib finds by itself costs as much as the picture.
+        box = ((place + 0.25) / len(terms), 0.19, 0.71 / len(terms), 0.69)
+        axes = figure.add_axes(box)
         # A term may come later, with another config.
         there = [line for line in lines if f"train/{name}" in line]
         steps = [line["step"] for line in there]
@@ -51,8 +53,6 @@ def plot_curves(workdir: epath.PathLike) -> None:
         yscale = "log" if min(values) > 0 else "linear"
         axes.set(title=name, xlabel="step", yscale=yscale)
         axes.grid(alpha=0.3)
-        # A layout that Matplotlib finds by itself costs as much as the picture.
-        axes.set_position(((place + 0.25) / len(terms), 0.19, 0.71 / len(terms), 0.69))
     save_png(epath.Path(workdir) / "curves.png", figure.savefig, dpi=110)
 
 

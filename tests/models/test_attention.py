@@ -209,22 +209,19 @@ def test_other_designs_cost_what_their_products_do():
 # ---- Every design in a model ---------------------------------------------------------------------
 
 
-def mhla_again(layer, dense, conv, heads):
+def mhla_again(layer, q, k, v, dense, conv, heads):
     """(B, T, D) before the output projection, from a layer's leaves; so of the other two."""
-    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
     mix = jax.jit(mhla.mhla, static_argnames="grid")
     mixed = mix(heads(q), heads(k), heads(v), layer["mix"], grid=(4, 6))
     return np.asarray(mixed).reshape(v.shape) + conv("dwc", v)
 
 
-def mala_again(layer, dense, conv, heads):
-    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+def mala_again(layer, q, k, v, dense, conv, heads):
     mixed = jax.jit(mala.mala)(heads(q), heads(k), heads(v))
     return (np.asarray(mixed).reshape(v.shape) + conv("dwc", v)) * dense("gate")
 
 
-def dit5_again(layer, dense, conv, heads):
-    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+def dit5_again(layer, q, k, v, dense, conv, heads):
     k = np.asarray(dit5.centre_keys(jnp.asarray(k)))
     q, k = q + conv("dwc_q", q), k + conv("dwc_k", k)
     mixed = jax.jit(dit5.dit5)(heads(q), heads(k), heads(v), layer["w1"], layer["w2"])
@@ -293,7 +290,8 @@ def test_a_design_in_a_model_has_its_leaves_and_inherits_all_four_projections(na
     def heads(x):
         return jnp.asarray(x.reshape(2, 24, 2, 8))
 
-    expected = again(layer, dense, conv, heads)
+    q, (k, v) = dense("q"), np.split(dense("kv"), 2, axis=-1)
+    expected = again(layer, q, k, v, dense, conv, heads)
     expected = expected @ layer["proj"]["kernel"] + layer["proj"]["bias"]
     assert_close(out, expected, reduction=24, factor=32)
 
