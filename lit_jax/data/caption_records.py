@@ -560,7 +560,7 @@ def tokens_of_caption(
     if cut[0]:
         logging.log_first_n(
             logging.WARNING,
-            "the last %d tokens of a caption are cut, max_length is %d: %.60s... (said of the "
+            "the last %d tokens of a caption are cut, text.max_length is %d: %.60s... (said of the "
             "first %d)",
             CUTS_SAID,
             cut[0],

@@ -72,8 +72,8 @@ def make_drawer(sampler: Sampler, params: Any, labels: np.ndarray, encode: Encod
         good = sampler.are_finite(images)[: len(index)]
         if not good.all():
             raise ValueError(
-                f"the teacher's image {index[~good][0]} is not finite; another dtype of "
-                f"the teacher than bfloat16 may help"
+                f"the teacher's image {index[~good][0]} is not finite; another teacher.dtype "
+                f"than bfloat16 may help"
             )
         return encode(to_uint8(np.asarray(images)[: len(index)]))
 

@@ -207,4 +207,4 @@ def test_texts_that_training_will_cut_are_counted_and_named(tmp_path, caplog):
             assert read["caption_mask"].sum() == length
     (message,) = [record.getMessage() for record in caplog.records]
     cut = int(tokenizer([long], length).cut[0])
-    assert f"the last {cut} tokens of a caption are cut, max_length is {length}" in message
+    assert f"the last {cut} tokens of a caption are cut, text.max_length is {length}" in message
